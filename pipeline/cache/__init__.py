@@ -1,0 +1,1 @@
+"""The score cache: content-addressed store, writer, reader, manifest, fingerprints."""

@@ -1,0 +1,1 @@
+"""Raw data to examples: sources, validation, splits, leak check, demonstrations and contexts."""

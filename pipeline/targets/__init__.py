@@ -1,0 +1,1 @@
+"""Target sets from cached scores: calibration learnt, teachers and contexts averaged, fidelity."""

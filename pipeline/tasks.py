@@ -1,0 +1,90 @@
+"""How an example becomes text, and a label becomes tokens.
+
+A prompt is `context + query`; the teacher's has demonstrations in its context, the student's context is empty. Context and query are
+tokenised apart and joined as ids, so that a context's ids are the same in front of every query and its keys and values can be shared.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.params import TaskParams
+
+
+@dataclass(frozen=True)
+class Task:
+    """Template and verbalisers as text. `params.template` names the input fields in braces: `"Review: {text}\\nSentiment:"`."""
+
+    params: TaskParams
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The input fields that the template names, in order."""
+        return self.params.fields
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in the order of the params; every probability vector follows it."""
+        return tuple(self.params.verbalisers)
+
+    def query(self, fields: Mapping[str, str]) -> str:
+        """The text of an input, up to the answer position."""
+        return self.params.template.format_map(fields)
+
+    def demonstration(self, fields: Mapping[str, str], label: str) -> str:
+        """The text of a labelled example inside a context."""
+        return self.query(fields) + self.params.verbalisers[label] + self.params.separator
+
+    def context(self, demonstrations: Sequence[tuple[Mapping[str, str], str]], instruction: str = "") -> str:
+        """An instruction, then the demonstrations in their order. Empty for a zero-shot prompt."""
+        head = instruction + self.params.separator if instruction else ""
+        return head + "".join(self.demonstration(fields, label) for fields, label in demonstrations)
+
+
+class TaskTokens:
+    """A task in one tokenizer's ids.
+
+    Raises UsageError where two verbalisers begin with the same token or one has no token: the first token alone must tell labels
+    apart, else their probabilities at the answer position mean nothing.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any) -> None:
+        self.task = task
+        self._tokenizer = tokenizer
+        # What the tokenizer puts before every text (a beginning-of-text token, or nothing); an end token is not part of a prompt.
+        special = tokenizer("").input_ids if tokenizer.bos_token_id is not None else []
+        self.bos: list[int] = [i for i in special if i == tokenizer.bos_token_id][:1]
+        self.completions: list[list[int]] = [self._completion(text) for text in task.params.verbalisers.values()]
+        self._check_completions()
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def _completion(self, verbaliser: str) -> list[int]:
+        """Ids of a verbaliser where it stands after a query; encoded alone where the boundary merges."""
+        query = self.task.query(dict.fromkeys(self.task.fields, "x"))
+        before, whole = self._encode(query), self._encode(query + verbaliser)
+        return whole[len(before) :] if whole[: len(before)] == before else self._encode(verbaliser)
+
+    def _check_completions(self) -> None:
+        first: dict[int, str] = {}
+        for label, ids in zip(self.task.labels, self.completions, strict=True):
+            verbaliser = self.task.params.verbalisers[label]
+            if not ids:
+                raise UsageError(f"task.verbalisers.{label}: {verbaliser!r} has no token in this tokenizer; give it a visible text.")
+            if (other := first.setdefault(ids[0], label)) != label:
+                raise UsageError(
+                    f"task.verbalisers: {other!r} and {label!r} both begin with token {ids[0]} "
+                    f"({self._tokenizer.decode(ids[0])!r}), so the answer position cannot tell them apart; "
+                    "choose verbalisers whose first tokens differ."
+                )
+
+    def prefix_ids(self, context: str) -> list[int]:
+        """Ids of a context, with the beginning-of-text token where this tokenizer has one. May be empty."""
+        return self.bos + (self._encode(context) if context else [])
+
+    def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
+        """Ids of rendered queries, which follow any context's ids. One batched call: fast tokenizers use all cores."""
+        return self._tokenizer(list(queries), add_special_tokens=False).input_ids if queries else []

@@ -1,0 +1,1 @@
+"""Stage one: plan, forward, write; every (prompt, model) once."""

@@ -1,0 +1,95 @@
+"""Small random models of several architectures, a tokenizer trained on the spot, and params for them. Nothing here is downloaded."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+PROJECT = Path(__file__).resolve().parent.parent
+SENTENCES = [
+    "Review: a warm and funny film\nSentiment: positive",
+    "Review: a dull, lifeless mess\nSentiment: negative",
+    "the plot goes nowhere and the actors seem bored",
+    "I loved every minute of this strange little picture",
+    "N/A x great terrible good bad service late food cold",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 tokens, without a beginning-of-text token."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator(SENTENCES * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", pad_token="<|end|>")
+
+
+_SMALL: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "phi": {},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True, "dropout": 0.0},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+ARCHITECTURES = sorted(_SMALL)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """`tiny_model("llama", seed=0)` → a random float32 model of 4 layers and width 32 over the test tokenizer's vocabulary."""
+
+    def make(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+        settings: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+        if architecture != "gpt2":
+            settings |= {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 512}
+            if architecture != "opt":
+                settings |= {"intermediate_size": 64}
+        settings |= copy.deepcopy(_SMALL.get(architecture, {})) | changes
+        config = AutoConfig.for_model(architecture, **settings)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():  # the default initialisation is so small that every answer looks alike
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
+    """`model_folder("llama")` → a folder with safetensors and tokenizer, as `fetch` writes it."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama", **changes: Any) -> Path:
+        key = f"{architecture}-{sorted(changes.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            tiny_model(architecture, **changes).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def raw_params() -> dict[str, Any]:
+    """The shipped params.yaml as plain dicts and lists, to be changed and given to `parse_params`."""
+    return YAML(typ="safe", pure=True).load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
