@@ -131,7 +131,8 @@ class LabelRule(Frozen):
 
     column: str = "label"
     threshold: float | None = None
-    """Where set, the column is a number: above it `positive`, below its negative `negative`, between them no label and the row is left out."""
+    """Where set, the column is a number: above it `positive`, below its negative `negative`, between them the row
+    has no label and is left out."""
     positive: str = "positive"
     negative: str = "negative"
     values: dict[str, str] | None = None

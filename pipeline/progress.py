@@ -55,6 +55,6 @@ def progress(title: str, total: int, unit: str) -> Iterator[Meter]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column, console=console) as bar:
         bar.add_task(title, total=total, note="")
         yield Meter(title, total, unit, _bar=bar)
