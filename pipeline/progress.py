@@ -48,13 +48,8 @@ def progress(title: str, total: int, unit: str) -> Iterator[Meter]:
     if not console.is_terminal:
         yield Meter(title, total, unit)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column, console=console) as bar:
+    title_column, note_column = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
+    with Progress(*columns, console=console) as bar:
         bar.add_task(title, total=total, note="")
         yield Meter(title, total, unit, _bar=bar)
