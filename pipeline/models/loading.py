@@ -1,0 +1,97 @@
+"""Model folders in and out: safetensors and tokenizer files, nothing that runs code.
+
+A model folder is what `save_pretrained` writes. Weights are only ever read from safetensors, code in a model's repository is never run, and
+a folder is known by the hash of its weights and of its tokenizer, not by its name.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import UsageError
+from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UsageError naming everything that keeps a folder from being loaded."""
+    if not folder.is_dir():
+        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        raise UsageError(f"{folder}: no such model folder; beside it there are: {', '.join(near) or '–'}. `dvc repro` makes it.")
+    faults = []
+    if not (folder / "config.json").is_file():
+        faults.append("config.json is missing")
+    elif "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        faults.append("config.json asks for code from the repository (`auto_map`), which is never run")
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        faults.append(
+            f"the weights are pickles ({', '.join(pickles)}), which can run code; convert them to safetensors"
+            if pickles
+            else "no *.safetensors"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:3]):
+        faults.append("no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    if faults:
+        raise UsageError(f"{folder} is not a model folder that can be loaded: {'; '.join(faults)}.")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    Raises UsageError where the folder is not loadable, with everything that is wrong.
+    """
+    check_folder(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
+    )
+    model.to(torch.device(device))
+    return model.eval()
+
+
+def context_limit(folder: Path) -> int | None:
+    """The longest sequence the model takes, in tokens; None where its config does not say."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a plain transformers folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash of a model's config and weights, by content; file times and names of folders do not count."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return sha256_json({file.name: sha256_file(file) for file in files})
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """One hash of the tokenizer's files."""
+    return sha256_json({name: sha256_bytes((folder / name).read_bytes()) for name in TOKENIZER_FILES if (folder / name).is_file()})
+
+
+def use_threads(threads: int | None) -> int:
+    """Set torch's threads for matrix products to `threads`, or to the cores this process may use, and return the number."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(logical=False) or 1
+    chosen = threads or min(available, psutil.cpu_count(logical=False) or available)
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Parameters of a model, all and trainable; shared ones count once."""
+    unique = {id(p): p for p in model.parameters()}.values()
+    return sum(p.numel() for p in unique), sum(p.numel() for p in unique if p.requires_grad)
