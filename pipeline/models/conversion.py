@@ -19,7 +19,7 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
     where, name = gguf.parent, gguf.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32, local_files_only=True)
-    del model.config.quantization_config
+    delattr(model.config, "quantization_config")
     vars(model).update(hf_quantizer=None, is_quantized=False)
     vars(model).pop("quantization_method")
     model.config._name_or_path = ""  # names the folder of the download

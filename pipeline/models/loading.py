@@ -56,7 +56,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
     )
-    model.to(torch.device(device))
+    torch.nn.Module.to(model, device)
     return model.eval()
 
 

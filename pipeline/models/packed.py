@@ -257,7 +257,7 @@ class PackedModel:
     """A causal language model that scores packed rows behind a shared context.
 
     `answers_only` runs the last layer on answer positions alone; some architectures reshape by the sequence length and do not take it.
-    The model's attention implementation is set to `ATTENTION` for good.
+    The model's attention implementation is set to `ATTENTION`.
     """
 
     def __init__(self, model: PreTrainedModel, *, answers_only: bool = True) -> None:
@@ -268,8 +268,12 @@ class PackedModel:
             model.set_attn_implementation(ATTENTION)
         except ValueError as error:
             raise UnsupportedModelError(f"{type(model).__name__} does not take an attention function: {error}") from error
-        if self.layers and answers_only:
-            self.layers[-1].register_forward_pre_hook(_keep_answers, with_kwargs=True)
+        self._hook = self.layers[-1].register_forward_pre_hook(_keep_answers, with_kwargs=True) if answers_only else None
+
+    def detach(self) -> None:
+        """Take the hook off the model again; its attention implementation stays for the caller to set."""
+        if self._hook is not None:
+            self._hook.remove()
 
     @property
     def device(self) -> torch.device:

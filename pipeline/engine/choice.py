@@ -1,0 +1,68 @@
+"""Which engine a model gets: the fast one if it gives the same numbers, the generic one otherwise, and why.
+
+A few rows under the longest context are scored by the plain forward and by the fast path. Nothing is assumed from the architecture's
+name: a model that the packed pass does not reproduce disagrees here, or refuses, and takes the generic path.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.engine.generic import GenericEngine
+from pipeline.engine.scores import Completions, Engine, Scores
+from pipeline.engine.shared_prefix import SharedPrefixEngine
+from pipeline.models.packed import PackedModel, UnsupportedModelError
+
+TOLERANCE_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""Largest difference of a log-probability at which two paths agree, by dtype: what their rounding explains."""
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine that will run, and the reason in a sentence for the manifest."""
+
+    engine: Engine
+    reason: str
+
+
+def choose_engine(
+    model: PreTrainedModel,
+    completions: Completions,
+    top_k: int,
+    token_budget: int,
+    context: Sequence[int],
+    queries: Sequence[Sequence[int]],
+) -> EngineChoice:
+    """Probe with `queries` (a few) behind `context` (the longest there is) and choose."""
+    generic = GenericEngine(model, completions, top_k, token_budget)
+    expected = generic.score(context, queries)
+    plain_attention = model.config._attn_implementation
+    tolerance = TOLERANCE_NATS.get(model.dtype, 1e-4)
+    refusals = []
+    for answers_only in (True, False):
+        what = "the last layer on answer positions alone" if answers_only else "every layer on all tokens"
+        packed = None
+        try:
+            packed = PackedModel(model, answers_only=answers_only)
+            fast = SharedPrefixEngine(packed, completions, top_k, token_budget)
+            difference = largest_difference(expected, fast.score(context, queries))
+        except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+            # A foreign architecture may fail anywhere inside its own code; the reason is kept, and the generic path still works.
+            refusals.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        else:
+            if difference <= tolerance:
+                probe = f"{len(queries)} rows under {len(context)} context tokens differ by at most {difference:.1e} nats"
+                return EngineChoice(fast, f"{what}; {probe} from the plain forward (allowed {tolerance:.0e})")
+            refusals.append(f"{what}: differs by {difference:.1e} nats from the plain forward (allowed {tolerance:.0e})")
+        if packed is not None:
+            packed.detach()
+        model.set_attn_implementation(plain_attention)
+    return EngineChoice(generic, "the shared-prefix path was refused: " + "; ".join(refusals))
+
+
+def largest_difference(one: Scores, other: Scores) -> float:
+    """Largest absolute difference of label log-probabilities, top log-probabilities and log Z over all rows, in nats."""
+    pairs = ((one.label_logprobs, other.label_logprobs), (one.topk_logprobs, other.topk_logprobs), (one.log_z, other.log_z))
+    return max(float((a - b).abs().max()) for a, b in pairs)

@@ -1,0 +1,136 @@
+"""The shared-prefix engine against the plain full-prompt forward, over architectures, context lengths and completions."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+
+from pipeline.engine.batches import plan_batches, token_budget
+from pipeline.engine.choice import choose_engine, largest_difference
+from pipeline.engine.generic import GenericEngine
+from pipeline.engine.scores import read_scores
+
+SINGLE = [[5], [9]]
+MULTI = [[5], [9, 3, 7], [11, 5]]
+
+
+def random_ids(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 300, (count,), generator=generator).tolist()
+
+
+def queries_of(*lengths):
+    return [random_ids(length, 100 + number) for number, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def naive_scores(model, completions, context, queries):
+    """Straight from the definition: one full prompt at a time, each completion's tokens one after the other."""
+    rows = []
+    for query in queries:
+        row = []
+        for completion in completions:
+            total = 0.0
+            for place, token in enumerate(completion):
+                logits = model(torch.tensor([context + query + completion[:place]])).logits[0, -1]
+                total += float(logits.double().log_softmax(-1)[token])
+            row.append(total)
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("completions", [SINGLE, MULTI], ids=["single", "multi"])
+@pytest.mark.parametrize("context_tokens", [0, 1, 70])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fast_path_gives_the_plain_forward_s_numbers(tiny_model, architecture, context_tokens, completions):
+    model = tiny_model(architecture)
+    context, queries = random_ids(context_tokens, 1), queries_of(9, 3, 17, 1, 9)
+    expected = naive_scores(model, completions, context, queries)
+    choice = choose_engine(model, completions, 8, 24, context, queries[:2])
+    assert choice.engine.name == "shared_prefix", choice.reason
+    scores = choice.engine.score(context, queries)
+    assert float((scores.label_logprobs - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generic_path_gives_the_plain_forward_s_numbers(tiny_model, architecture):
+    model = tiny_model(architecture)
+    context, queries = random_ids(30, 1), queries_of(4, 9, 4, 2)
+    scores = GenericEngine(model, MULTI, 8, 100).score(context, queries)
+    assert float((scores.label_logprobs - naive_scores(model, MULTI, context, queries)).abs().max()) < 1e-4
+
+
+def test_batching_does_not_change_the_numbers(tiny_model):
+    model = tiny_model("llama")
+    context, queries = random_ids(40, 2), queries_of(*range(1, 30))
+    engine = choose_engine(model, MULTI, 8, 64, context, queries[:2]).engine
+    engine.token_budget = 1
+    one_by_one = engine.score(context, queries)
+    engine.token_budget = 10_000
+    assert largest_difference(one_by_one, engine.score(context, queries)) < 1e-4
+
+
+def test_a_window_shorter_than_the_prompt_takes_the_generic_path(tiny_model):
+    model = tiny_model("mistral", sliding_window=16)
+    context, queries = random_ids(40, 3), queries_of(5, 6)
+    expected = naive_scores(model, SINGLE, context, queries)
+    choice = choose_engine(model, SINGLE, 8, 64, context, queries)
+    assert choice.engine.name == "generic"
+    assert "sliding window of 16" in choice.reason
+    assert float((choice.engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "bloom", "gemma2"])
+def test_architectures_that_do_not_fit_take_the_generic_path_and_are_right(tiny_model, architecture):
+    settings = {"mamba": {"state_size": 4}, "bloom": {"n_head": 4, "n_layer": 4}, "gemma2": {"num_key_value_heads": 2, "head_dim": 8}}
+    model = tiny_model(architecture, **settings[architecture])
+    context, queries = random_ids(40, 3), queries_of(5, 6)
+    expected = naive_scores(model, SINGLE, context, queries)
+    choice = choose_engine(model, SINGLE, 8, 64, context, queries)
+    assert choice.engine.name == "generic", choice.reason
+    assert choice.reason.startswith("the shared-prefix path was refused")
+    assert float((choice.engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
+
+
+def test_a_second_context_is_not_answered_from_the_first(tiny_model):
+    model = tiny_model("llama")
+    first, second, queries = random_ids(20, 1), random_ids(20, 2), queries_of(6, 7)
+    expected = naive_scores(model, SINGLE, second, queries)
+    engine = choose_engine(model, SINGLE, 8, 64, first, queries).engine
+    engine.score(first, queries)
+    assert float((engine.score(second, queries).label_logprobs - expected).abs().max()) < 1e-4
+
+
+def test_head_and_tail_make_the_whole_distribution():
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 4
+    scores = read_scores(logits, [[1], [2]], 7)
+    full = logits.double().log_softmax(-1)
+    assert torch.allclose(scores.topk_logprobs.double(), full.topk(7).values, atol=1e-5)
+    assert torch.allclose(scores.topk_logprobs.exp().sum(-1) + scores.tail_mass, torch.ones(6), atol=1e-5)
+    assert torch.allclose(scores.log_z, logits.logsumexp(-1))
+    assert torch.allclose(scores.label_logprobs.double(), full[:, [1, 2]], atol=1e-5)
+
+
+def test_top_k_past_the_vocabulary_keeps_everything():
+    scores = read_scores(torch.randn(2, 5), [[1], [2]], 50)
+    assert scores.topk_ids.shape == (2, 5)
+    assert torch.equal(scores.tail_mass, torch.zeros(2))
+
+
+def test_minus_infinity_logits_stay_finite_where_they_are_not_asked_for():
+    logits = torch.randn(3, 10)
+    logits[:, 7:] = -torch.inf
+    scores = read_scores(logits, [[1], [2]], 4)
+    assert torch.isfinite(scores.label_logprobs).all()
+    assert torch.isfinite(scores.tail_mass).all()
+
+
+def test_batches_hold_every_row_once_within_the_budget():
+    lengths = [5, 9, 1, 30, 7, 7, 2]
+    batches = plan_batches(lengths, 16)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or sum(lengths[row] for row in batch) <= 16 for batch in batches)
+
+
+def test_the_token_budget_follows_the_memory(tiny_model):
+    model = tiny_model("llama")
+    assert token_budget(model, 1 << 40) >= token_budget(model, 1 << 20) >= 64
