@@ -1,0 +1,155 @@
+"""Scores of (context, example) pairs through the store: what is there is read, what is missing is scored, nothing is scored twice.
+
+The teacher's stage, the baselines and the students' evaluation all ask here. The model is loaded only if a row is missing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import torch
+
+from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
+from pipeline.cache.store import Key, Part, Store
+from pipeline.engine.batches import plan_batches, token_budget
+from pipeline.engine.choice import EngineChoice, choose_engine
+from pipeline.engine.scores import Engine, Scores
+from pipeline.errors import UsageError
+from pipeline.files import read_json, write_json
+from pipeline.hashing import context_id, sha256_ids
+from pipeline.models.loading import context_limit, load_model, load_tokenizer, use_threads
+from pipeline.progress import progress
+from pipeline.schema import SCORES
+from pipeline.tasks import Task, TaskTokens
+
+TokenIds = Mapping[str, Sequence[int]]
+"""Token ids by context_id or example_id."""
+ROWS_PER_PART = 256
+"""Rows between two writes: what a kill costs at most."""
+PROBE_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Query:
+    """One input to be scored."""
+
+    example_id: str
+    fields: Mapping[str, str]
+
+
+class Scorer:
+    """Scores a task's inputs with one model folder."""
+
+    def __init__(self, model_folder: Path, task: Task, top_k: int, work: Path, threads: int | None = None) -> None:
+        self.model_folder = model_folder
+        self.tokens = TaskTokens(task, load_tokenizer(model_folder))
+        self.top_k = top_k
+        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, top_k, "float32")
+        self.store = Store(work, self.fingerprint)
+        self._threads = threads
+        self._choice: EngineChoice | None = None
+
+    def score(self, contexts: Sequence[str], queries: Sequence[Query], title: str) -> pa.Table:
+        """Rows for every context (rendered text) and query, contexts outermost, with the columns of `schema.SCORES`.
+
+        Raises UsageError where a prompt is longer than the model takes.
+        """
+        prefixes = {context_id(text): self.tokens.prefix_ids(text) for text in contexts}
+        texts = [self.tokens.task.query(query.fields) for query in queries]
+        ids = dict(zip((query.example_id for query in queries), self.tokens.query_ids(texts), strict=True))
+        self._check_lengths(prefixes, ids)
+        request = [(context, query) for context in prefixes for query in ids]
+
+        def divide(missing: list[Key]) -> list[list[Key]]:
+            return _divide(missing, ids, self._load(prefixes, ids).engine.token_budget)
+
+        with self.store.lock():
+            parts = self.store.plan(request, divide)
+            rows = sum(len(part.keys) for part in parts)
+            if rows:
+                engine = self._load(prefixes, ids).engine
+                cached = f"{len(request) - rows:,} of {len(request):,} rows were in the store" if rows < len(request) else ""
+                with progress(title, rows, "rows") as meter:
+                    for part in parts:
+                        self.store.write(part, _score_part(engine, part, prefixes, ids))
+                        meter.advance(len(part.keys), cached)
+            return self.store.read(request)
+
+    @property
+    def engine_report(self) -> dict[str, str]:
+        """Which engine scored this store's rows, and why it was chosen."""
+        return read_json(self.store.folder / "engine.json")
+
+    def _check_lengths(self, prefixes: TokenIds, ids: TokenIds) -> None:
+        limit = context_limit(self.model_folder)
+        branch = max(len(completion) for completion in self.tokens.completions) - 1
+        longest = max(ids, key=lambda example: len(ids[example]))
+        for context, prefix in prefixes.items():
+            needed = len(prefix) + len(ids[longest]) + branch
+            if limit is not None and needed > limit:
+                raise UsageError(
+                    f"context {context[:12]} has {len(prefix)} tokens and example {longest[:12]} {len(ids[longest])}: together with the "
+                    f"completion {needed}, and {self.model_folder} takes {limit}. Use fewer or shorter demonstrations "
+                    "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
+                )
+
+    def _load(self, prefixes: TokenIds, ids: TokenIds) -> EngineChoice:
+        """The engine; the model is loaded and probed at the first call, under the longest context of that call."""
+        if self._choice is None:
+            use_threads(self._threads)
+            model = load_model(self.model_folder)
+            probe = sorted(ids.values(), key=lambda query: (len(query), query))
+            step = max(1, len(probe) // PROBE_ROWS)
+            budget = token_budget(model, psutil.virtual_memory().total)
+            context = max(prefixes.values(), key=lambda prefix: (len(prefix), prefix))
+            queries = probe[step // 2 :: step][:PROBE_ROWS]
+            self._choice = choose_engine(model, self.tokens.completions, self.top_k, budget, context, queries)
+            file = self.store.folder / "engine.json"
+            if not file.exists():
+                report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
+                write_json(report, file)
+        return self._choice
+
+
+def _score_part(engine: Engine, part: Part, prefixes: TokenIds, ids: TokenIds) -> pa.Table:
+    """The rows of a part, which lies in one context."""
+    context = part.keys[0][0]
+    examples = [example for _, example in part.keys]
+    prefix, queries = prefixes[context], [ids[example] for example in examples]
+    return _rows(context, examples, prefix, queries, engine.score(prefix, queries))
+
+
+def _divide(missing: list[Key], ids: TokenIds, budget: int) -> list[list[Key]]:
+    """Missing rows as parts: one context each, whole batches of rows of like length."""
+    parts: list[list[Key]] = []
+    for context in dict.fromkeys(context for context, _ in missing):
+        examples = [example for other, example in missing if other == context]
+        examples.sort(key=lambda example: (len(ids[example]), example))
+        parts.append([])
+        for batch in plan_batches([len(ids[example]) for example in examples], budget):
+            if len(parts[-1]) >= ROWS_PER_PART:
+                parts.append([])
+            parts[-1] += [(context, examples[row]) for row in batch]
+    return parts
+
+
+def _rows(context: str, examples: list[str], prefix: Sequence[int], queries: list[Sequence[int]], scores: Scores) -> pa.Table:
+    columns = {
+        "context_id": [context] * len(examples),
+        "example_id": examples,
+        "prompt_sha": [sha256_ids([*prefix, *query]) for query in queries],
+        "prompt_tokens": [len(prefix) + len(query) for query in queries],
+        "label_logprobs": _lists(scores.label_logprobs),
+        "topk_ids": _lists(scores.topk_ids),
+        "topk_logprobs": _lists(scores.topk_logprobs),
+        "log_z": scores.log_z.cpu().numpy(),
+        "tail_mass": scores.tail_mass.cpu().numpy(),
+    }
+    return pa.table({name: pa.array(columns[name], type=SCORES.field(name).type) for name in SCORES.names}, schema=SCORES)
+
+
+def _lists(values: torch.Tensor) -> list[np.ndarray]:
+    return list(values.cpu().numpy())

@@ -1,0 +1,183 @@
+"""Stage two begins: cached scores of one or several teachers become the distribution that students learn.
+
+Calibration is learnt here, on the transfer set, without labels; it is written beside the targets as `calibration.json`, which says all that
+is needed to put the same prompts with the same calibration to new inputs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.cache.folder import ScoreCache, read_cache
+from pipeline.ensemble import Combination, learn_offsets, normalised
+from pipeline.errors import MismatchError
+from pipeline.files import write_json
+from pipeline.params import TargetParams, TeacherParams
+from pipeline.schema import TARGETS, write_table
+from pipeline.tasks import Task
+from pipeline.targets.fidelity import cache_fidelity
+
+
+@dataclass(frozen=True)
+class ContextScores:
+    """One teacher's scores in one context, in the order of the transfer set."""
+
+    teacher: str
+    context_id: str
+    name: str
+    weight: float
+    transfer: np.ndarray  # [N, L] log-probabilities over the vocabulary
+    content_free: np.ndarray  # [F, L]
+
+
+def build_targets(
+    name: str,
+    params: TargetParams,
+    teachers: dict[str, TeacherParams],
+    task: Task,
+    transfer_ids: list[str],
+    scores: Path,
+    output: Path,
+    metrics: Path,
+) -> None:
+    """Write `targets.parquet` and `calibration.json` to `output`, and the metrics of the target set to `metrics`.
+
+    Raises MismatchError where a cache was captured for another task or lacks a transfer example.
+    """
+    caches = {teacher: read_cache(scores / teacher) for teacher in params.teachers}
+    contexts = [context for teacher, cache in caches.items() for context in _contexts(teacher, cache, params, task, transfer_ids, scores)]
+    offsets = np.stack([learn_offsets(params.calibration, normalised(c.transfer), normalised(c.content_free)) for c in contexts])
+    weights = np.array([context.weight for context in contexts])
+    combination = Combination(offsets, weights / weights.sum(), params.average, params.temperature)
+    raw = np.stack([context.transfer for context in contexts])
+    each, target = combination.each(raw), combination.ensemble(raw)
+    agreement = combination.weights @ (each.argmax(-1) == target.argmax(-1))
+    output.mkdir(parents=True, exist_ok=True)
+    table = pa.table(
+        {
+            "example_id": transfer_ids,
+            "probabilities": pa.array(list(target.astype(np.float32)), type=TARGETS.field("probabilities").type),
+            "agreement": agreement.astype(np.float32),
+        },
+        schema=TARGETS,
+    )
+    write_table(table, output / "targets.parquet")
+    write_json(_calibration(name, params, teachers, task, caches, contexts, combination), output / "calibration.json")
+    write_json(_metrics(task, caches, contexts, combination, raw, each, target, agreement), metrics)
+
+
+def _contexts(
+    teacher: str, cache: ScoreCache, params: TargetParams, task: Task, transfer_ids: list[str], scores: Path
+) -> list[ContextScores]:
+    """A teacher's cached rows, by context."""
+    where = scores / teacher / "manifest.json"
+    found = {key: cache.manifest["fingerprint"][key] for key in ("template", "verbalisers")}
+    wanted = {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}
+    for key, value in wanted.items():
+        if found[key] != value or cache.manifest["labels"] != list(task.labels):
+            raise MismatchError(f"{where}: captured with {key} {found[key]!r}, this run has {value!r}; run `dvc repro teacher@{teacher}`.")
+    rows = cache.rows.to_pydict()
+    by_key = {key: row for row, key in enumerate(zip(rows["context_id"], rows["example_id"], strict=True))}
+    label_logprobs = np.array(rows["label_logprobs"], dtype=np.float64)
+
+    def take(context: str, ids: list[str]) -> np.ndarray:
+        try:
+            return label_logprobs[[by_key[context, example] for example in ids]]
+        except KeyError as error:
+            missing = error.args[0][1]
+            raise MismatchError(
+                f"{where}: example {missing} of the transfer set is not in it; run `dvc repro teacher@{teacher}`."
+            ) from None
+
+    listed = cache.manifest["contexts"]
+    return [
+        ContextScores(
+            teacher=teacher,
+            context_id=context["context_id"],
+            name=context["name"],
+            weight=params.teachers[teacher] / len(listed),
+            transfer=take(context["context_id"], transfer_ids),
+            content_free=take(context["context_id"], cache.manifest["content_free"]),
+        )
+        for context in listed
+    ]
+
+
+def _calibration(
+    name: str,
+    params: TargetParams,
+    teachers: dict[str, TeacherParams],
+    task: Task,
+    caches: dict[str, ScoreCache],
+    contexts: list[ContextScores],
+    combination: Combination,
+) -> dict[str, Any]:
+    offsets = [[round(float(value), 9) for value in row] for row in combination.offsets]
+    return {
+        "targets": name,
+        "labels": list(task.labels),
+        "template": task.params.template,
+        "verbalisers": dict(task.params.verbalisers),
+        "calibration": params.calibration,
+        "average": params.average,
+        "temperature": params.temperature,
+        "teachers": {
+            teacher: {
+                "model": teachers[teacher].model,
+                "contexts": teachers[teacher].contexts,
+                "top_k": cache.manifest["fingerprint"]["top_k"],
+                "fingerprint": cache.manifest["fingerprint"],
+                "fingerprint_sha256": cache.manifest["fingerprint_sha256"],
+            }
+            for teacher, cache in caches.items()
+        },
+        "contexts": [
+            {
+                "teacher": context.teacher,
+                "name": context.name,
+                "context_id": context.context_id,
+                "weight": float(weight),
+                "offsets_nats": offset,
+            }
+            for context, weight, offset in zip(contexts, combination.weights, offsets, strict=True)
+        ],
+    }
+
+
+def _metrics(
+    task: Task,
+    caches: dict[str, ScoreCache],
+    contexts: list[ContextScores],
+    combination: Combination,
+    raw: np.ndarray,
+    each: np.ndarray,
+    target: np.ndarray,
+    agreement: np.ndarray,
+) -> dict[str, Any]:
+    """Label shares before and after calibration, agreement between contexts, and what the caches lost."""
+
+    def shares(probabilities: np.ndarray) -> dict[str, float]:
+        counts = np.bincount(probabilities.argmax(-1), minlength=len(task.labels)) / len(probabilities)
+        return {label: round(float(share), 6) for label, share in zip(task.labels, counts, strict=True)}
+
+    listed: dict[str, dict[str, Any]] = {teacher: {"weight": 0.0, "contexts": {}} for teacher in caches}
+    for number, context in enumerate(contexts):
+        entry = listed[context.teacher]
+        entry["weight"] = round(entry["weight"] + float(combination.weights[number]), 6)
+        entry["contexts"][context.name] = {
+            "shares_raw": shares(raw[number]),
+            "shares_calibrated": shares(each[number]),
+            "offset_nats": {label: round(float(x), 6) for label, x in zip(task.labels, combination.offsets[number], strict=True)},
+        }
+    return {
+        "rows": len(target),
+        "labels": list(task.labels),
+        "teachers": listed,
+        "agreement": round(float(agreement.mean()), 6),
+        "label_shares": shares(target),
+        "mean_confidence": round(float(target.max(-1).mean()), 6),
+        "cache": {teacher: cache_fidelity(cache) for teacher, cache in caches.items()},
+    }

@@ -1,0 +1,55 @@
+"""Stage one: a teacher answers every transfer example in each of its contexts, once, and the answers become a score cache.
+
+Inputs without content are scored along with the transfer set, a row for each context: contextual calibration needs them, and they cost
+next to nothing.
+"""
+
+from pathlib import Path
+
+from pipeline.cache.folder import write_cache
+from pipeline.engine.scorer import Query, Scorer
+from pipeline.errors import UsageError
+from pipeline.hashing import example_id
+from pipeline.schema import CONTEXTS, examples, read_table
+from pipeline.tasks import Task
+
+
+def capture(
+    name: str,
+    model_folder: Path,
+    contexts_file: Path,
+    transfer_file: Path,
+    output: Path,
+    task: Task,
+    top_k: int,
+    work: Path,
+    threads: int | None,
+) -> None:
+    """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
+
+    Rows that the store under `work` holds are not scored again. Raises UsageError where a prompt does not fit the model.
+    """
+    contexts = read_table(contexts_file, CONTEXTS).to_pylist()
+    transfer = read_table(transfer_file, examples(task.fields)).to_pylist()
+    free = content_free_queries(task)
+    queries = free + [Query(row["example_id"], {field: row[field] for field in task.fields}) for row in transfer]
+    if len({query.example_id for query in queries}) != len(queries):
+        raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
+    scorer = Scorer(model_folder, task, top_k, work, threads)
+    rows = scorer.score([context["text"] for context in contexts], queries, f"teacher {name}")
+    about = {
+        "teacher": name,
+        "model": str(model_folder.relative_to(model_folder.parent.parent)),
+        "engine": scorer.engine_report,
+        "labels": list(task.labels),
+        "contexts": [{key: context[key] for key in ("context_id", "name", "tokens")} for context in contexts],
+        "content_free": [query.example_id for query in free],
+        "examples": len(transfer),
+    }
+    write_cache(output, rows, scorer.fingerprint, about)
+
+
+def content_free_queries(task: Task) -> list[Query]:
+    """The task's inputs without content, each put into every field."""
+    inputs = [dict.fromkeys(task.fields, text) for text in task.params.content_free]
+    return [Query(example_id(fields), fields) for fields in inputs]

@@ -1,0 +1,31 @@
+"""`python -m stages.targets NAME`: cached scores become a target set → artifacts/targets/NAME."""
+
+from pathlib import Path
+
+from pipeline.params import load_params
+from pipeline.schema import examples, read_table
+from pipeline.targets.build import build_targets
+from pipeline.tasks import Task
+from stages._command import run
+
+
+def main(name: str) -> None:
+    """Build one target set."""
+    params = load_params()
+    task = Task(params.task)
+    artifacts = Path("artifacts")
+    transfer = read_table(artifacts / "data" / "transfer.parquet", examples(task.fields))
+    build_targets(
+        name,
+        params.targets[name],
+        params.teachers,
+        task,
+        transfer["example_id"].to_pylist(),
+        artifacts / "scores",
+        artifacts / "targets" / name,
+        Path("metrics") / "targets" / f"{name}.json",
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,31 @@
+"""`python -m stages.teacher NAME`: a teacher scores the transfer set in its contexts → artifacts/scores/NAME."""
+
+from pathlib import Path
+
+from pipeline.params import load_params
+from pipeline.tasks import Task
+from pipeline.teacher.capture import capture
+from pipeline.work import work_folder
+from stages._command import run
+
+
+def main(name: str) -> None:
+    """Capture one teacher."""
+    params = load_params()
+    teacher = params.teachers[name]
+    artifacts = Path("artifacts")
+    capture(
+        name,
+        artifacts / teacher.model,
+        artifacts / "data" / "contexts" / f"{teacher.contexts}.parquet",
+        artifacts / "data" / "transfer.parquet",
+        artifacts / "scores" / name,
+        Task(params.task),
+        teacher.top_k,
+        work_folder(),
+        params.runtime.threads,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
