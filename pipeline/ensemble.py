@@ -1,8 +1,8 @@
 """From scores under several contexts to one distribution: calibration, then a weighted average.
 
 A context shifts every answer towards one label. Contextual calibration (2102.09690) measures the shift on inputs without content, batch
-calibration (2309.17249) as the mean score over unlabelled inputs; both are a constant for each label, subtracted from the scores. The constants are
-learnt once, on the transfer set, and saved, so that targets, baselines and single queries later all use the same ones.
+calibration (2309.17249) as the mean score over unlabelled inputs; both are a constant for each label, subtracted from the scores. The
+constants are learnt once, on the transfer set, and saved, so that targets, baselines and single queries later all use the same ones.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,8 @@ that points nowhere are named with their path and the choices there are. Every s
 import re
 import string
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -157,6 +158,12 @@ class SourceParams(Frozen):
     label: LabelRule | None = LabelRule()
     """None for a file without labels."""
 
+    @model_validator(mode="after")
+    def _columns_have_a_use(self) -> Self:
+        if self.columns is not None and self.format not in {"csv", "tsv"}:
+            raise ValueError(f"`columns` is for a csv or tsv file without a header line, and format is {self.format!r}; leave it out")
+        return self
+
 
 class DemonstrationParams(Frozen):
     """The labelled examples: what the teacher sees in its contexts, and all that pattern-based fine-tuning learns from."""
@@ -206,7 +213,7 @@ class ContextParams(Frozen):
     """Contexts differ in the order of the same demonstrations, or are drawn anew each."""
     instruction: str = ""
     tokenizer: str
-    """A model folder under artifacts/ whose tokenizer counts `max_tokens`."""
+    """A fetched model, models/NAME, whose tokenizer counts `max_tokens`."""
     max_tokens: PositiveInt = 1024
 
 
@@ -317,7 +324,8 @@ class Params(Frozen):
                 raise ValueError(f"data.{role}: source {entry.source!r} has no labels (`label: null`), and this role needs them")
         folders = {f"models/{n}" for n in self.models} | {f"tuned/{n}" for n in self.tunings} | {f"students/{n}" for n in self.students}
         for name, context in self.contexts.items():
-            _known(f"contexts.{name}.tokenizer", context.tokenizer, folders)
+            # Contexts are made before anything is trained, so only fetched models can count their tokens.
+            _known(f"contexts.{name}.tokenizer", context.tokenizer, {f"models/{n}" for n in self.models})
             needed, held = context.demonstrations, self.data.demonstrations.per_label * len(self.task.verbalisers)
             if needed > held:
                 raise ValueError(
@@ -339,8 +347,16 @@ class Params(Frozen):
         for name, baseline in self.baselines.items():
             _known(f"baselines.{name}.targets", baseline.targets, self.targets)
         _known("evaluation.reference", self.evaluation.reference, self.baselines)
+        if self.baselines[self.evaluation.reference].contexts == "each":
+            raise ValueError(
+                f"evaluation.reference: {self.evaluation.reference!r} answers once for each context, so agreement with it is not "
+                "defined; choose a baseline with `contexts: ensemble`"
+            )
         if twice := set(self.students) & set(self.baselines):
             raise ValueError(f"{choices(twice)}: a student and a baseline of the same name; rename one")
+        for name, source in sources.items():
+            for field in source.fields or {}:
+                _known(f"data.sources.{name}.fields", field, self.task.fields)
         for name, label in ((s, src.label) for s, src in sources.items()):
             produced = set() if label is None else {v for v in (label.values or {}).values() if v}
             if label is not None and label.threshold is not None:
@@ -386,39 +402,53 @@ def parse_params(raw: Any, path: Path = Path("params.yaml")) -> Params:
 
 def _explain(path: Path, fault: Any) -> str:
     """One line for one fault: file, key path, what is wrong, value, choices."""
-    location = [str(part) for part in fault["loc"] if part not in {"pypi", "hub", "local"}]
+    location, _ = _walk(fault["loc"])
     where = ".".join(location)
-    if fault["type"] == "extra_forbidden":
-        return f"{path}: {where}: unknown key; there are: {choices(_keys_at(fault['loc'][:-1]))}"
-    if fault["type"] == "value_error":
+    kind, found = fault["type"], f", found {fault['input']!r}"
+    if kind == "extra_forbidden":
+        _, parent = _walk(fault["loc"][:-1])
+        return f"{path}: {where}: unknown key; there are: {choices(getattr(parent, 'model_fields', ()))}"
+    if kind == "value_error":
         message = str(fault["ctx"]["error"])
         return f"{path}: {where}: {message}" if where else f"{path}: {message}"
-    found = "" if fault["type"] == "missing" else f", found {fault['input']!r}"
-    return f"{path}: {where}: {fault['msg'].lower()}{found}"
+    if kind in {"union_tag_not_found", "union_tag_invalid"}:
+        tag = fault.get("ctx", {}).get("tag")
+        said = "missing" if tag is None else f"no {tag!r}"
+        return f"{path}: {where}.source: {said}; choose one of: {choices(_ORIGINS)}"
+    if kind == "missing":
+        return f"{path}: {where}: missing; it has to be given"
+    hint = "; put it in quotes" if kind == "string_type" and isinstance(fault["input"], (int, float)) else ""
+    return f"{path}: {where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{found}{hint}"
 
 
-def _keys_at(location: tuple[str | int, ...]) -> set[str]:
-    """The keys of the params object at a location, walked through the types; empty for a union that names no member."""
+_ORIGINS: dict[str, type[BaseModel]] = {"pypi": PypiOrigin, "hub": HubOrigin, "local": LocalOrigin}
+
+
+def _walk(location: tuple[str | int, ...]) -> tuple[list[str], Any]:
+    """A fault's place as a path of keys, and the type that is declared there.
+
+    pydantic puts the kind of an origin into the place as if it were a key; it is left out, and a model that is called `local` is not.
+    """
     annotation: Any = Params
-    for part in location:
-        annotation = _step(annotation, str(part))
-    return set(getattr(annotation, "model_fields", {}))
+    keys: list[str] = []
+    for part in map(str, location):
+        if annotation is Origin:
+            annotation = _ORIGINS.get(part, Any)
+            continue
+        keys.append(part)
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            field = getattr(annotation, "model_fields", {}).get(part)
+            annotation = Any if field is None else field.annotation
+        annotation = _declared(annotation)
+    return keys, annotation
 
 
-def _step(annotation: Any, part: str) -> Any:
-    fields = getattr(annotation, "model_fields", None)
-    if fields is not None and part in fields:
-        return _unwrap(fields[part].annotation)
-    tagged = {"pypi": PypiOrigin, "hub": HubOrigin, "local": LocalOrigin}
-    return tagged.get(part, annotation)
-
-
-def _unwrap(annotation: Any) -> Any:
-    """The params class inside `dict[...]` or `... | None`; the annotation itself where there is none."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _unwrap(argument)
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            return found
-    return annotation
+def _declared(annotation: Any) -> Any:
+    """A type without the `None` of an optional key; any union of origins is `Origin`."""
+    if annotation is Origin or PypiOrigin in get_args(annotation):
+        return Origin
+    members = [member for member in get_args(annotation) if member is not NoneType]
+    is_optional = NoneType in get_args(annotation) and len(members) == 1
+    return members[0] if is_optional else annotation

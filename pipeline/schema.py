@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptError
+from pipeline.files import replacing
 
 SCHEMA_VERSION = 1
 
@@ -72,9 +73,9 @@ PREDICTIONS = pa.schema(
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file whose bytes depend on the rows alone; parents are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", write_statistics=True)
+    """Write one Parquet file, whole or not at all, whose bytes depend on the rows alone; parents are made."""
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_statistics=True)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

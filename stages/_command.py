@@ -1,7 +1,6 @@
 """What every stage's command shares: params, quiet libraries, and errors that end with a message and an exit code, not a traceback."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,8 +15,6 @@ def run(command: Callable[..., None]) -> None:
 
     A ShotlessError prints its message and ends with its exit code; anything else is a bug and shows its traceback.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("default")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.errors import ShotlessError
-from pipeline.files import read_json, replacing, write_json
+from pipeline.files import read_json, write_json
 from pipeline.hashing import sha256_json
 from pipeline.schema import SCORES, write_table
 
@@ -80,8 +80,7 @@ class Store:
 
     def write(self, part: Part, rows: pa.Table) -> None:
         """Write the rows of one part, whole or not at all."""
-        with replacing(part.file) as temporary:
-            write_table(rows, temporary)
+        write_table(rows, part.file)
 
     def read(self, request: Sequence[Key]) -> pa.Table:
         """The rows of a request in its order, with the columns of `schema.SCORES`.

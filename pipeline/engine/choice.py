@@ -38,7 +38,7 @@ def choose_engine(
     """Probe with `queries` (a few) behind `context` (the longest there is) and choose."""
     generic = GenericEngine(model, completions, top_k, token_budget)
     expected = generic.score(context, queries)
-    plain_attention = model.config._attn_implementation
+    plain_attention = model.config._attn_implementation or "eager"
     tolerance = TOLERANCE_NATS.get(model.dtype, 1e-4)
     refusals = []
     for answers_only in (True, False):

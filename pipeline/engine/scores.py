@@ -37,6 +37,7 @@ class Engine(Protocol):
     """Scores queries under one context after another."""
 
     name: str
+    token_budget: int
 
     def score(self, context: Sequence[int], queries: Sequence[Sequence[int]]) -> Scores:
         """Scores of `queries`, each behind `context`, in order."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UsageError
 from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
@@ -27,8 +27,13 @@ def check_folder(folder: Path) -> None:
     faults = []
     if not (folder / "config.json").is_file():
         faults.append("config.json is missing")
-    elif "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        faults.append("config.json asks for code from the repository (`auto_map`), which is never run")
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+            faults.append(
+                f"config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no model type "
+                f"{config.get('model_type')!r}"
+            )
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         faults.append(

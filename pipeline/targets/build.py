@@ -17,8 +17,8 @@ from pipeline.errors import MismatchError
 from pipeline.files import write_json
 from pipeline.params import TargetParams, TeacherParams
 from pipeline.schema import TARGETS, write_table
-from pipeline.tasks import Task
 from pipeline.targets.fidelity import cache_fidelity
+from pipeline.tasks import Task
 
 
 @dataclass(frozen=True)

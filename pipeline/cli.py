@@ -1,0 +1,39 @@
+"""The `shotless` command line: what a user asks outside the DAG."""
+
+import sys
+
+import typer
+
+from pipeline.errors import ShotlessError
+from pipeline.params import load_params
+from pipeline.report.summary import print_summary
+
+commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@commands.callback()
+def _about() -> None:
+    """Turn a few-shot prompt into a small model."""
+
+
+@commands.command()
+def check() -> None:
+    """Check params.yaml: every key, value and name in it, before anything runs."""
+    params = load_params()
+    counts = (f"{len(getattr(params, block))} {block}" for block in ("teachers", "targets", "students", "baselines"))
+    print(f"params.yaml is in order: {', '.join(counts)}.")
+
+
+@commands.command()
+def summary() -> None:
+    """Print the headline table of the last run."""
+    print_summary()
+
+
+def app() -> None:
+    """Run the command line; an error ends with its message and its exit code."""
+    try:
+        commands()
+    except ShotlessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,221 @@
+"""A source file as checked examples: fields and labels that the task can use, and for every other row the reason.
+
+Field values are stripped of outer white space and otherwise kept as they stand (HTML entities too). Of exact repeats the first is kept. A
+text that stands under two labels is kept under neither: it is no fair test and no clear demonstration. The trade-off: rows that the label
+rule leaves out are left out for every role, the transfer set's too.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.quarantine import Quarantined, shorten
+from pipeline.data.readers import MISSING, BadRow, BlankLine, json_keys, missing_column, read_rows
+from pipeline.errors import UsageError, choices
+from pipeline.hashing import example_id
+from pipeline.params import LabelRule, SourceParams
+from pipeline.tasks import Task
+
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
+"""Characters that no text holds, except by mistake; tabs, line ends and form feeds are white space."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+BAD_ROWS_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One usable row. `values` are the task's fields in its order; `label` is None in a source without labels."""
+
+    example_id: str
+    label: str | None
+    source: str
+    line: int
+    values: tuple[str, ...]
+
+
+@dataclass
+class SourceExamples:
+    """A source as read: its examples in file order, and what became of the other rows."""
+
+    name: str
+    file: str
+    rows: int = 0
+    blank_lines: int = 0
+    left_out: int = 0
+    repeats: int = 0
+    conflicting: int = 0
+    examples: list[Example] = field(default_factory=list)
+    bad: list[Quarantined] = field(default_factory=list)
+    conflicts: list[Quarantined] = field(default_factory=list)
+
+    def counts(self) -> dict[str, Any]:
+        """For metrics/prepare.json: rows in, rows out, and each way between; shares of the labels."""
+        labels = Counter(example.label for example in self.examples if example.label is not None)
+        return {
+            "rows": self.rows,
+            "blank_lines": self.blank_lines,
+            "quarantined": dict(sorted(Counter(entry.reason for entry in self.bad).items())),
+            "left_out_by_label_rule": self.left_out,
+            "exact_repeats_removed": self.repeats,
+            "conflicting_labels_removed": self.conflicting,
+            "examples": len(self.examples),
+            "label_shares": {label: round(n / labels.total(), 4) for label, n in sorted(labels.items())},
+        }
+
+
+class BadValueError(Exception):
+    """A value that cannot be used: field, reason, value."""
+
+    def __init__(self, field_name: str, reason: str, value: object) -> None:
+        super().__init__(field_name, reason, value)
+        self.field_name, self.reason, self.value = field_name, reason, value
+
+
+def read_source(name: str, params: SourceParams, path: Path, task: Task) -> SourceExamples:
+    """Read and check one source file.
+
+    Raises UsageError where the file lacks a column or has no row. Bad rows are in the result; `check_limit` weighs them.
+    """
+    columns = [(params.fields or {}).get(field_name, field_name) for field_name in task.fields]
+    asked = columns if params.label is None else [*columns, params.label.column]
+    label_of = None if params.label is None else label_reader(params.label, task)
+    result = SourceExamples(name, path.name)
+    unseen = set(asked)
+    checked: list[Example] = []
+    for read in read_rows(path, params.format, asked, params.columns):
+        if isinstance(read, BlankLine):
+            result.blank_lines += 1
+            continue
+        result.rows += 1
+        if isinstance(read, BadRow):
+            result.bad.append(Quarantined(name, path.name, read.line, read.field, read.reason, shorten(read.value)))
+            continue
+        if unseen:
+            unseen -= {column for column, value in zip(asked, read.values, strict=True) if value is not MISSING}
+        try:
+            values = tuple(
+                _field(column, value, task.params.max_chars) for column, value in zip(columns, read.values[: len(columns)], strict=True)
+            )
+            label = None if label_of is None else label_of(read.values[-1])
+        except BadValueError as bad:
+            result.bad.append(Quarantined(name, path.name, read.line, bad.field_name, bad.reason, shorten(str(bad.value))))
+            continue
+        if label_of is not None and label is None:
+            result.left_out += 1
+            continue
+        checked.append(Example(example_id(dict(zip(task.fields, values, strict=True))), label, name, read.line, values))
+    if result.rows == 0:
+        raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
+    if params.format == "jsonl" and unseen and len(result.bad) == result.rows and (keys := json_keys(path)):
+        raise missing_column(path, min(unseen), keys)
+    _remove_repeats(checked, result)
+    return result
+
+
+def check_limit(source: SourceExamples, limit: float, quarantine: Path) -> None:
+    """Raise UsageError where more than a share `limit` of a source's rows are bad."""
+    if len(source.bad) <= limit * source.rows:
+        return
+    first = "".join(f"\n  {entry.describe()}" for entry in source.bad[:BAD_ROWS_SHOWN])
+    raise UsageError(
+        f"data.sources.{source.name}: {len(source.bad):,} of {source.rows:,} rows of {source.file} cannot be used "
+        f"({len(source.bad) / source.rows:.1%}), more than data.bad_rows_limit allows ({limit:.1%}). The first:{first}\n"
+        f"All are in {quarantine}. Correct the file, its `format` or its columns, or raise data.bad_rows_limit."
+    )
+
+
+def _field(column: str, value: Any, max_chars: int) -> str:
+    if value is MISSING or value is None:
+        raise BadValueError(column, "missing", "")
+    if not isinstance(value, str):
+        raise BadValueError(column, "not a text", value)
+    text = value.strip()
+    if not text:
+        raise BadValueError(column, "empty", value)
+    if len(text) > max_chars:
+        raise BadValueError(column, "too long", f"{len(text):,} characters: {text}")
+    if not text.isprintable() and (found := CONTROL.search(text) or SURROGATE.search(text)):
+        reason = "lone surrogate" if SURROGATE.match(found[0]) else "control character"
+        raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
+    return text
+
+
+def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
+    """A function from a value in the label's column to a label, or to None where the rule leaves the row out; raises BadValueError."""
+    column = rule.column
+    if rule.threshold is not None:
+        threshold = rule.threshold
+
+        def by_sign(value: Any) -> str | None:
+            rating = _number(column, value)
+            if rating is None or abs(rating) <= threshold:
+                return None
+            return rule.positive if rating > 0 else rule.negative
+
+        return by_sign
+    values = {label: label for label in task.labels} if rule.values is None else rule.values
+
+    def by_value(value: Any) -> str | None:
+        if value is MISSING:
+            raise BadValueError(column, "missing", "")
+        text = _label_text(column, value)
+        if not text and text not in values:
+            return None
+        if text not in values:
+            raise BadValueError(column, "unknown label", f"{text} (there are: {choices(values)})")
+        return values[text] or None
+
+    return by_value
+
+
+def _number(column: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if value is MISSING:
+        raise BadValueError(column, "missing", "")
+    try:
+        # Python reads "1_0" as ten and True as one; a file that has them means something else.
+        number = math.nan if isinstance(value, bool) or (isinstance(value, str) and "_" in value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadValueError(column, "not a number", value)
+    return number
+
+
+def _label_text(column: str, value: Any) -> str:
+    """A label's value as params.yaml writes it: `true`, `1` and `positive` alike; empty for a null."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (str, int, float)):
+        return str(value).strip()
+    raise BadValueError(column, "not a label", value)
+
+
+def _remove_repeats(checked: list[Example], result: SourceExamples) -> None:
+    """Keep the first of each text in `result.examples`; none where its rows disagree on the label."""
+    first: dict[str, Example] = {}
+    torn: dict[str, Example] = {}
+    for example in checked:
+        kept = first.setdefault(example.example_id, example)
+        if kept.label != example.label:
+            torn.setdefault(example.example_id, example)
+    for example in checked:
+        if example.example_id in torn:
+            kept, other = first[example.example_id], torn[example.example_id]
+            against = other if example.label == kept.label else kept
+            note = f"{example.label} here, {against.label} on line {against.line}: {' | '.join(example.values)}"
+            result.conflicts.append(Quarantined(result.name, result.file, example.line, "", "conflicting labels", note))
+        elif first[example.example_id] is example:
+            result.examples.append(example)
+        else:
+            result.repeats += 1
+    result.conflicting = len(result.conflicts)

@@ -1,0 +1,122 @@
+"""Predictions of students and baselines on the evaluation sets, as rows on disk from which every number is made.
+
+A student answers the bare query. A baseline answers in the contexts of a target set, with the calibration that was learnt on the transfer
+set: each context on its own, or all averaged as the target set averages them. Scores go through the store, so baselines that ask the
+same prompts of the same model share them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.engine.scorer import Query, Scorer
+from pipeline.ensemble import Combination, normalised
+from pipeline.errors import MismatchError
+from pipeline.files import read_json
+from pipeline.hashing import context_id
+from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table
+from pipeline.tasks import Task
+
+Rows = list[dict[str, Any]]
+
+
+def read_sets(folder: Path, names: Sequence[str], task: Task) -> dict[str, Rows]:
+    """Evaluation sets as rows of `schema.examples`, in the params' order."""
+    return {name: read_table(folder / f"{name}.parquet", examples(task.fields)).to_pylist() for name in names}
+
+
+def predict_student(name: str, folder: Path, task: Task, sets: Mapping[str, Rows], work: Path, threads: int | None) -> pa.Table:
+    """Predictions of a student with no context.
+
+    Raises MismatchError where the student was trained for another template or other verbalisers.
+    """
+    provenance = read_json(folder / "provenance.json")
+    for key, value in {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}.items():
+        if provenance.get(key) != value:
+            raise MismatchError(f"{folder}: trained with {key} {provenance.get(key)!r}, params.yaml has {value!r}; run `dvc repro`.")
+    scorer = Scorer(folder, task, 1, work, threads)
+    scores = _score(scorer, [""], task, sets, f"evaluate {name}")
+    return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
+
+
+def predict_baseline(
+    name: str,
+    calibration: Mapping[str, Any],
+    ensemble: bool,
+    task: Task,
+    sets: Mapping[str, Rows],
+    artifacts: Path,
+    work: Path,
+    threads: int | None,
+) -> pa.Table:
+    """Predictions of a target set's prompts: of every context on its own, or of their ensemble.
+
+    Raises MismatchError where a context or a teacher is no longer the one that the calibration was learnt with.
+    """
+    by_set: dict[str, list[np.ndarray]] = {key: [] for key in sets}
+    for teacher, entry in calibration["teachers"].items():
+        contexts = teacher_contexts(calibration, teacher, artifacts)
+        scorer = Scorer(artifacts / entry["model"], task, entry["top_k"], work, threads)
+        scorer.fingerprint.check(entry["fingerprint"], artifacts / "targets" / calibration["targets"] / "calibration.json")
+        scores = _score(scorer, [context["text"] for context in contexts], task, sets, f"evaluate {name}: {teacher}")
+        for key, values in scores.items():
+            by_set[key] += list(values)
+    combination = combination_of(calibration)
+    if ensemble:
+        return _table(task, sets, {"": {key: combination.ensemble(np.stack(values)) for key, values in by_set.items()}})
+    each = {key: combination.each(np.stack(values)) for key, values in by_set.items()}
+    ids = [context["context_id"] for context in calibration["contexts"]]
+    return _table(task, sets, {context: {key: values[row] for key, values in each.items()} for row, context in enumerate(ids)})
+
+
+def teacher_contexts(calibration: Mapping[str, Any], teacher: str, artifacts: Path) -> Rows:
+    """A teacher's contexts (`schema.CONTEXTS`) in the calibration's order."""
+    path = artifacts / "data" / "contexts" / f"{calibration['teachers'][teacher]['contexts']}.parquet"
+    by_id = {row["context_id"]: row for row in read_table(path, CONTEXTS).to_pylist()}
+    wanted = [context["context_id"] for context in calibration["contexts"] if context["teacher"] == teacher]
+    if missing := [context for context in wanted if context not in by_id]:
+        raise MismatchError(f"{path}: context {missing[0][:12]} of target set {calibration['targets']!r} is not in it; run `dvc repro`.")
+    return [by_id[context] for context in wanted]
+
+
+def combination_of(calibration: Mapping[str, Any]) -> Combination:
+    """The combination that a `calibration.json` describes; its contexts are listed teacher by teacher."""
+    contexts = calibration["contexts"]
+    return Combination(
+        offsets=np.array([context["offsets_nats"] for context in contexts]),
+        weights=np.array([context["weight"] for context in contexts]),
+        average=calibration["average"],
+        temperature=calibration["temperature"],
+    )
+
+
+def _score(scorer: Scorer, contexts: Sequence[str], task: Task, sets: Mapping[str, Rows], title: str) -> dict[str, np.ndarray]:
+    """Label log-probabilities of every set, [C, N, L] each. All sets are one request: their batches are filled together."""
+    queries: dict[str, Query] = {}
+    for rows in sets.values():
+        for row in rows:
+            queries.setdefault(row["example_id"], Query(row["example_id"], {field: row[field] for field in task.fields}))
+    table = scorer.score(contexts, list(queries.values()), title)
+    values = np.array(table["label_logprobs"].to_pylist(), dtype=np.float64)
+    keys = zip(table["context_id"].to_pylist(), table["example_id"].to_pylist(), strict=True)
+    place = {key: row for row, key in enumerate(keys)}
+    ids = [context_id(text) for text in contexts]
+    return {key: values[[[place[context, row["example_id"]] for row in rows] for context in ids]] for key, rows in sets.items()}
+
+
+def _table(task: Task, sets: Mapping[str, Rows], probabilities: Mapping[str, Mapping[str, np.ndarray]]) -> pa.Table:
+    """PREDICTIONS rows: sets outermost, then contexts, then examples. `probabilities[context][set]` is [N, L]."""
+    out: dict[str, list[Any]] = {name: [] for name in PREDICTIONS.names}
+    for key, rows in sets.items():
+        for context, by_set in probabilities.items():
+            values = by_set[key].astype(np.float32)
+            out["set"] += [key] * len(rows)
+            out["context_id"] += [context] * len(rows)
+            out["example_id"] += [row["example_id"] for row in rows]
+            out["label"] += [row["label"] for row in rows]
+            out["predicted"] += [task.labels[best] for best in values.argmax(-1)]
+            out["probabilities"] += list(values)
+    return pa.table({name: pa.array(out[name], type=PREDICTIONS.field(name).type) for name in PREDICTIONS.names}, schema=PREDICTIONS)

@@ -1,0 +1,27 @@
+"""`report`: one page, the same numbers as JSON, and a card for each student, from what the other stages left on disk."""
+
+import json
+from pathlib import Path
+
+from pipeline.params import Params
+from pipeline.report.card import render_card
+from pipeline.report.collect import collect
+from pipeline.report.document import metrics_document
+from pipeline.report.page import render_page
+
+
+def build_report(params: Params, root: Path) -> None:
+    """Write `report/index.html`, `report/metrics.json` and `report/cards/STUDENT.md` under the project's folder `root`.
+
+    The same inputs give the same bytes. Raises UsageError where predictions are missing, CorruptError where a file cannot be read.
+    """
+    inputs = collect(params, root)
+    document = metrics_document(inputs)
+    page = render_page(document, inputs)
+    cards = {name: render_card(document, inputs, name) for name in params.students}
+    folder = root / "report"
+    (folder / "cards").mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, card in cards.items():
+        (folder / "cards" / f"{name}.md").write_text(card, encoding="utf-8")

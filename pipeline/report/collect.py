@@ -1,0 +1,114 @@
+"""Everything the report is made from, read from disk once.
+
+Predictions are required: each student and baseline of the params has a file, and every quality number is computed from it again. What else
+there is (costs, training curves, counts, fingerprints) comes from other stages' metrics; a missing file is no error, so that a report
+can be had early, and the page says what is missing and which command writes it. A file that is there and cannot be read is an error.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+import pyarrow as pa
+from polars.exceptions import PolarsError
+
+from pipeline import schema
+from pipeline.errors import CorruptError, UsageError
+from pipeline.params import Params
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found under the project's folder; dicts are in the params' order and hold only what exists."""
+
+    params: Params
+    predictions: dict[str, pa.Table]
+    """Baselines, then students."""
+    cost: dict[str, Json]
+    stale_cost: tuple[str, ...]
+    """Methods whose cost was measured on something else than what made the predictions."""
+    prepare: Json | None
+    targets: dict[str, Json]
+    training: dict[str, Json]
+    curves: dict[str, pl.DataFrame]
+    """Columns step, loss, learning_rate."""
+    provenance: dict[str, Json]
+    manifests: dict[str, Json]
+    """Teacher → manifest of its scores."""
+    sources: dict[str, Json]
+    """Model → where it came from."""
+
+    def kind(self, method: str) -> Literal["student", "baseline"]:
+        """Whether a method is a student or a baseline."""
+        return "student" if method in self.params.students else "baseline"
+
+
+def collect(params: Params, root: Path) -> Inputs:
+    """Read predictions and metrics of all methods in `params` under the project's folder `root`.
+
+    Raises UsageError naming every predictions file that is missing, CorruptError where a file is not what it should be.
+    """
+    names = [*params.baselines, *params.students]
+    paths = {name: root / "artifacts" / "predictions" / f"{name}.parquet" for name in names}
+    if missing := [name for name, path in paths.items() if not path.is_file()]:
+        stages = " ".join(f"evaluate@{name}" for name in missing)
+        raise UsageError(f"{paths[missing[0]]}: no such file; the report needs the predictions of every method. Run `dvc repro {stages}`.")
+    predictions = {name: schema.read_table(path, schema.PREDICTIONS) for name, path in paths.items()}
+    for name, table in predictions.items():
+        _check_sets(table, params, paths[name])
+    metrics, artifacts = root / "metrics", root / "artifacts"
+    measured = _read_each(metrics / "cost", "{}.json", names)
+    # Costs are no outputs of DVC, so they can be older than the predictions; both carry the hash of the weights and prompts they are of.
+    subjects = {name: entry.get("subject") for name, entry in _read_each(metrics / "eval", "{}.json", names).items()}
+    cost = {name: value for name, value in measured.items() if subjects.get(name, "") == value.get("measured", {}).get("subject")}
+    curves = {name: _read_curve(path) for name in params.students if (path := metrics / "curves" / f"{name}.csv").is_file()}
+    return Inputs(
+        params=params,
+        predictions=predictions,
+        cost=cost,
+        stale_cost=tuple(name for name in measured if name not in cost),
+        prepare=_read_json(metrics / "prepare.json"),
+        targets=_read_each(metrics / "targets", "{}.json", params.targets),
+        training=_read_each(metrics / "train", "{}.json", params.students),
+        curves=curves,
+        provenance=_read_each(artifacts / "students", "{}/provenance.json", params.students),
+        manifests=_read_each(artifacts / "scores", "{}/manifest.json", params.teachers),
+        sources=_read_each(artifacts / "models", "{}/source.json", params.models),
+    )
+
+
+def _check_sets(table: pa.Table, params: Params, path: Path) -> None:
+    found, wanted = set(table.column("set").unique().to_pylist()), set(params.data.evaluation)
+    if found != wanted:
+        raise CorruptError(
+            f"{path}: has evaluation sets {sorted(found)}, params.yaml has {sorted(wanted)}; run `dvc repro evaluate@{path.stem}`."
+        )
+
+
+def _read_each(folder: Path, pattern: str, names: Any) -> dict[str, Json]:
+    found = {name: _read_json(folder / pattern.format(name)) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _read_json(path: Path) -> Json | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"{path}: not JSON ({error}); run the stage that writes it again.") from None
+    if not isinstance(value, dict):
+        raise CorruptError(f"{path}: expected an object, found {type(value).__name__}; run the stage that writes it again.")
+    return value
+
+
+def _read_curve(path: Path) -> pl.DataFrame:
+    wanted = {"step": pl.Int64, "loss": pl.Float64, "learning_rate": pl.Float64}
+    try:
+        return pl.read_csv(path).select(pl.col(name).cast(kind) for name, kind in wanted.items())
+    except PolarsError as error:
+        raise CorruptError(f"{path}: expected columns {', '.join(wanted)} of numbers ({error}); run the student's stage again.") from None

@@ -1,0 +1,107 @@
+"""What methods, students and targets are, in words taken from params and from training's own record, and numbers as people read them."""
+
+from typing import Any
+
+from pipeline.params import Params
+from pipeline.report.collect import Inputs
+
+DASH = "–"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage without its sign: 0.8633 → 86.3."""
+    return DASH if share is None else f"{100 * share:.{digits}f}"
+
+
+def points(difference: float) -> str:
+    """A difference of fractions in percentage points with a true minus sign: -0.021 → −2.1."""
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text in {"+0.0", "−0.0"} else text
+
+
+def span(interval: list[float]) -> str:
+    """An interval of fractions as percentages: 82.0–90.1."""
+    return f"{percent(interval[0])}–{percent(interval[1])}"
+
+
+def quantity(value: Any, unit: str = "", digits: int = 0) -> str:
+    """A count or measurement with thousands separators, a dash where it is missing."""
+    if value is None:
+        return DASH
+    return f"{value:,.{digits}f}{unit}" if isinstance(value, float) else f"{value:,}{unit}"
+
+
+def scaled(value: float | None, unit: str = "") -> str:
+    """A large number in thousands, millions, …: 113142528 → 113.1 M; with unit B: 452.6 MB."""
+    if value is None:
+        return DASH
+    for factor, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:,.1f} {prefix}{unit}"
+    return f"{value:,.0f} {unit}".rstrip()
+
+
+def compact(value: float) -> str:
+    """A setting as people write it: 5e-05 → 5e-5."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `b` and `c`."""
+    quoted = [f"`{name}`" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}" if quoted else DASH
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 set`, `3 sets`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def root_model(params: Params, folder: str) -> str:
+    """The name in `models` that a model folder under artifacts/ goes back to, through students and tuned teachers."""
+    kind, _, name = folder.partition("/")
+    if kind == "tuned":
+        return root_model(params, params.tunings[name].base)
+    if kind == "students":
+        return root_model(params, params.students[name].base)
+    return name
+
+
+def about(inputs: Inputs, method: str) -> str:
+    """One line on what a method is."""
+    params = inputs.params
+    if method in params.students:
+        student = params.students[method]
+        source = student.learn_from.removeprefix("targets/")
+        if student.learn_from.startswith("data/"):
+            text = "learns from the demonstrations’ labels alone"
+        else:
+            text = f"distilled from the targets {source}"
+            if student.ce_weight:
+                text += f", plus {student.ce_weight:g} × the demonstrations’ labels"
+        return f"{text}; {layers(inputs, method).partition(' (')[0]}"
+    baseline = params.baselines[method]
+    target = params.targets[baseline.targets]
+    prompts = " + ".join(target.teachers)
+    calibration = {"none": "uncalibrated", "batch": "batch-calibrated", "contextual": "contextually calibrated"}[target.calibration]
+    several = sum(params.contexts[params.teachers[name].contexts].count for name in target.teachers)
+    if several == 1:
+        return f"prompt {prompts}, {calibration}"
+    how = "each context on its own" if baseline.contexts == "each" else f"{several} contexts averaged"
+    return f"prompts {prompts}, {calibration}, {how}"
+
+
+def layers(inputs: Inputs, student: str) -> str:
+    """Which layers of its base a student keeps, with their number where training recorded it."""
+    kept = inputs.params.students[student].layers
+    recorded = inputs.training.get(student, {}).get("layers")
+    number = recorded if isinstance(recorded, int) else len(recorded) if isinstance(recorded, list) else None
+    if kept is None:
+        return "all layers" if number is None else f"all {number} layers"
+    return f"layers {kept}" if number is None else f"{number} layers ({kept})"
+
+
+def context_sizes(params: Params, targets: str) -> tuple[int, int]:
+    """Contexts behind a target set, and the largest number of demonstrations in one."""
+    entries = [params.contexts[params.teachers[name].contexts] for name in params.targets[targets].teachers]
+    return sum(entry.count for entry in entries), max(entry.demonstrations for entry in entries)

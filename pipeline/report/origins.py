@@ -1,0 +1,136 @@
+"""The tables of where results come from: students, target sets, score caches, calibration, sources and their rows."""
+
+from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table, as_float
+from pipeline.report.collect import Inputs, Json
+from pipeline.report.describe import DASH, compact, layers, percent, quantity, scaled
+
+
+def students(inputs: Inputs) -> Table:
+    """How each student was made."""
+    columns = ["Student", "base", "learns from", "layers", "parameters", "steps × batch", "learning rate", "label weight", "final loss"]
+    rows = []
+    for name, student in inputs.params.students.items():
+        found = inputs.training.get(name, {})
+        from_labels = student.learn_from.startswith("data/")
+        rows.append(
+            [
+                Cell(name, code=True),
+                Cell(student.base),
+                Cell("demonstrations’ labels" if from_labels else student.learn_from),
+                Cell(layers(inputs, name)),
+                Cell(scaled(found.get("parameters"))),
+                Cell(f"{student.steps:,} × {student.batch_size}"),
+                Cell(compact(student.learning_rate)),
+                Cell("labels alone" if from_labels else f"{student.ce_weight:g}"),
+                Cell(quantity(as_float(found.get("final_loss")), digits=3)),
+            ]
+        )
+    return Table("students", "How the students were made.", columns, [Rows("", rows)], text_columns=(0, 1, 2, 3))
+
+
+def target_sets(inputs: Inputs) -> Table:
+    """What each target set is made of, and how far its contexts agree."""
+    columns = ["Targets", "teachers × weight", "calibration", "average", "temperature", "rows", "agreement"]
+    rows = []
+    for name, target in inputs.params.targets.items():
+        found = inputs.targets.get(name, {})
+        rows.append(
+            [
+                Cell(name, code=True),
+                Cell(" + ".join(f"{teacher} × {weight:g}" for teacher, weight in target.teachers.items())),
+                Cell(target.calibration),
+                Cell(target.average.replace("_", " ")),
+                Cell(f"{target.temperature:g}"),
+                Cell(quantity(found.get("rows"))),
+                Cell(percent(found.get("agreement"))),
+            ]
+        )
+    caption = "What students can learn from. Agreement is the share of the contexts’ weight that answers as the target does, percent."
+    return Table("targets", caption, columns, [Rows("", rows)], text_columns=(0, 1, 2, 3))
+
+
+def caches(inputs: Inputs) -> Table | None:
+    """What each teacher's score cache holds and kept of the vocabulary's mass; None where no target set recorded it."""
+    found = {teacher: entry for target in inputs.targets.values() for teacher, entry in (target.get("cache") or {}).items()}
+    rows = [
+        [
+            Cell(teacher, code=True),
+            Cell(quantity(entry.get("rows"))),
+            Cell(quantity(as_float(entry.get("bytes_per_row")))),
+            Cell(quantity(entry.get("top_k"))),
+            Cell(percent(entry.get("retained_mass_mean"), 2)),
+            Cell(percent(entry.get("retained_mass_min"), 2)),
+            Cell(percent(entry.get("verbaliser_mass_mean"), 2)),
+        ]
+        for teacher in inputs.params.teachers
+        if isinstance(entry := found.get(teacher), dict)
+    ]
+    columns = ["Teacher", "rows", "bytes a row", "top k", "mass kept, mean %", "mass kept, least %", "mass on the labels, %"]
+    caption = "Score caches: one row for each example and context, written once."
+    return Table("caches", caption, columns, [Rows("", rows)]) if rows else None
+
+
+def shift(inputs: Inputs) -> Table | None:
+    """What calibration changed on the transfer set: the share of each label answered in each context, raw and calibrated."""
+    labels = list(inputs.params.task.verbalisers)
+    bodies = []
+    for name, found in inputs.targets.items():
+        rows = []
+        for teacher, entry in found.get("teachers", {}).items():
+            for context, change in entry.get("contexts", {}).items():
+                raw, calibrated, offset = (change.get(key) or {} for key in ("shares_raw", "shares_calibrated", "offset_nats"))
+                row = [Cell(context if context.startswith(teacher) else f"{teacher} · {context}", code=True)]
+                for label in labels:
+                    row += [Cell(percent(raw.get(label))), Cell(percent(calibrated.get(label))), Cell(_nats(offset.get(label)))]
+                rows.append(row)
+        if rows:
+            bodies.append(Rows(name, rows))
+    columns = ["Context", *(title for _ in labels for title in ("raw, %", "calibrated, %", "offset, nats"))]
+    groups = [("", 1), *((f"Answers {label}", 3) for label in labels)]
+    caption = "How often each label is answered on the transfer set, before and after calibration."
+    return Table("shift", caption, columns, bodies, groups) if bodies else None
+
+
+def sources(inputs: Inputs) -> Table | None:
+    """What became of the rows of each source; None where nothing was counted."""
+    keys = ("left_out_by_label_rule", "exact_repeats_removed", "conflicting_labels_removed", "examples")
+    rows = []
+    for name, found in (inputs.prepare or {}).get("sources", {}).items():
+        reasons = found.get("quarantined") or {}
+        why = ", ".join(f"{reason} {n:,}" for reason, n in reasons.items())
+        rows.append(
+            [
+                Cell(name, code=True),
+                Cell(quantity(found.get("rows"))),
+                Cell(quantity(sum(reasons.values())), why),
+                *(Cell(quantity(found.get(key))) for key in keys),
+                Cell(inputs.params.data.sources[name].origin.licence if name in inputs.params.data.sources else DASH),
+            ]
+        )
+    columns = ["Source", "rows", "quarantined", "no label by the rule", "exact repeats", "conflicting labels", "usable", "licence"]
+    return Table("sources", "What became of each source’s rows.", columns, [Rows("", rows)], text_columns=(0, 7)) if rows else None
+
+
+def roles(document: Json, inputs: Inputs) -> Table:
+    """Which source plays which part, with sizes and the copies of evaluation examples kept out of it."""
+    data, counted = inputs.params.data, (inputs.prepare or {}).get("roles", {})
+    rows = []
+    for part, key, source in (
+        ("demonstrations", "demonstrations", data.demonstrations.source),
+        ("transfer set", "transfer", data.transfer.source),
+    ):
+        found = counted.get(key, {})
+        copies = found.get("copies_of_evaluation_removed")
+        rows.append(
+            [Cell(part), Cell(source), Cell(quantity(found.get("drawn"))), Cell(DASH if copies is None else f"{sum(copies.values()):,}")]
+        )
+    for name, entry in document["sets"].items():
+        where = f"evaluation, {DOMAIN_TITLE[entry['domain']].lower()}: {name}"
+        rows.append([Cell(where), Cell(data.evaluation[name].source), Cell(quantity(entry["n"])), Cell("")])
+    columns = ["Part", "source", "examples", "copies kept out"]
+    caption = "Who gets which examples; exact and near copies of evaluation examples are kept out of what is learnt from."
+    return Table("roles", caption, columns, [Rows("", rows)], text_columns=(0, 1))
+
+
+def _nats(value: float | None) -> str:
+    return DASH if value is None else f"{value:+.2f}".replace("-", "−")

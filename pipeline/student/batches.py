@@ -1,0 +1,58 @@
+"""Which examples a step takes: a function of seed, step and the examples' content alone.
+
+An epoch is a permutation that orders examples by sha256(seed, epoch, example_id). It does not depend on the order of rows in a file, on a
+random generator's state or on the process, so a run that goes on after an interrupt takes the same batches, and one more example slips into
+the order without shuffling the rest. Batches run across the ends of epochs, so that every step has the same size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from pipeline.hashing import sha256_json
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: token ids up to the answer position, and the distribution over the labels that belongs there."""
+
+    example_id: str
+    ids: tuple[int, ...]
+    target: tuple[float, ...]
+    """Probabilities of the labels; a gold label has all of it."""
+
+    @property
+    def label(self) -> int:
+        """Number of the most probable label: the gold one, where the target is a gold label."""
+        return max(range(len(self.target)), key=self.target.__getitem__)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective, with examples of its own. Each step takes `batch_size` of them and adds `weight` × their mean loss."""
+
+    loss: Literal["kl", "cross_entropy"]
+    weight: float
+    batch_size: int
+    examples: tuple[Example, ...]
+
+
+def permutation(example_ids: Sequence[str], seed: int, epoch: int) -> list[int]:
+    """Numbers of the examples in the order of an epoch."""
+    return sorted(range(len(example_ids)), key=lambda number: sha256_json([seed, epoch, example_ids[number]]))
+
+
+class Order:
+    """The examples of a term, step by step."""
+
+    def __init__(self, term: Term, seed: int) -> None:
+        self._term = term
+        example_ids = tuple(example.example_id for example in term.examples)
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: permutation(example_ids, seed, epoch))
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of a step, counted from 0."""
+        examples, size = self._term.examples, self._term.batch_size
+        places = range(step * size, (step + 1) * size)
+        return [examples[self._epoch(place // len(examples))[place % len(examples)]] for place in places]

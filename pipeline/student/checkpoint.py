@@ -1,0 +1,83 @@
+"""Training that survives a kill: weights, moments, step and losses, in one safetensors file under the work folder.
+
+A checkpoint is exact, so when it is taken does not change what comes out; it is taken when enough work stands to be lost, by the clock, not
+by steps: its size is three times the model's, and writing it every few steps of a small model would cost more than it saves. One that
+belongs to other params, data or weights is not used. A student has at most one.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from pipeline.files import replacing
+
+SECONDS_BETWEEN = 120.0
+"""Work that a kill costs at most. Writing 1.4 GB takes about 3 s."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Checkpoint:
+    """The checkpoint of one training: `folder`/NAME-FINGERPRINT.safetensors."""
+
+    def __init__(self, folder: Path, name: str, fingerprint: str, seconds_between: float = SECONDS_BETWEEN) -> None:
+        self.path = folder / f"{name}-{fingerprint[:16]}.safetensors"
+        self._name = name
+        self._fingerprint = fingerprint
+        self._seconds_between = seconds_between
+        self._taken = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last one."""
+        return time.monotonic() - self._taken >= self._seconds_between
+
+    @torch.no_grad()
+    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+        """Write the state after `len(losses)` steps, then remove what other params or data left of this student."""
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+        for name, parameter in _trained(model).items():
+            tensors[f"weight.{name}"] = parameter.detach().contiguous()
+            for moment in MOMENTS:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"fingerprint": self._fingerprint})
+        for stale in self._all():
+            if stale != self.path:
+                stale.unlink(missing_ok=True)
+        self._taken = time.monotonic()
+
+    @torch.no_grad()
+    def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[float]:
+        """Put a saved state into model and optimizer, and return the losses of the steps done: none where there is no such state."""
+        if not self.path.is_file():
+            return []
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
+                    return []
+                losses = file.get_tensor("losses").tolist()
+                for name, parameter in _trained(model).items():
+                    parameter.copy_(file.get_tensor(f"weight.{name}"))
+                    state: dict[str, torch.Tensor] = {"step": torch.tensor(float(len(losses)))}
+                    for moment in MOMENTS:
+                        state[moment] = torch.empty_like(parameter).copy_(file.get_tensor(f"{moment}.{name}"))
+                    optimizer.state[parameter] = state
+        except SafetensorError:
+            return []  # not a whole file, which `replacing` rules out but a full disk or a user may not: training starts again
+        return losses
+
+    def remove(self) -> None:
+        """The training is done: no checkpoint of this student stays."""
+        for path in self._all():
+            path.unlink(missing_ok=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self._name}-{'[0-9a-f]' * 16}.safetensors"))
+
+
+def _trained(model: PreTrainedModel) -> Mapping[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

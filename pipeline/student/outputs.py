@@ -1,0 +1,53 @@
+"""What a training leaves behind: a plain transformers folder with its provenance, metrics, a loss curve.
+
+All of it but the runtime file depends on params and data alone, so that equal runs give equal bytes; seconds and memory go where DVC does
+not look.
+"""
+
+import csv
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import replacing, write_json
+from pipeline.params import TuningParams
+from pipeline.student.optimizer import learning_rate
+from pipeline.student.training import Trained
+
+DIGITS = 6
+"""Significant digits of a number in metrics and curves."""
+
+
+def write_curve(losses: list[float], params: TuningParams, file: Path) -> None:
+    """One line a step, counted from 1: the loss before its update in nats, and the learning rate of the update."""
+    with replacing(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(["step", "loss", "learning_rate"])
+        for step, loss in enumerate(losses):
+            writer.writerow([step + 1, significant(loss), significant(learning_rate(step, params))])
+
+
+def final_loss(losses: list[float]) -> float:
+    """Mean loss of the last tenth of the steps, nats."""
+    last = losses[-max(1, len(losses) // 10) :]
+    return significant(math.fsum(last) / len(last))
+
+
+def write_runtime(trained: Trained, threads: int, file: Path) -> None:
+    """What differs from run to run: time, rate, memory, and where an interrupted run was taken up."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    values: dict[str, Any] = {
+        "seconds": round(trained.seconds, 3),
+        "tokens_per_second": round(trained.tokens_per_second, 1),
+        "peak_rss_bytes": peak,
+        "threads": threads,
+        "resumed_at_step": trained.resumed_at,
+    }
+    write_json(values, file)
+
+
+def significant(value: float) -> float:
+    """A number rounded to `DIGITS` significant digits."""
+    return float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,186 @@
+"""A student or a tuned teacher, from the files of earlier stages to its folder.
+
+The two differ in what they learn from and in whether layers are cut; the rest is one function. Everything is checked before
+training: names, lengths, labels, targets that belong to the task.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UsageError
+from pipeline.files import write_json
+from pipeline.hashing import sha256_file, sha256_json
+from pipeline.models.loading import (
+    check_folder,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    parameter_counts,
+    save_model,
+    tokenizer_sha256,
+    use_threads,
+    weights_sha256,
+)
+from pipeline.models.truncation import cut_layers, parse_layers
+from pipeline.params import StudentParams, TunedTeacherParams, TuningParams
+from pipeline.student.batches import Term
+from pipeline.student.checkpoint import SECONDS_BETWEEN, Checkpoint
+from pipeline.student.lessons import check_lengths, demonstrations, target_set, targets_fingerprint
+from pipeline.student.outputs import final_loss, write_curve, write_runtime
+from pipeline.student.training import Trained, train
+from pipeline.tasks import Task, TaskTokens
+
+TRAINING_VERSION = 1
+"""Raised when the training's numbers change: a checkpoint of another version is not used."""
+DEMONSTRATIONS = "data/demonstrations.parquet"
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders that a run reads and writes."""
+
+    artifacts: Path
+    metrics: Path
+    work: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training, ready to run."""
+
+    kind: str
+    """`student` or `tuned`."""
+    name: str
+    params: TuningParams
+    base: str
+    layers: str | None
+    learn_from: str
+    sources: Mapping[str, str]
+    """Hashes of what is learnt from."""
+    tokens: TaskTokens
+    terms: Sequence[Term]
+
+
+def train_student(
+    name: str, params: StudentParams, task: Task, places: Places, threads: int | None = None, seconds_between: float = SECONDS_BETWEEN
+) -> None:
+    """Write `artifacts/students/NAME`, `metrics/train/NAME.json`, `metrics/curves/NAME.csv`, `metrics/runtime/student-NAME.json`.
+
+    `seconds_between` checkpoints. Raises UsageError and MismatchError on bad input before training, ShotlessError where it diverges.
+    """
+    tokens = _tokens(places.artifacts / params.base, task)
+    from_labels = params.learn_from == DEMONSTRATIONS
+    if from_labels and params.ce_weight:
+        raise UsageError(
+            f"students.{name}.ce_weight: {params.ce_weight} beside `learn_from: {DEMONSTRATIONS}`, where cross-entropy on the "
+            "demonstrations is all there is; remove it, or learn from a target set."
+        )
+    terms, sources = [], {}
+    if not from_labels:
+        folder = places.artifacts / params.learn_from
+        terms.append(Term("kl", 1.0, params.batch_size, target_set(folder, places.artifacts / "data" / "transfer.parquet", tokens)))
+        sources |= targets_fingerprint(folder)
+    if from_labels or params.ce_weight:
+        file = places.artifacts / DEMONSTRATIONS
+        weight, size = (1.0, params.batch_size) if from_labels else (params.ce_weight, demonstrations_a_step(params.batch_size))
+        terms.append(Term("cross_entropy", weight, size, demonstrations(file, tokens)))
+        sources["demonstrations"] = sha256_file(file)
+    job = Job("student", name, params, params.base, params.layers, params.learn_from, sources, tokens, terms)
+    _run(job, places.artifacts / "students" / name, name, places, threads, seconds_between)
+
+
+def tune_teacher(
+    name: str, params: TunedTeacherParams, task: Task, places: Places, threads: int | None = None, seconds_between: float = SECONDS_BETWEEN
+) -> None:
+    """Fine-tune a teacher's model on the demonstrations' labels (PBFT), with no layer cut.
+
+    Writes `artifacts/tuned/NAME`, `metrics/train/tuned-NAME.json`, `metrics/curves/tuned-NAME.csv`, `metrics/runtime/tuned-NAME.json`.
+    """
+    tokens = _tokens(places.artifacts / params.base, task)
+    file = places.artifacts / DEMONSTRATIONS
+    terms = [Term("cross_entropy", 1.0, params.batch_size, demonstrations(file, tokens))]
+    job = Job("tuned", name, params, params.base, None, DEMONSTRATIONS, {"demonstrations": sha256_file(file)}, tokens, terms)
+    _run(job, places.artifacts / "tuned" / name, f"tuned-{name}", places, threads, seconds_between)
+
+
+def demonstrations_a_step(batch_size: int) -> int:
+    """Demonstrations that a step takes beside its batch where `ce_weight` is set: a quarter as many, at least one.
+
+    They are few and come round often; more of them would cost time and not say more.
+    """
+    return max(1, batch_size // 4)
+
+
+def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
+    base = places.artifacts / job.base
+    check_lengths([example for term in job.terms for example in term.examples], job.tokens, context_limit(base), base)
+    used_threads = use_threads(threads)
+    provenance = _provenance(job, base)
+    checkpoint = Checkpoint(
+        places.work / "training", f"{job.kind}-{job.name}", _fingerprint(job, provenance, used_threads), seconds_between
+    )
+    model = load_model(base)
+    if job.layers is not None:
+        cut_layers(model, parse_layers(job.layers, model.config.get_text_config().num_hidden_layers))
+    parameters, trained_parameters = parameter_counts(model)
+    trained = train(model, job.tokens.completions, job.terms, job.params, title=f"{job.kind} {job.name}", checkpoint=checkpoint)
+    output.mkdir(parents=True, exist_ok=True)
+    model.config._name_or_path = ""
+    save_model(model, load_tokenizer(base), output)
+    counts = {
+        "steps": job.params.steps,
+        "examples": trained.examples,
+        "tokens": trained.tokens,
+        "parameters": parameters,
+        "trained_parameters": trained_parameters,
+        "layers": int(model.config.get_text_config().num_hidden_layers),
+    }
+    write_json({**provenance, "counts": counts, "forward": trained.forward}, output / "provenance.json")
+    _write_metrics(job, metrics_name, counts, trained, used_threads, places.metrics)
+    checkpoint.remove()
+
+
+def _write_metrics(job: Job, metrics_name: str, counts: dict[str, int], trained: Trained, threads: int, metrics: Path) -> None:
+    values: dict[str, Any] = {**counts, "final_loss": final_loss(trained.losses), "base": job.base, "learn_from": job.learn_from}
+    write_json(values, metrics / "train" / f"{metrics_name}.json")
+    write_curve(trained.losses, job.params, metrics / "curves" / f"{metrics_name}.csv")
+    write_runtime(trained, threads, metrics / "runtime" / f"{job.kind}-{job.name}.json")
+
+
+def _tokens(base: Path, task: Task) -> TaskTokens:
+    check_folder(base)
+    return TaskTokens(task, load_tokenizer(base))
+
+
+def _provenance(job: Job, base: Path) -> dict[str, Any]:
+    """Where a folder's weights come from, by content; no clock and no machine in it."""
+    task = job.tokens.task
+    completions = zip(task.params.verbalisers.items(), job.tokens.completions, strict=True)
+    return {
+        "kind": job.kind,
+        "name": job.name,
+        "base": job.base,
+        "base_weights_sha256": weights_sha256(base),
+        "tokenizer_sha256": tokenizer_sha256(base),
+        "layers": job.layers,
+        "learn_from": job.learn_from,
+        "sources_sha256": dict(job.sources),
+        "template": task.params.template,
+        "verbalisers": {label: {"text": text, "ids": list(ids)} for (label, text), ids in completions},
+        "labels": list(task.labels),
+        "params": job.params.model_dump(mode="json"),
+        "training_version": TRAINING_VERSION,
+    }
+
+
+def _fingerprint(job: Job, provenance: dict[str, Any], threads: int) -> str:
+    """What a checkpoint belongs to. Threads and torch's version count: other ones round otherwise, and the end would be neither's."""
+    lessons = [
+        [term.loss, term.weight, term.batch_size, [[e.example_id, list(e.ids), list(e.target)] for e in term.examples]]
+        for term in job.terms
+    ]
+    return sha256_json({"provenance": provenance, "lessons": lessons, "threads": threads, "torch": torch.__version__})

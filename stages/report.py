@@ -1,0 +1,16 @@
+"""Write the report from all predictions and metrics. Run by DVC, or as `python -m stages.report`."""
+
+from pathlib import Path
+
+from pipeline.params import load_params
+from pipeline.report.build import build_report
+from stages._command import run
+
+
+def main() -> None:
+    """Write report/index.html, report/metrics.json and report/cards/."""
+    build_report(load_params(), Path())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,236 @@
+"""Metrics against naive oracles written from their definitions, and the properties that must hold for any predictions."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import CorruptError, UsageError
+from pipeline.metrics import agreement, compare, evaluate_predictions, expected_calibration_error, mean_accuracy
+from pipeline.schema import PREDICTIONS
+
+LABELS = ("negative", "positive", "a-neutral")  # deliberately not in alphabetical order
+
+
+def predictions(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=PREDICTIONS)
+
+
+def random_rows(seed: int, n: int = 40, contexts: int = 1, sets: tuple[str, ...] = ("in", "out")) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for name in sets:
+        gold = rng.integers(len(LABELS), size=n)
+        for context in range(contexts):
+            logits = rng.normal(size=(n, len(LABELS)))
+            logits[np.arange(n), gold] += 1.0
+            p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            for i in range(n):
+                rows.append(
+                    {
+                        "set": name,
+                        "context_id": f"c{context}" if contexts > 1 else "",
+                        "example_id": f"{name}-{i:04d}",
+                        "label": LABELS[gold[i]],
+                        "predicted": LABELS[int(p[i].argmax())],
+                        "probabilities": p[i].tolist(),
+                    }
+                )
+    return rows
+
+
+def evaluate(rows: list[dict[str, Any]], resamples: int = 200) -> dict[str, dict[str, Any]]:
+    return evaluate_predictions(predictions(rows), LABELS, resamples=resamples, seed=0)
+
+
+def naive_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Straight from the definitions, one loop each."""
+    n = len(rows)
+    log_loss = brier = 0.0
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row in rows:
+        p = [float(np.float32(value)) for value in row["probabilities"]]
+        p = [value / sum(p) for value in p]
+        log_loss -= math.log(p[LABELS.index(row["label"])]) / n
+        brier += sum((value - (label == row["label"])) ** 2 for value, label in zip(p, LABELS, strict=True)) / 2 / n
+        bins.setdefault(min(14, math.ceil(max(p) * 15) - 1), []).append((max(p), row["label"] == row["predicted"]))
+    ece = sum(len(b) / n * abs(sum(ok for _, ok in b) / len(b) - sum(c for c, _ in b) / len(b)) for b in bins.values())
+    f1 = []
+    for label in LABELS:
+        hit = sum(r["label"] == label == r["predicted"] for r in rows)
+        named = sum(r["predicted"] == label for r in rows) + sum(r["label"] == label for r in rows)
+        if named:
+            f1.append(2 * hit / named)
+    accuracy = sum(r["label"] == r["predicted"] for r in rows) / n
+    return {"accuracy": accuracy, "log_loss": log_loss, "brier": brier, "ece": ece, "macro_f1": sum(f1) / len(f1)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_equal_their_definitions(seed: int) -> None:
+    rows = random_rows(seed)
+    for name, found in evaluate(rows).items():
+        for key, expected in naive_metrics([row for row in rows if row["set"] == name]).items():
+            assert found[key] == pytest.approx(expected, abs=2e-6), key
+
+
+def test_several_contexts_give_means_over_contexts() -> None:
+    rows = random_rows(1, contexts=3, sets=("in",))
+    found = evaluate(rows)["in"]
+    each = [naive_metrics([row for row in rows if row["context_id"] == f"c{i}"]) for i in range(3)]
+    for key in each[0]:
+        assert found[key] == pytest.approx(np.mean([metrics[key] for metrics in each]), abs=2e-6)
+    accuracies = [metrics["accuracy"] for metrics in each]
+    assert found["contexts"]["each"] == pytest.approx(accuracies)
+    assert (found["contexts"]["worst"], found["contexts"]["best"]) == (min(accuracies), max(accuracies))
+    assert found["n"] == 40
+
+
+def test_one_context_has_no_contexts_entry() -> None:
+    assert "contexts" not in evaluate(random_rows(0))["in"]
+
+
+def test_repeating_a_context_narrows_no_interval() -> None:
+    """Contexts share their examples, so the same answers four times over are no more evidence than once."""
+    once = random_rows(2, sets=("in",))
+    copies = [row | {"context_id": f"c{i}"} for i in range(4) for row in once]
+    assert evaluate(copies)["in"]["ci95"] == evaluate(once)["in"]["ci95"]
+
+
+@given(st.integers(0, 2**16), st.integers(1, 30))
+@settings(max_examples=25, deadline=None)
+def test_the_interval_holds_the_accuracy_and_stays_in_range(seed: int, n: int) -> None:
+    for metrics in evaluate(random_rows(seed, n=n), resamples=100).values():
+        low, high = metrics["ci95"]
+        assert 0 <= low <= metrics["accuracy"] <= high <= 1
+        assert sum(metrics["predicted_shares"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_all_right_gives_the_exact_binomial_interval_without_a_warning() -> None:
+    rows = [row | {"label": row["predicted"]} for row in random_rows(0, n=100, sets=("in",))]
+    found = evaluate(rows)["in"]
+    assert found["accuracy"] == 1.0
+    assert found["ci95"] == pytest.approx([0.025 ** (1 / 100), 1.0], abs=1e-6)
+
+
+def test_the_interval_is_close_to_the_normal_one_where_that_is_good() -> None:
+    rows = random_rows(3, n=2000, sets=("in",))
+    found = evaluate(rows, resamples=2000)["in"]
+    half = 1.96 * math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / 2000)
+    assert found["ci95"] == pytest.approx([found["accuracy"] - half, found["accuracy"] + half], abs=0.003)
+
+
+def test_the_same_rows_give_the_same_json() -> None:
+    rows = random_rows(5, contexts=2)
+    assert json.dumps(evaluate(rows)) == json.dumps(evaluate(rows))
+
+
+def test_metrics_do_not_depend_on_label_order() -> None:
+    rows = random_rows(6, sets=("in",))
+    order = (2, 0, 1)
+    turned = [row | {"probabilities": [row["probabilities"][i] for i in order]} for row in rows]
+    found = evaluate_predictions(predictions(turned), [LABELS[i] for i in order], resamples=50, seed=0)["in"]
+    expected = evaluate(rows, resamples=50)["in"]
+    for key in ("accuracy", "macro_f1", "log_loss", "brier", "ece"):
+        assert found[key] == pytest.approx(expected[key], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bad", [[math.nan, 0.5, 0.5], [0.2, 0.2, 0.2], [1.2, -0.1, -0.1], [0.5, 0.5]], ids=["nan", "sum", "negative", "length"]
+)
+def test_what_is_no_distribution_is_an_error_naming_the_row(bad: list[float]) -> None:
+    rows = random_rows(0)
+    rows[7] = rows[7] | {"probabilities": bad}
+    with pytest.raises(CorruptError, match=r"set 'in': example in-0007"):
+        evaluate(rows)
+
+
+def test_a_prediction_that_is_not_the_most_probable_is_an_error() -> None:
+    rows = random_rows(0)
+    rows[3] = rows[3] | {"predicted": LABELS[0], "probabilities": [0.2, 0.5, 0.3]}
+    with pytest.raises(CorruptError, match="in-0003: predicted 'negative' is not the most probable"):
+        evaluate(rows)
+
+
+def test_an_unknown_label_an_uneven_context_and_a_repeat_are_errors() -> None:
+    rows = random_rows(0)
+    with pytest.raises(CorruptError, match="'label' has odd; the task's labels are a-neutral, negative, positive"):
+        evaluate([rows[0] | {"label": "odd"}, *rows[1:]])
+    with pytest.raises(CorruptError, match="in-0000 has 2 of 3 contexts"):
+        evaluate(random_rows(0, contexts=3)[1:])
+    with pytest.raises(CorruptError, match="twice"):
+        evaluate([*rows, rows[0]])
+
+
+def test_agreement_with_itself_is_one_and_counts_equal_predictions() -> None:
+    rows = random_rows(0)
+    table = predictions(rows)
+    assert agreement(table, table) == {"in": 1.0, "out": 1.0}
+    other = predictions(random_rows(9))
+    expected = {
+        name: np.mean([a["predicted"] == b["predicted"] for a, b in zip(rows, random_rows(9), strict=True) if a["set"] == name])
+        for name in ("in", "out")
+    }
+    assert agreement(table, other) == pytest.approx(expected)
+    assert agreement(table, predictions(random_rows(9)[::-1])) == agreement(table, other), "rows are joined by key, not by order"
+
+
+def test_agreement_needs_one_prediction_an_example_and_all_examples() -> None:
+    rows = random_rows(0)
+    with pytest.raises(UsageError, match="contexts: ensemble"):
+        agreement(predictions(rows), predictions(random_rows(0, contexts=2)))
+    with pytest.raises(CorruptError, match=r"1 rows have no counterpart.*in-0000"):
+        agreement(predictions(rows), predictions(rows[1:]))
+
+
+def test_a_method_against_itself_differs_by_nothing_and_a_better_one_clearly() -> None:
+    rows = random_rows(4, n=200)
+    table = predictions(rows)
+    same = compare(table, table, ["in", "out"], resamples=200, seed=0)
+    assert same["difference"] == 0
+    assert not same["clear"]
+    assert same["ci95"][1] < 0.01, "agreement on every example leaves little room"
+    best = predictions([row | {"predicted": row["label"]} for row in rows])
+    gain = compare(best, table, ["in", "out"], resamples=200, seed=0)
+    assert gain["clear"]
+    loss = compare(table, best, ["in", "out"], resamples=200, seed=0)
+    assert loss["difference"] == pytest.approx(-gain["difference"])
+
+
+def test_comparison_is_of_means_over_sets_paired_by_example() -> None:
+    a, b = random_rows(1, n=60), random_rows(2, n=60)
+    b = [y | {"label": x["label"]} for x, y in zip(a, b, strict=True)]
+    found = compare(predictions(a), predictions(b[::-1]), ["in", "out"], resamples=100, seed=0)
+    expected = mean_accuracy(predictions(a), ["in", "out"], resamples=10, seed=0)["accuracy"]
+    expected -= mean_accuracy(predictions(b), ["in", "out"], resamples=10, seed=0)["accuracy"]
+    assert found["difference"] == pytest.approx(expected, abs=2e-6)
+    with pytest.raises(CorruptError, match="different examples"):
+        compare(predictions(a), predictions(b[1:]), ["in"], resamples=10, seed=0)
+
+
+def test_mean_accuracy_weighs_sets_alike_whatever_their_size() -> None:
+    rows = random_rows(0, n=10, sets=("in",)) + random_rows(1, n=100, sets=("out",))
+    each = evaluate(rows)
+    expected = (each["in"]["accuracy"] + each["out"]["accuracy"]) / 2
+    assert mean_accuracy(predictions(rows), ["in", "out"], resamples=50, seed=0)["accuracy"] == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.booleans()), min_size=1, max_size=50))
+def test_ece_lies_between_zero_and_one(pairs: list[tuple[float, bool]]) -> None:
+    confidence, correct = np.array([c for c, _ in pairs]), np.array([ok for _, ok in pairs])
+    assert 0 <= expected_calibration_error(confidence, correct) <= 1
+    one_bin = expected_calibration_error(confidence, correct, bins=1)
+    assert one_bin == pytest.approx(abs(confidence.mean() - correct.mean()), abs=1e-9)
+    assert expected_calibration_error(confidence, correct) >= one_bin - 1e-9, "finer bins hide less"
+
+
+def test_the_frame_is_left_as_it_was() -> None:
+    table = predictions(random_rows(0))
+    before = pl.from_arrow(table).clone()
+    evaluate_predictions(table, LABELS, resamples=10, seed=0)
+    assert before.equals(pl.from_arrow(table))

@@ -1,0 +1,194 @@
+"""A made-up run for the report's tests: predictions drawn at random with an accuracy we choose, and the metrics other stages would write.
+
+Nothing here was measured. `python tests/report/report_files.py FOLDER` writes it and builds the page, to look at it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.hashing import sha256_text
+from pipeline.params import Params, load_params
+from pipeline.report.build import build_report
+from pipeline.schema import PREDICTIONS, write_table
+
+PROJECT = Path(__file__).resolve().parents[2]
+ACCURACY = {  # invented, for movie, amazon, tweets, editorials
+    "zero_shot": (0.81, 0.86, 0.91, 0.89),
+    "icl": (0.56, 0.53, 0.55, 0.52),
+    "icl_calibrated": (0.83, 0.73, 0.74, 0.65),
+    "icl_ensemble": (0.87, 0.75, 0.78, 0.69),
+    "teacher": (0.87, 0.81, 0.85, 0.90),
+    "cd": (0.87, 0.86, 0.85, 0.93),
+    "pbft": (0.66, 0.59, 0.56, 0.63),
+}
+ONE_SIDED = {"icl"}
+EXAMPLES = 200
+
+
+def _json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def prediction_rows(params: Params, method: str, examples: int = EXAMPLES) -> list[dict[str, Any]]:
+    """Rows of one method: right with the chosen chance, wrong on the same hard examples as the other methods where it can be."""
+    labels = list(params.task.verbalisers)
+    each = method in params.baselines and params.baselines[method].contexts == "each"
+    rows = []
+    for s, name in enumerate(params.data.evaluation):
+        accuracy = ACCURACY.get(method, (0.75,) * 4)[s % 4]
+        rng = np.random.default_rng(s)
+        gold, hardness = rng.integers(len(labels), size=examples), rng.random(examples)
+        own = np.random.default_rng([s, len(method), *method.encode()])
+        for context in range(4 if each else 1):
+            level = np.clip(accuracy + (0.04 * (context - 1.5) if each else 0), 0, 1)
+            right = 0.6 * hardness + 0.4 * own.random(examples)
+            right = right <= np.quantile(right, level)
+            for i in range(examples):
+                answer = gold[i] if right[i] else (gold[i] + 1) % len(labels)
+                if method in ONE_SIDED and own.random() < 0.85:
+                    answer = 1
+                top = 1 / len(labels) + (1 - 1 / len(labels)) * own.beta(3, 2)
+                probabilities = np.full(len(labels), (1 - top) / (len(labels) - 1))
+                probabilities[answer] = top
+                rows.append(
+                    {
+                        "set": name,
+                        "context_id": sha256_text(f"orders/{context}") if each else "",
+                        "example_id": sha256_text(f"{name}/{i}"),
+                        "label": labels[gold[i]],
+                        "predicted": labels[answer],
+                        "probabilities": probabilities.tolist(),
+                    }
+                )
+    return rows
+
+
+def write_predictions(params: Params, root: Path, examples: int = EXAMPLES) -> None:
+    """All that the report cannot do without."""
+    for method in [*params.baselines, *params.students]:
+        table = pa.Table.from_pylist(prediction_rows(params, method, examples), schema=PREDICTIONS)
+        write_table(table, root / "artifacts" / "predictions" / f"{method}.parquet")
+
+
+def write_metrics(params: Params, root: Path) -> None:
+    """What other stages would leave; costs are of every method but `icl_ensemble`, and of another model for `icl`."""
+    metrics, labels = root / "metrics", list(params.task.verbalisers)
+    for i, method in enumerate([*params.baselines, *params.students]):
+        student = method in params.students
+        subject = sha256_text(method)
+        _json(metrics / "eval" / f"{method}.json", {"method": method, "subject": subject})
+        if method == "icl_ensemble":
+            continue
+        _json(
+            metrics / "cost" / f"{method}.json",
+            {
+                "measured": {"subject": "0" * 64 if method == "icl" else subject},
+                "prompt_tokens": 26.4 if student or method == "zero_shot" else 506.8 * (1 + 3 * (method == "teacher")),
+                "latency_ms": 31.0 if student else 140.0 + 60 * i,
+                "latency_p95_ms": 40.5 if student else 190.0 + 60 * i,
+                "peak_rss_bytes": 911_000_000 if student else 1_220_000_000,
+                "parameters": 113_142_528 if student else 134_515_008,
+                "weights_bytes": 452_570_112 if student else 538_060_032,
+                "forward_passes": 1 if student else 5,
+            },
+        )
+    for name, target in params.targets.items():
+        teachers = {}
+        for t in target.teachers:
+            count = params.contexts[params.teachers[t].contexts].count
+            contexts = {
+                f"{params.teachers[t].contexts}/{c}": {
+                    "shares_raw": dict(zip(labels, (0.08 + 0.02 * c, 0.92 - 0.02 * c), strict=False)),
+                    "shares_calibrated": dict(zip(labels, (0.49, 0.51), strict=False)),
+                    "offset_nats": dict(zip(labels, (0.81, -0.81), strict=False)),
+                }
+                for c in range(count)
+            }
+            teachers[t] = {"weight": 1.0, "contexts": contexts}
+        _json(
+            metrics / "targets" / f"{name}.json",
+            {
+                "rows": 1200,
+                "labels": labels,
+                "teachers": teachers,
+                "agreement": 0.82,
+                "label_shares": dict.fromkeys(labels, 0.5),
+                "cache": {
+                    t: {
+                        "rows": 1205 * len(entry["contexts"]),
+                        "top_k": 32,
+                        "bytes_per_row": 241.5,
+                        "retained_mass_mean": 0.9912,
+                        "retained_mass_p01": 0.91,
+                        "retained_mass_min": 0.871,
+                        "verbaliser_mass_mean": 0.62,
+                    }
+                    for t, entry in teachers.items()
+                },
+            },
+        )
+    for s, name in enumerate(params.students):
+        entry = params.students[name]
+        _json(
+            metrics / "train" / f"{name}.json",
+            {"steps": entry.steps, "final_loss": 0.071 + s, "parameters": 113_142_528, "trained_parameters": 113_142_528, "layers": 24},
+        )
+        steps = np.arange(1, entry.steps + 1)
+        loss = 0.06 + 0.6 * np.exp(-steps / (entry.steps / 5)) + np.random.default_rng(s).normal(0, 0.03, len(steps)) ** 2
+        path = metrics / "curves" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"{step},{value:.6f},{entry.learning_rate}" for step, value in zip(steps, loss, strict=True)]
+        path.write_text("\n".join(["step,loss,learning_rate", *lines]) + "\n", encoding="utf-8")
+        _json(
+            root / "artifacts" / "students" / name / "provenance.json",
+            {"base": entry.base, "weights_sha256": sha256_text(name), "learn_from": entry.learn_from},
+        )
+    for name in params.teachers:
+        _json(
+            root / "artifacts" / "scores" / name / "manifest.json",
+            {
+                "schema_version": 1,
+                "fingerprint": {"weights": sha256_text("w"), "tokenizer": sha256_text("t"), "dtype": "float32", "top_k": 32},
+                "totals": {"rows": 4800, "shards": 2},
+            },
+        )
+    for name in params.models:
+        _json(root / "artifacts" / "models" / name / "source.json", {"licence": "Apache-2.0", "content_sha256": "ab" * 32})
+    source = {
+        "rows": 10605,
+        "blank_lines": 0,
+        "quarantined": {"empty": 2, "not UTF-8": 1},
+        "left_out_by_label_rule": 5310,
+        "exact_repeats_removed": 12,
+        "conflicting_labels_removed": 2,
+        "examples": 5278,
+    }
+    drawn = {"drawn": 16, "labels": {"negative": 8, "positive": 8}, "copies_of_evaluation_removed": {"movie": 0}}
+    _json(
+        metrics / "prepare.json",
+        {
+            "sources": dict.fromkeys(params.data.sources, source),
+            "roles": {"demonstrations": drawn, "transfer": {"drawn": 1200, "copies_of_evaluation_removed": {"movie": 7, "amazon": 0}}},
+            "leaks_left": 0,
+            "contexts": {"none": {"tokens": {"none/0": 0}}, "orders": {"tokens": {f"orders/{i}": 478 + i for i in range(4)}}},
+        },
+    )
+
+
+def write_run(params: Params, root: Path, examples: int = EXAMPLES) -> None:
+    """A whole made-up run."""
+    write_predictions(params, root, examples)
+    write_metrics(params, root)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    shipped = load_params(PROJECT / "params.yaml")
+    write_run(shipped, target)
+    build_report(shipped, target)

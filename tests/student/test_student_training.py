@@ -1,0 +1,208 @@
+"""The loop: order, schedule, optimizer, weights of terms, a stop on what is not finite."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ShotlessError
+from pipeline.params import TuningParams
+from pipeline.student import training
+from pipeline.student.batches import Example, Order, Term, permutation
+from pipeline.student.objectives import label_log_probabilities
+from pipeline.student.optimizer import adamw, clip_gradients, learning_rate
+from pipeline.student.training import objective, train
+
+SINGLE = [[5], [9]]
+MULTI = [[5], [9, 3, 7]]
+
+
+def make_examples(count, seed=0, gold=False):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        length = int(torch.randint(3, 12, (1,), generator=generator))
+        ids = tuple(torch.randint(1, 300, (length,), generator=generator).tolist())
+        share = float(number % 2) if gold else float(torch.rand(1, generator=generator))
+        made.append(Example(f"{seed:032x}{number:032x}", ids, (1 - share, share)))
+    return tuple(made)
+
+
+def kl_term(count=10, batch_size=4, weight=1.0):
+    return Term("kl", weight, batch_size, make_examples(count))
+
+
+def gold_term(count=4, batch_size=2, weight=0.5):
+    return Term("cross_entropy", weight, batch_size, make_examples(count, seed=9, gold=True))
+
+
+def tuning(**changes):
+    return TuningParams(**({"steps": 5, "batch_size": 4, "learning_rate": 1e-3} | changes))
+
+
+def naive_training(model, completions, terms, params):
+    """The same training from the definition: one row at a time, the whole vocabulary, torch's default AdamW, clipping by hand."""
+    model.requires_grad_(True)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    decayed = [p for p in model.parameters() if p.dim() >= 2 and p is not head and p is not embedding]
+    # a position table is an embedding too
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    decayed = [p for p in decayed if all(p is not table for table in tables)]
+    rest = [p for p in model.parameters() if all(p is not d for d in decayed)]
+    groups = [{"params": decayed, "weight_decay": params.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=params.learning_rate, fused=False, foreach=False)
+    orders, losses = [Order(term, params.seed) for term in terms], []
+    for step in range(params.steps):
+        total = torch.zeros(())
+        for term, order in zip(terms, orders, strict=True):
+            batch = order.batch(step)
+            for example in batch:
+                scores = []
+                for completion in completions:
+                    logits = model(torch.tensor([[*example.ids, *completion]])).logits[0].log_softmax(-1)
+                    scores.append(sum(logits[len(example.ids) - 1 + n, token] for n, token in enumerate(completion)))
+                log_p = torch.stack(scores).log_softmax(-1)
+                loss = sum(p * (torch.tensor(p).log() - log_p[n]) for n, p in enumerate(example.target) if p > 0)
+                total = total + term.weight * loss / len(batch)
+        optimizer.zero_grad()
+        total.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters() if p.grad is not None))
+        for p in model.parameters():
+            if p.grad is not None and norm > params.max_grad_norm:
+                p.grad *= params.max_grad_norm / norm
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, params)
+        optimizer.step()
+        losses.append(float(total.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("completions", [SINGLE, MULTI], ids=["single", "multi"])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gpt_neox"])
+def test_training_gives_the_naive_loop_s_losses_and_answers(tiny_model, architecture, completions):
+    model, terms, params = tiny_model(architecture), [kl_term(), gold_term()], tuning(weight_decay=0.1, max_grad_norm=0.5)
+    naive = copy.deepcopy(model)
+    expected = naive_training(naive, completions, terms, params)
+    start = copy.deepcopy(model)
+    trained = train(model, completions, terms, params, title="test")
+    assert trained.losses == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    assert trained.losses[-1] != pytest.approx(trained.losses[0], rel=1e-3)
+    rows = torch.tensor([make_examples(1)[0].ids])
+    with torch.no_grad():
+        before, after, wanted = (label_log_probabilities(m(rows).logits[:, -1], SINGLE) for m in (start, model, naive))
+    assert torch.allclose(after, wanted, atol=5e-3)
+    assert not torch.allclose(after, before, atol=2e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gpt_neox"])
+def test_a_student_comes_near_its_targets(tiny_model, architecture):
+    trained = train(tiny_model(architecture), SINGLE, [kl_term()], tuning(steps=60, learning_rate=3e-3), title="test")
+    assert sum(trained.losses[-5:]) < 0.3 * sum(trained.losses[:5])
+
+
+def test_tied_embeddings_stay_tied_and_rows_of_other_tokens_stay_as_they_were(tiny_model):
+    model = tiny_model("llama")
+    before = model.get_input_embeddings().weight.detach().clone()
+    term = kl_term()
+    train(model, SINGLE, [term], tuning(weight_decay=0.1), title="test")
+    after = model.get_input_embeddings().weight
+    assert after is model.get_output_embeddings().weight
+    seen = sorted({token for example in term.examples for token in example.ids} | {5, 9})
+    changed = (after != before).any(1).nonzero().flatten().tolist()
+    assert set(changed) <= set(seen)
+    assert {5, 9} <= set(changed)
+
+
+def test_tokens_and_examples_are_counted_by_step(tiny_model):
+    terms, params = [kl_term(), gold_term()], tuning()
+    trained = train(tiny_model("llama"), MULTI, terms, params, title="test")
+    batches = [Order(term, params.seed).batch(step) for step in range(params.steps) for term in terms]
+    assert trained.examples == 5 * 6
+    assert trained.tokens == sum(len(example.ids) + 2 for batch in batches for example in batch)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_examples(tiny_model):
+    model, term = tiny_model("llama"), kl_term()
+    with torch.no_grad():
+        next(model.model.layers[1].parameters()).fill_(float("nan"))
+    ids = [example.example_id for example in Order(term, 0).batch(0)]
+    with pytest.raises(ShotlessError, match="the loss is nan at step 1") as caught:
+        train(model, SINGLE, [term], tuning(), title="student cd")
+    assert all(example_id in str(caught.value) for example_id in ids)
+    assert caught.value.exit_code == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    before = [p.detach().clone() for p in model.parameters()]
+    real = objective
+    monkeypatch.setattr(training, "objective", lambda *args: (real(*args) - real(*args).detach()).sqrt() + 1.0)
+    with pytest.raises(ShotlessError, match=r"norm of the gradient is (inf|nan) at step 1"):
+        train(model, SINGLE, [kl_term()], tuning(), title="student cd")
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_the_weight_of_a_term_scales_its_loss():
+    log_p = torch.tensor([[0.6, 0.4], [0.3, 0.7], [0.5, 0.5]]).log()
+    kl, gold = kl_term(2), gold_term(1, weight=3.0)
+    batches = [kl.examples[:2], gold.examples[:1]]
+    alone = objective([kl], [batches[0]], log_p[:2])
+    assert float(objective([kl, gold], batches, log_p)) == pytest.approx(float(alone) + 3.0 * -float(log_p[2, 0]))
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 5))
+def test_an_epoch_takes_every_example_once(count, batch_size, seed):
+    term = Term("kl", 1.0, batch_size, make_examples(count))
+    order = Order(term, seed)
+    taken = [example.example_id for step in range(count) for example in order.batch(step)]
+    for epoch in range(batch_size):
+        assert Counter(taken[epoch * count : (epoch + 1) * count]) == Counter(example.example_id for example in term.examples)
+
+
+@given(st.randoms(), st.integers(0, 5))
+def test_the_order_depends_on_content_and_not_on_the_file_s_order(random, epoch):
+    ids = [example.example_id for example in make_examples(12)]
+    shuffled = random.sample(ids, len(ids))
+    assert [ids[n] for n in permutation(ids, 3, epoch)] == [shuffled[n] for n in permutation(shuffled, 3, epoch)]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    ids = [example.example_id for example in make_examples(12)]
+    orders = {tuple(permutation(ids, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_the_learning_rate_rises_then_holds_or_falls():
+    constant = [learning_rate(step, tuning(steps=10, warmup=0.4)) / 1e-3 for step in range(10)]
+    assert constant == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1])
+    linear = [learning_rate(step, tuning(steps=4, warmup=0.0, decay="linear")) / 1e-3 for step in range(4)]
+    assert linear == pytest.approx([1, 0.75, 0.5, 0.25])
+    cosine = [learning_rate(step, tuning(steps=4, warmup=0.0, decay="cosine")) / 1e-3 for step in range(4)]
+    assert cosine[2] == pytest.approx(0.5)
+    assert all(value > 0 for value in constant + linear + cosine)
+    assert learning_rate(3, tuning(steps=4, warmup=1.0)) == pytest.approx(1e-3)
+
+
+def test_clipping_scales_to_the_limit_and_leaves_smaller_gradients_alone(tiny_model):
+    model = tiny_model("llama")
+    optimizer = adamw(model.requires_grad_(True), tuning())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    count = sum(p.numel() for p in model.parameters())
+    assert clip_gradients(optimizer, 1e9) == pytest.approx(count**0.5, rel=1e-4)
+    assert all(bool((p.grad == 1).all()) for p in model.parameters())
+    clip_gradients(optimizer, 0.5)
+    assert float(torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_norms_biases_and_embeddings_do_not_decay(tiny_model):
+    model = tiny_model("opt").requires_grad_(True)
+    optimizer = adamw(model, tuning(weight_decay=0.1))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed
+    assert all("layers" in name and name.endswith("weight") and "norm" not in name for name in decayed)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
