@@ -2,6 +2,7 @@
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, …) are passed through to it untouched.
 PYTHON ?= python3
 BIN := .venv/bin
+DVC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc
 
 .DEFAULT_GOAL := help
 .PHONY: help run test setup lint clean
@@ -13,7 +14,8 @@ help:
 
 run: setup
 	@$(BIN)/shotless check
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@$(BIN)/shotless fresh || $(DVC) repro --quiet --force --single-item fetch
+	@$(DVC) repro
 	@$(BIN)/shotless summary
 
 test: setup lint

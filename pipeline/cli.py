@@ -1,9 +1,11 @@
 """The `shotless` command line: what a user asks outside the DAG."""
 
 import sys
+from pathlib import Path
 
 import typer
 
+from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
 from pipeline.params import load_params
 from pipeline.report.summary import print_summary
@@ -22,6 +24,15 @@ def check() -> None:
     params = load_params()
     counts = (f"{len(getattr(params, block))} {block}" for block in ("teachers", "targets", "students", "baselines"))
     print(f"params.yaml is in order: {', '.join(counts)}.")
+
+
+@commands.command()
+def fresh() -> None:
+    """Whether local files are still what was fetched; ends with 1 and names them where not. DVC tracks their params, not the files."""
+    changed = changed_local_files(load_params(), Path("artifacts"))
+    if changed:
+        print(f"changed since they were fetched: {', '.join(changed)}; fetching again")
+        raise typer.Exit(1)
 
 
 @commands.command()

@@ -6,9 +6,10 @@ that points nowhere are named with their path and the choices there are. Every s
 
 import re
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -16,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UsageError, choices
 
+Entry = TypeVar("Entry")
 SLUG = re.compile(r"[a-z0-9][a-z0-9_-]*")
 RESERVED_FIELDS = frozenset({"example_id", "label", "source", "line"})
 
@@ -372,6 +374,16 @@ class Params(Frozen):
 def _known(where: str, name: str, names: object) -> None:
     if name not in names:  # type: ignore[operator]
         raise ValueError(f"{where}: no {name!r}; choose one of: {choices(names)}")
+
+
+def pick(block: str, entries: Mapping[str, Entry], name: str) -> Entry:
+    """One entry of a map in params.yaml.
+
+    Raises UsageError naming the block and the choices.
+    """
+    if name not in entries:
+        raise UsageError(f"params.yaml: {block}: no {name!r}; choose one of: {choices(entries)}")
+    return entries[name]
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing
 
 SCHEMA_VERSION = 1
@@ -81,8 +81,10 @@ def write_table(table: pa.Table, path: Path) -> None:
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and check its columns against `schema`.
 
-    Raises CorruptError naming the first column that differs.
+    Raises UsageError where there is no such file, CorruptError naming the first column that differs.
     """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; `dvc repro` runs the stage that writes it.")
     table = pq.read_table(path)
     for field in schema:
         if field.name not in table.schema.names:

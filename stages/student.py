@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.errors import UsageError, choices
-from pipeline.params import load_params
+from pipeline.params import load_params, pick
 from pipeline.student.runs import Places, train_student
 from pipeline.tasks import Task
 from pipeline.work import work_folder
@@ -13,10 +12,8 @@ from stages._command import run
 def main(name: str) -> None:
     """Train one student."""
     params = load_params()
-    if name not in params.students:
-        raise UsageError(f"params.yaml: students: no {name!r}; choose one of: {choices(params.students)}")
     places = Places(Path("artifacts"), Path("metrics"), work_folder())
-    train_student(name, params.students[name], Task(params.task), places, params.runtime.threads)
+    train_student(name, pick("students", params.students, name), Task(params.task), places, params.runtime.threads)
 
 
 if __name__ == "__main__":

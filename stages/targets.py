@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.params import load_params
+from pipeline.params import load_params, pick
 from pipeline.schema import examples, read_table
 from pipeline.targets.build import build_targets
 from pipeline.tasks import Task
@@ -17,7 +17,7 @@ def main(name: str) -> None:
     transfer = read_table(artifacts / "data" / "transfer.parquet", examples(task.fields))
     build_targets(
         name,
-        params.targets[name],
+        pick("targets", params.targets, name),
         params.teachers,
         task,
         transfer["example_id"].to_pylist(),

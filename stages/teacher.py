@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.params import load_params
+from pipeline.params import load_params, pick
 from pipeline.tasks import Task
 from pipeline.teacher.capture import capture
 from pipeline.work import work_folder
@@ -12,7 +12,7 @@ from stages._command import run
 def main(name: str) -> None:
     """Capture one teacher."""
     params = load_params()
-    teacher = params.teachers[name]
+    teacher = pick("teachers", params.teachers, name)
     artifacts = Path("artifacts")
     capture(
         name,

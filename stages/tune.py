@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.errors import UsageError, choices
-from pipeline.params import load_params
+from pipeline.params import load_params, pick
 from pipeline.student.runs import Places, tune_teacher
 from pipeline.tasks import Task
 from pipeline.work import work_folder
@@ -13,10 +12,8 @@ from stages._command import run
 def main(name: str) -> None:
     """Tune one teacher."""
     params = load_params()
-    if name not in params.tunings:
-        raise UsageError(f"params.yaml: tunings: no {name!r}; choose one of: {choices(params.tunings)}")
     places = Places(Path("artifacts"), Path("metrics"), work_folder())
-    tune_teacher(name, params.tunings[name], Task(params.task), places, params.runtime.threads)
+    tune_teacher(name, pick("tunings", params.tunings, name), Task(params.task), places, params.runtime.threads)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pipeline.evaluation.predict import Rows, predict_baseline, predict_student,
 from pipeline.files import read_json, write_json
 from pipeline.metrics import evaluate_predictions
 from pipeline.models.loading import load_tokenizer, weights_sha256
-from pipeline.params import Params
+from pipeline.params import Params, pick
 from pipeline.schema import write_table
 from pipeline.tasks import Task, TaskTokens
 
@@ -19,6 +19,7 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
 
     The cost file is no DVC output: it holds times of this machine.
     """
+    pick("students, baselines", {**params.students, **params.baselines}, name)
     task, threads = Task(params.task), params.runtime.threads
     sets = read_sets(artifacts / "data" / "evaluation", list(params.data.evaluation), task)
     timed = next(iter(sets.values()))[: params.evaluation.cost_examples]

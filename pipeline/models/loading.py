@@ -31,8 +31,8 @@ def check_folder(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
             faults.append(
-                f"config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no model type "
-                f"{config.get('model_type')!r}"
+                "config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no model "
+                f"type {config.get('model_type')!r}"
             )
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
