@@ -8,6 +8,7 @@ import typer
 from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
 from pipeline.params import load_params
+from pipeline.presets import make_workspace
 from pipeline.report.summary import print_summary
 
 commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,6 +34,12 @@ def fresh() -> None:
     if changed:
         print(f"changed since they were fetched: {', '.join(changed)}; fetching again")
         raise typer.Exit(1)
+
+
+@commands.command()
+def preset(name: str) -> None:
+    """Make or bring up to date the workspace of a preset, and print its folder."""
+    print(make_workspace(name, Path.cwd()).relative_to(Path.cwd()))
 
 
 @commands.command()

@@ -1,6 +1,7 @@
 """Small random models of several architectures, a tokenizer trained on the spot, and params for them. Nothing here is downloaded."""
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 PROJECT = Path(__file__).resolve().parent.parent
+DVC = [sys.executable, "-m", "dvc"]
 SENTENCES = [
     "Review: a warm and funny film\nSentiment: positive",
     "Review: a dull, lifeless mess\nSentiment: negative",

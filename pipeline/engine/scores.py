@@ -7,7 +7,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from pipeline.models.packed import Row
+from pipeline.models.rows import Row
 
 Completions = Sequence[Sequence[int]]
 """Token ids of each label's verbaliser."""

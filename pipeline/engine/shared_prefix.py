@@ -10,7 +10,8 @@ import torch
 
 from pipeline.engine.batches import plan_batches
 from pipeline.engine.scores import Completions, Scores, read_scores, rows_of
-from pipeline.models.packed import LayerKeyValues, PackedModel, pack
+from pipeline.models.packed import LayerKeyValues, PackedModel
+from pipeline.models.rows import pack
 
 
 class SharedPrefixEngine:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.files import replacing
 
 SECONDS_BETWEEN = 120.0
-"""Work that a kill costs at most. Writing 1.4 GB takes about 3 s."""
+"""Work that a kill costs at most. Writing the 1.3 GB of a 135M model took 3 to 5 s on a busy machine."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

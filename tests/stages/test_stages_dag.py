@@ -3,16 +3,14 @@
 import ast
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from conftest import DVC, PROJECT
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 # What these decide reaches a stage as tracked params, or does not touch its outputs.
-DVC = [sys.executable, "-m", "dvc"]
 EXEMPT = {"pipeline/params.py", "pipeline/errors.py", "pipeline/progress.py", "stages/_command.py"}
 
 

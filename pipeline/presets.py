@@ -1,0 +1,63 @@
+"""Presets: a run with other params, in a workspace of its own beside the default run.
+
+`presets/NAME.yaml` holds only what differs from params.yaml and is laid over it. The workspace, `runs/NAME/`, is a copy of the code and the
+DAG with the merged params; it shares the DVC cache and the row store with the project, so what both runs need is fetched and scored once.
+"""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.errors import UsageError, choices
+from pipeline.params import parse_params
+
+COPIED = ("dvc.yaml", ".dvcignore", "pipeline", "stages")
+
+
+def merge(base: Any, changes: Any) -> Any:
+    """`changes` laid over `base`: mappings are merged key by key, a null removes a key, anything else replaces."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return copy.deepcopy(changes)
+    merged = {key: copy.deepcopy(value) for key, value in base.items() if changes.get(key, value) is not None or key not in changes}
+    for key, value in changes.items():
+        if value is not None:
+            merged[key] = merge(base.get(key), value)
+    return merged
+
+
+def make_workspace(name: str, project: Path) -> Path:
+    """Write `runs/NAME/` for a preset and return it; what it has made before stays.
+
+    Raises UsageError where there is no such preset or its params do not hold.
+    """
+    presets = {file.stem: file for file in sorted((project / "presets").glob("*.yaml"))}
+    if name not in presets:
+        raise UsageError(f"presets: no {name!r}; choose one of: {choices(presets)}")
+    yaml = YAML(typ="safe", pure=True)
+    raw = merge(yaml.load((project / "params.yaml").read_text("utf-8")), yaml.load(presets[name].read_text("utf-8")))
+    for origin in _local_origins(raw):
+        origin["path"] = str((project / origin["path"]).resolve())
+    parse_params(raw, presets[name])
+    workspace = project / "runs" / name
+    workspace.mkdir(parents=True, exist_ok=True)
+    for item in COPIED:
+        source, target = project / item, workspace / item
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+    yaml.dump(raw, workspace / "params.yaml")
+    (workspace / ".dvc").mkdir(exist_ok=True)
+    settings = (project / ".dvc" / "config").read_text("utf-8")
+    (workspace / ".dvc" / "config").write_text(f"{settings}    no_scm = true\n[cache]\n    dir = {project.resolve()}/.dvc/cache\n", "utf-8")
+    return workspace
+
+
+def _local_origins(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every origin that names a path of this machine, which is relative to the project."""
+    origins = [*raw["models"].values(), *(source["origin"] for source in raw["data"]["sources"].values())]
+    return [origin for origin in origins if isinstance(origin, dict) and origin.get("source") == "local"]
