@@ -12,12 +12,13 @@ from stages._command import run
 def main(name: str) -> None:
     """Build one target set."""
     params = load_params()
+    settings = pick("targets", params.targets, name)
     task = Task(params.task)
     artifacts = Path("artifacts")
     transfer = read_table(artifacts / "data" / "transfer.parquet", examples(task.fields))
     build_targets(
         name,
-        pick("targets", params.targets, name),
+        settings,
         params.teachers,
         task,
         transfer["example_id"].to_pylist(),

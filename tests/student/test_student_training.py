@@ -127,7 +127,7 @@ def test_tokens_and_examples_are_counted_by_step(tiny_model):
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_examples(tiny_model):
     model, term = tiny_model("llama"), kl_term()
     with torch.no_grad():
-        next(model.model.layers[1].parameters()).fill_(float("nan"))
+        next(model.model.layers[1].mlp.parameters()).fill_(float("nan"))
     ids = [example.example_id for example in Order(term, 0).batch(0)]
     with pytest.raises(ShotlessError, match="the loss is nan at step 1") as caught:
         train(model, SINGLE, [term], tuning(), title="student cd")
