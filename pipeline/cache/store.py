@@ -70,8 +70,11 @@ class Store:
         name = sha256_json(list(map(list, request)))[:32]
         file = self.folder / "plans" / f"{name}.json"
         held = set(self.keys().iter_rows())
+        missing = [key for key in request if key not in held]
+        if not missing:
+            return []
         if not file.exists():
-            write_json([list(map(list, part)) for part in divide([key for key in request if key not in held])], file)
+            write_json([list(map(list, part)) for part in divide(missing)], file)
         parts = [
             Part(self.folder / f"part-{name}-{number:06d}.parquet", tuple((context, example) for context, example in keys))
             for number, keys in enumerate(read_json(file))

@@ -46,6 +46,11 @@ class Job(BaseModel):
     threads: int | None
 
     @property
+    def kept(self) -> str:
+        """Name of the kept figures: the subject, and what else times depend on."""
+        return f"{sha256_json([self.subject, self.threads])[:32]}.json"
+
+    @property
     def subject(self) -> str:
         """What is measured: weights and prompts, wherever the folders lie."""
         return sha256_json([[prompts.weights, prompts.examples] for prompts in self.models])
@@ -53,7 +58,7 @@ class Job(BaseModel):
 
 def measure(job: Job, work: Path, output: Path) -> None:
     """Measure a job in a process of its own, unless `work` holds its figures, and write them to `output`."""
-    kept = work / "cost" / f"{job.subject[:32]}.json"
+    kept = work / "cost" / job.kept
     if not kept.exists():
         path = kept.with_suffix(".job")
         write_json(job.model_dump(), path)
@@ -70,7 +75,8 @@ def measure(job: Job, work: Path, output: Path) -> None:
 def run_job(job: Job) -> dict[str, Any]:
     """Answer every example once, after one to warm up, and return the figures."""
     use_threads(job.threads)
-    models = [load_model(Path(prompts.folder)) for prompts in job.models]
+    loaded = {prompts.weights: load_model(Path(prompts.folder)) for prompts in {p.weights: p for p in job.models}.values()}
+    models = [loaded[prompts.weights] for prompts in job.models]
     count = len(job.models[0].examples)
     seconds: list[float] = []
     for number in [0, *range(count)]:
@@ -80,15 +86,15 @@ def run_job(job: Job) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     milliseconds = np.array(seconds[1:]) * 1000
     tokens = [sum(len(prompt) for prompts in job.models for prompt in prompts.examples[number]) for number in range(count)]
-    unique = {prompts.weights: (model, prompts.folder) for model, prompts in zip(models, job.models, strict=True)}
+    folders = {prompts.weights: Path(prompts.folder) for prompts in job.models}
     return {
         "measured": {"subject": job.subject, "examples": count},
         "prompt_tokens": float(np.mean(tokens)),
         "latency_ms": round(float(np.quantile(milliseconds, 0.5)), 2),
         "latency_p95_ms": round(float(np.quantile(milliseconds, 0.95)), 2),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        "parameters": sum(parameter_counts(model)[0] for model, _ in unique.values()),
-        "weights_bytes": sum(file.stat().st_size for _, folder in unique.values() for file in Path(folder).glob("*.safetensors")),
+        "parameters": sum(parameter_counts(model)[0] for model in loaded.values()),
+        "weights_bytes": sum(file.stat().st_size for folder in folders.values() for file in folder.glob("*.safetensors")),
         "forward_passes": sum(len(prompts.examples[0]) for prompts in job.models),
     }
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.ensemble import Combination, normalised
-from pipeline.errors import MismatchError
+from pipeline.errors import MismatchError, UsageError
 from pipeline.files import read_json
 from pipeline.hashing import context_id
 from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table
@@ -70,6 +70,11 @@ def predict_baseline(
         return _table(task, sets, {"": {key: combination.ensemble(np.stack(values)) for key, values in by_set.items()}})
     each = {key: combination.each(np.stack(values)) for key, values in by_set.items()}
     ids = [context["context_id"] for context in calibration["contexts"]]
+    if len(set(ids)) < len(ids):
+        raise UsageError(
+            f"baseline {name}: two teachers of target set {calibration['targets']!r} answer in the same context, so `contexts: each` "
+            "cannot tell their predictions apart; give each teacher a target set and a baseline of its own."
+        )
     return _table(task, sets, {context: {key: values[row] for key, values in each.items()} for row, context in enumerate(ids)})
 
 

@@ -14,9 +14,12 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UsageError
-from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
+from pipeline.hashing import sha256_file, sha256_json
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
+PLACE_KEYS = ("name_or_path", "is_local", "local_files_only")
+"""Entries of tokenizer_config.json that say where the tokenizer came from, not what it does."""
 
 
 def check_folder(folder: Path) -> None:
@@ -25,15 +28,8 @@ def check_folder(folder: Path) -> None:
         near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
         raise UsageError(f"{folder}: no such model folder; beside it there are: {', '.join(near) or '–'}. `dvc repro` makes it.")
     faults = []
-    if not (folder / "config.json").is_file():
-        faults.append("config.json is missing")
-    else:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
-            faults.append(
-                "config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no model "
-                f"type {config.get('model_type')!r}"
-            )
+    if fault := _config_fault(folder / "config.json"):
+        faults.append(fault)
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         faults.append(
@@ -41,10 +37,26 @@ def check_folder(folder: Path) -> None:
             if pickles
             else "no *.safetensors"
         )
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:3]):
-        faults.append("no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        faults.append(f"no tokenizer ({', '.join(VOCABULARY_FILES[:-1])} or {VOCABULARY_FILES[-1]})")
     if faults:
         raise UsageError(f"{folder} is not a model folder that can be loaded: {'; '.join(faults)}.")
+
+
+def _config_fault(file: Path) -> str | None:
+    """What keeps a config.json from being used."""
+    if not file.is_file():
+        return "config.json is missing"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"config.json is no JSON ({error})"
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind in CONFIG_MAPPING:
+        return None
+    if kind is not None and "auto_map" in config:
+        return f"config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no model type {kind!r}"
+    return f"config.json has the model type {kind!r}, which this version of transformers does not know"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -55,12 +67,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
-    Raises UsageError where the folder is not loadable, with everything that is wrong.
+    Raises UsageError where the folder is not loadable, with everything that is wrong, or where weights are missing or of another shape:
+    transformers would fill them with random numbers.
     """
     check_folder(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder}: a file of the model is missing: {error}") from None
+    model, found = loaded
+    if absent := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+        raise UsageError(f"{folder}: {len(absent)} weights are missing or have another shape than config.json says, first {absent[0]}.")
     torch.nn.Module.to(model, device)
     return model.eval()
 
@@ -84,8 +103,13 @@ def weights_sha256(folder: Path) -> str:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """One hash of the tokenizer's files."""
-    return sha256_json({name: sha256_bytes((folder / name).read_bytes()) for name in TOKENIZER_FILES if (folder / name).is_file()})
+    """One hash of the tokenizer's files and settings, by content."""
+    files: dict[str, Any] = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        entries = json.loads(settings.read_text(encoding="utf-8"))
+        files[settings.name] = {key: value for key, value in entries.items() if key not in PLACE_KEYS}
+    return sha256_json(files)
 
 
 def use_threads(threads: int | None) -> int:

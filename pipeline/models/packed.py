@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from pipeline.models.fused import fuse
 from pipeline.models.rows import Packed
 
 ATTENTION = "shotless_packed"
@@ -43,6 +44,7 @@ class _Pass:
     recorded: dict[int, LayerKeyValues] = field(default_factory=dict)
     leave_at: int | None = None  # layer at whose attention `_KeysRecorded` is raised
     answers_at: int | None = None  # layer that runs on answer positions alone, with the recorded keys
+    reached: set[int] = field(default_factory=set)  # layers whose attention came here
 
 
 class _KeysRecorded(Exception):  # noqa: N818  leaving a layer early is no error
@@ -136,6 +138,7 @@ def _packed_attention(
     _refuse(query, key, attention_mask, dropout, settings, _longest(current, query))
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    current.reached.add(layer)
     packed = current.packed
     if packed is None or current.leave_at == layer:
         current.recorded[layer] = (key, value)
@@ -195,10 +198,12 @@ class PackedModel:
             model.set_attn_implementation(ATTENTION)
         except ValueError as error:
             raise UnsupportedModelError(f"{type(model).__name__} does not take an attention function: {error}") from error
+        self._restore = fuse(model)
         self._hook = self.layers[-1].register_forward_pre_hook(_keep_answers, with_kwargs=True) if answers_only else None
 
     def detach(self) -> None:
-        """Take the hook off the model again; its attention implementation stays for the caller to set."""
+        """Give the model back as it was, but for its attention implementation, which the caller sets."""
+        self._restore()
         if self._hook is not None:
             self._hook.remove()
 
@@ -227,9 +232,11 @@ class PackedModel:
     def logits(self, packed: Packed, prefix: list[LayerKeyValues]) -> Tensor:
         """Logits at the outputs of packed rows, [N, vocabulary], with a gradient where one is asked for."""
         last = len(self.layers) - 1
-        with _active(_Pass(packed=packed, prefix=prefix, answers_at=last if self.answers_only else None)):
+        with _active(_Pass(packed=packed, prefix=prefix, answers_at=last if self.answers_only else None)) as current:
             keep = 0 if self.answers_only else packed.outputs
             out = self.model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, logits_to_keep=keep)
+        if len(current.reached) != len(self.layers):
+            raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
         logits = out.logits[0]
         if logits.shape[0] != packed.outputs.shape[0]:
             raise UnsupportedModelError(f"{logits.shape[0]} rows of logits for {packed.outputs.shape[0]} answer positions")

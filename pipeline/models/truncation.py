@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from pipeline.errors import UsageError
 from pipeline.models.packed import decoder_layers
 
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Entries of transformers' configs that list something for each layer."""
+
 
 def parse_layers(text: str, depth: int) -> list[int]:
     """`"0-19, 26-29"` → the layer numbers, in order.
@@ -21,10 +24,10 @@ def parse_layers(text: str, depth: int) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
             raise UsageError(f"layers: {part.strip()!r} in {text!r} is neither a layer nor a range; write for example `0-19, 26-29`.")
-        first = int(match[1])
-        chosen += range(first, int(match[2] or first) + 1)
-    if not chosen or chosen != sorted(set(chosen)) or chosen[-1] >= depth:
-        raise UsageError(f"layers: {text!r} must name layers between 0 and {depth - 1}, each once, in rising order.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not (chosen[-1] if chosen else -1) < first <= last < depth:
+            raise UsageError(f"layers: {text!r} must name layers between 0 and {depth - 1}, each once, in rising order.")
+        chosen += range(first, last + 1)
     return chosen
 
 
@@ -40,8 +43,9 @@ def cut_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number  # type: ignore[assignment]
-    for name, value in list(config.to_dict().items()):
-        if isinstance(value, list) and len(value) == depth and name in {"layer_types", "mlp_layer_types"}:
+    for name in PER_LAYER:
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)) and len(value) == depth:
             setattr(config, name, [value[number] for number in layers])
     config.num_hidden_layers = len(layers)
     return model

@@ -1,0 +1,211 @@
+"""Model folders: what is refused and how it is said, that a folder read back gives the same numbers, hashes that follow content alone."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import UsageError
+from pipeline.models.loading import (
+    check_folder,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    parameter_counts,
+    save_model,
+    tokenizer_sha256,
+    weights_sha256,
+)
+
+WITHOUT_SDPA = {"mamba": {"state_size": 4}, "bloom": {"n_head": 4, "n_layer": 4}, "gemma2": {"num_key_value_heads": 2, "head_dim": 8}}
+IDS = torch.tensor([[5, 9, 3, 7, 11, 5, 260, 41]])
+
+
+@pytest.fixture
+def folder(tmp_path, model_folder):
+    """A model folder of the test's own, which it may spoil."""
+    shutil.copytree(model_folder("llama"), tmp_path / "models" / "tiny")
+    return tmp_path / "models" / "tiny"
+
+
+class RunsCode:
+    """An object whose unpickling is seen: it leaves a file."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.pth", "last.ckpt"])
+def test_pickled_weights_are_refused_by_name_and_not_opened(folder, tmp_path, name):
+    trace = tmp_path / "trace"
+    (folder / name).write_bytes(pickle.dumps(RunsCode(trace)))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=rf"pickles \({name}\), which can run code; convert them to safetensors"):
+        load_model(folder)
+    assert not trace.exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(folder, tmp_path):
+    trace = tmp_path / "trace"
+    expected = logits(load_model(folder))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode(trace)))
+    assert torch.equal(logits(load_model(folder)), expected)
+    assert not trace.exists()
+
+
+def test_code_of_a_repository_is_refused(folder):
+    edit_json(folder / "config.json", model_type="strange", auto_map={"AutoModelForCausalLM": "strange.Strange"})
+    with pytest.raises(UsageError, match=r"`auto_map`\), which is never run, and transformers itself has no model type 'strange'"):
+        load_model(folder)
+
+
+def test_code_of_a_repository_is_not_run_where_transformers_has_its_own(folder, tmp_path):
+    expected = logits(load_model(folder))
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"})
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n", encoding="utf-8")
+    assert torch.equal(logits(load_model(folder)), expected)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_missing_tokenizer_is_named(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match=r"no tokenizer \(tokenizer\.json, tokenizer\.model or vocab\.json\)\.$"):
+        load_model(folder)
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError) as caught:
+        check_folder(tmp_path / "empty")
+    for fault in (str(tmp_path / "empty"), "config.json is missing", "no *.safetensors", "no tokenizer"):
+        assert fault in str(caught.value)
+
+
+def test_a_missing_folder_names_its_neighbours(folder):
+    (folder.parent / "a-file").touch()
+    (folder.parent / "another").mkdir()
+    with pytest.raises(UsageError, match=r"models/tny: no such model folder; beside it there are: another, tiny\. `dvc repro` makes it"):
+        load_model(folder.parent / "tny")
+
+
+def test_a_missing_folder_in_a_missing_folder_has_no_neighbours(tmp_path):
+    with pytest.raises(UsageError, match="beside it there are: –"):
+        load_model(tmp_path / "no" / "where")
+
+
+def test_a_model_type_that_transformers_does_not_know_is_refused(folder):
+    edit_json(folder / "config.json", model_type="strange")
+    with pytest.raises(UsageError, match="strange"):
+        load_model(folder)
+
+
+def test_a_config_that_is_no_json_is_refused(folder):
+    (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"config\.json"):
+        load_model(folder)
+
+
+def test_weights_that_lack_a_tensor_are_refused_not_filled_with_noise(folder):
+    tensors = load_file(folder / "model.safetensors")
+    missing = "model.layers.2.self_attn.q_proj.weight"
+    del tensors[missing]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=missing.replace(".", r"\.")):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_read_back_gives_the_same_numbers(tiny_model, tokenizer, tmp_path, architecture):
+    model = tiny_model(architecture)
+    save_model(model, tokenizer, tmp_path / "saved")
+    loaded = load_model(tmp_path / "saved")
+    assert not loaded.training
+    assert loaded.dtype == torch.float32
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
+    assert load_tokenizer(tmp_path / "saved")("Review: a warm film").input_ids == tokenizer("Review: a warm film").input_ids
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_SDPA)
+def test_architectures_without_fused_attention_are_read_back_too(tiny_model, tokenizer, tmp_path, architecture):
+    model = tiny_model(architecture, **WITHOUT_SDPA[architecture])
+    save_model(model, tokenizer, tmp_path / "saved")
+    assert torch.allclose(logits(load_model(tmp_path / "saved")), logits(model), atol=1e-5)
+
+
+def test_saving_what_was_read_gives_the_same_bytes(folder, tmp_path):
+    save_model(load_model(folder), load_tokenizer(folder), tmp_path / "once")
+    save_model(load_model(tmp_path / "once"), load_tokenizer(tmp_path / "once"), tmp_path / "twice")
+    once, twice = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("once", "twice"))
+    assert once == twice
+    assert once["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_hashes_change_with_one_weight_and_one_setting_and_not_with_the_folder(folder, tmp_path):
+    before, tokenizer_before = weights_sha256(folder), tokenizer_sha256(folder)
+    moved = tmp_path / "elsewhere" / "of-another-name"
+    shutil.copytree(folder, moved)
+    (moved / "model.safetensors").touch()
+    (moved / "provenance.json").write_text("{}", encoding="utf-8")
+    assert weights_sha256(moved) == before
+    assert tokenizer_sha256(moved) == tokenizer_before
+    tensors = load_file(moved / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, moved / "model.safetensors", metadata={"format": "pt"})
+    assert weights_sha256(moved) != before
+    edit_json(folder / "config.json", rms_norm_eps=1e-3)
+    assert weights_sha256(folder) != before
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "special_tokens_map.json"])
+def test_the_tokenizer_s_hash_changes_with_its_files(folder, file):
+    before = tokenizer_sha256(folder)
+    (folder / file).write_text((folder / file).read_text(encoding="utf-8") + "\n" if (folder / file).exists() else "{}", encoding="utf-8")
+    assert tokenizer_sha256(folder) != before
+
+
+def test_a_setting_that_changes_a_prompt_s_ids_changes_the_tokenizer_s_hash(folder):
+    before, ids = tokenizer_sha256(folder), load_tokenizer(folder)("film").input_ids
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
+    assert load_tokenizer(folder)("film").input_ids != ids
+    assert tokenizer_sha256(folder) != before
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [("llama", {"max_position_embeddings": 96}), ("gpt2", {"n_positions": 96})])
+def test_the_context_limit_is_the_config_s_under_whatever_name(model_folder, architecture, changes):
+    assert context_limit(model_folder(architecture, **changes)) == 96
+
+
+def test_a_config_that_names_no_limit_has_none(tiny_model, tmp_path):
+    model = tiny_model("bloom", n_head=4, n_layer=4)
+    del model.config.max_position_embeddings  # set by the fixture; bloom itself knows none
+    model.config.save_pretrained(tmp_path)
+    assert context_limit(tmp_path) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_once_and_frozen_ones_apart(tiny_model, tied):
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    distinct = {p.data_ptr(): p.numel() for p in model.state_dict().values()}
+    assert parameter_counts(model) == (sum(distinct.values()), sum(distinct.values()))
+    embedding = model.get_input_embeddings().weight
+    head = 0 if tied else model.get_output_embeddings().weight.numel()
+    inner = sum(p.numel() for p in model.model.layers.parameters()) + model.model.norm.weight.numel()
+    assert parameter_counts(model)[0] == embedding.numel() + head + inner
+    embedding.requires_grad_(False)
+    assert parameter_counts(model) == (sum(distinct.values()), head + inner)
