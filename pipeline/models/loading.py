@@ -55,7 +55,10 @@ def _config_fault(file: Path) -> str | None:
     if kind in CONFIG_MAPPING:
         return None
     if kind is not None and "auto_map" in config:
-        return f"config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no model type {kind!r}"
+        return (
+            "config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no "
+            f"model type {kind!r}"
+        )
     return f"config.json has the model type {kind!r}, which this version of transformers does not know"
 
 
