@@ -5,11 +5,9 @@ a folder is known by the hash of its weights and of its tokenizer, not by its na
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -67,7 +65,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
     Raises UsageError where the folder is not loadable, with everything that is wrong, or where weights are missing or of another shape:
@@ -113,14 +111,6 @@ def tokenizer_sha256(folder: Path) -> str:
         entries = json.loads(settings.read_text(encoding="utf-8"))
         files[settings.name] = {key: value for key, value in entries.items() if key not in PLACE_KEYS}
     return sha256_json(files)
-
-
-def use_threads(threads: int | None) -> int:
-    """Set torch's threads for matrix products to `threads`, or to the cores this process may use, and return the number."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(logical=False) or 1
-    chosen = threads or min(available, psutil.cpu_count(logical=False) or available)
-    torch.set_num_threads(chosen)
-    return chosen
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

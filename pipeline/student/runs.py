@@ -22,9 +22,9 @@ from pipeline.models.loading import (
     parameter_counts,
     save_model,
     tokenizer_sha256,
-    use_threads,
     weights_sha256,
 )
+from pipeline.models.machine import use_machine
 from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import StudentParams, TunedTeacherParams, TuningParams
 from pipeline.student.batches import Term
@@ -118,7 +118,7 @@ def demonstrations_a_step(batch_size: int) -> int:
 def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
     base = places.artifacts / job.base
     check_lengths([example for term in job.terms for example in term.examples], job.tokens, context_limit(base), base)
-    used_threads = use_threads(threads)
+    used_threads = use_machine(threads)
     provenance = _provenance(job, base)
     checkpoint = Checkpoint(
         places.work / "training", f"{job.kind}-{job.name}", _fingerprint(job, provenance, used_threads), seconds_between

@@ -72,7 +72,7 @@ class World:
         for name, teacher in params.teachers.items():
             contexts = self.artifacts / "data" / "contexts" / f"{teacher.contexts}.parquet"
             scores = self.artifacts / "scores" / name
-            capture(name, self.artifacts / teacher.model, contexts, transfer, scores, self.task, teacher.top_k, self.work, 1)
+            capture(name, self.artifacts / teacher.model, contexts, transfer, scores, self.task, teacher.top_k, "float32", self.work, 1)
         ids = [example_id({"text": text}) for text in TRANSFER]
         for name, target in params.targets.items():
             output, metrics = self.artifacts / "targets" / name, self.metrics / f"{name}.json"

@@ -57,7 +57,7 @@ class World:
         folder = self.artifacts / output
         shutil.rmtree(folder, ignore_errors=True)
         contexts, transfer = self.artifacts / "contexts.parquet", self.artifacts / "transfer.parquet"
-        capture("few", model or self.model, contexts, transfer, folder, task, 5, self.work, 1)
+        capture("few", model or self.model, contexts, transfer, folder, task, 5, "float32", self.work, 1)
         return read_cache(folder)
 
     def scored(self):
