@@ -14,6 +14,7 @@ import torch
 from pipeline.errors import UsageError
 from pipeline.files import write_json
 from pipeline.hashing import sha256_file, sha256_json
+from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
     check_folder,
     context_limit,
@@ -21,8 +22,6 @@ from pipeline.models.loading import (
     load_tokenizer,
     parameter_counts,
     save_model,
-    tokenizer_sha256,
-    weights_sha256,
 )
 from pipeline.models.machine import use_machine
 from pipeline.models.truncation import cut_layers, parse_layers

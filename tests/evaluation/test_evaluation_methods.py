@@ -21,7 +21,8 @@ from pipeline.evaluation.predict import combination_of, predict_baseline, predic
 from pipeline.files import read_json, write_json
 from pipeline.hashing import context_id, example_id, sha256_json
 from pipeline.metrics import evaluate_predictions
-from pipeline.models.loading import load_model, weights_sha256
+from pipeline.models.identity import weights_sha256
+from pipeline.models.loading import load_model
 from pipeline.params import parse_params
 from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table, write_table
 from pipeline.student.runs import Places, train_student

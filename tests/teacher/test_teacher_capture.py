@@ -14,7 +14,8 @@ from pipeline.cache.folder import read_cache
 from pipeline.engine import scorer as scorer_module
 from pipeline.errors import ShotlessError, UsageError
 from pipeline.hashing import context_id, example_id, sha256_ids
-from pipeline.models.loading import load_model, tokenizer_sha256, weights_sha256
+from pipeline.models.identity import tokenizer_sha256, weights_sha256
+from pipeline.models.loading import load_model
 from pipeline.params import TaskParams
 from pipeline.schema import CONTEXTS, examples, write_table
 from pipeline.tasks import Task
