@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from pipeline.models.machine import DTYPES, default_device, memory_bytes, use_ma
 from pipeline.models.packed import PackedModel
 
 BATCH = 8
+TOP_K = 32
+Prompts = dict[str, Any]
+"""`prompts.Prompts` as JSON."""
 
 
-def plain(model: PreTrainedModel, prompts: dict[str, Any]) -> Tensor:
-    """Full prompts, one by one: label logits [N, L]."""
+def plain(model: PreTrainedModel, prompts: Prompts) -> Tensor:
+    """Full prompts, one by one: label log-probabilities [N, L]."""
     rows = []
     for query in prompts["query_ids"]:
         logits = model(input_ids=torch.tensor([prompts["context_ids"] + query]), use_cache=False, logits_to_keep=1).logits[0, -1]
@@ -32,7 +36,7 @@ def plain(model: PreTrainedModel, prompts: dict[str, Any]) -> Tensor:
     return torch.stack(rows)
 
 
-def plain_batched(model: PreTrainedModel, prompts: dict[str, Any]) -> Tensor:
+def plain_batched(model: PreTrainedModel, prompts: Prompts) -> Tensor:
     """Full prompts in batches of 8, padded on the left, as `transformers` users write it."""
     rows = []
     for start in range(0, len(prompts["query_ids"]), BATCH):
@@ -46,32 +50,19 @@ def plain_batched(model: PreTrainedModel, prompts: dict[str, Any]) -> Tensor:
     return torch.cat(rows)
 
 
-def generic(model: PreTrainedModel, prompts: dict[str, Any]) -> Tensor:
-    """The project's path for every architecture."""
-    engine = GenericEngine(model, prompts["completions"], 32, _budget(model))
-    return engine.score(prompts["context_ids"], prompts["query_ids"]).label_logprobs
+def answering(name: str, model: PreTrainedModel, completions: Any) -> Callable[[Prompts], Tensor]:
+    """What answers prompts with label log-probabilities [N, L]; the project's engines are set up once."""
+    if name in {"plain", "plain_batched"}:
+        return partial({"plain": plain, "plain_batched": plain_batched}[name], model)
+    budget = token_budget(model, memory_bytes(default_device()))
+    engine = GenericEngine(model, completions, TOP_K, budget)
+    if name == "shared_prefix":
+        engine = SharedPrefixEngine(PackedModel(model), completions, TOP_K, budget)
+    return lambda prompts: engine.score(prompts["context_ids"], prompts["query_ids"]).label_logprobs
 
 
-def shared_prefix(model: PreTrainedModel, prompts: dict[str, Any]) -> Tensor:
-    """The project's fast path, the context's reading included."""
-    engine = SharedPrefixEngine(PackedModel(model), prompts["completions"], 32, _budget(model))
-    return engine.score(prompts["context_ids"], prompts["query_ids"]).label_logprobs
-
-
-ENGINES: dict[str, Callable[[PreTrainedModel, dict[str, Any]], Tensor]] = {
-    "plain": plain,
-    "plain_batched": plain_batched,
-    "generic": generic,
-    "shared_prefix": shared_prefix,
-}
-
-
-def _labels(log_probabilities: Tensor, prompts: dict[str, Any]) -> Tensor:
+def _labels(log_probabilities: Tensor, prompts: Prompts) -> Tensor:
     return log_probabilities[[ids[0] for ids in prompts["completions"]]]
-
-
-def _budget(model: PreTrainedModel) -> int:
-    return token_budget(model, memory_bytes(default_device()))
 
 
 def main() -> None:
@@ -79,15 +70,18 @@ def main() -> None:
     name, folder, file = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     prompts = json.loads(file.read_text("utf-8"))
     use_machine(None)
+    if name in {"plain", "plain_batched"}:  # as their users have torch, with the library that it takes by itself
+        torch.set_float32_matmul_precision("highest")
     model = load_model(folder, DTYPES[prompts["dtype"]])
     rate = product_rate(model)
     with torch.inference_mode():
-        warm_up = prompts | {"query_ids": prompts["query_ids"][:BATCH], "context_ids": prompts["context_ids"][:64]}
-        ENGINES[name](model, warm_up)
+        answer = answering(name, model, prompts["completions"])
         times, answers = [], torch.empty(0)
         for _ in range(prompts["repeats"]):
+            # warms up, and makes the fast path forget the context: its reading is part of every time
+            answer(prompts | {"query_ids": prompts["query_ids"][:BATCH], "context_ids": prompts["context_ids"][:64]})
             start = time.perf_counter()
-            answers = ENGINES[name](model, prompts)
+            answers = answer(prompts)
             times.append(time.perf_counter() - start)
             rate = max(rate, product_rate(model))
     figures = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.work import work_folder
 
 
-def python_of(name: str, packages: list[str]) -> Path | None:
+def python_of(name: str, packages: list[str], *, constrained: bool = True) -> Path | None:
     """The Python of an environment with `packages`, or None, and the reason printed, where they cannot be installed."""
     folder = (work_folder() / "environments" / name).absolute()
     python = folder / "bin" / "python"
@@ -17,7 +17,9 @@ def python_of(name: str, packages: list[str]) -> Path | None:
         return python
     print(f"making an environment for {name}: {' '.join(packages)}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    # the project's own versions where both use a package: the comparison is then of what is done with torch, not of its releases
+    pinned = ["--constraint", str(Path("constraints.txt").absolute())] if constrained else []
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pinned, *packages]
     result = subprocess.run(install, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         print(f"{name} is left out; pip ended with {result.returncode}: {result.stderr.strip().splitlines()[-1:]}", flush=True)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 SHARED = Path("../shared/data/sst2/train.jsonl")
 PREPARED = Path("artifacts/data/transfer.parquet")
 LABELS = (" negative", " positive")
+SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def texts() -> tuple[list[str], str]:
 
 
 def build(tokenizer: PreTrainedTokenizerBase, context_tokens: int, query_tokens: int, count: int) -> Prompts:
-    """`count` queries of `query_tokens` ± 8 tokens behind a context of as near to `context_tokens` as whole demonstrations come."""
+    """`count` queries of `query_tokens` ± 8 tokens behind a context of as many whole demonstrations as fit `context_tokens`."""
     source, _ = texts()
 
     def ids(text: str) -> list[int]:
@@ -43,15 +44,17 @@ def build(tokenizer: PreTrainedTokenizerBase, context_tokens: int, query_tokens:
     if len(of_length) < count:
         raise SystemExit(f"{len(of_length)} texts of {query_tokens} ± 8 tokens, {count} needed: ask for fewer queries")
     queries = of_length[:count]
-    used, context, length = set(queries), "", 0
+    used, shots, length = set(queries), [], 0
     for number, query in enumerate(query for query in rendered if query not in used):
-        demonstration = f"{query}{LABELS[number % 2]}\n\n"
-        size = len(ids(demonstration))
-        if length + size // 2 > context_tokens:
+        shots.append(query + LABELS[number % 2])
+        length += len(ids(shots[-1])) + 1
+        if length > context_tokens:
+            shots.pop()
             break
-        context += demonstration
-        length += size
+    context = SEPARATOR.join(shots)
+    if context:  # the separator belongs to the query: there no token reaches over the seam, and text and ids say the same
+        queries = [SEPARATOR + query for query in queries]
     context_ids = ids(context)
-    both = [ids(context + query) for query in queries[:8]]
-    assert all(whole[: len(context_ids)] == context_ids for whole in both), "the context's end merges with a query's beginning"
+    whole = [ids(context + query) for query in queries[:8]]
+    assert whole == [context_ids + ids(query) for query in queries[:8]], "a token reaches over the seam of context and query"
     return Prompts(context, queries, context_ids, [ids(query) for query in queries], [ids(label) for label in LABELS])

@@ -31,7 +31,7 @@ QUERIES = 128
 SLOW = {0: 64, 256: 24, 1024: 8, 4096: 4}
 """Queries that engines without a shared context answer, by the context's tokens."""
 TOLERANCE_NATS = {"float32": 1e-4, "bfloat16": 0.5}
-LM_EVAL = ["torch==2.13.0", "lm_eval[hf]==0.4.13"]
+LM_EVAL = ["torch", "lm_eval[hf]==0.4.13"]
 LLAMA_CPP = ["llama-cpp-python==0.3.36", "numpy"]
 
 
@@ -142,4 +142,6 @@ def _print_line(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
