@@ -13,6 +13,7 @@ fewer weights take less memory and move the model less, for better or worse.
   then has a matrix more than its base.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ def _lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> tuple[str, Any
         task_type="CAUSAL_LM",
     )
     try:
-        with _seeded(seed):
+        with _seeded(seed), warnings.catch_warnings():
+            # peft 0.21 asks for a property that transformers 5 has renamed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             adapter = get_peft_model(model, config)
     except ValueError as error:
         if lora.modules == "all_linear":
