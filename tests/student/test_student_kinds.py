@@ -1,4 +1,4 @@
-"""Objectives × tunings × bases from files to files: each trains, leaves its provenance and curve, and goes on after a kill to the same bytes."""
+"""Objectives × tunings × bases from files to files: each trains, leaves provenance and curve, goes on after a kill to the same bytes."""
 
 import csv
 import os
