@@ -1,8 +1,8 @@
 """Head-only training without the model below the head.
 
-Where nothing but the head is learnt, what it is given for an example never changes. So the body runs once over all examples, and each step
-multiplies a few stored vectors by the head. The order and the batches of that one pass follow from the rows alone, so that an interrupted
-run computes the same vectors again.
+Where nothing but the head is learnt, what it is given for an example never changes. So the body runs once over all examples that the steps
+will take, and each step multiplies a few stored vectors by the head. The order and the batches of that one pass follow from the rows
+alone, so that an interrupted run computes the same vectors again.
 
 The trade-off: the vectors stay in memory, one of the model's width for each answer position: 2 MB for 800 examples of SmolLM2-135M.
 """

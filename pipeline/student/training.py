@@ -86,7 +86,8 @@ def train(
     started = time.monotonic()
     try:
         if params.tuning == "head":
-            forward = on_stored_vectors(model, forward, small.completions, probe + [small.ids(row) for row in rows], expected)
+            taken = [small.ids(example.ids) for example in _taken(terms, params, held_back)]
+            forward = on_stored_vectors(model, forward, small.completions, probe + taken, expected)
         trained = _Training(model, small, forward, terms, params, held_back, title, checkpoint).run(tuning, started)
     finally:
         forward.detach()
@@ -201,6 +202,13 @@ def objective(
             loss = DIVERGENCES[term.loss](_targets(batch, part), part)
         total = total + term.weight * (loss.sum() / size)
     return total
+
+
+def _taken(terms: Sequence[Term], params: TuningParams, held_back: HeldBack | None) -> list[Example]:
+    """Every example that some step takes, and what is held back."""
+    orders = [Order(term, params.seed) for term in terms]
+    taken = [example for order in orders for step in range(params.steps) for example in order.batch(step)]
+    return taken + list(held_back.examples if held_back is not None else ())
 
 
 def _targets(batch: Sequence[Example], like: Tensor) -> Tensor:

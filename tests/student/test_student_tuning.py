@@ -15,6 +15,7 @@ from pipeline.models.loading import load_model
 from pipeline.models.truncation import cut_layers
 from pipeline.student import head as head_module
 from pipeline.student import training
+from pipeline.student.batches import Order
 from pipeline.student.head import TOKENS_A_PASS, _batches
 from pipeline.student.training import train
 from pipeline.student.tuning import apply_tuning, trained_weights
@@ -219,9 +220,12 @@ def test_head_only_training_reads_each_example_once(tiny_model, monkeypatch):
             layer.register_forward_pre_hook(lambda module, args: pytest.fail("the body ran again"))
 
     monkeypatch.setattr(head_module, "_vectors", counting)
-    term = kl_term()
-    trained = train(tiny_model("llama"), SINGLE, [term], tuning(steps=9, tuning="head"), title="test")
-    assert passes == [sum(len(example.ids) for example in term.examples)]
+    term, params = kl_term(count=40), tuning(steps=9, tuning="head")
+    trained = train(tiny_model("llama"), SINGLE, [term], params, title="test")
+    taken = {example.ids for step in range(9) for example in Order(term, params.seed).batch(step)}
+    assert len(taken) == 36
+    [tokens] = passes
+    assert sum(map(len, taken)) <= tokens <= sum(map(len, taken)) + 3 * 12, "what the steps take, and the three rows of the check"
     assert "the body once for each example" in trained.forward
 
 
