@@ -32,10 +32,19 @@ class Example:
 class Term:
     """One summand of the objective, with examples of its own. Each step takes `batch_size` of them and adds `weight` × their mean loss."""
 
-    loss: Literal["kl", "cross_entropy"]
+    loss: Literal["kl", "reverse_kl", "jensen_shannon", "cross_entropy"]
+    """`cross_entropy` is that on the most probable label of the target."""
     weight: float
     batch_size: int
     examples: tuple[Example, ...]
+
+
+def pieces(batches: Sequence[Sequence[Example]], size: int | None) -> list[list[list[Example]]]:
+    """A step's batches, one for each term, cut into runs of at most `size` examples; each run has a batch, maybe empty, for each term."""
+    numbered = [(number, example) for number, batch in enumerate(batches) for example in batch]
+    size = size or len(numbered)
+    runs = [numbered[start : start + size] for start in range(0, len(numbered), size)]
+    return [[[example for n, example in run if n == number] for number in range(len(batches))] for run in runs]
 
 
 def permutation(example_ids: Sequence[str], seed: int, epoch: int) -> list[int]:

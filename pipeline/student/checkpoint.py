@@ -1,8 +1,9 @@
-"""Training that survives a kill: weights, moments, step and losses, in one safetensors file under the work folder.
+"""Training that survives a kill: learnt weights, moments, step and losses, in one safetensors file under the work folder.
 
 A checkpoint is exact, so when it is taken does not change what comes out; it is taken when enough work stands to be lost, by the clock, not
-by steps: its size is three times the model's, and writing it every few steps of a small model would cost more than it saves. One that
-belongs to other params, data or weights is not used. A student has at most one.
+by steps: its size is three times that of the learnt weights (four where the best ones are kept beside them), and writing it every few
+steps of a small model would cost more than it saves. One that belongs to other params, data or weights is not used. A student has at most
+one.
 """
 
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.files import replacing
+from pipeline.student.tuning import trained_weights
 
 SECONDS_BETWEEN = 120.0
 """Work that a kill costs at most. Writing the 1.3 GB of a 135M model took 3 to 5 s on a busy machine."""
@@ -36,10 +39,13 @@ class Checkpoint:
         return time.monotonic() - self._taken >= self._seconds_between
 
     @torch.no_grad()
-    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    def save(
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[float], others: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write the state after `len(losses)` steps, then remove what other params or data left of this student."""
         tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-        for name, parameter in _trained(model).items():
+        tensors |= {f"other.{name}": tensor for name, tensor in (others or {}).items()}
+        for name, parameter in trained_weights(model).items():
             tensors[f"weight.{name}"] = parameter.detach().contiguous()
             for moment in MOMENTS:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
@@ -51,24 +57,28 @@ class Checkpoint:
         self._taken = time.monotonic()
 
     @torch.no_grad()
-    def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[float]:
-        """Put a saved state into model and optimizer, and return the losses of the steps done: none where there is no such state."""
+    def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[list[float], dict[str, Tensor]]:
+        """Put a saved state into model and optimizer, and return the losses of the steps done and the other tensors that were saved.
+
+        Both are empty where there is no such state.
+        """
         if not self.path.is_file():
-            return []
+            return [], {}
         try:
             with safe_open(self.path, framework="pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
-                    return []
+                    return [], {}
                 losses = file.get_tensor("losses").tolist()
-                for name, parameter in _trained(model).items():
+                others = {key.removeprefix("other."): file.get_tensor(key) for key in file.keys() if key.startswith("other.")}  # noqa: SIM118
+                for name, parameter in trained_weights(model).items():
                     parameter.copy_(file.get_tensor(f"weight.{name}"))
                     state: dict[str, torch.Tensor] = {"step": torch.tensor(float(len(losses)))}
                     for moment in MOMENTS:
                         state[moment] = torch.empty_like(parameter).copy_(file.get_tensor(f"{moment}.{name}"))
                     optimizer.state[parameter] = state
         except SafetensorError:
-            return []  # not a whole file, which `replacing` rules out but a full disk or a user may not: training starts again
-        return losses
+            return [], {}  # not a whole file, which `replacing` rules out but a full disk or a user may not: training starts again
+        return losses, others
 
     def remove(self) -> None:
         """The training is done: no checkpoint of this student stays."""
@@ -77,7 +87,3 @@ class Checkpoint:
 
     def _all(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self._name}-{'[0-9a-f]' * 16}.safetensors"))
-
-
-def _trained(model: PreTrainedModel) -> Mapping[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

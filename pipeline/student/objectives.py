@@ -8,6 +8,7 @@ The trade-off: a student may move probability from verbalisers to other tokens u
 as the teacher's were, so nothing that is asked of it depends on that.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +45,23 @@ def kl_nats(target: Tensor, log_probabilities: Tensor) -> Tensor:
     A label of probability 0 adds nothing, to the value or to the gradient.
     """
     return (torch.special.xlogy(target, target) - target * log_probabilities).sum(-1)
+
+
+def reverse_kl_nats(target: Tensor, log_probabilities: Tensor) -> Tensor:
+    """KL(student ‖ target) of each row, which seeks the target's mode where `kl_nats` covers all of it (2306.08543): [B, L] → [B], nats.
+
+    It is infinite where the target is 0 and the student is not; the target is held at the smallest float32 number, e^-87.
+    """
+    log_target = target.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return (log_probabilities.exp() * (log_probabilities - log_target)).sum(-1)
+
+
+def jensen_shannon_nats(target: Tensor, log_probabilities: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of each row, the mean KL of target and student to their mean: [B, L] → [B], nats, at most log 2."""
+    log_mean = torch.logaddexp(target.log(), log_probabilities) - math.log(2.0)
+    to_target = torch.special.xlogy(target, target) - target * log_mean
+    to_student = log_probabilities.exp() * (log_probabilities - log_mean)
+    return 0.5 * (to_target + to_student).sum(-1)
 
 
 def cross_entropy_nats(labels: Sequence[int] | Tensor, log_probabilities: Tensor) -> Tensor:

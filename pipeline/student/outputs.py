@@ -20,13 +20,29 @@ DIGITS = 6
 """Significant digits of a number in metrics and curves."""
 
 
-def write_curve(losses: list[float], params: TuningParams, file: Path) -> None:
-    """One line a step, counted from 1: the loss before its update in nats, and the learning rate of the update."""
+def write_curve(trained: Trained, params: TuningParams, file: Path) -> None:
+    """One line a step, counted from 1: the loss before its update in nats, and the learning rate of the update.
+
+    Where a part is held back, `held_back_kl` is the mean KL to its targets after the update, at the steps that looked.
+    """
+    looks = dict(trained.looks)
     with replacing(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(["step", "loss", "learning_rate"])
-        for step, loss in enumerate(losses):
-            writer.writerow([step + 1, significant(loss), significant(learning_rate(step, params))])
+        writer.writerow(["step", "loss", "learning_rate", *(["held_back_kl"] if looks else [])])
+        for step, loss in enumerate(trained.losses):
+            look = [significant(looks[step + 1]) if step + 1 in looks else ""] if looks else []
+            writer.writerow([step + 1, significant(loss), significant(learning_rate(step, params)), *look])
+
+
+def held_back_summary(trained: Trained, examples: int) -> dict[str, Any]:
+    """What the choice of the step came to: nats before training, and after the step whose weights are kept."""
+    found = dict(trained.looks)
+    return {
+        "best_step": trained.best_step,
+        "held_back_examples": examples,
+        "held_back_kl_nats": significant(found[trained.best_step]),
+        "held_back_kl_nats_before": significant(found[0]),
+    }
 
 
 def final_loss(losses: list[float]) -> float:

@@ -25,17 +25,18 @@ from pipeline.models.loading import (
 )
 from pipeline.models.machine import use_machine
 from pipeline.models.truncation import cut_layers, parse_layers
+from pipeline.params import DEMONSTRATIONS_FILE as DEMONSTRATIONS
 from pipeline.params import StudentParams, TunedTeacherParams, TuningParams
-from pipeline.student.batches import Term
+from pipeline.student.batches import Example, Term
 from pipeline.student.checkpoint import SECONDS_BETWEEN, Checkpoint
+from pipeline.student.early_stopping import HeldBack, split
 from pipeline.student.lessons import check_lengths, demonstrations, target_set, targets_fingerprint
-from pipeline.student.outputs import final_loss, write_curve, write_runtime
+from pipeline.student.outputs import final_loss, held_back_summary, write_curve, write_runtime
 from pipeline.student.training import Trained, train
 from pipeline.tasks import Task, TaskTokens
 
 TRAINING_VERSION = 1
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
-DEMONSTRATIONS = "data/demonstrations.parquet"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Job:
     """Hashes of what is learnt from."""
     tokens: TaskTokens
     terms: Sequence[Term]
+    held_back: HeldBack | None = None
+
+    @property
+    def examples(self) -> list[Example]:
+        """All that the model reads."""
+        return [e for term in self.terms for e in term.examples] + list(self.held_back.examples if self.held_back else ())
 
 
 def train_student(
@@ -78,17 +85,21 @@ def train_student(
             f"students.{name}.ce_weight: {params.ce_weight} beside `learn_from: {DEMONSTRATIONS}`, where cross-entropy on the "
             "demonstrations is all there is; remove it, or learn from a target set."
         )
-    terms, sources = [], {}
+    terms, sources, held_back = [], {}, None
     if not from_labels:
         folder = places.artifacts / params.learn_from
-        terms.append(Term("kl", 1.0, params.batch_size, target_set(folder, places.artifacts / "data" / "transfer.parquet", tokens)))
+        examples = target_set(folder, places.artifacts / "data" / "transfer.parquet", tokens)
+        if params.held_back:
+            examples, held = split(examples, params.held_back)
+            held_back = HeldBack(held, params.evaluate_every, params.patience)
+        terms.append(Term("cross_entropy" if params.loss == "hard" else params.loss, 1.0, params.batch_size, examples))
         sources |= targets_fingerprint(folder)
     if from_labels or params.ce_weight:
         file = places.artifacts / DEMONSTRATIONS
         weight, size = (1.0, params.batch_size) if from_labels else (params.ce_weight, demonstrations_a_step(params.batch_size))
         terms.append(Term("cross_entropy", weight, size, demonstrations(file, tokens)))
         sources["demonstrations"] = sha256_file(file)
-    job = Job("student", name, params, params.base, params.layers, params.learn_from, sources, tokens, terms)
+    job = Job("student", name, params, params.base, params.layers, params.learn_from, sources, tokens, terms, held_back)
     _run(job, places.artifacts / "students" / name, name, places, threads, seconds_between)
 
 
@@ -116,7 +127,7 @@ def demonstrations_a_step(batch_size: int) -> int:
 
 def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
     base = places.artifacts / job.base
-    check_lengths([example for term in job.terms for example in term.examples], job.tokens, context_limit(base), base)
+    check_lengths(job.examples, job.tokens, context_limit(base), base)
     used_threads = use_machine(threads)
     provenance = _provenance(job, base)
     checkpoint = Checkpoint(
@@ -125,28 +136,32 @@ def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int
     model = load_model(base)
     if job.layers is not None:
         cut_layers(model, parse_layers(job.layers, model.config.get_text_config().num_hidden_layers))
-    parameters, trained_parameters = parameter_counts(model)
-    trained = train(model, job.tokens.completions, job.terms, job.params, title=f"{job.kind} {job.name}", checkpoint=checkpoint)
+    adapter = (output / "adapter", job.base) if job.params.adapters == "kept" else None
+    title = f"{job.kind} {job.name}"
+    trained = train(
+        model, job.tokens.completions, job.terms, job.params, title=title, checkpoint=checkpoint, held_back=job.held_back, adapter=adapter
+    )
     output.mkdir(parents=True, exist_ok=True)
     model.config._name_or_path = ""
     save_model(model, load_tokenizer(base), output)
     counts = {
-        "steps": job.params.steps,
+        "steps": len(trained.losses),
         "examples": trained.examples,
         "tokens": trained.tokens,
-        "parameters": parameters,
-        "trained_parameters": trained_parameters,
+        "parameters": parameter_counts(model)[0],
+        "trained_parameters": trained.trained_parameters,
         "layers": int(model.config.get_text_config().num_hidden_layers),
     }
-    write_json({**provenance, "counts": counts, "forward": trained.forward}, output / "provenance.json")
-    _write_metrics(job, metrics_name, counts, trained, used_threads, places.metrics)
+    choice = held_back_summary(trained, len(job.held_back.examples)) if job.held_back else {}
+    write_json({**provenance, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / "provenance.json")
+    _write_metrics(job, metrics_name, counts | choice, trained, used_threads, places.metrics)
     checkpoint.remove()
 
 
-def _write_metrics(job: Job, metrics_name: str, counts: dict[str, int], trained: Trained, threads: int, metrics: Path) -> None:
+def _write_metrics(job: Job, metrics_name: str, counts: dict[str, Any], trained: Trained, threads: int, metrics: Path) -> None:
     values: dict[str, Any] = {**counts, "final_loss": final_loss(trained.losses), "base": job.base, "learn_from": job.learn_from}
     write_json(values, metrics / "train" / f"{metrics_name}.json")
-    write_curve(trained.losses, job.params, metrics / "curves" / f"{metrics_name}.csv")
+    write_curve(trained, job.params, metrics / "curves" / f"{metrics_name}.csv")
     write_runtime(trained, threads, metrics / "runtime" / f"{job.kind}-{job.name}.json")
 
 
@@ -182,4 +197,6 @@ def _fingerprint(job: Job, provenance: dict[str, Any], threads: int) -> str:
         [term.loss, term.weight, term.batch_size, [[e.example_id, list(e.ids), list(e.target)] for e in term.examples]]
         for term in job.terms
     ]
-    return sha256_json({"provenance": provenance, "lessons": lessons, "threads": threads, "torch": torch.__version__})
+    held = [[e.example_id, list(e.ids), list(e.target)] for e in job.held_back.examples] if job.held_back else []
+    belongs = {"provenance": provenance, "lessons": lessons, "held_back": held, "threads": threads, "torch": torch.__version__}
+    return sha256_json(belongs)

@@ -1,14 +1,16 @@
 """The training loop, for students and tuned teachers alike.
 
-Float32, dropout off, AdamW, one packed forward a step. What comes out depends on model, terms and params alone: batches follow from
-content, and a run that was interrupted goes on from its checkpoint to the same weights. With more than one term, each step takes a batch of
-each: the labelled demonstrations are few, and a share of every step keeps their weight even.
+Float32, dropout off, AdamW, one packed forward a step, or several where `micro_batch` asks for less memory. What comes out depends on
+model, terms and params alone: batches follow from content, and a run that was interrupted goes on from its checkpoint to the same weights.
+With more than one term, each step takes a batch of each: the labelled demonstrations are few, and a share of every step keeps their weight
+even.
 """
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,23 +20,35 @@ from pipeline.engine.scores import Completions
 from pipeline.errors import ShotlessError
 from pipeline.params import TuningParams
 from pipeline.progress import progress
-from pipeline.student.batches import Example, Order, Term
+from pipeline.student.batches import Example, Order, Term, pieces
 from pipeline.student.checkpoint import Checkpoint
+from pipeline.student.early_stopping import Best, HeldBack
 from pipeline.student.forward import Forward, choose_forward, plain_log_probabilities, probe_rows
-from pipeline.student.objectives import cross_entropy_nats, kl_nats
+from pipeline.student.head import on_stored_vectors
+from pipeline.student.objectives import cross_entropy_nats, jensen_shannon_nats, kl_nats, reverse_kl_nats
 from pipeline.student.optimizer import adamw, clip_gradients, learning_rate, set_learning_rate
+from pipeline.student.tuning import Tuning, apply_tuning
 from pipeline.student.vocabulary import SmallVocabulary
+
+DIVERGENCES = {"kl": kl_nats, "reverse_kl": reverse_kl_nats, "jensen_shannon": jensen_shannon_nats}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training did. The first three depend on its inputs alone."""
+    """What a training did. All but the last three depend on its inputs alone."""
 
     losses: list[float]
-    """Of each step, before its update; nats."""
+    """Of each step, before its update; nats. Fewer than the params' steps where it stopped early."""
+    looks: list[tuple[int, float]]
+    """(steps done, mean KL to the targets of what is held back, nats); empty where nothing is."""
+    best_step: int
+    """Steps after which the weights were those that the model has now."""
     examples: int
     tokens: int
     """Read in all steps, with the tokens of long verbalisers."""
+    trains: str
+    """Which weights were learnt, in words."""
+    trained_parameters: int
     forward: str
     """The forward pass that was used, and why."""
     resumed_at: int
@@ -52,84 +66,153 @@ def train(
     *,
     title: str,
     checkpoint: Checkpoint | None = None,
+    held_back: HeldBack | None = None,
+    adapter: tuple[Path, str] | None = None,
 ) -> Trained:
-    """Train all weights of `model` in place. `completions` are the token ids of each label's verbaliser, in the labels' order.
+    """Train `model` in place; it is a plain model of its architecture before and after, whatever `params.tuning` is.
 
-    Raises ShotlessError naming the step and the examples where a loss or gradient is not finite. The checkpoint, where given, stays until
-    the caller removes it: the weights are not on disk yet when this returns.
+    `completions` are the token ids of each label's verbaliser, in the labels' order; `adapter` is the folder where a LoRA adapter is kept
+    and the base that it belongs to. Raises ShotlessError naming the step and the examples where a loss or gradient is not finite. The
+    checkpoint, where given, stays until the caller removes it: the weights are not on disk yet when this returns.
     """
-    model.eval().requires_grad_(True)
+    model.eval()
     rows = [example.ids for term in terms for example in term.examples]
+    rows += [example.ids for example in held_back.examples] if held_back is not None else []
     expected = plain_log_probabilities(model, completions, probe_rows(rows))
+    tuning = apply_tuning(model, params)
     small = _cut_vocabulary(model, completions, rows, expected)
-    forward = choose_forward(model, small.completions, [small.ids(row) for row in probe_rows(rows)], expected)
+    probe = [small.ids(row) for row in probe_rows(rows)]
+    forward = choose_forward(model, small.completions, probe, expected)
+    started = time.monotonic()
     try:
-        return _steps(model, small, forward, terms, params, title, checkpoint)
+        if params.tuning == "head":
+            taken = [small.ids(example.ids) for example in _taken(terms, params, held_back)]
+            forward = on_stored_vectors(model, forward, small.completions, probe + taken, expected)
+        trained = _Training(model, small, forward, terms, params, held_back, title, checkpoint).run(tuning, started)
     finally:
         forward.detach()
         small.restore()
+    if adapter is not None:
+        tuning.save_adapter(*adapter)
+    tuning.merge()
+    return trained
 
 
-def _steps(
-    model: PreTrainedModel,
-    vocabulary: "_Vocabulary",
-    forward: Forward,
-    terms: Sequence[Term],
-    params: TuningParams,
-    title: str,
-    checkpoint: Checkpoint | None,
-) -> Trained:
-    optimizer = adamw(model, params)
-    orders = [Order(term, params.seed) for term in terms]
-    losses = checkpoint.load(model, optimizer) if checkpoint is not None else []
-    resumed_at = len(losses)
-    branch_tokens = sum(len(ids) - 1 for ids in vocabulary.completions)
+@dataclass
+class _Training:
+    """One training; its methods are the parts of a step."""
 
-    def tokens_of(step: int) -> int:
-        return sum(len(example.ids) + branch_tokens for order in orders for example in order.batch(step))
+    model: PreTrainedModel
+    vocabulary: "_Vocabulary"
+    forward: Forward
+    terms: Sequence[Term]
+    params: TuningParams
+    held_back: HeldBack | None
+    title: str
+    checkpoint: Checkpoint | None
 
-    started, done = time.monotonic(), 0
-    with progress(title, params.steps, "steps") as meter:
-        meter.advance(resumed_at, "resumed" if resumed_at else "")
-        for step in range(resumed_at, params.steps):
-            batches = [order.batch(step) for order in orders]
-            set_learning_rate(optimizer, learning_rate(step, params))
-            log_probabilities = forward.run([vocabulary.ids(example.ids) for batch in batches for example in batch])
-            loss = objective(terms, batches, log_probabilities)
-            value = float(loss.detach())
-            _check_finite("loss", value, title, step, batches)
+    def run(self, tuning: Tuning, started: float) -> Trained:
+        params, checkpoint = self.params, self.checkpoint
+        optimizer = adamw(self.model, params)
+        orders = [Order(term, params.seed) for term in self.terms]
+        losses, saved = checkpoint.load(self.model, optimizer) if checkpoint is not None else ([], {})
+        best, resumed_at, done = Best.of(saved), len(losses), 0
+        branch_tokens = sum(len(ids) - 1 for ids in self.vocabulary.completions)
+        if self.held_back is not None and not best.looks:
+            best.add(self.model, 0, self._agreement(self.held_back, 0))
+
+        def tokens_of(step: int) -> int:
+            return sum(len(example.ids) + branch_tokens for order in orders for example in order.batch(step))
+
+        with progress(self.title, params.steps, "steps") as meter:
+            meter.advance(resumed_at, "resumed" if resumed_at else "")
+            for step in range(resumed_at, params.steps):
+                if self.held_back is not None and best.is_over(self.held_back.patience):
+                    meter.advance(0, f"no better for {self.held_back.patience} looks: stopped early")
+                    break
+                set_learning_rate(optimizer, learning_rate(step, params))
+                losses.append(self._step(optimizer, [order.batch(step) for order in orders], step))
+                done += tokens_of(step)
+                meter.advance(1, f"loss {losses[-1]:.4f}, {done / (time.monotonic() - started):,.0f} tokens/s")
+                if self.held_back is not None and ((step + 1) % self.held_back.evaluate_every == 0 or step + 1 == params.steps):
+                    best.add(self.model, step + 1, self._agreement(self.held_back, step + 1))
+                if checkpoint is not None and checkpoint.due() and step + 1 < params.steps:
+                    checkpoint.save(self.model, optimizer, losses, best.tensors())
+        if best.looks:
+            best.restore(self.model)
+        seconds = time.monotonic() - started
+        return Trained(
+            losses=losses,
+            looks=best.looks,
+            best_step=best.looks[best.number][0] if best.looks else len(losses),
+            examples=len(losses) * sum(term.batch_size for term in self.terms),
+            tokens=sum(map(tokens_of, range(len(losses)))),
+            trains=tuning.trains,
+            trained_parameters=tuning.trained_parameters,
+            forward=f"{self.forward.name}: {self.forward.why}",
+            resumed_at=resumed_at,
+            seconds=seconds,
+            tokens_per_second=done / seconds,
+        )
+
+    def _step(self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], step: int) -> float:
+        """One update, of the gradients of all pieces; returns the loss before it."""
+        sizes, value = [len(batch) for batch in batches], 0.0
+        for piece in pieces(batches, self.params.micro_batch):
+            log_probabilities = self.forward.run([self.vocabulary.ids(example.ids) for batch in piece for example in batch])
+            loss = objective(self.terms, piece, log_probabilities, sizes)
+            value += float(loss.detach())
+            _check_finite("loss", value, self.title, step, piece)
             loss.backward()
-            _check_finite("norm of the gradient", clip_gradients(optimizer, params.max_grad_norm), title, step, batches)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)  # fresh pages for all gradients would cost 6 % of a step in page faults
-            losses.append(value)
-            done += tokens_of(step)
-            meter.advance(1, f"loss {value:.4f}, {done / (time.monotonic() - started):,.0f} tokens/s")
-            if checkpoint is not None and checkpoint.due() and step + 1 < params.steps:
-                checkpoint.save(model, optimizer, losses)
-    seconds = time.monotonic() - started
-    return Trained(
-        losses=losses,
-        examples=params.steps * sum(term.batch_size for term in terms),
-        tokens=sum(map(tokens_of, range(params.steps))),
-        forward=f"{forward.name}: {forward.why}",
-        resumed_at=resumed_at,
-        seconds=seconds,
-        tokens_per_second=done / seconds,
-    )
+        _check_finite("norm of the gradient", clip_gradients(optimizer, self.params.max_grad_norm), self.title, step, batches)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)  # fresh pages for all gradients would cost 6 % of a step in page faults
+        return value
+
+    @torch.no_grad()
+    def _agreement(self, held_back: HeldBack, steps_done: int) -> float:
+        """Mean KL to the targets of what is held back, nats."""
+        size = self.params.micro_batch or self.params.batch_size
+        ordered = sorted(held_back.examples, key=lambda example: (len(example.ids), example.example_id))
+        total = 0.0
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            log_probabilities = self.forward.run([self.vocabulary.ids(example.ids) for example in batch])
+            kl = kl_nats(_targets(batch, log_probabilities), log_probabilities)
+            _check_finite("KL to the targets of what is held back", float(kl.sum()), self.title, steps_done, [batch])
+            total += float(kl.double().sum())
+        return total / len(ordered)
 
 
-def objective(terms: Sequence[Term], batches: Sequence[Sequence[Example]], log_probabilities: Tensor) -> Tensor:
-    """Σ weight × mean loss of each term, nats. `log_probabilities` [B, L] has the terms' batches one after the other."""
+def objective(
+    terms: Sequence[Term], batches: Sequence[Sequence[Example]], log_probabilities: Tensor, sizes: Sequence[int] | None = None
+) -> Tensor:
+    """Σ weight × mean loss of each term, nats. `log_probabilities` [B, L] has the terms' batches one after the other.
+
+    `sizes` are the terms' examples in the whole step where `batches` are a piece of it: the values of all pieces then add up to the step's.
+    """
     total = log_probabilities.new_zeros(())
     parts = log_probabilities.split([len(batch) for batch in batches])
-    for term, batch, part in zip(terms, batches, parts, strict=True):
-        if term.loss == "kl":
-            loss = kl_nats(torch.tensor([example.target for example in batch], device=part.device), part)
-        else:
+    for term, batch, part, size in zip(terms, batches, parts, sizes or map(len, batches), strict=True):
+        if not batch:
+            continue
+        if term.loss == "cross_entropy":
             loss = cross_entropy_nats([example.label for example in batch], part)
-        total = total + term.weight * loss.mean()
+        else:
+            loss = DIVERGENCES[term.loss](_targets(batch, part), part)
+        total = total + term.weight * (loss.sum() / size)
     return total
+
+
+def _taken(terms: Sequence[Term], params: TuningParams, held_back: HeldBack | None) -> list[Example]:
+    """Every example that some step takes, and what is held back."""
+    orders = [Order(term, params.seed) for term in terms]
+    taken = [example for order in orders for step in range(params.steps) for example in order.batch(step)]
+    return taken + list(held_back.examples if held_back is not None else ())
+
+
+def _targets(batch: Sequence[Example], like: Tensor) -> Tensor:
+    return torch.tensor([example.target for example in batch], device=like.device)
 
 
 def _check_finite(what: str, value: float, title: str, step: int, batches: Sequence[Sequence[Example]]) -> None:

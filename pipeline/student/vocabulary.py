@@ -29,7 +29,7 @@ class SmallVocabulary:
 
     @classmethod
     def cut(cls, model: PreTrainedModel, token_ids: Iterable[int]) -> "SmallVocabulary":
-        """Keep only `token_ids`, in place. Tied matrices stay tied."""
+        """Keep only `token_ids`, in place. Tied matrices stay tied, frozen ones frozen."""
         tokens = sorted(set(token_ids))
         embedding = model.get_input_embeddings()
         small = cls(model, torch.tensor(tokens), {token: n for n, token in enumerate(tokens)}, [], getattr(embedding, "padding_idx", None))
@@ -38,7 +38,7 @@ class SmallVocabulary:
             for name in ("weight", "bias"):
                 full = getattr(module, name, None)
                 if isinstance(full, nn.Parameter):
-                    rows = replaced.setdefault(id(full), nn.Parameter(full.detach()[small.kept].clone()))
+                    rows = replaced.setdefault(id(full), nn.Parameter(full.detach()[small.kept].clone(), full.requires_grad))
                     setattr(module, name, rows)
                     small._full.append((module, name, full))
         if small._padding_idx is not None:  # its gradient is masked; a padding token that does not occur needs no mask

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.student.objectives import cross_entropy_nats, kl_nats, label_log_probabilities, positions_per_row
+from pipeline.student.objectives import (
+    cross_entropy_nats,
+    jensen_shannon_nats,
+    kl_nats,
+    label_log_probabilities,
+    positions_per_row,
+    reverse_kl_nats,
+)
 
 COMPLETIONS = {"single": [[5], [9], [2]], "multi": [[5], [9, 3, 7], [2, 5]]}
 finite = st.floats(-30, 30)
@@ -111,6 +118,66 @@ def test_the_gradient_of_kl_is_student_minus_target(one, other):
     logits = torch.tensor(other[:rows], dtype=torch.float64, requires_grad=True)
     kl_nats(target, logits.log_softmax(-1)).sum().backward()
     assert torch.allclose(logits.grad, logits.detach().softmax(-1) - target, atol=1e-10)
+
+
+def naive_divergence(kind, p, q):
+    """Of two distributions in plain Python, from the definition."""
+
+    def kl(one, other):
+        return sum(a * math.log(a / b) for a, b in zip(one, other, strict=True) if a > 0)
+
+    if kind is reverse_kl_nats:
+        return kl(q, p)
+    mean = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    return (kl(p, mean) + kl(q, mean)) / 2
+
+
+@pytest.mark.parametrize("kind", [reverse_kl_nats, jensen_shannon_nats])
+@given(one=logit_rows, other=logit_rows)
+def test_other_divergences_are_those_of_the_definition(kind, one, other):
+    rows = min(len(one), len(other))
+    target = torch.tensor(one[:rows], dtype=torch.float64).softmax(-1)
+    log_p = torch.tensor(other[:rows], dtype=torch.float64).log_softmax(-1)
+    found = kind(target, log_p)
+    expected = [naive_divergence(kind, p, q) for p, q in zip(target.tolist(), log_p.exp().tolist(), strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9)
+    assert float(found.min()) > -1e-12
+
+
+@pytest.mark.parametrize("kind", [reverse_kl_nats, jensen_shannon_nats])
+def test_the_gradients_of_other_divergences_are_those_of_finite_differences(kind):
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(4, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    logits = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: kind(target, z.log_softmax(-1)), logits)
+
+
+@pytest.mark.parametrize("kind", [kl_nats, reverse_kl_nats, jensen_shannon_nats])
+def test_a_divergence_and_its_gradient_vanish_where_student_and_target_agree(kind):
+    logits = torch.tensor([[0.3, -1.0, 2.0], [30.0, -30.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    loss = kind(logits.detach().softmax(-1), logits.log_softmax(-1))
+    loss.sum().backward()
+    assert float(loss.detach().abs().max()) < 1e-12
+    assert float(logits.grad.abs().max()) < 1e-12
+
+
+@given(logit_rows, logit_rows)
+def test_the_jensen_shannon_divergence_is_symmetric_and_at_most_log_2(one, other):
+    rows = min(len(one), len(other))
+    p, q = (torch.tensor(x[:rows], dtype=torch.float64).softmax(-1) for x in (one, other))
+    forth, back = jensen_shannon_nats(p, q.log()), jensen_shannon_nats(q, p.log())
+    assert torch.allclose(forth, back, atol=1e-12)
+    assert float(forth.max()) <= math.log(2) + 1e-12
+
+
+@pytest.mark.parametrize("kind", [reverse_kl_nats, jensen_shannon_nats])
+def test_a_label_without_probability_gives_finite_divergences_and_gradients(kind):
+    logits = torch.tensor([[2.0, 0.0, -150.0]], requires_grad=True)
+    loss = kind(torch.tensor([[1.0, 0.0, 0.0]]), logits.log_softmax(-1))
+    loss.sum().backward()
+    assert math.isfinite(float(loss.detach()))
+    assert bool(torch.isfinite(logits.grad).all())
+    assert float(logits.grad[0, 1]) > 0
 
 
 def test_a_label_without_probability_adds_neither_value_nor_nan():

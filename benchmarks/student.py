@@ -1,0 +1,166 @@
+"""`python -m benchmarks.student`: training a student, side by side with what else there is → benchmarks/results/student.json and a table.
+
+Every row is measured in a process that does nothing else, on the same rows, model, batch size, steps and threads, in turns over several
+rounds, so that a slow minute of the machine hits all alike; the medians are reported. `limit_*` is what the matrix products alone must
+take: 6 operations for each learnt weight and token, 4 for each frozen one, at the rate at which this machine multiplies matrices of the
+model's shapes. Only the layers' matrices count: the embeddings are looked up, and the head sees one position of each row.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.training_limit import limits
+from pipeline.errors import UsageError
+from pipeline.files import write_json
+from pipeline.hashing import sha256_text
+from pipeline.models.loading import load_tokenizer
+from pipeline.params import load_params
+from pipeline.schema import examples, read_table
+from pipeline.tasks import Task, TaskTokens
+
+RESULTS = Path("benchmarks/results/student.json")
+OWN = ("full", "frozen", "lora", "bitfit", "head")
+OTHERS = ("trainer_padded", "sft_trainer")
+TRL = "trl==1.16.0"
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="A model folder.")] = Path("artifacts/models/smollm2"),
+    transfer: Annotated[Path, typer.Option(help="The texts, as `prepare` writes them.")] = Path("artifacts/data/transfer.parquet"),
+    steps: int = 12,
+    batch_size: int = 16,
+    rounds: int = 2,
+    only: Annotated[str, typer.Option(help="Some of the rows, separated by commas.")] = "",
+    work: Annotated[Path, typer.Option(help="Where TRL's virtual environment goes.")] = Path(".work/bench"),
+    results: Path = RESULTS,
+) -> None:
+    """Measure, print, write."""
+    wanted = only.split(",") if only else [*OWN, *OTHERS]
+    if unknown := set(wanted) - {*OWN, *OTHERS}:
+        raise typer.BadParameter(f"no rows {sorted(unknown)}; there are {', '.join((*OWN, *OTHERS))}")
+    interpreters = dict.fromkeys(wanted, sys.executable)
+    notes: list[str] = []
+    if "sft_trainer" in wanted:
+        try:
+            interpreters["sft_trainer"] = trl_interpreter(work)
+        except subprocess.CalledProcessError as error:
+            notes.append(f"sft_trainer left out: installing {TRL} failed: {(error.stderr or '').strip()[-300:]}")
+            wanted.remove("sft_trainer")
+    with tempfile.TemporaryDirectory() as scratch:
+        lesson = write_lesson(model, transfer, Path(scratch) / "lesson.json")
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+        for turn in range(rounds):
+            for name in wanted:
+                print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+                measured[name].append(measure(interpreters[name], name, model, lesson, steps, batch_size))
+        tokens_a_step = round(batch_size * statistics.fmean(len(row["ids"]) for row in json.loads(lesson.read_text())["rows"]))
+    rows = [{"name": name, **_median(found)} for name, found in measured.items()]
+    limit = limits(model, tokens_a_step)
+    rows += [{"name": name, "tokens_per_s": value, "peak_rss_above_model_bytes": None} for name, value in limit.tokens_per_s.items()]
+    about = {
+        "model": model.name,
+        "steps": steps,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "mean_tokens_a_step": tokens_a_step,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matrix_operations_per_s": limit.operations_per_s,
+        "layer_matrix_parameters": limit.parameters,
+        "notes": notes,
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json({"rows": rows, **about}, results)
+    print(table(rows, notes))
+
+
+def write_lesson(model: Path, transfer: Path, file: Path) -> Path:
+    """The rows that all learn, as JSON: text, token ids, and a label that follows from the text's hash; no teacher is needed for speed."""
+    if not (model / "config.json").is_file() or not transfer.is_file():
+        raise UsageError(f"{model} and {transfer} are needed; `make run` makes them.")
+    task = Task(load_params().task)
+    tokens = TaskTokens(task, load_tokenizer(model))
+    texts = [task.query(row) for row in read_table(transfer, examples(task.fields)).to_pylist()]
+    ids = [[*tokens.prefix_ids(""), *query] for query in tokens.query_ids(texts)]
+    labels = [int(sha256_text(text), 16) % len(tokens.completions) for text in texts]
+    verbalisers = list(task.params.verbalisers.values())
+    rows = [
+        {"text": text, "ids": row, "label": label, "answer": verbalisers[label]}
+        for text, row, label in zip(texts, ids, labels, strict=True)
+    ]
+    file.write_text(json.dumps({"rows": rows, "completions": tokens.completions}), "utf-8")
+    return file
+
+
+def measure(interpreter: str, name: str, model: Path, lesson: Path, steps: int, batch_size: int) -> dict[str, Any]:
+    """One row, in a process of its own."""
+    command = [interpreter, "-m", "benchmarks.student_rows", name, str(model), str(lesson), str(steps), str(batch_size)]
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trl_interpreter(work: Path) -> str:
+    """Python of a virtual environment with TRL, which sees this one's packages, so that torch and transformers are the same."""
+    folder, python = work / "trl", work / "trl" / "bin" / "python"
+    if not (folder / TRL).is_file():
+        _quietly(sys.executable, "-m", "venv", str(folder))
+        ours = next(path for path in map(Path, sys.path) if path.name == "site-packages")
+        theirs = next(folder.glob("lib/python*/site-packages"))
+        (theirs / "shotless.pth").write_text(f"{ours}\n", "utf-8")
+        # what both need must be ours: pip is told to keep to the constraints of the project
+        constraints = ["--constraint", "constraints.txt"] if Path("constraints.txt").is_file() else []
+        _quietly(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *constraints, TRL)
+        (folder / TRL).touch()
+    return str(python.absolute())
+
+
+def _quietly(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _median(found: list[dict[str, Any]]) -> dict[str, Any]:
+    middle = {key: statistics.median(entry[key] for entry in found) for key in ("tokens_per_s", "peak_rss_above_model_bytes")}
+    return middle | {"all_tokens_per_s": [entry["tokens_per_s"] for entry in found]}
+
+
+def table(rows: list[dict[str, Any]], notes: list[str]) -> str:
+    """The rows for a terminal, with the ratios that the project aims at."""
+    by_name = {row["name"]: row for row in rows}
+    lines = [f"{'':16}{'tokens/s':>12}{'peak above model':>20}"]
+    for row in rows:
+        peak = row["peak_rss_above_model_bytes"]
+        lines.append(f"{row['name']:16}{row['tokens_per_s']:12,.1f}{'–' if peak is None else f'{peak / 1e6:,.0f} MB':>20}")
+    full = by_name.get("full")
+    if full:
+        aims = [
+            (
+                "trainer_padded",
+                "full is {:.2f}× the padded Trainer (aim: at least 1.5×)",
+                lambda r: full["tokens_per_s"] / r["tokens_per_s"],
+            )
+        ]
+        aims.append(
+            ("limit_full", "full takes {:.2f}× the limit's time (aim: at most 1.25×)", lambda r: r["tokens_per_s"] / full["tokens_per_s"])
+        )
+        for name in ("lora", "bitfit"):
+            share = f"{name} takes {{:.0%}} of full's peak above the model (aim: at most 40 %)"
+            aims.append((name, share, lambda r: r["peak_rss_above_model_bytes"] / full["peak_rss_above_model_bytes"]))
+            aims.append((name, f"{name} is {{:.2f}}× full's speed (aim: at least 1×)", lambda r: r["tokens_per_s"] / full["tokens_per_s"]))
+        lines += [text.format(ratio(by_name[name])) for name, text, ratio in aims if name in by_name]
+    return "\n".join([*lines, *notes])
+
+
+if __name__ == "__main__":
+    typer.run(main)
