@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from pipeline.commands.predict import predict
 from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
 from pipeline.params import load_params
@@ -46,6 +47,9 @@ def preset(name: str) -> None:
 def summary() -> None:
     """Print the headline table of the last run."""
     print_summary()
+
+
+commands.command()(predict)
 
 
 def app() -> None:
