@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from pipeline.commands.monitor import monitor
 from pipeline.commands.predict import predict
 from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
@@ -50,6 +51,7 @@ def summary() -> None:
 
 
 commands.command()(predict)
+commands.command()(monitor)
 
 
 def app() -> None:

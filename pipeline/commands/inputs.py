@@ -1,5 +1,6 @@
 """Files and standard input as rows for a student: JSON lines, CSV, TSV, Parquet, or a predictions log."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -7,6 +8,7 @@ from typing import cast
 from pipeline.data.readers import BadRow, BlankLine, Format, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.fields import MISSING
+from pipeline.prediction_log import is_log_record
 from pipeline.serving.stream import Item
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
@@ -57,3 +59,25 @@ def columns_of(fields: Sequence[str], mapped: Sequence[str]) -> list[str]:
             raise UsageError(f"--field {entry}: write FIELD=COLUMN; the student's fields are: {choices(fields)}")
         columns[name] = column
     return list(columns.values())
+
+
+def is_log(path: str) -> bool:
+    """Whether a file of JSON lines is a predictions log, by its first line."""
+    if path == "-" or not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        first = file.readline()
+    try:
+        return is_log_record(json.loads(first))
+    except ValueError:
+        return False
+
+
+def read_log(path: str, kept: Sequence[str] = ()) -> Iterator[Item]:
+    """The inputs of a predictions log; `kept` are further entries of its lines, such as labels that were added later."""
+    for item in read_items(path, "jsonl", ["fields"], ["fields"], kept):
+        fields = item.fields.get("fields")
+        if item.error is None and not isinstance(fields, dict):
+            yield Item(item.line, {}, item.kept, "fields: missing")
+        else:
+            yield Item(item.line, fields or {}, item.kept, item.error)

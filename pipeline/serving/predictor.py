@@ -49,11 +49,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Predictions with what a monitor looks at besides; rows with an error have length 0 and no state."""
+    """Predictions with what a monitor looks at besides; rows with an error have no ids and no state."""
 
     predictions: list[Prediction]
-    tokens: list[int]
-    """Length of each prompt."""
+    ids: list[list[int]]
+    """Token ids of each prompt."""
     states: Floats | None
     """The last layer at the answer position [N, H], where it was asked for; NaN for rows with an error."""
 
@@ -86,7 +86,7 @@ class Predictor:
         return self.answer(inputs).predictions
 
     def answer(self, inputs: Sequence[Input], with_states: bool = False) -> Answers:
-        """Predictions with each prompt's length in tokens and, where asked for, its last hidden state."""
+        """Predictions with each prompt's token ids and, where asked for, its last hidden state."""
         if isinstance(inputs, (str, Mapping)):
             raise UsageError("predict takes a list of inputs; for one input write predict([input])[0].")
         errors: dict[int, str] = {}
@@ -104,16 +104,24 @@ class Predictor:
                 ids[place] = query
         return self._score(len(inputs), ids, errors, with_states)
 
+    def fault_of(self, value: Input) -> str | None:
+        """Why an input's fields cannot be used, without asking the model; None where they can. Its length is not looked at."""
+        try:
+            self._fields(value)
+        except BadValueError as bad:
+            return _sentence(bad)
+        return None
+
     def _score(self, count: int, ids: dict[int, list[int]], errors: Mapping[int, str], with_states: bool) -> Answers:
         """Answers to `count` inputs, of which those in `ids` are asked, in rising order of length."""
         order = sorted(ids, key=lambda place: (len(ids[place]), place))
         predictions = [Prediction(None, None, None, errors.get(place)) for place in range(count)]
-        tokens = [len(self._prefix) + len(ids[place]) if place in ids else 0 for place in range(count)]
+        prompts = [[*self._prefix, *ids[place]] if place in ids else [] for place in range(count)]
         states: Floats | None = None
         if with_states:
             states = np.full((count, self._model.config.get_text_config().hidden_size), np.nan, dtype=np.float32)
         if not order:
-            return Answers(predictions, tokens, states)
+            return Answers(predictions, prompts, states)
         engine, queries = self._choice.engine, [ids[place] for place in order]
         if states is None:
             scores = engine.score(self._prefix, queries)
@@ -125,7 +133,7 @@ class Predictor:
         for place, row in zip(order, values, strict=True):
             best = int(row.argmax())
             predictions[place] = Prediction(self.labels[best], float(row[best]), dict(zip(self.labels, map(float, row), strict=True)))
-        return Answers(predictions, tokens, states)
+        return Answers(predictions, prompts, states)
 
     def _fields(self, value: Input) -> dict[str, str]:
         """An input's fields as the student was trained to see them."""

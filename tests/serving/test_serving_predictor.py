@@ -66,7 +66,7 @@ def test_answers_and_states_are_those_of_plain_transformers(tmp_path, model_fold
     assert [p.label for p in answers.predictions] == [labels[row.argmax()] for row in expected]
     assert [p.confidence for p in answers.predictions] == pytest.approx(expected.max(1), abs=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert answers.tokens == [len(tokenizer(TEMPLATE.format(text=text)).input_ids) for text in TEXTS]
+    assert answers.ids == [tokenizer(TEMPLATE.format(text=text)).input_ids for text in TEXTS]
 
 
 def test_answers_are_those_of_the_evaluation_stage(tmp_path, student, predictor):
