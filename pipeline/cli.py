@@ -7,6 +7,7 @@ import typer
 
 from pipeline.commands.monitor import monitor
 from pipeline.commands.predict import predict
+from pipeline.commands.serve import serve
 from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
 from pipeline.params import load_params
@@ -51,6 +52,7 @@ def summary() -> None:
 
 
 commands.command()(predict)
+commands.command()(serve)
 commands.command()(monitor)
 
 
