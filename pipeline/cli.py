@@ -5,6 +5,9 @@ from pathlib import Path
 
 import typer
 
+from pipeline.commands.doctor import doctor
+from pipeline.commands.export import export
+from pipeline.commands.init import init
 from pipeline.commands.monitor import monitor
 from pipeline.commands.predict import predict
 from pipeline.commands.serve import serve
@@ -54,6 +57,9 @@ def summary() -> None:
 commands.command()(predict)
 commands.command()(serve)
 commands.command()(monitor)
+commands.command()(doctor)
+commands.command()(export)
+commands.command()(init)
 
 
 def app() -> None:
