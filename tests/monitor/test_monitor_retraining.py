@@ -1,5 +1,7 @@
-"""The loop, as a user runs it: monitor says that retraining is due, the new inputs join the transfer set, `dvc repro` asks the teacher about
-those alone, and the student is another one.
+"""The loop, as a user runs it.
+
+Monitor says that retraining is due, the new inputs join the transfer set, `dvc repro` asks the teacher about those alone, and the student
+is another one.
 """
 
 import json
@@ -41,6 +43,7 @@ def small_params():
             "evaluation": {"test": {"source": "gold", "domain": "in", "per_label": 1}},
         },
         "contexts": {"orders": {"demonstrations": 2, "count": 2, "tokenizer": "models/tiny"}},
+        "tunings": {},
         "teachers": {"few_shot": {"model": "models/tiny", "contexts": "orders", "top_k": 4}},
         "targets": {"few_shot": {"teachers": {"few_shot": 1.0}}},
         "students": {"cd": {"base": "models/tiny", "learn_from": "targets/few_shot", "steps": 3, "learning_rate": 1e-3}},
