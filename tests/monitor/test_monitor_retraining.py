@@ -1,18 +1,18 @@
 """The loop, as a user runs it.
 
-Monitor says that retraining is due, the new inputs join the transfer set, `dvc repro` asks the teacher about those alone, and the student
+Monitor says that retraining is due, the new inputs join the transfer set, the next run asks the teacher about those alone, and the student
 is another one.
 """
 
 import json
-import os
 import shutil
-import subprocess
+from contextlib import chdir
 
 import polars as pl
-from conftest import DVC, PROJECT
 from ruamel.yaml import YAML
 from serving_world import shotless
+
+from stages import fetch, prepare, student, targets, teacher
 
 FILMS = [
     "a warm film",
@@ -58,10 +58,16 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def repro(folder, *arguments):
-    environment = os.environ | {"SHOTLESS_WORK": str(folder / ".work"), "PYTHONPATH": str(folder)}
-    done = subprocess.run([*DVC, "repro", "-q", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"dvc repro ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+def repro(folder):
+    """The stages up to the student, in the DAG's order, as `dvc repro` runs them: outputs are removed first. Here in one process, which
+    saves the seconds that each stage needs to import torch; `tests/real` runs DVC itself.
+    """
+    with chdir(folder):
+        fetch.main()
+        prepare.main()
+        for stage, name, output in ((teacher, "few_shot", "scores"), (targets, "few_shot", "targets"), (student, "cd", "students")):
+            shutil.rmtree(f"artifacts/{output}/{name}", ignore_errors=True)
+            stage.main(name)
 
 
 def scored(folder):
@@ -70,18 +76,15 @@ def scored(folder):
     return [key for part in parts for key in pl.read_parquet(part, columns=["context_id", "example_id"]).iter_rows()]
 
 
-def test_new_inputs_are_scored_alone_and_the_student_is_trained_again(tmp_path, model_folder):
-    for name in ("pipeline", "stages"):
-        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(PROJECT / "dvc.yaml", tmp_path)
+def test_new_inputs_are_scored_alone_and_the_student_is_trained_again(tmp_path, model_folder, monkeypatch):
+    monkeypatch.setenv("SHOTLESS_WORK", str(tmp_path / ".work"))
     shutil.copytree(model_folder("llama"), tmp_path / "mine" / "model")
     write_lines(tmp_path / "mine" / "pile.jsonl", [{"text": text} for text in OLD])
     gold = ["terrible food", "late service once more", "great", "a great, great minute here"]
     write_lines(tmp_path / "mine" / "gold.jsonl", [{"text": t, "label": ("negative", "positive")[n // 2]} for n, t in enumerate(gold)])
     with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
         YAML(typ="safe", pure=True).dump(small_params(), file)
-    subprocess.run([*DVC, "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
-    repro(tmp_path, "student@cd")
+    repro(tmp_path)
     first, weights = scored(tmp_path), (tmp_path / "artifacts/students/cd/model.safetensors").read_bytes()
     transfer = set(pl.read_parquet(tmp_path / "artifacts/data/transfer.parquet")["example_id"])
     assert len(first) == len(set(first)) == 2 * (1 + len(transfer))  # one input without content beside them
@@ -94,8 +97,7 @@ def test_new_inputs_are_scored_alone_and_the_student_is_trained_again(tmp_path, 
     with (tmp_path / "mine" / "pile.jsonl").open("a", encoding="utf-8") as file:
         file.write((tmp_path / "new.jsonl").read_text("utf-8"))
     assert shotless(tmp_path, "fresh", check=False).returncode == 1
-    repro(tmp_path, "--force", "--single-item", "fetch")
-    repro(tmp_path, "student@cd")
+    repro(tmp_path)
     grown = set(pl.read_parquet(tmp_path / "artifacts/data/transfer.parquet")["example_id"])
     assert transfer < grown
     second = scored(tmp_path)
