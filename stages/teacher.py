@@ -22,6 +22,7 @@ def main(name: str) -> None:
         artifacts / "scores" / name,
         Task(params.task),
         teacher.top_k,
+        teacher.dtype,
         work_folder(),
         params.runtime.threads,
     )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import MismatchError
 from pipeline.hashing import sha256_json
-from pipeline.models.loading import tokenizer_sha256, weights_sha256
+from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.tasks import TaskTokens
 

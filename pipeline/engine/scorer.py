@@ -3,12 +3,12 @@
 The teacher's stage, the baselines and the students' evaluation all ask here. The model is loaded only if a row is missing.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 
@@ -20,7 +20,8 @@ from pipeline.engine.scores import Engine, Scores
 from pipeline.errors import UsageError
 from pipeline.files import read_json, write_json
 from pipeline.hashing import context_id, sha256_ids
-from pipeline.models.loading import context_limit, load_model, load_tokenizer, use_threads
+from pipeline.models.loading import context_limit, load_model, load_tokenizer
+from pipeline.models.machine import DTYPES, default_device, fast_dtype, memory_bytes, use_machine
 from pipeline.progress import progress
 from pipeline.schema import SCORES
 from pipeline.tasks import Task, TaskTokens
@@ -41,15 +42,17 @@ class Query:
 
 
 class Scorer:
-    """Scores a task's inputs with one model folder."""
+    """Scores a task's inputs with one model folder, in the number format `dtype` (`models.machine.DTYPES`) or the fast one for `auto`."""
 
-    def __init__(self, model_folder: Path, task: Task, top_k: int, work: Path, threads: int | None = None) -> None:
+    def __init__(self, model_folder: Path, task: Task, top_k: int, work: Path, threads: int | None = None, dtype: str = "float32") -> None:
         self.model_folder = model_folder
         self.tokens = TaskTokens(task, load_tokenizer(model_folder))
         self.top_k = top_k
-        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, top_k, "float32")
+        use_machine(threads)
+        self.device = default_device()
+        self.dtype = fast_dtype(self.device) if dtype == "auto" else dtype
+        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, top_k, self.dtype)
         self.store = Store(work, self.fingerprint)
-        self._threads = threads
         self._choice: EngineChoice | None = None
 
     def score(self, contexts: Sequence[str], queries: Sequence[Query], title: str) -> pa.Table:
@@ -71,11 +74,14 @@ class Scorer:
             rows = sum(len(part.keys) for part in parts)
             if rows:
                 engine = self._load(prefixes, ids).engine
-                cached = f"{len(request) - rows:,} of {len(request):,} rows were in the store" if rows < len(request) else ""
+                held = len(request) - rows
+                cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
+                tokens, started = 0, time.monotonic()
                 with progress(title, rows, "rows") as meter:
                     for part in parts:
                         self.store.write(part, _score_part(engine, part, prefixes, ids))
-                        meter.advance(len(part.keys), cached)
+                        tokens += sum(len(ids[example]) for _, example in part.keys)
+                        meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
             return self.store.read(request)
 
     @property
@@ -99,11 +105,10 @@ class Scorer:
     def _load(self, prefixes: TokenIds, ids: TokenIds) -> EngineChoice:
         """The engine; the model is loaded and probed at the first call, under the longest context of that call."""
         if self._choice is None:
-            use_threads(self._threads)
-            model = load_model(self.model_folder)
+            model = load_model(self.model_folder, DTYPES[self.dtype], self.device)
             probe = sorted(ids.values(), key=lambda query: (len(query), query))
             step = max(1, len(probe) // PROBE_ROWS)
-            budget = token_budget(model, psutil.virtual_memory().total)
+            budget = token_budget(model, memory_bytes(self.device))
             context = max(prefixes.values(), key=lambda prefix: (len(prefix), prefix))
             queries = probe[step // 2 :: step][:PROBE_ROWS]
             self._choice = choose_engine(model, self.tokens.completions, self.top_k, budget, context, queries)

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import ShotlessError
 from pipeline.files import read_json, write_json
 from pipeline.hashing import sha256_json
-from pipeline.models.loading import load_model, parameter_counts, use_threads
+from pipeline.models.loading import load_model, parameter_counts
+from pipeline.models.machine import use_machine
 
 
 class Prompts(BaseModel):
@@ -74,7 +75,7 @@ def measure(job: Job, work: Path, output: Path) -> None:
 
 def run_job(job: Job) -> dict[str, Any]:
     """Answer every example once, after one to warm up, and return the figures."""
-    use_threads(job.threads)
+    use_machine(job.threads)
     loaded = {prompts.weights: load_model(Path(prompts.folder)) for prompts in {p.weights: p for p in job.models}.values()}
     models = [loaded[prompts.weights] for prompts in job.models]
     count = len(job.models[0].examples)

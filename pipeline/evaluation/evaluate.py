@@ -8,7 +8,8 @@ from pipeline.evaluation.cost import Job, Prompts, measure
 from pipeline.evaluation.predict import Rows, predict_baseline, predict_student, read_sets, teacher_contexts
 from pipeline.files import read_json, write_json
 from pipeline.metrics import evaluate_predictions
-from pipeline.models.loading import load_tokenizer, weights_sha256
+from pipeline.models.identity import weights_sha256
+from pipeline.models.loading import load_tokenizer
 from pipeline.params import Params, pick
 from pipeline.schema import write_table
 from pipeline.tasks import Task, TaskTokens

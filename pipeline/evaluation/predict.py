@@ -60,7 +60,7 @@ def predict_baseline(
     by_set: dict[str, list[np.ndarray]] = {key: [] for key in sets}
     for teacher, entry in calibration["teachers"].items():
         contexts = teacher_contexts(calibration, teacher, artifacts)
-        scorer = Scorer(artifacts / entry["model"], task, entry["top_k"], work, threads)
+        scorer = Scorer(artifacts / entry["model"], task, entry["top_k"], work, threads, entry["fingerprint"]["dtype"])
         scorer.fingerprint.check(entry["fingerprint"], artifacts / "targets" / calibration["targets"] / "calibration.json")
         scores = _score(scorer, [context["text"] for context in contexts], task, sets, f"evaluate {name}: {teacher}")
         for key, values in scores.items():

@@ -5,21 +5,14 @@ a folder is known by the hash of its weights and of its tokenizer, not by its na
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UsageError
-from pipeline.hashing import sha256_file, sha256_json
-
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
-PLACE_KEYS = ("name_or_path", "is_local", "local_files_only")
-"""Entries of tokenizer_config.json that say where the tokenizer came from, not what it does."""
+from pipeline.models.identity import VOCABULARY_FILES
 
 
 def check_folder(folder: Path) -> None:
@@ -67,7 +60,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
     Raises UsageError where the folder is not loadable, with everything that is wrong, or where weights are missing or of another shape:
@@ -97,30 +90,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write a plain transformers folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def weights_sha256(folder: Path) -> str:
-    """One hash of a model's config and weights, by content; file times and names of folders do not count."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return sha256_json({file.name: sha256_file(file) for file in files})
-
-
-def tokenizer_sha256(folder: Path) -> str:
-    """One hash of the tokenizer's files and settings, by content."""
-    files: dict[str, Any] = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        entries = json.loads(settings.read_text(encoding="utf-8"))
-        files[settings.name] = {key: value for key, value in entries.items() if key not in PLACE_KEYS}
-    return sha256_json(files)
-
-
-def use_threads(threads: int | None) -> int:
-    """Set torch's threads for matrix products to `threads`, or to the cores this process may use, and return the number."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(logical=False) or 1
-    chosen = threads or min(available, psutil.cpu_count(logical=False) or available)
-    torch.set_num_threads(chosen)
-    return chosen
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

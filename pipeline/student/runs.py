@@ -14,6 +14,7 @@ import torch
 from pipeline.errors import UsageError
 from pipeline.files import write_json
 from pipeline.hashing import sha256_file, sha256_json
+from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
     check_folder,
     context_limit,
@@ -21,10 +22,8 @@ from pipeline.models.loading import (
     load_tokenizer,
     parameter_counts,
     save_model,
-    tokenizer_sha256,
-    use_threads,
-    weights_sha256,
 )
+from pipeline.models.machine import use_machine
 from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import StudentParams, TunedTeacherParams, TuningParams
 from pipeline.student.batches import Term
@@ -118,7 +117,7 @@ def demonstrations_a_step(batch_size: int) -> int:
 def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
     base = places.artifacts / job.base
     check_lengths([example for term in job.terms for example in term.examples], job.tokens, context_limit(base), base)
-    used_threads = use_threads(threads)
+    used_threads = use_machine(threads)
     provenance = _provenance(job, base)
     checkpoint = Checkpoint(
         places.work / "training", f"{job.kind}-{job.name}", _fingerprint(job, provenance, used_threads), seconds_between

@@ -22,6 +22,7 @@ def capture(
     output: Path,
     task: Task,
     top_k: int,
+    dtype: str,
     work: Path,
     threads: int | None,
 ) -> None:
@@ -35,7 +36,7 @@ def capture(
     queries = free + [Query(row["example_id"], {field: row[field] for field in task.fields}) for row in transfer]
     if len({query.example_id for query in queries}) != len(queries):
         raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
-    scorer = Scorer(model_folder, task, top_k, work, threads)
+    scorer = Scorer(model_folder, task, top_k, work, threads, dtype)
     rows = scorer.score([context["text"] for context in contexts], queries, f"teacher {name}")
     about = {
         "teacher": name,

@@ -100,6 +100,21 @@ def test_a_second_context_is_not_answered_from_the_first(tiny_model):
     assert float((engine.score(second, queries).label_logprobs - expected).abs().max()) < 1e-4
 
 
+def test_a_context_of_8192_tokens_works_on_a_model_that_takes_it(tiny_model):
+    model = tiny_model("llama", max_position_embeddings=8300)
+    context, queries = random_ids(8192, 4), queries_of(20, 31)
+    expected = GenericEngine(model, SINGLE, 8, 64).score(context, queries)
+    choice = choose_engine(model, SINGLE, 8, 64, context, queries)
+    assert choice.engine.name == "shared_prefix", choice.reason
+    assert largest_difference(choice.engine.score(context, queries), expected) < 1e-4
+
+
+def test_bfloat16_agrees_within_its_rounding(tiny_model):
+    model = tiny_model("llama").to(torch.bfloat16)
+    context, queries = random_ids(40, 5), queries_of(20, 31)
+    assert choose_engine(model, SINGLE, 8, 64, context, queries).engine.name == "shared_prefix"
+
+
 def test_head_and_tail_make_the_whole_distribution():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 4
     scores = read_scores(logits, [[1], [2]], 7)

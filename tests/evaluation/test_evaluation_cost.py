@@ -9,7 +9,8 @@ from pipeline.errors import ShotlessError
 from pipeline.evaluation import cost as cost_module
 from pipeline.evaluation.cost import Job, Prompts, measure, run_job
 from pipeline.files import read_json
-from pipeline.models.loading import load_model, weights_sha256
+from pipeline.models.identity import weights_sha256
+from pipeline.models.loading import load_model
 
 EXAMPLES = [[[5, 9, 3]], [[7, 11, 5, 260, 41]], [[8] * 10]]
 IN_CONTEXTS = [[[1, 2, 3, 4, *prompt[0]], [6, 7, *prompt[0]]] for prompt in EXAMPLES]

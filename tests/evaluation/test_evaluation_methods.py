@@ -21,7 +21,8 @@ from pipeline.evaluation.predict import combination_of, predict_baseline, predic
 from pipeline.files import read_json, write_json
 from pipeline.hashing import context_id, example_id, sha256_json
 from pipeline.metrics import evaluate_predictions
-from pipeline.models.loading import load_model, weights_sha256
+from pipeline.models.identity import weights_sha256
+from pipeline.models.loading import load_model
 from pipeline.params import parse_params
 from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table, write_table
 from pipeline.student.runs import Places, train_student
@@ -72,7 +73,7 @@ class World:
         for name, teacher in params.teachers.items():
             contexts = self.artifacts / "data" / "contexts" / f"{teacher.contexts}.parquet"
             scores = self.artifacts / "scores" / name
-            capture(name, self.artifacts / teacher.model, contexts, transfer, scores, self.task, teacher.top_k, self.work, 1)
+            capture(name, self.artifacts / teacher.model, contexts, transfer, scores, self.task, teacher.top_k, "float32", self.work, 1)
         ids = [example_id({"text": text}) for text in TRANSFER]
         for name, target in params.targets.items():
             output, metrics = self.artifacts / "targets" / name, self.metrics / f"{name}.json"

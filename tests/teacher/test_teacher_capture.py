@@ -14,7 +14,8 @@ from pipeline.cache.folder import read_cache
 from pipeline.engine import scorer as scorer_module
 from pipeline.errors import ShotlessError, UsageError
 from pipeline.hashing import context_id, example_id, sha256_ids
-from pipeline.models.loading import load_model, tokenizer_sha256, weights_sha256
+from pipeline.models.identity import tokenizer_sha256, weights_sha256
+from pipeline.models.loading import load_model
 from pipeline.params import TaskParams
 from pipeline.schema import CONTEXTS, examples, write_table
 from pipeline.tasks import Task
@@ -57,7 +58,7 @@ class World:
         folder = self.artifacts / output
         shutil.rmtree(folder, ignore_errors=True)
         contexts, transfer = self.artifacts / "contexts.parquet", self.artifacts / "transfer.parquet"
-        capture("few", model or self.model, contexts, transfer, folder, task, 5, self.work, 1)
+        capture("few", model or self.model, contexts, transfer, folder, task, 5, "float32", self.work, 1)
         return read_cache(folder)
 
     def scored(self):

@@ -1,0 +1,26 @@
+"""Virtual environments of the projects that are compared with, under `.work/environments/`; made once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.work import work_folder
+
+
+def python_of(name: str, packages: list[str]) -> Path | None:
+    """The Python of an environment with `packages`, or None, and the reason printed, where they cannot be installed."""
+    folder = (work_folder() / "environments" / name).absolute()
+    python = folder / "bin" / "python"
+    done = folder / "installed"
+    wanted = "\n".join(packages)
+    if done.is_file() and done.read_text("utf-8") == wanted:
+        return python
+    print(f"making an environment for {name}: {' '.join(packages)}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    result = subprocess.run(install, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        print(f"{name} is left out; pip ended with {result.returncode}: {result.stderr.strip().splitlines()[-1:]}", flush=True)
+        return None
+    done.write_text(wanted, "utf-8")
+    return python
