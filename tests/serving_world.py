@@ -14,7 +14,8 @@ from unittest import mock
 from conftest import PROJECT
 
 from pipeline.cli import app
-from pipeline.models.loading import load_tokenizer, tokenizer_sha256, weights_sha256
+from pipeline.models.identity import tokenizer_sha256, weights_sha256
+from pipeline.models.loading import load_tokenizer
 from pipeline.params import TaskParams
 from pipeline.tasks import Task, TaskTokens
 

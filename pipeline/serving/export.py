@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.errors import CorruptError, UsageError
-from pipeline.models.loading import weights_sha256
+from pipeline.models.identity import weights_sha256
 from pipeline.serving.student import Student
 
 ELSEWHERE = {

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from pipeline.engine.batches import token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
 from pipeline.ensemble import normalised
 from pipeline.errors import UsageError
 from pipeline.fields import MISSING, BadValueError, field_text
-from pipeline.models.loading import context_limit, load_model, use_threads
+from pipeline.models.loading import context_limit, load_model
+from pipeline.models.machine import default_device, memory_bytes, use_machine
 from pipeline.serving.states import recording
 from pipeline.serving.student import open_student
 
@@ -69,10 +69,11 @@ class Predictor:
         self.task = self.student.task
         self.labels = self.task.labels
         self._limit = context_limit(self.student.folder)
-        self.threads = use_threads(threads)
+        self.threads = use_machine(threads)
         self._prefix = self.student.tokens.prefix_ids("")
-        self._model = load_model(self.student.folder)
-        budget = token_budget(self._model, psutil.virtual_memory().total)
+        device = default_device()
+        self._model = load_model(self.student.folder, device=device)
+        budget = token_budget(self._model, memory_bytes(device))
         probes = self.student.tokens.query_ids([self.task.query(dict.fromkeys(self.task.fields, text)) for text in PROBES])
         self._choice = choose_engine(self._model, self.student.tokens.completions, 1, budget, self._prefix, probes)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import read_json
-from pipeline.models.loading import check_folder, load_tokenizer, tokenizer_sha256, weights_sha256
+from pipeline.models.identity import tokenizer_sha256, weights_sha256
+from pipeline.models.loading import check_folder, load_tokenizer
 from pipeline.params import TaskParams
 from pipeline.tasks import Task, TaskTokens
 

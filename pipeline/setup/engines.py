@@ -8,7 +8,8 @@ import torch
 from pipeline.engine.batches import token_budget
 from pipeline.engine.choice import choose_engine
 from pipeline.errors import UsageError
-from pipeline.models.loading import check_folder, load_model, load_tokenizer, parameter_counts, use_threads
+from pipeline.models.loading import check_folder, load_model, load_tokenizer, parameter_counts
+from pipeline.models.machine import default_device, fast_dtype, memory_bytes, use_machine
 from pipeline.params import Params
 from pipeline.setup.machine import Finding
 from pipeline.tasks import Task, TaskTokens
@@ -18,18 +19,13 @@ PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, 
 
 def torch_findings(threads: int | None) -> list[Finding]:
     """Version, threads, instruction set, dtype, device."""
-    used = use_threads(threads)
+    used = use_machine(threads)
+    device = default_device()
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        gpus.append("Apple GPU (mps)")
-    gpu = (
-        Finding("gpu", f"{', '.join(gpus)}; not used: this version runs on the CPU", "note")
-        if gpus
-        else Finding("gpu", "none; none is needed")
-    )
+    gpu = Finding("gpu", ", ".join(gpus) or "none that torch sees; none is needed")
     return [
         Finding("torch", f"{torch.__version__}, {used} threads, {torch.backends.cpu.get_cpu_capability()}"),
-        Finding("dtype", "float32 on the CPU, for teachers and students"),
+        Finding("dtype", f"teachers with `dtype: auto` {fast_dtype(device)}, students float32, on {device.type}"),
         gpu,
     ]
 
@@ -51,8 +47,9 @@ def _model(name: str, params: Params, folder: Path) -> Finding:
     needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # stored in 16 bits or more, held in 32
     if needed > psutil.virtual_memory().available:
         return Finding(title, f"needs up to {needed / 1e9:.1f} GB of memory", "missing", "take a smaller model, or cut layers")
-    model = load_model(folder)
-    budget = token_budget(model, psutil.virtual_memory().total)
+    device = default_device()
+    model = load_model(folder, device=device)
+    budget = token_budget(model, memory_bytes(device))
     queries = tokens.query_ids([tokens.task.query(dict.fromkeys(tokens.task.fields, text)) for text in PROBES])
     context = tokens.prefix_ids(tokens.task.context([(dict.fromkeys(tokens.task.fields, PROBES[1]), tokens.task.labels[0])]))
     choice = choose_engine(model, tokens.completions, 1, budget, context, queries)

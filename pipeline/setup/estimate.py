@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from pipeline.engine.batches import token_budget
 from pipeline.engine.choice import choose_engine
-from pipeline.models.loading import load_model, load_tokenizer, parameter_counts, use_threads
+from pipeline.models.loading import load_model, load_tokenizer, parameter_counts
+from pipeline.models.machine import default_device, memory_bytes, use_machine
 from pipeline.models.truncation import parse_layers
 from pipeline.params import Params
 from pipeline.tasks import Task, TaskTokens
@@ -42,13 +41,12 @@ class Trial:
 
 def try_rows(folder: Path, task: Task, rows: Sequence[Mapping[str, str]], threads: int | None) -> Trial:
     """Answer a few rows with the model in `folder`, and time it."""
-    use_threads(threads)
+    use_machine(threads)
+    device = default_device()
     tokens = TaskTokens(task, load_tokenizer(folder))
     queries = tokens.query_ids([task.query(row) for row in rows])
-    model = load_model(folder)
-    choice = choose_engine(
-        model, tokens.completions, 1, token_budget(model, psutil.virtual_memory().total), tokens.prefix_ids(""), queries[:3]
-    )
+    model = load_model(folder, device=device)
+    choice = choose_engine(model, tokens.completions, 1, token_budget(model, memory_bytes(device)), tokens.prefix_ids(""), queries[:3])
     start = time.perf_counter()
     choice.engine.score(tokens.prefix_ids(""), queries)
     seconds = time.perf_counter() - start

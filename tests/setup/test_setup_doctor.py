@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_machine_with_everything_ends_with_0(folder):
     done = shotless(folder, "doctor")
     assert "Nothing is missing." in done.stdout
-    assert "float32 on the CPU" in done.stdout
+    assert "students float32, on" in done.stdout
     assert "not fetched yet → `dvc repro fetch` fetches it" in " ".join(done.stdout.split())
 
 
