@@ -5,6 +5,12 @@ from pathlib import Path
 
 import typer
 
+from pipeline.commands.doctor import doctor
+from pipeline.commands.export import export
+from pipeline.commands.init import init
+from pipeline.commands.monitor import monitor
+from pipeline.commands.predict import predict
+from pipeline.commands.serve import serve
 from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
 from pipeline.params import load_params
@@ -46,6 +52,14 @@ def preset(name: str) -> None:
 def summary() -> None:
     """Print the headline table of the last run."""
     print_summary()
+
+
+commands.command()(predict)
+commands.command()(serve)
+commands.command()(monitor)
+commands.command()(doctor)
+commands.command()(export)
+commands.command()(init)
 
 
 def app() -> None:

@@ -4,6 +4,7 @@ The file is read with ruamel (YAML 1.2, as DVC reads it: `1e-4` is a float) and 
 that points nowhere are named with their path and the choices there are. Every stage reads the whole file and is handed the part it needs.
 """
 
+import math
 import re
 import string
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from pipeline.errors import UsageError, choices
 Entry = TypeVar("Entry")
 SLUG = re.compile(r"[a-z0-9][a-z0-9_-]*")
 DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
+MONITOR_TESTS = 6
+"""Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
 RESERVED_FIELDS = frozenset({"example_id", "label", "source", "line"})
 
 
@@ -349,6 +352,39 @@ class RuntimeParams(Frozen):
     """Threads of the matrix products; null takes the cores there are."""
 
 
+class MonitorParams(Frozen):
+    """When `shotless monitor` says that retraining is due; no stage depends on it."""
+
+    false_alarm_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
+    """Chance that inputs like the reference raise any alarm at all, over all tests together."""
+    smallest_shift: Fraction = 0.1
+    """Smaller shifts of length and confidence (gap of the distribution functions) or label shares (total variation) are no alarm."""
+    smallest_vocabulary_share: Fraction = 0.001
+    """The same for vocabulary: share of the variance that lies between reference and new inputs; small, since texts share few words."""
+    smallest_embedding_share: Fraction = 0.01
+    """The same for the last layer's state at the answer position."""
+    max_rows: Annotated[int, Field(ge=50)] = 1000
+    """Reference and new inputs are each drawn down to so many."""
+    permutations: Annotated[int, Field(ge=199)] = 1999
+    accuracy_drop: Fraction = 0.05
+    """With labels: how far accuracy may lie under the student's own out-of-domain accuracy in `metrics/eval`."""
+    min_accuracy: Fraction | None = None
+    """With labels: a fixed bound instead."""
+    max_memory_mb: PositiveInt | None = None
+    """Peak memory of the process that answers; null does not judge it."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _enough_permutations(self) -> Self:
+        needed = math.ceil(MONITOR_TESTS / self.false_alarm_rate) - 1
+        if self.permutations < needed:
+            raise ValueError(
+                f"permutations {self.permutations} cannot reach a false_alarm_rate of {self.false_alarm_rate} over {MONITOR_TESTS} tests; "
+                f"set {needed} or more"
+            )
+        return self
+
+
 class Params(Frozen):
     """All of params.yaml."""
 
@@ -363,6 +399,7 @@ class Params(Frozen):
     baselines: dict[Name, BaselineParams]
     evaluation: EvaluationParams
     runtime: RuntimeParams = RuntimeParams()
+    monitor: MonitorParams = MonitorParams()
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:

@@ -6,7 +6,6 @@ rule leaves out are left out for every role, the transfer set's too.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.quarantine import Quarantined, shorten
-from pipeline.data.readers import MISSING, BadRow, BlankLine, json_keys, missing_column, read_rows
+from pipeline.data.readers import BadRow, BlankLine, json_keys, missing_column, read_rows
 from pipeline.errors import UsageError, choices
+from pipeline.fields import MISSING, BadValueError, field_text
 from pipeline.hashing import example_id
 from pipeline.params import LabelRule, SourceParams
 from pipeline.tasks import Task
 
-CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
-"""Characters that no text holds, except by mistake; tabs, line ends and form feeds are white space."""
-SURROGATE = re.compile("[\ud800-\udfff]")
 BAD_ROWS_SHOWN = 5
 
 
@@ -67,14 +64,6 @@ class SourceExamples:
         }
 
 
-class BadValueError(Exception):
-    """A value that cannot be used: field, reason, value."""
-
-    def __init__(self, field_name: str, reason: str, value: object) -> None:
-        super().__init__(field_name, reason, value)
-        self.field_name, self.reason, self.value = field_name, reason, value
-
-
 def read_source(name: str, params: SourceParams, path: Path, task: Task) -> SourceExamples:
     """Read and check one source file.
 
@@ -98,7 +87,7 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
             unseen -= {column for column, value in zip(asked, read.values, strict=True) if value is not MISSING}
         try:
             values = tuple(
-                _field(column, value, task.params.max_chars) for column, value in zip(columns, read.values[: len(columns)], strict=True)
+                field_text(column, value, task.params.max_chars) for column, value in zip(columns, read.values[: len(columns)], strict=True)
             )
             label = None if label_of is None else label_of(read.values[-1])
         except BadValueError as bad:
@@ -126,22 +115,6 @@ def check_limit(source: SourceExamples, limit: float, quarantine: Path) -> None:
         f"({len(source.bad) / source.rows:.1%}), more than data.bad_rows_limit allows ({limit:.1%}). The first:{first}\n"
         f"All are in {quarantine}. Correct the file, its `format` or its columns, or raise data.bad_rows_limit."
     )
-
-
-def _field(column: str, value: Any, max_chars: int) -> str:
-    if value is MISSING or value is None:
-        raise BadValueError(column, "missing", "")
-    if not isinstance(value, str):
-        raise BadValueError(column, "not a text", value)
-    text = value.strip()
-    if not text:
-        raise BadValueError(column, "empty", value)
-    if len(text) > max_chars:
-        raise BadValueError(column, "too long", f"{len(text):,} characters: {text}")
-    if not text.isprintable() and (found := CONTROL.search(text) or SURROGATE.search(text)):
-        reason = "lone surrogate" if SURROGATE.match(found[0]) else "control character"
-        raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
-    return text
 
 
 def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:

@@ -17,9 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError, choices
-
-MISSING = object()
-"""Stands for a value whose key a JSON object does not have."""
+from pipeline.fields import MISSING
 
 
 @dataclass(frozen=True, slots=True)
