@@ -36,13 +36,13 @@ def init(
     labelled = _asked(labelled, "--labelled", "File with labelled texts")
     unlabelled = _asked(unlabelled, "--unlabelled", "File with unlabelled texts")
     test = _asked(test, "--test", "File with labelled texts for the test")
-    if template is None:
-        template = typer.prompt("Prompt", "Text: {text}\\nLabel:") if sys.stdin.isatty() else "Text: {text}\\nLabel:"
+    usual = "Text: {text}\\nLabel:"
+    text: str = template or (typer.prompt("Prompt", usual) if sys.stdin.isatty() else usual)
     labels = labels_in(_column(labelled, format_of(labelled), label_column), labelled, label_column)
     words = verbalisers_for(labels, _pairs(verbaliser or [], "--verbaliser"))
     fields = _pairs(field or [], "--field")
     base = _base()
-    raw = new_params(base, Answers(labelled, unlabelled, test, template.replace("\\n", "\n"), words, fields, label_column, per_label))
+    raw = new_params(base, Answers(labelled, unlabelled, test, text.replace("\\n", "\n"), words, fields, label_column, per_label))
     params = checked(raw)
     counts = _check_files(params)
     if output.exists():

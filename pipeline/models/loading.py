@@ -44,10 +44,12 @@ def _config_fault(file: Path) -> str | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         return f"config.json is no JSON ({error})"
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        return "config.json is no object"
+    kind = config.get("model_type")
     if kind in CONFIG_MAPPING:
         return None
-    if kind is not None and "auto_map" in config:
+    if "auto_map" in config:
         return (
             "config.json asks for code from the repository (`auto_map`), which is never run, and transformers itself has no "
             f"model type {kind!r}"

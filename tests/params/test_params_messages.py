@@ -59,7 +59,7 @@ def test_names_that_are_also_keys_or_kinds_of_origin_keep_their_place(raw_params
     found = message(raw_params)
     assert "models.local.lr: unknown key; there are: licence, path, sha256, source" in found
     assert "data.sources.hub.lr: unknown key; there are: columns, fields" in found
-    assert "teachers.model.lr: unknown key; there are: contexts, model, top_k" in found
+    assert "teachers.model.lr: unknown key; there are: contexts, dtype, model, top_k" in found
 
 
 def test_all_faults_are_named_at_once(raw_params: Raw) -> None:

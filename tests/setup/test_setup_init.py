@@ -98,6 +98,6 @@ def test_work_is_counted_as_the_stages_do_it():
     trial = Trial(1000.0, 30.0, 33.0, 10**6, 30, "shared_prefix")
     work = token_work(params, trial, transfer=800, evaluated=600)
     assert work["teachers"] == 4 * (16 * 33 + 800 * 30) + 800 * 30
-    assert work["training"] == pytest.approx(3 * 16 * 30 * 24 / 30 * (100 + 40))
+    assert work["training"] == pytest.approx(3 * 30 * 24 / 30 * (300 * 8 + 40 * 16))
     assert work["students"] == pytest.approx(2 * 600 * 30 * 24 / 30)
     assert work["baselines"] == 4 * (16 * 33 + 600 * 30) + 600 * 30

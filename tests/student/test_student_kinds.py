@@ -232,7 +232,7 @@ def test_a_student_of_another_family_with_another_tokenizer_learns_a_llama_s_ans
     write_table(pa.Table.from_pylist(contexts, CONTEXTS), artifacts / "data" / "contexts" / "shots.parquet")
     transfer = artifacts / "data" / "transfer.parquet"
     shots = artifacts / "data" / "contexts" / "shots.parquet"
-    capture("few", artifacts / "models" / "tiny", shots, transfer, artifacts / "scores" / "few", TASK, 5, world.places.work, 1)
+    capture("few", artifacts / "models" / "tiny", shots, transfer, artifacts / "scores" / "few", TASK, 5, "float32", world.places.work, 1)
     teacher = TeacherParams(model="models/tiny", contexts="shots")
     ids = pa.parquet.read_table(transfer)["example_id"].to_pylist()
     params = TargetParams(teachers={"few": 1.0})
