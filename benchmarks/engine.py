@@ -1,7 +1,6 @@
 """One engine on one set of prompts, in a process of its own: `python -m benchmarks.engine NAME MODEL PROMPTS.json`, figures to stdout."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from benchmarks.flops import product_rate, shared_prefix_flops
 from pipeline.engine.batches import token_budget
 from pipeline.engine.generic import GenericEngine
 from pipeline.engine.shared_prefix import SharedPrefixEngine
+from pipeline.memory import peak_rss_bytes
 from pipeline.models.loading import load_model
 from pipeline.models.machine import DTYPES, default_device, memory_bytes, use_machine
 from pipeline.models.packed import PackedModel
@@ -86,7 +86,7 @@ def main() -> None:
             rate = max(rate, product_rate(model))
     figures = {
         "seconds": min(times),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
         "answers": answers.tolist(),
         "product_flops_per_s": rate,
         "limit_seconds": shared_prefix_flops(model, len(prompts["context_ids"]), [len(query) for query in prompts["query_ids"]]) / rate,

@@ -2,7 +2,7 @@
 
 import json
 import os
-import resource
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,10 +29,17 @@ def main() -> None:
         answers.append([float(logits[label] - log_z) for label in labels])
     figures = {
         "seconds": time.perf_counter() - start,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": _peak_rss_bytes(),
         "answers": answers,
     }
     print(json.dumps(figures))
+
+
+def _peak_rss_bytes() -> int:
+    """As `pipeline.memory` has it: `ru_maxrss` would begin with the parent's peak."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"))
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

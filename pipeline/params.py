@@ -434,6 +434,13 @@ class Params(Frozen):
             _known(f"students.{name}.learn_from", student.learn_from, learnable)
         for name, baseline in self.baselines.items():
             _known(f"baselines.{name}.targets", baseline.targets, self.targets)
+            asked = [self.teachers[teacher].contexts for teacher in self.targets[baseline.targets].teachers]
+            if baseline.contexts == "each" and len(set(asked)) < len(asked):
+                raise ValueError(
+                    f"baselines.{name}.contexts: `each`, and teachers of targets {baseline.targets!r} share the contexts "
+                    f"{choices({c for c in asked if asked.count(c) > 1})}, so predictions could not be told apart; use `ensemble`, or "
+                    "give each teacher a target set and a baseline of its own"
+                )
         _known("evaluation.reference", self.evaluation.reference, self.baselines)
         if self.baselines[self.evaluation.reference].contexts == "each":
             raise ValueError(

@@ -7,6 +7,7 @@ import typer
 
 from pipeline.commands.students import quiet_libraries, student_folder
 from pipeline.errors import UsageError, choices
+from pipeline.memory import peak_rss_bytes
 from pipeline.params import MonitorParams, Params, load_params
 
 LEAST_ROWS = 20
@@ -53,7 +54,7 @@ def _check(
 
     settings = params.monitor if params else MonitorParams()
     new, gold, rows, bad = _new_sample(predictor, inputs, labels, mapped, settings)
-    peak_mb = _peak_mb()
+    peak_mb = peak_rss_bytes() / 1e6
     origin, old = _reference_sample(predictor, reference, mapped, settings)
     tests = drift_tests(old, new, predictor.labels, settings)
     if gold is not None:
@@ -155,11 +156,3 @@ def _sample(texts: list[str], items: list[Any], parts: list[Any], bad: int, sour
         states=np.concatenate([part.states for part in parts])[fine].astype(np.float64),
     )
     return sample, [items[place] for place in fine], bad + len(predictions) - len(fine)
-
-
-def _peak_mb() -> float:
-    """Peak memory of this process so far."""
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

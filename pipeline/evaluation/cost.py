@@ -7,7 +7,6 @@ of another model. Two methods that send the same prompts to the same models shar
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import ShotlessError
 from pipeline.files import read_json, write_json
 from pipeline.hashing import sha256_json
+from pipeline.memory import peak_rss_bytes
 from pipeline.models.loading import load_model, parameter_counts
 from pipeline.models.machine import use_machine
 
@@ -93,7 +93,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "prompt_tokens": float(np.mean(tokens)),
         "latency_ms": round(float(np.quantile(milliseconds, 0.5)), 2),
         "latency_p95_ms": round(float(np.quantile(milliseconds, 0.95)), 2),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss_bytes": peak_rss_bytes(),
         "parameters": sum(parameter_counts(model)[0] for model in loaded.values()),
         "weights_bytes": sum(file.stat().st_size for folder in folders.values() for file in folder.glob("*.safetensors")),
         "forward_passes": sum(len(prompts.examples[0]) for prompts in job.models),

@@ -2,7 +2,7 @@
 
 Work is counted in tokens through the whole model. A teacher reads each of C contexts once and then N queries behind each, C·(L + N·Q); a
 step of training counts three passes; a student of fewer layers counts its share. It is an estimate of forward passes: loading, downloads
-and DVC's own time (about 15 seconds a stage) come on top, and are added as such.
+and DVC's own time (about 6 seconds a stage) come on top, and are added as such.
 """
 
 import time
@@ -18,7 +18,7 @@ from pipeline.models.truncation import parse_layers
 from pipeline.params import Params
 from pipeline.tasks import Task, TaskTokens
 
-SECONDS_A_STAGE = 15.0
+SECONDS_A_STAGE = 6.0
 PROCESS_BYTES = 700e6
 """Python, torch and the libraries, before a model is loaded."""
 ADAM_COPIES = 4

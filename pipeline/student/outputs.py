@@ -6,12 +6,11 @@ not look.
 
 import csv
 import math
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import replacing, write_json
+from pipeline.memory import peak_rss_bytes
 from pipeline.params import TuningParams
 from pipeline.student.optimizer import learning_rate
 from pipeline.student.training import Trained
@@ -53,11 +52,10 @@ def final_loss(losses: list[float]) -> float:
 
 def write_runtime(trained: Trained, threads: int, file: Path) -> None:
     """What differs from run to run: time, rate, memory, and where an interrupted run was taken up."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     values: dict[str, Any] = {
         "seconds": round(trained.seconds, 3),
         "tokens_per_second": round(trained.tokens_per_second, 1),
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": peak_rss_bytes(),
         "threads": threads,
         "resumed_at_step": trained.resumed_at,
     }

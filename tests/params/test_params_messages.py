@@ -190,3 +190,13 @@ def test_a_file_that_is_no_params_file_is_refused(tmp_path: Path, content: bytes
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_each_context_of_teachers_that_share_contexts_is_refused(raw_params):
+    raw_params["teachers"]["again"] = {"model": "models/smollm2", "contexts": "none"}
+    raw_params["targets"]["both"] = {"teachers": {"zero_shot": 1.0, "again": 1.0}}
+    raw_params["baselines"]["both"] = {"targets": "both", "contexts": "each"}
+    with pytest.raises(UsageError, match=r"baselines\.both\.contexts: `each`, and teachers of targets 'both' share the contexts none"):
+        parse_params(raw_params)
+    raw_params["baselines"]["both"]["contexts"] = "ensemble"
+    parse_params(raw_params)
