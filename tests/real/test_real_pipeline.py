@@ -84,17 +84,13 @@ def test_the_fast_engine_ran_and_agreed_with_the_plain_forward(workspace):
         assert engine["name"] == "shared_prefix", engine
 
 
-def test_a_second_run_does_nothing_and_a_students_change_runs_that_student(workspace):
+def test_a_second_run_does_nothing_and_a_students_change_runs_that_student_alone(workspace):
     assert "Data and pipelines are up to date." in dvc(workspace, "repro")
-    params = (workspace / "params.yaml").read_text("utf-8")
     yaml = YAML(typ="safe", pure=True)
-    changed = yaml.load(params)
+    changed = yaml.load((workspace / "params.yaml").read_text("utf-8"))
     changed["students"]["cd"]["learning_rate"] = 1e-6
     yaml.dump(changed, workspace / "params.yaml")
-    try:
-        lines = dvc(workspace, "repro", "--dry").splitlines()
-    finally:
-        (workspace / "params.yaml").write_text(params, "utf-8")
+    lines = dvc(workspace, "repro").splitlines()
     assert [line for line in lines if line.startswith("Running")] == [
         f"Running stage '{stage}':" for stage in ("student@cd", "evaluate@cd", "report")
     ]
@@ -127,5 +123,5 @@ def test_a_teacher_killed_midway_goes_on_to_the_same_bytes(workspace):
     teacher.send_signal(signal.SIGKILL)
     teacher.wait()
     assert not (scores / "manifest.json").exists()
-    assert "rows were in the store" in run(workspace, "-m", "stages.teacher", "few_shot")
+    assert "(50%) were in the store" in run(workspace, "-m", "stages.teacher", "few_shot")
     assert {file.name: file.read_bytes() for file in scores.iterdir()} == unbroken
