@@ -33,7 +33,7 @@ def texts() -> tuple[list[str], str]:
 
 
 def build(tokenizer: PreTrainedTokenizerBase, context_tokens: int, query_tokens: int, count: int) -> Prompts:
-    """`count` queries of `query_tokens` ± 8 tokens behind a context of as many whole demonstrations as fit `context_tokens`."""
+    """`count` queries of `query_tokens` ± 8 tokens behind a context of whole demonstrations, about `context_tokens` tokens in all."""
     source, _ = texts()
 
     def ids(text: str) -> list[int]:
