@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from benchmarks.flops import product_rate, shared_prefix_flops
 from pipeline.engine.batches import token_budget
 from pipeline.engine.generic import GenericEngine
+from pipeline.engine.scores import Reading
 from pipeline.engine.shared_prefix import SharedPrefixEngine
 from pipeline.memory import peak_rss_bytes
 from pipeline.models.loading import load_model
 from pipeline.models.machine import DTYPES, default_device, memory_bytes, use_machine
 from pipeline.models.packed import PackedModel
+from pipeline.params import CacheParams
 
 BATCH = 8
 TOP_K = 32
@@ -55,9 +57,10 @@ def answering(name: str, model: PreTrainedModel, completions: Any) -> Callable[[
     if name in {"plain", "plain_batched"}:
         return partial({"plain": plain, "plain_batched": plain_batched}[name], model)
     budget = token_budget(model, memory_bytes(default_device()))
-    engine = GenericEngine(model, completions, TOP_K, budget)
+    reading = Reading(completions, CacheParams(top_k=TOP_K))
+    engine = GenericEngine(model, reading, budget)
     if name == "shared_prefix":
-        engine = SharedPrefixEngine(PackedModel(model), completions, TOP_K, budget)
+        engine = SharedPrefixEngine(PackedModel(model), reading, budget)
     return lambda prompts: engine.score(prompts["context_ids"], prompts["query_ids"]).label_logprobs
 
 

@@ -23,7 +23,7 @@ SLUG = re.compile(r"[a-z0-9][a-z0-9_-]*")
 DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
 MONITOR_TESTS = 6
 """Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
-RESERVED_FIELDS = frozenset({"example_id", "label", "source", "line"})
+RESERVED_FIELDS = frozenset({"example_id", "label", "completion", "source", "line"})
 
 
 def _slug(name: str) -> str:
@@ -50,13 +50,45 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class FormParams(Frozen):
+    """A JSON object that an answer has to be: what counts as well formed, and what is compared."""
+
+    keys: dict[str, tuple[str, ...]] = Field(min_length=1, strict=False)
+    """Each key the object has → the values it may take; none listed: any text that is not empty."""
+    label: str | None = None
+    """The key whose value is compared with the gold label of an evaluation set."""
+
+    @model_validator(mode="after")
+    def _label_is_a_choice(self) -> Self:
+        if self.label is not None and not self.keys.get(self.label):
+            raise ValueError(f"label: {self.label!r} is no key with listed values; `keys` has {choices(self.keys)}")
+        return self
+
+
+class CompletionParams(Frozen):
+    """Free text as an answer, where no verbalisers are given."""
+
+    source: Literal["generated", "given"] = "generated"
+    """Written by the teacher in its context, or read from the data (`data.sources.*.completion`)."""
+    max_tokens: PositiveInt = 64
+    stop: tuple[str, ...] = Field(default=("\n",), min_length=1, strict=False)
+    """An answer ends with the token that completes one of these texts; the token belongs to it."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of the teacher's sampling; 0 takes the most probable token."""
+    seed: int = 0
+    form: FormParams | None = None
+    """What a well-formed answer looks like; null: any."""
+
+
 class TaskParams(Frozen):
     """What is asked of the model, in text."""
 
     template: str
     """The query; `{field}` stands for an input field. It ends where the answer begins."""
-    verbalisers: dict[str, str] = Field(min_length=2)
+    verbalisers: dict[str, str] = {}
     """Label → the text that stands for it, with its leading space where one belongs."""
+    completion: CompletionParams | None = None
+    """Free answers instead of labels."""
     separator: str = "\n\n"
     """What follows a demonstration."""
     content_free: tuple[str, ...] = Field(default=("N/A",), min_length=1, strict=False)
@@ -69,6 +101,22 @@ class TaskParams(Frozen):
         """The field names in the template, in order of first use."""
         names = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that examples have: of the verbalisers, or the values of a form's label key; none where answers are free text."""
+        form = self.completion.form if self.completion is not None else None
+        if form is not None and form.label is not None:
+            return form.keys[form.label]
+        return tuple(self.verbalisers)
+
+    @model_validator(mode="after")
+    def _one_kind_of_answer(self) -> Self:
+        if self.completion is None and len(self.verbalisers) < 2:
+            raise ValueError(f"verbalisers: {len(self.verbalisers)} given, and a task needs two or more, or `completion` for free answers")
+        if self.completion is not None and self.verbalisers:
+            raise ValueError("verbalisers and completion are both given; answers are labels or free text: leave one out")
+        return self
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
@@ -163,6 +211,8 @@ class SourceParams(Frozen):
     """Template field → column; by default the field's own name."""
     label: LabelRule | None = LabelRule()
     """None for a file without labels."""
+    completion: str | None = None
+    """Column of the answers, where a task's answers are free text and given."""
 
     @model_validator(mode="after")
     def _columns_have_a_use(self) -> Self:
@@ -270,14 +320,30 @@ class TunedTeacherParams(TuningParams):
     base: str
 
 
+class CacheParams(Frozen):
+    """What the score cache keeps of the teacher's distribution at each answer position (`pipeline/cache/encodings.py`)."""
+
+    encoding: Literal["top_k", "top_k_tail", "sampled", "hybrid", "full"] = "top_k_tail"
+    """The `top_k` most probable entries, the rest unknown; the same with the rest as one bucket; `samples` entries drawn from the
+    distribution; the most probable entries with `samples` drawn from the rest; every entry."""
+    top_k: Annotated[int, Field(ge=1)] = 32
+    samples: Annotated[int, Field(ge=1)] = 16
+    """Draws, for `sampled` and `hybrid`."""
+    resolution_nats: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Log-probabilities are rounded to multiples of it, which compresses; null keeps all of float32."""
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), strict=False)
+    """Temperatures besides 1 that students may learn at: their normalisers are kept."""
+    hidden_layers: tuple[int, ...] = Field(default=(), strict=False)
+    """Layers whose output at answer positions is kept in float16; -1 is the last."""
+
+
 class TeacherParams(Frozen):
     """A model and the contexts it answers in."""
 
     model: str
     """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
     contexts: str
-    top_k: Annotated[int, Field(ge=1)] = 32
-    """Entries of the vocabulary kept at each answer position."""
+    cache: CacheParams = CacheParams()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the forward pass; `auto` takes bfloat16 where a short probe finds it fast, else float32."""
 
@@ -300,7 +366,10 @@ class StudentParams(TuningParams):
     layers: str | None = None
     """The base's layers to keep, for example `0-19, 26-29`; null keeps all."""
     learn_from: str
-    """`targets/NAME`, or `data/demonstrations.parquet` for the demonstrations' labels alone (PBFT)."""
+    """`targets/NAME`; `scores/NAME` for a teacher's distributions over the vocabulary, from its cache; or `data/demonstrations.parquet` for
+    the demonstrations' labels alone (PBFT)."""
+    temperature: PositiveFloat = 1.0
+    """Of both distributions, where `learn_from` is `scores/NAME`; one that the cache holds normalisers for."""
     loss: Literal["kl", "reverse_kl", "jensen_shannon", "hard"] = "kl"
     """Between targets and student: KL(target ‖ student), KL(student ‖ target), their Jensen-Shannon divergence, or cross-entropy on the
     target's most probable label."""
@@ -320,17 +389,26 @@ class StudentParams(TuningParams):
             for key, given in (("loss", self.loss != "kl"), ("held_back", self.held_back > 0)):
                 if given:
                     raise ValueError(f"`{key}` is about targets, and learn_from is {self.learn_from}; leave it out, or name a target set")
+        if self.temperature != 1.0 and not self.learn_from.startswith("scores/"):
+            raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
         if self.patience is not None and not self.held_back:
             raise ValueError("`patience` needs a part of the transfer set to look at; set `held_back`, for example to 0.1")
         return self
 
 
 class BaselineParams(Frozen):
-    """Prompting, without training: the prompts of a target set, with its calibration, put to the evaluation sets."""
+    """Prompting, without training, on the evaluation sets."""
 
-    targets: str
+    prompts: str
+    """`targets/NAME`: the prompts of a target set, with its calibration; `scores/NAME`: those of one teacher, where answers are free text;
+    `models/NAME`: a model folder with no context, where answers are free text."""
     contexts: Literal["each", "ensemble"]
-    """Each context on its own (mean, worst and best are reported), or all averaged as the target set says."""
+    """Each context on its own (mean, worst and best are reported), or all averaged as the target set says. Free text cannot be averaged."""
+
+    @property
+    def target_set(self) -> str:
+        """The target set whose prompts these are; empty where answers are free text."""
+        return self.prompts.removeprefix("targets/") if self.prompts.startswith("targets/") else ""
 
 
 class EvaluationParams(Frozen):
@@ -414,7 +492,7 @@ class Params(Frozen):
         for name, context in self.contexts.items():
             # Contexts are made before anything is trained, so only fetched models can count their tokens.
             _known(f"contexts.{name}.tokenizer", context.tokenizer, {f"models/{n}" for n in self.models})
-            needed, held = context.demonstrations, self.data.demonstrations.per_label * len(self.task.verbalisers)
+            needed, held = context.demonstrations, self.data.demonstrations.per_label * max(1, len(self.task.labels))
             if needed > held:
                 raise ValueError(
                     f"contexts.{name}.demonstrations: {needed} asked for, and data.demonstrations.per_label draws only {held}; "
@@ -428,21 +506,27 @@ class Params(Frozen):
         for name, target in self.targets.items():
             for teacher_name in target.teachers:
                 _known(f"targets.{name}.teachers", teacher_name, self.teachers)
-        learnable = {f"targets/{n}" for n in self.targets} | {DEMONSTRATIONS_FILE}
+        learnable = {f"targets/{n}" for n in self.targets} | {f"scores/{n}" for n in self.teachers} | {DEMONSTRATIONS_FILE}
         for name, student in self.students.items():
             _known(f"students.{name}.base", student.base, folders)
             _known(f"students.{name}.learn_from", student.learn_from, learnable)
         for name, baseline in self.baselines.items():
-            _known(f"baselines.{name}.targets", baseline.targets, self.targets)
-            asked = [self.teachers[teacher].contexts for teacher in self.targets[baseline.targets].teachers]
+            free = self.task.completion is not None
+            prompts = {f"scores/{n}" for n in self.teachers} | folders if free else {f"targets/{n}" for n in self.targets}
+            _known(f"baselines.{name}.prompts", baseline.prompts, prompts)
+            if free:
+                if baseline.contexts == "ensemble":
+                    raise ValueError(f"baselines.{name}.contexts: answers are free text, which cannot be averaged; use `each`")
+                continue
+            asked = [self.teachers[teacher].contexts for teacher in self.targets[baseline.target_set].teachers]
             if baseline.contexts == "each" and len(set(asked)) < len(asked):
                 raise ValueError(
-                    f"baselines.{name}.contexts: `each`, and teachers of targets {baseline.targets!r} share the contexts "
+                    f"baselines.{name}.contexts: `each`, and teachers of {baseline.prompts!r} share the contexts "
                     f"{choices({c for c in asked if asked.count(c) > 1})}, so predictions could not be told apart; use `ensemble`, or "
                     "give each teacher a target set and a baseline of its own"
                 )
         _known("evaluation.reference", self.evaluation.reference, self.baselines)
-        if self.baselines[self.evaluation.reference].contexts == "each":
+        if self.baselines[self.evaluation.reference].contexts == "each" and self.task.completion is None:
             raise ValueError(
                 f"evaluation.reference: {self.evaluation.reference!r} answers once for each context, so agreement with it is not "
                 "defined; choose a baseline with `contexts: ensemble`"
@@ -456,10 +540,10 @@ class Params(Frozen):
             produced = set() if label is None else {v for v in (label.values or {}).values() if v}
             if label is not None and label.threshold is not None:
                 produced = {label.positive, label.negative}
-            if unknown := produced - set(self.task.verbalisers):
+            if (unknown := produced - set(self.task.labels)) and (self.task.labels or self.task.completion is None):
+                where = "task.verbalisers" if self.task.completion is None else f"task.completion.form.keys.{self.task.completion.form}"
                 raise ValueError(
-                    f"data.sources.{name}.label: {choices(unknown)} has no verbaliser; "
-                    f"task.verbalisers has {choices(self.task.verbalisers)}"
+                    f"data.sources.{name}.label: {choices(unknown)} has no verbaliser; {where} has {choices(self.task.labels)}"
                 )
         return self
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def examples(fields: Sequence[str]) -> pa.Schema:
@@ -44,11 +44,23 @@ SCORES = pa.schema(
         pa.field("example_id", pa.string(), nullable=False),
         pa.field("prompt_sha", pa.string(), nullable=False),  # sha256 of the token ids that the teacher saw
         pa.field("prompt_tokens", pa.int32(), nullable=False),  # context and query
+        # The answer. Labels: one position, in front of the verbaliser. Free text: one for each of its tokens, in front of that token.
         pa.field("label_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, summed over a verbaliser's tokens; manifest order
-        pa.field("topk_ids", pa.list_(pa.int32()), nullable=False),  # at the answer position, most probable first
-        pa.field("topk_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, normalised over the whole vocabulary
-        pa.field("log_z", pa.float32(), nullable=False),  # log-sum-exp of the logits, nats
-        pa.field("tail_mass", pa.float32(), nullable=False),  # probability outside the top k
+        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),  # tokens of free text; empty for labels
+        pa.field("completion_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, of each of them
+        # A list for each position; which columns hold something is the encoding's matter (`cache/encodings.py`). Logarithms are in nats,
+        # normalised over the whole vocabulary.
+        pa.field("topk_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # most probable first
+        pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
+        pa.field("sampled_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # each stands for tail_mass · count / Σ counts
+        pa.field("sampled_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
+        pa.field("sampled_counts", pa.list_(pa.list_(pa.int32())), nullable=False),
+        pa.field("full_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),  # by token id
+        pa.field("log_z", pa.list_(pa.float32()), nullable=False),  # log-sum-exp of the logits
+        pa.field("tail_mass", pa.list_(pa.float32()), nullable=False),  # probability outside the top k; 0 where all is kept
+        pa.field("log_norms", pa.list_(pa.list_(pa.float32())), nullable=False),  # log Σ p^(1/τ), τ in the manifest's temperatures
+        pa.field("entropies", pa.list_(pa.list_(pa.float32())), nullable=False),  # of the whole distribution at τ
+        pa.field("hidden_states", pa.list_(pa.list_(pa.float16())), nullable=False),  # the manifest's hidden layers, one after the other
     ]
 )
 

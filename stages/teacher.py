@@ -21,7 +21,7 @@ def main(name: str) -> None:
         artifacts / "data" / "transfer.parquet",
         artifacts / "scores" / name,
         Task(params.task),
-        teacher.top_k,
+        teacher.cache,
         teacher.dtype,
         work_folder(),
         params.runtime.threads,

@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.errors import MismatchError
 from pipeline.hashing import sha256_json
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
+from pipeline.params import CacheParams
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.tasks import TaskTokens
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Raised when the engines' numbers change by more than rounding: old rows are then scored again."""
 
 
@@ -33,7 +34,10 @@ class Fingerprint(BaseModel):
     completions: list[list[int]]
     """Token ids of the verbalisers."""
     dtype: str
-    top_k: int
+    cache: dict[str, Any]
+    """What is kept of each distribution, `params.CacheParams`."""
+    completion: dict[str, Any] | None
+    """How free answers come about, `params.CompletionParams` without their form; None for labels."""
     engine_version: int = ENGINE_VERSION
     schema_version: int = SCHEMA_VERSION
 
@@ -52,7 +56,7 @@ class Fingerprint(BaseModel):
             raise MismatchError(f"{where} was not made by this run's teacher, tokenizer, template or settings:\n{lines}\nRun `dvc repro`.")
 
 
-def fingerprint_of(model_folder: Path, tokens: TaskTokens, top_k: int, dtype: str) -> Fingerprint:
+def fingerprint_of(model_folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str) -> Fingerprint:
     """The fingerprint of scores that a model folder gives for a task."""
     task = tokens.task
     return Fingerprint(
@@ -62,5 +66,6 @@ def fingerprint_of(model_folder: Path, tokens: TaskTokens, top_k: int, dtype: st
         verbalisers=dict(task.params.verbalisers),
         completions=[list(ids) for ids in tokens.completions],
         dtype=dtype,
-        top_k=top_k,
+        cache=cache.model_dump(mode="json"),
+        completion=None if task.params.completion is None else task.params.completion.model_dump(mode="json", exclude={"form"}),
     )

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.engine.generic import GenericEngine
-from pipeline.engine.scores import Completions, Engine, Scores
+from pipeline.engine.scores import Engine, Reading, Scores
 from pipeline.engine.shared_prefix import SharedPrefixEngine
 from pipeline.models.packed import PackedModel, UnsupportedModelError
+from pipeline.models.rows import Completions
 
 TOLERANCE_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference of a log-probability at which two paths agree, by dtype: what their rounding explains."""
@@ -29,15 +30,15 @@ class EngineChoice:
 
 def choose_engine(
     model: PreTrainedModel,
-    completions: Completions,
-    top_k: int,
+    reading: Reading,
     token_budget: int,
     context: Sequence[int],
     queries: Sequence[Sequence[int]],
+    answers: Completions | None = None,
 ) -> EngineChoice:
-    """Probe with `queries` (a few) behind `context` (the longest there is) and choose."""
-    generic = GenericEngine(model, completions, top_k, token_budget)
-    expected = generic.score(context, queries)
+    """Probe with `queries` (a few, with their own `answers` where they have some) behind `context` (the longest there is) and choose."""
+    generic = GenericEngine(model, reading, token_budget)
+    expected = generic.score(context, queries, answers)
     plain_attention = model.config._attn_implementation or "eager"
     tolerance = TOLERANCE_NATS.get(model.dtype, 1e-4)
     refusals = []
@@ -46,8 +47,8 @@ def choose_engine(
         packed = None
         try:
             packed = PackedModel(model, answers_only=answers_only)
-            fast = SharedPrefixEngine(packed, completions, top_k, token_budget)
-            difference = largest_difference(expected, fast.score(context, queries))
+            fast = SharedPrefixEngine(packed, reading, token_budget)
+            difference = largest_difference(expected, fast.score(context, queries, answers))
         except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
             # A foreign architecture may fail anywhere inside its own code; the reason is kept, and the generic path still works.
             refusals.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
@@ -63,6 +64,7 @@ def choose_engine(
 
 
 def largest_difference(one: Scores, other: Scores) -> float:
-    """Largest absolute difference of label log-probabilities, top log-probabilities and log Z over all rows, in nats."""
-    pairs = ((one.label_logprobs, other.label_logprobs), (one.topk_logprobs, other.topk_logprobs), (one.log_z, other.log_z))
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    """Largest absolute difference of the log-probabilities of labels, answers and most probable tokens, and of log Z, in nats."""
+    pairs = [(one.label_logprobs, other.label_logprobs), (one.completion_logprobs, other.completion_logprobs)]
+    pairs += [(getattr(one.encoded, name), getattr(other.encoded, name)) for name in ("topk_logprobs", "log_z")]
+    return max(float((a - b).abs().max()) for a, b in pairs if a.numel())

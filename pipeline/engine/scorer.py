@@ -6,22 +6,26 @@ The teacher's stage, the baselines and the students' evaluation all ask here. Th
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from pipeline.cache.encodings import columns_of
 from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
 from pipeline.cache.store import Key, Part, Store
 from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
-from pipeline.engine.scores import Engine, Scores
+from pipeline.engine.scores import Engine, Reading, Scores
 from pipeline.errors import UsageError
 from pipeline.files import read_json, write_json
 from pipeline.hashing import context_id, sha256_ids
 from pipeline.models.loading import context_limit, load_model, load_tokenizer
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, memory_bytes, use_machine
+from pipeline.models.rows import Completions
+from pipeline.params import CacheParams
 from pipeline.progress import progress
 from pipeline.schema import SCORES
 from pipeline.tasks import Task, TaskTokens
@@ -44,14 +48,16 @@ class Query:
 class Scorer:
     """Scores a task's inputs with one model folder, in the number format `dtype` (`models.machine.DTYPES`) or the fast one for `auto`."""
 
-    def __init__(self, model_folder: Path, task: Task, top_k: int, work: Path, threads: int | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self, model_folder: Path, task: Task, cache: CacheParams, work: Path, threads: int | None = None, dtype: str = "float32"
+    ) -> None:
         self.model_folder = model_folder
         self.tokens = TaskTokens(task, load_tokenizer(model_folder))
-        self.top_k = top_k
+        self.reading = Reading(self.tokens.completions, cache)
         use_machine(threads)
         self.device = default_device()
         self.dtype = fast_dtype(self.device) if dtype == "auto" else dtype
-        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, top_k, self.dtype)
+        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, cache, self.dtype)
         self.store = Store(work, self.fingerprint)
         self._choice: EngineChoice | None = None
 
@@ -111,7 +117,7 @@ class Scorer:
             budget = token_budget(model, memory_bytes(self.device))
             context = max(prefixes.values(), key=lambda prefix: (len(prefix), prefix))
             queries = probe[step // 2 :: step][:PROBE_ROWS]
-            self._choice = choose_engine(model, self.tokens.completions, self.top_k, budget, context, queries)
+            self._choice = choose_engine(model, self.reading, budget, context, queries)
             file = self.store.folder / "engine.json"
             if not file.exists():
                 report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
@@ -124,7 +130,7 @@ def _score_part(engine: Engine, part: Part, prefixes: TokenIds, ids: TokenIds) -
     context = part.keys[0][0]
     examples = [example for _, example in part.keys]
     prefix, queries = prefixes[context], [ids[example] for example in examples]
-    return _rows(context, examples, prefix, queries, engine.score(prefix, queries))
+    return _rows(context, examples, prefix, queries, None, engine.score(prefix, queries))
 
 
 def _divide(missing: list[Key], ids: TokenIds, budget: int) -> list[list[Key]]:
@@ -141,20 +147,21 @@ def _divide(missing: list[Key], ids: TokenIds, budget: int) -> list[list[Key]]:
     return parts
 
 
-def _rows(context: str, examples: list[str], prefix: Sequence[int], queries: list[Sequence[int]], scores: Scores) -> pa.Table:
-    columns = {
+def _rows(
+    context: str, examples: list[str], prefix: Sequence[int], queries: list[Sequence[int]], answers: Completions | None, scores: Scores
+) -> pa.Table:
+    """Scores as rows of `schema.SCORES`."""
+    ends = np.concatenate([[0], scores.positions.cumsum(0).numpy()])
+    logprobs = scores.completion_logprobs.cpu().numpy()
+    columns: dict[str, Any] = {
         "context_id": [context] * len(examples),
         "example_id": examples,
         "prompt_sha": [sha256_ids([*prefix, *query]) for query in queries],
         "prompt_tokens": [len(prefix) + len(query) for query in queries],
-        "label_logprobs": _lists(scores.label_logprobs),
-        "topk_ids": _lists(scores.topk_ids),
-        "topk_logprobs": _lists(scores.topk_logprobs),
-        "log_z": scores.log_z.cpu().numpy(),
-        "tail_mass": scores.tail_mass.cpu().numpy(),
+        "label_logprobs": list(scores.label_logprobs.cpu().numpy()),
+        "completion_ids": [[]] * len(examples) if answers is None else list(map(list, answers)),
+        "completion_logprobs": [logprobs[start:end] for start, end in pairwise(ends)],
     }
-    return pa.table({name: pa.array(columns[name], type=SCORES.field(name).type) for name in SCORES.names}, schema=SCORES)
-
-
-def _lists(values: torch.Tensor) -> list[np.ndarray]:
-    return list(values.cpu().numpy())
+    columns |= columns_of(scores.encoded, scores.positions.numpy())
+    arrays = {name: value if isinstance(value, pa.Array) else pa.array(value, SCORES.field(name).type) for name, value in columns.items()}
+    return pa.table([arrays[name] for name in SCORES.names], schema=SCORES)

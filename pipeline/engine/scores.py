@@ -1,36 +1,74 @@
-"""What an engine returns, and how it is read off logits: the one place where logits become log-probabilities."""
+"""What an engine is asked and what it returns: the one place where logits become log-probabilities."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.models.rows import Row
+from pipeline.cache.encodings import Encoded, encode
+from pipeline.hashing import sha256_ids
+from pipeline.models.rows import Completions, Row, rows_of
+from pipeline.params import CacheParams
 
-Completions = Sequence[Sequence[int]]
-"""Token ids of each label's verbaliser."""
+LABELS_ALONE = CacheParams(encoding="top_k", top_k=1)
+"""The least that is kept: for callers who want the labels' log-probabilities and no more."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of N queries at their answer positions; L labels, K entries of the vocabulary. Natural logarithms."""
+    """Scores of N queries: L labels at one answer position each, or free answers of one position a token; P positions in all."""
 
-    label_logprobs: Tensor  # [N, L] float32, summed over a verbaliser's tokens
-    topk_ids: Tensor  # [N, K] int32, most probable first
-    topk_logprobs: Tensor  # [N, K] float32, normalised over the whole vocabulary
-    log_z: Tensor  # [N] float32, log-sum-exp of the logits
-    tail_mass: Tensor  # [N] float32, probability outside the top K
+    label_logprobs: Tensor  # [N, L] float32 nats, summed over a verbaliser's tokens; L is 0 for free answers
+    positions: Tensor  # [N] int64, each row's answer positions
+    completion_logprobs: Tensor  # [P] float32 nats, of free answers' tokens; empty for labels
+    encoded: Encoded  # of all rows' positions, one after the other
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """The rows of several scores, in order."""
-        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        return cls(
+            label_logprobs=torch.cat([part.label_logprobs for part in parts]),
+            positions=torch.cat([part.positions for part in parts]),
+            completion_logprobs=torch.cat([part.completion_logprobs for part in parts]),
+            encoded=Encoded.concatenate([part.encoded for part in parts]),
+        )
 
     def take(self, rows: Tensor) -> Self:
         """Some rows, in the order given."""
-        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        starts = self.positions.cumsum(0) - self.positions
+        places = torch.cat([torch.arange(int(starts[row]), int(starts[row] + self.positions[row])) for row in rows])
+        return type(self)(
+            label_logprobs=self.label_logprobs[rows],
+            positions=self.positions[rows],
+            completion_logprobs=self.completion_logprobs[places] if len(self.completion_logprobs) else self.completion_logprobs,
+            encoded=self.encoded.take(places.to(self.encoded.log_z.device)),
+        )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read at each row: log-probabilities of all labels, or of the row's own answer; and what is kept of distributions."""
+
+    labels: Completions = ()
+    """Empty where each row has an answer of its own."""
+    cache: CacheParams = field(default=LABELS_ALONE)
+
+    def rows(self, queries: Sequence[Sequence[int]], answers: Completions | None) -> list[Row]:
+        """Queries with the branches that continue them, as `models.rows.rows_of` lays them."""
+        if answers is None:
+            return rows_of(queries, self.labels)
+        return [row for query, answer in zip(queries, answers, strict=True) for row in rows_of([query], [answer])]
+
+    def uniforms(self, context: Sequence[int], queries: Sequence[Sequence[int]], answers: Completions | None) -> list[np.ndarray]:
+        """For each row, the random numbers of its positions, from the hash of its prompt alone."""
+        counts = [1] * len(queries) if answers is None else list(map(len, answers))
+        if self.cache.encoding not in {"sampled", "hybrid"}:
+            return [np.zeros(count) for count in counts]
+        seeds = [int(sha256_ids([*context, *query])[:16], 16) for query in queries]
+        return [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
 
 
 class Engine(Protocol):
@@ -39,39 +77,46 @@ class Engine(Protocol):
     name: str
     token_budget: int
 
-    def score(self, context: Sequence[int], queries: Sequence[Sequence[int]]) -> Scores:
-        """Scores of `queries`, each behind `context`, in order."""
+    def score(self, context: Sequence[int], queries: Sequence[Sequence[int]], answers: Completions | None = None) -> Scores:
+        """Scores of `queries`, each behind `context`, in order; `answers` are the rows' own, of one token or more."""
         ...
 
 
-def rows_of(queries: Sequence[Sequence[int]], completions: Completions) -> list[Row]:
-    """Queries with the branches that multi-token completions need; a completion's last token is never read."""
-    branches = tuple(ids[:-1] for ids in completions if len(ids) > 1)
-    return [Row(query, branches) for query in queries]
+def read_scores(
+    logits: Tensor, reading: Reading, answers: Completions | None, uniforms: Sequence[np.ndarray], hidden: Tensor | None = None
+) -> Scores:
+    """Scores from the logits of `reading.rows(...)`: for each row its answer position, then every branch token, [Σ(1 + branch tokens), V].
 
-
-def read_scores(logits: Tensor, completions: Completions, top_k: int) -> Scores:
-    """Scores from the logits of `rows_of(...)`: for each row its answer position, then every branch token, [N·(1 + branch tokens), V].
-
-    The tail's mass is summed over the entries outside the top k, not taken as 1 - Σ p: that would be rounding noise where little is left.
+    `hidden` [the same, D] are the kept layers' outputs there. For labels the answer position alone is kept; for a row's own answer all are.
     """
-    per_row = 1 + sum(len(ids) - 1 for ids in completions)
-    logits = logits.float().reshape(-1, per_row, logits.shape[-1])
+    logits = logits.float()
+    if answers is None:
+        return _label_scores(logits, reading, uniforms, hidden)
+    encoded = encode(logits, reading.cache, torch.from_numpy(np.concatenate(uniforms)), hidden)
+    tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)
+    return Scores(
+        label_logprobs=logits.new_zeros(len(answers), 0),
+        positions=torch.tensor([len(answer) for answer in answers]),
+        completion_logprobs=logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - encoded.log_z,
+        encoded=encoded,
+    )
+
+
+def _label_scores(logits: Tensor, reading: Reading, uniforms: Sequence[np.ndarray], hidden: Tensor | None) -> Scores:
+    per_row = 1 + sum(len(ids) - 1 for ids in reading.labels)
+    logits = logits.reshape(-1, per_row, logits.shape[-1])
     log_z = logits.logsumexp(-1)  # [N, per_row]
-    answer = logits[:, 0]
-    top = answer.topk(min(top_k, answer.shape[-1]), dim=-1)
-    outside = answer.scatter(-1, top.indices, -torch.inf)
     columns, place = [], 1
-    for ids in completions:
-        total = answer[:, ids[0]] - log_z[:, 0]
+    for ids in reading.labels:
+        total = logits[:, 0, ids[0]] - log_z[:, 0]
         for token in ids[1:]:
             total = total + logits[:, place, token] - log_z[:, place]
             place += 1
         columns.append(total)
+    at_answers = None if hidden is None else hidden.reshape(len(logits), per_row, -1)[:, 0]
     return Scores(
         label_logprobs=torch.stack(columns, -1),
-        topk_ids=top.indices.to(torch.int32),
-        topk_logprobs=top.values - log_z[:, :1],
-        log_z=log_z[:, 0],
-        tail_mass=(outside - log_z[:, :1]).exp().sum(-1),
+        positions=torch.ones(len(logits), dtype=torch.long),
+        completion_logprobs=logits.new_zeros(0),
+        encoded=encode(logits[:, 0], reading.cache, torch.from_numpy(np.concatenate(uniforms)), at_answers),
     )

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.engine.batches import plan_batches
-from pipeline.engine.scores import Completions, Scores, read_scores, rows_of
+from pipeline.engine.hidden import hidden_states
+from pipeline.engine.scores import Reading, Scores, read_scores
 from pipeline.models.packed import LayerKeyValues, PackedModel
-from pipeline.models.rows import pack
+from pipeline.models.rows import Completions, pack
 
 
 class SharedPrefixEngine:
@@ -19,23 +20,28 @@ class SharedPrefixEngine:
 
     name = "shared_prefix"
 
-    def __init__(self, model: PackedModel, completions: Completions, top_k: int, token_budget: int) -> None:
+    def __init__(self, model: PackedModel, reading: Reading, token_budget: int) -> None:
         self.model = model
-        self.completions = completions
-        self.top_k = top_k
+        self.reading = reading
         self.token_budget = token_budget
         self._context: tuple[tuple[int, ...], list[LayerKeyValues]] | None = None
 
     @torch.inference_mode()
-    def score(self, context: Sequence[int], queries: Sequence[Sequence[int]]) -> Scores:
-        """Scores of `queries`, each behind `context`, in order."""
+    def score(self, context: Sequence[int], queries: Sequence[Sequence[int]], answers: Completions | None = None) -> Scores:
+        """Scores of `queries`, each behind `context`, in order; `answers` are the rows' own."""
         prefix = self._read(tuple(context))
-        rows = rows_of(queries, self.completions)
+        rows = self.reading.rows(queries, answers)
+        uniforms = self.reading.uniforms(context, queries, answers)
         batches = plan_batches([row.length for row in rows], self.token_budget)
         parts = []
         for batch in batches:
             packed = pack([rows[number] for number in batch], start=len(context), device=self.model.device)
-            parts.append(read_scores(self.model.logits(packed, prefix), self.completions, self.top_k))
+            with hidden_states(self.model.model, self.reading.cache.hidden_layers) as hidden:
+                logits = self.model.logits(packed, prefix)
+            own = None if answers is None else [answers[number] for number in batch]
+            states = hidden.at(packed.outputs)
+            at_outputs = None if states is None else states[0]
+            parts.append(read_scores(logits, self.reading, own, [uniforms[number] for number in batch], at_outputs))
         order = torch.tensor([number for batch in batches for number in batch])
         return Scores.concatenate(parts).take(order.argsort())
 

@@ -30,7 +30,7 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
         job = Job(models=[_prompts(folder, [""], task, timed)], threads=threads)
     else:
         baseline = params.baselines[name]
-        calibration = read_json(artifacts / "targets" / baseline.targets / "calibration.json")
+        calibration = read_json(artifacts / baseline.prompts / "calibration.json")
         ensemble = baseline.contexts == "ensemble"
         table = predict_baseline(name, calibration, ensemble, task, sets, artifacts, work, threads)
         job = _baseline_job(calibration, ensemble, task, timed, artifacts, threads)

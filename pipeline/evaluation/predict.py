@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.engine.scorer import Query, Scorer
+from pipeline.engine.scores import LABELS_ALONE
 from pipeline.ensemble import Combination, normalised
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import read_json
 from pipeline.hashing import context_id
+from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table
 from pipeline.tasks import Task
 
@@ -38,7 +40,7 @@ def predict_student(name: str, folder: Path, task: Task, sets: Mapping[str, Rows
     for key, value in {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}.items():
         if trained[key] != value:
             raise MismatchError(f"{folder}: trained with {key} {trained[key]!r}, params.yaml has {value!r}; run `dvc repro`.")
-    scorer = Scorer(folder, task, 1, work, threads)
+    scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
     scores = _score(scorer, [""], task, sets, f"evaluate {name}")
     return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
 
@@ -60,7 +62,14 @@ def predict_baseline(
     by_set: dict[str, list[np.ndarray]] = {key: [] for key in sets}
     for teacher, entry in calibration["teachers"].items():
         contexts = teacher_contexts(calibration, teacher, artifacts)
-        scorer = Scorer(artifacts / entry["model"], task, entry["top_k"], work, threads, entry["fingerprint"]["dtype"])
+        scorer = Scorer(
+            artifacts / entry["model"],
+            task,
+            CacheParams.model_validate(entry["fingerprint"]["cache"]),
+            work,
+            threads,
+            entry["fingerprint"]["dtype"],
+        )
         scorer.fingerprint.check(entry["fingerprint"], artifacts / "targets" / calibration["targets"] / "calibration.json")
         scores = _score(scorer, [context["text"] for context in contexts], task, sets, f"evaluate {name}: {teacher}")
         for key, values in scores.items():

@@ -26,6 +26,16 @@ class Row:
         return len(self.query) + sum(map(len, self.branches))
 
 
+Completions = Sequence[Sequence[int]]
+"""Token ids of each label's verbaliser, or of each row's own answer."""
+
+
+def rows_of(queries: Sequence[Sequence[int]], completions: Completions) -> list[Row]:
+    """Queries with the branches that multi-token completions need; a completion's last token is never read."""
+    branches = tuple(ids[:-1] for ids in completions if len(ids) > 1)
+    return [Row(query, branches) for query in queries]
+
+
 @dataclass(frozen=True)
 class Packed:
     """Rows laid end to end. T tokens in all, B rows of at most L tokens, N outputs."""

@@ -81,7 +81,7 @@ def about(inputs: Inputs, method: str) -> str:
                 text += f", plus {student.ce_weight:g} × the demonstrations’ labels"
         return f"{text}; {layers(inputs, method).partition(' (')[0]}"
     baseline = params.baselines[method]
-    target = params.targets[baseline.targets]
+    target = params.targets[baseline.target_set]
     prompts = " + ".join(target.teachers)
     calibration = {"none": "uncalibrated", "batch": "batch-calibrated", "contextual": "contextually calibrated"}[target.calibration]
     several = sum(params.contexts[params.teachers[name].contexts].count for name in target.teachers)

@@ -123,7 +123,7 @@ def _title(inputs: Inputs) -> str:
 def _lead(inputs: Inputs) -> list[str]:
     """What was distilled into what, from how much."""
     params = inputs.params
-    target = params.baselines[params.evaluation.reference].targets
+    target = params.baselines[params.evaluation.reference].target_set
     contexts, demonstrations = context_sizes(params, target)
     teachers = listed(list(params.targets[target].teachers))
     models = listed(list(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers)))

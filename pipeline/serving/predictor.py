@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from pipeline.engine.batches import token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
+from pipeline.engine.scores import Reading
 from pipeline.ensemble import normalised
 from pipeline.errors import UsageError
 from pipeline.fields import MISSING, BadValueError, field_text
@@ -75,7 +76,7 @@ class Predictor:
         self._model = load_model(self.student.folder, device=device)
         budget = token_budget(self._model, memory_bytes(device))
         probes = self.student.tokens.query_ids([self.task.query(dict.fromkeys(self.task.fields, text)) for text in PROBES])
-        self._choice = choose_engine(self._model, self.student.tokens.completions, 1, budget, self._prefix, probes)
+        self._choice = choose_engine(self._model, Reading(self.student.tokens.completions), budget, self._prefix, probes)
 
     @property
     def engine(self) -> EngineChoice:

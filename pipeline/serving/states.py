@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.engine.scores import Completions, Engine
+from pipeline.engine.scores import Engine
 from pipeline.errors import ShotlessError
+from pipeline.models.rows import Completions
 
 
 class AnswerStates:

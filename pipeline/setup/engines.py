@@ -7,6 +7,7 @@ import torch
 
 from pipeline.engine.batches import token_budget
 from pipeline.engine.choice import choose_engine
+from pipeline.engine.scores import Reading
 from pipeline.errors import UsageError
 from pipeline.models.loading import check_folder, load_model, load_tokenizer, parameter_counts
 from pipeline.models.machine import default_device, fast_dtype, memory_bytes, use_machine
@@ -52,7 +53,7 @@ def _model(name: str, params: Params, folder: Path) -> Finding:
     budget = token_budget(model, memory_bytes(device))
     queries = tokens.query_ids([tokens.task.query(dict.fromkeys(tokens.task.fields, text)) for text in PROBES])
     context = tokens.prefix_ids(tokens.task.context([(dict.fromkeys(tokens.task.fields, PROBES[1]), tokens.task.labels[0])]))
-    choice = choose_engine(model, tokens.completions, 1, budget, context, queries)
+    choice = choose_engine(model, Reading(tokens.completions), budget, context, queries)
     millions = parameter_counts(model)[0] / 1e6
     return Finding(title, f"{millions:,.0f} M parameters; engine {choice.engine.name}: {choice.reason}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.engine.batches import token_budget
 from pipeline.engine.choice import choose_engine
+from pipeline.engine.scores import Reading
 from pipeline.models.loading import load_model, load_tokenizer, parameter_counts
 from pipeline.models.machine import default_device, memory_bytes, use_machine
 from pipeline.models.truncation import parse_layers
@@ -46,7 +47,9 @@ def try_rows(folder: Path, task: Task, rows: Sequence[Mapping[str, str]], thread
     tokens = TaskTokens(task, load_tokenizer(folder))
     queries = tokens.query_ids([task.query(row) for row in rows])
     model = load_model(folder, device=device)
-    choice = choose_engine(model, tokens.completions, 1, token_budget(model, memory_bytes(device)), tokens.prefix_ids(""), queries[:3])
+    choice = choose_engine(
+        model, Reading(tokens.completions), token_budget(model, memory_bytes(device)), tokens.prefix_ids(""), queries[:3]
+    )
     start = time.perf_counter()
     choice.engine.score(tokens.prefix_ids(""), queries)
     seconds = time.perf_counter() - start
@@ -73,7 +76,7 @@ def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> d
         kept = len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers
         work["training"] += 3 * student.steps * student.batch_size * query * kept / trial.layers
         work["students"] += evaluated * query * kept / trial.layers
-    used = {teacher for baseline in params.baselines.values() for teacher in params.targets[baseline.targets].teachers}
+    used = {teacher for baseline in params.baselines.values() for teacher in params.targets[baseline.target_set].teachers}
     work["baselines"] = sum(asked(name, evaluated) for name in used)  # baselines that ask the same share the store's rows
     return work
 

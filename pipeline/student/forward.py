@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.engine.scores import Completions, rows_of
 from pipeline.models.packed import PackedModel, UnsupportedModelError
-from pipeline.models.rows import pack
+from pipeline.models.rows import Completions, pack, rows_of
 from pipeline.student.objectives import label_log_probabilities, positions_per_row
 
 Rows = Sequence[Sequence[int]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.engine.scores import Completions
+from pipeline.models.rows import Completions
 from pipeline.student.forward import TOLERANCE_NATS, Forward, Rows
 from pipeline.student.objectives import label_log_probabilities, positions_per_row
 

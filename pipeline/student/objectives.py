@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.engine.scores import Completions
+from pipeline.models.rows import Completions
 
 
 def positions_per_row(completions: Completions) -> int:
@@ -25,7 +25,7 @@ def positions_per_row(completions: Completions) -> int:
 def label_log_probabilities(logits: Tensor, completions: Completions) -> Tensor:
     """Log-probability of each label among the labels, nats.
 
-    `logits` are those of `engine.scores.rows_of(queries, completions)`: for each row its answer position, then every branch token,
+    `logits` are those of `models.rows.rows_of(queries, completions)`: for each row its answer position, then every branch token,
     [B · positions, V] → [B, L] float32. A verbaliser's tokens are summed.
     """
     logits = logits.float().reshape(-1, positions_per_row(completions), logits.shape[-1])

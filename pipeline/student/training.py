@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.engine.scores import Completions
 from pipeline.errors import ShotlessError
+from pipeline.models.rows import Completions
 from pipeline.params import TuningParams
 from pipeline.progress import progress
 from pipeline.student.batches import Example, Order, Term, pieces

@@ -128,7 +128,6 @@ def _calibration(
             teacher: {
                 "model": teachers[teacher].model,
                 "contexts": teachers[teacher].contexts,
-                "top_k": cache.manifest["fingerprint"]["top_k"],
                 "fingerprint": cache.manifest["fingerprint"],
                 "fingerprint_sha256": cache.manifest["fingerprint_sha256"],
             }

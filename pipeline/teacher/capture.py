@@ -10,6 +10,7 @@ from pipeline.cache.folder import write_cache
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import UsageError
 from pipeline.hashing import example_id
+from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, examples, read_table
 from pipeline.tasks import Task
 
@@ -21,7 +22,7 @@ def capture(
     transfer_file: Path,
     output: Path,
     task: Task,
-    top_k: int,
+    cache: CacheParams,
     dtype: str,
     work: Path,
     threads: int | None,
@@ -36,7 +37,7 @@ def capture(
     queries = free + [Query(row["example_id"], {field: row[field] for field in task.fields}) for row in transfer]
     if len({query.example_id for query in queries}) != len(queries):
         raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
-    scorer = Scorer(model_folder, task, top_k, work, threads, dtype)
+    scorer = Scorer(model_folder, task, cache, work, threads, dtype)
     rows = scorer.score([context["text"] for context in contexts], queries, f"teacher {name}")
     about = {
         "teacher": name,

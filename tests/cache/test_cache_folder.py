@@ -11,10 +11,18 @@ from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.folder import read_cache, write_cache
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.hashing import sha256_ids
+from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 
 FINGERPRINT = Fingerprint(
-    weights="w", tokenizer="t", template="{text}", verbalisers={"a": " a", "b": " b"}, completions=[[1], [2]], dtype="float32", top_k=2
+    weights="w",
+    tokenizer="t",
+    template="{text}",
+    verbalisers={"a": " a", "b": " b"},
+    completions=[[1], [2]],
+    dtype="float32",
+    cache=CacheParams(top_k=2).model_dump(mode="json"),
+    completion=None,
 )
 
 
@@ -27,10 +35,19 @@ def rows(count):
                 "prompt_sha": sha256_ids([number]),
                 "prompt_tokens": number,
                 "label_logprobs": [-1.0, -2.0],
-                "topk_ids": [151_645, 7],
-                "topk_logprobs": [-0.5, -1.5],
-                "log_z": 10.0,
-                "tail_mass": 0.1,
+                "completion_ids": [],
+                "completion_logprobs": [],
+                "topk_ids": [[151_645, 7]],
+                "topk_logprobs": [[-0.5, -1.5]],
+                "sampled_ids": [[]],
+                "sampled_logprobs": [[]],
+                "sampled_counts": [[]],
+                "full_logprobs": [[]],
+                "log_z": [10.0],
+                "tail_mass": [0.1],
+                "log_norms": [[0.0]],
+                "entropies": [[1.2]],
+                "hidden_states": [[]],
             }
             for number in range(count)
         ],
@@ -47,7 +64,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_rows_round_trip_with_ids_past_a_16_bit_vocabulary(cache):
     assert read_cache(cache).rows.equals(rows(10))
-    assert read_cache(cache).rows["topk_ids"].to_pylist()[0] == [151_645, 7]
+    assert read_cache(cache).rows["topk_ids"].to_pylist()[0] == [[151_645, 7]]
 
 
 def test_writing_again_gives_the_same_bytes(cache, tmp_path):

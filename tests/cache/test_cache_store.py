@@ -10,7 +10,7 @@ from pipeline.engine import scorer as scorer_module
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import MismatchError, ShotlessError, UsageError
 from pipeline.hashing import example_id
-from pipeline.params import TaskParams
+from pipeline.params import CacheParams, TaskParams
 from pipeline.tasks import Task
 
 CONTEXTS = ["", "Review: a warm film\nSentiment: positive\n\n"]
@@ -35,7 +35,7 @@ def small_parts(monkeypatch):
 @pytest.fixture
 def make_scorer(model_folder, tmp_path):
     def make(work="work", **model):
-        return Scorer(model_folder("llama", **model), TASK, 4, tmp_path / work)
+        return Scorer(model_folder("llama", **model), TASK, CacheParams(top_k=4), tmp_path / work)
 
     return make
 

@@ -1,5 +1,6 @@
 """The shared-prefix engine against the plain full-prompt forward, over architectures, context lengths and completions."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
@@ -7,7 +8,8 @@ from conftest import ARCHITECTURES
 from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import choose_engine, largest_difference
 from pipeline.engine.generic import GenericEngine
-from pipeline.engine.scores import read_scores
+from pipeline.engine.scores import Reading, read_scores
+from pipeline.params import CacheParams
 
 SINGLE = [[5], [9]]
 MULTI = [[5], [9, 3, 7], [11, 5]]
@@ -45,7 +47,7 @@ def test_fast_path_gives_the_plain_forward_s_numbers(tiny_model, architecture, c
     model = tiny_model(architecture)
     context, queries = random_ids(context_tokens, 1), queries_of(9, 3, 17, 1, 9)
     expected = naive_scores(model, completions, context, queries)
-    choice = choose_engine(model, completions, 8, 24, context, queries[:2])
+    choice = choose_engine(model, Reading(completions, CacheParams(top_k=8)), 24, context, queries[:2])
     assert choice.engine.name == "shared_prefix", choice.reason
     scores = choice.engine.score(context, queries)
     assert float((scores.label_logprobs - expected).abs().max()) < 1e-4
@@ -55,14 +57,14 @@ def test_fast_path_gives_the_plain_forward_s_numbers(tiny_model, architecture, c
 def test_generic_path_gives_the_plain_forward_s_numbers(tiny_model, architecture):
     model = tiny_model(architecture)
     context, queries = random_ids(30, 1), queries_of(4, 9, 4, 2)
-    scores = GenericEngine(model, MULTI, 8, 100).score(context, queries)
+    scores = GenericEngine(model, Reading(MULTI, CacheParams(top_k=8)), 100).score(context, queries)
     assert float((scores.label_logprobs - naive_scores(model, MULTI, context, queries)).abs().max()) < 1e-4
 
 
 def test_batching_does_not_change_the_numbers(tiny_model):
     model = tiny_model("llama")
     context, queries = random_ids(40, 2), queries_of(*range(1, 30))
-    engine = choose_engine(model, MULTI, 8, 64, context, queries[:2]).engine
+    engine = choose_engine(model, Reading(MULTI, CacheParams(top_k=8)), 64, context, queries[:2]).engine
     engine.token_budget = 1
     one_by_one = engine.score(context, queries)
     engine.token_budget = 10_000
@@ -73,7 +75,7 @@ def test_a_window_shorter_than_the_prompt_takes_the_generic_path(tiny_model):
     model = tiny_model("mistral", sliding_window=16)
     context, queries = random_ids(40, 3), queries_of(5, 6)
     expected = naive_scores(model, SINGLE, context, queries)
-    choice = choose_engine(model, SINGLE, 8, 64, context, queries)
+    choice = choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, context, queries)
     assert choice.engine.name == "generic"
     assert "sliding window of 16" in choice.reason
     assert float((choice.engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
@@ -85,7 +87,7 @@ def test_architectures_that_do_not_fit_take_the_generic_path_and_are_right(tiny_
     model = tiny_model(architecture, **settings[architecture])
     context, queries = random_ids(40, 3), queries_of(5, 6)
     expected = naive_scores(model, SINGLE, context, queries)
-    choice = choose_engine(model, SINGLE, 8, 64, context, queries)
+    choice = choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, context, queries)
     assert choice.engine.name == "generic", choice.reason
     assert choice.reason.startswith("the shared-prefix path was refused")
     assert float((choice.engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
@@ -95,7 +97,7 @@ def test_a_second_context_is_not_answered_from_the_first(tiny_model):
     model = tiny_model("llama")
     first, second, queries = random_ids(20, 1), random_ids(20, 2), queries_of(6, 7)
     expected = naive_scores(model, SINGLE, second, queries)
-    engine = choose_engine(model, SINGLE, 8, 64, first, queries).engine
+    engine = choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, first, queries).engine
     engine.score(first, queries)
     assert float((engine.score(second, queries).label_logprobs - expected).abs().max()) < 1e-4
 
@@ -103,8 +105,8 @@ def test_a_second_context_is_not_answered_from_the_first(tiny_model):
 def test_a_context_of_8192_tokens_works_on_a_model_that_takes_it(tiny_model):
     model = tiny_model("llama", max_position_embeddings=8300)
     context, queries = random_ids(8192, 4), queries_of(20, 31)
-    expected = GenericEngine(model, SINGLE, 8, 64).score(context, queries)
-    choice = choose_engine(model, SINGLE, 8, 64, context, queries)
+    expected = GenericEngine(model, Reading(SINGLE, CacheParams(top_k=8)), 64).score(context, queries)
+    choice = choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, context, queries)
     assert choice.engine.name == "shared_prefix", choice.reason
     assert largest_difference(choice.engine.score(context, queries), expected) < 1e-4
 
@@ -112,31 +114,36 @@ def test_a_context_of_8192_tokens_works_on_a_model_that_takes_it(tiny_model):
 def test_bfloat16_agrees_within_its_rounding(tiny_model):
     model = tiny_model("llama").to(torch.bfloat16)
     context, queries = random_ids(40, 5), queries_of(20, 31)
-    assert choose_engine(model, SINGLE, 8, 64, context, queries).engine.name == "shared_prefix"
+    assert choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, context, queries).engine.name == "shared_prefix"
+
+
+def read(logits, top_k):
+    """Single-token labels 1 and 2, one answer position a row."""
+    return read_scores(logits, Reading([[1], [2]], CacheParams(top_k=top_k)), None, [np.zeros(1)] * len(logits))
 
 
 def test_head_and_tail_make_the_whole_distribution():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 4
-    scores = read_scores(logits, [[1], [2]], 7)
+    scores = read(logits, 7)
     full = logits.double().log_softmax(-1)
-    assert torch.allclose(scores.topk_logprobs.double(), full.topk(7).values, atol=1e-5)
-    assert torch.allclose(scores.topk_logprobs.exp().sum(-1) + scores.tail_mass, torch.ones(6), atol=1e-5)
-    assert torch.allclose(scores.log_z, logits.logsumexp(-1))
+    assert torch.allclose(scores.encoded.topk_logprobs.double(), full.topk(7).values, atol=1e-5)
+    assert torch.allclose(scores.encoded.topk_logprobs.exp().sum(-1) + scores.encoded.tail_mass, torch.ones(6), atol=1e-5)
+    assert torch.allclose(scores.encoded.log_z, logits.logsumexp(-1))
     assert torch.allclose(scores.label_logprobs.double(), full[:, [1, 2]], atol=1e-5)
 
 
 def test_top_k_past_the_vocabulary_keeps_everything():
-    scores = read_scores(torch.randn(2, 5), [[1], [2]], 50)
-    assert scores.topk_ids.shape == (2, 5)
-    assert torch.equal(scores.tail_mass, torch.zeros(2))
+    scores = read(torch.randn(2, 5), 50)
+    assert scores.encoded.topk_ids.shape == (2, 5)
+    assert torch.equal(scores.encoded.tail_mass, torch.zeros(2))
 
 
 def test_minus_infinity_logits_stay_finite_where_they_are_not_asked_for():
     logits = torch.randn(3, 10)
     logits[:, 7:] = -torch.inf
-    scores = read_scores(logits, [[1], [2]], 4)
+    scores = read(logits, 4)
     assert torch.isfinite(scores.label_logprobs).all()
-    assert torch.isfinite(scores.tail_mass).all()
+    assert torch.isfinite(scores.encoded.tail_mass).all()
 
 
 def test_batches_hold_every_row_once_within_the_budget():

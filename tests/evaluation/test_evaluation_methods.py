@@ -73,7 +73,7 @@ class World:
         for name, teacher in params.teachers.items():
             contexts = self.artifacts / "data" / "contexts" / f"{teacher.contexts}.parquet"
             scores = self.artifacts / "scores" / name
-            capture(name, self.artifacts / teacher.model, contexts, transfer, scores, self.task, teacher.top_k, "float32", self.work, 1)
+            capture(name, self.artifacts / teacher.model, contexts, transfer, scores, self.task, teacher.cache, "float32", self.work, 1)
         ids = [example_id({"text": text}) for text in TRANSFER]
         for name, target in params.targets.items():
             output, metrics = self.artifacts / "targets" / name, self.metrics / f"{name}.json"
@@ -106,7 +106,7 @@ def raw_params() -> dict[str, Any]:
     shipped = YAML(typ="safe", pure=True).load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
     model = next(iter(shipped["models"].values()))
     source = shipped["data"]["demonstrations"]["source"]
-    few = {"model": "models/first", "contexts": "shots", "top_k": 4}
+    few = {"model": "models/first", "contexts": "shots", "cache": {"top_k": 4}}
     return copy.deepcopy(
         shipped
         | {
@@ -121,7 +121,7 @@ def raw_params() -> dict[str, Any]:
             "teachers": {
                 "few": few,
                 "few_second": few | {"model": "models/second"},
-                "zero": {"model": "models/second", "contexts": "none", "top_k": 4},
+                "zero": {"model": "models/second", "contexts": "none", "cache": {"top_k": 4}},
             },
             "targets": {
                 "few": {"teachers": {"few": 1.0}, "calibration": "batch", "temperature": 1.5},
@@ -133,9 +133,9 @@ def raw_params() -> dict[str, Any]:
                 "cd": {"base": "models/first", "layers": "0, 2-3", "learn_from": "targets/mix", "steps": 2, "learning_rate": 1e-3},
             },
             "baselines": {
-                "icl": {"targets": "few", "contexts": "each"},
-                "icl_mix": {"targets": "mix", "contexts": "each"},
-                "teacher": {"targets": "mix", "contexts": "ensemble"},
+                "icl": {"prompts": "targets/few", "contexts": "each"},
+                "icl_mix": {"prompts": "targets/mix", "contexts": "each"},
+                "teacher": {"prompts": "targets/mix", "contexts": "ensemble"},
             },
             "evaluation": {"reference": "teacher", "bootstrap": 50, "seed": 3, "cost_examples": TIMED},
             "runtime": {"threads": 1},
@@ -282,7 +282,7 @@ def test_the_ensemble_of_the_transfer_set_would_be_the_targets(world):
 def test_no_prediction_is_lost_where_two_models_answer_in_the_same_contexts(world):
     """Either every (model, context) has its rows, or such a baseline is refused."""
     raw = raw_params()
-    raw["baselines"]["icl_two_models"] = {"targets": "two_models", "contexts": "each"}
+    raw["baselines"]["icl_two_models"] = {"prompts": "targets/two_models", "contexts": "each"}
     try:
         parse_params(raw)
         table = world.baseline("two_models", ensemble=False)

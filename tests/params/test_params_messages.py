@@ -58,8 +58,8 @@ def test_names_that_are_also_keys_or_kinds_of_origin_keep_their_place(raw_params
     raw_params["teachers"]["model"] = {"model": "models/smollm2", "contexts": "none", "lr": 1}
     found = message(raw_params)
     assert "models.local.lr: unknown key; there are: licence, path, sha256, source" in found
-    assert "data.sources.hub.lr: unknown key; there are: columns, fields" in found
-    assert "teachers.model.lr: unknown key; there are: contexts, dtype, model, top_k" in found
+    assert "data.sources.hub.lr: unknown key; there are: columns, completion, fields" in found
+    assert "teachers.model.lr: unknown key; there are: cache, contexts, dtype, model" in found
 
 
 def test_all_faults_are_named_at_once(raw_params: Raw) -> None:
@@ -111,7 +111,7 @@ def test_an_inner_path_cannot_leave_its_archive(raw_params: Raw, member: str) ->
         (lambda raw: raw["teachers"]["few_shot"].update(model="smollm2"), "teachers.few_shot.model: no 'smollm2'"),
         (lambda raw: raw["targets"]["mix"]["teachers"].update(x=1.0), "targets.mix.teachers: no 'x'"),
         (lambda raw: raw["students"]["cd"].update(learn_from="mix"), "students.cd.learn_from: no 'mix'; choose one of: data/"),
-        (lambda raw: raw["baselines"]["icl"].update(targets="x"), "baselines.icl.targets: no 'x'"),
+        (lambda raw: raw["baselines"]["icl"].update(prompts="targets/x"), "baselines.icl.prompts: no 'targets/x'"),
         (lambda raw: raw["evaluation"].update(reference="cd"), "evaluation.reference: no 'cd'"),
         (lambda raw: raw["contexts"]["none"].update(tokenizer="students/cd"), "contexts.none.tokenizer: no 'students/cd'"),
         (lambda raw: raw["data"]["sources"]["movie"].update(fields={"txt": "text"}), "data.sources.movie.fields: no 'txt'"),
@@ -195,8 +195,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_each_context_of_teachers_that_share_contexts_is_refused(raw_params):
     raw_params["teachers"]["again"] = {"model": "models/smollm2", "contexts": "none"}
     raw_params["targets"]["both"] = {"teachers": {"zero_shot": 1.0, "again": 1.0}}
-    raw_params["baselines"]["both"] = {"targets": "both", "contexts": "each"}
-    with pytest.raises(UsageError, match=r"baselines\.both\.contexts: `each`, and teachers of targets 'both' share the contexts none"):
+    raw_params["baselines"]["both"] = {"prompts": "targets/both", "contexts": "each"}
+    with pytest.raises(UsageError, match=r"baselines\.both\.contexts: `each`, and teachers of 'targets/both' share the contexts none"):
         parse_params(raw_params)
     raw_params["baselines"]["both"]["contexts"] = "ensemble"
     parse_params(raw_params)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from pipeline.errors import UsageError
 from pipeline.hashing import context_id
-from pipeline.params import StudentParams, TargetParams, TeacherParams, TunedTeacherParams
+from pipeline.params import CacheParams, StudentParams, TargetParams, TeacherParams, TunedTeacherParams
 from pipeline.schema import CONTEXTS, TARGETS, read_table, write_table
 from pipeline.student import training
 from pipeline.student.runs import train_student, tune_teacher
@@ -232,7 +232,18 @@ def test_a_student_of_another_family_with_another_tokenizer_learns_a_llama_s_ans
     write_table(pa.Table.from_pylist(contexts, CONTEXTS), artifacts / "data" / "contexts" / "shots.parquet")
     transfer = artifacts / "data" / "transfer.parquet"
     shots = artifacts / "data" / "contexts" / "shots.parquet"
-    capture("few", artifacts / "models" / "tiny", shots, transfer, artifacts / "scores" / "few", TASK, 5, "float32", world.places.work, 1)
+    capture(
+        "few",
+        artifacts / "models" / "tiny",
+        shots,
+        transfer,
+        artifacts / "scores" / "few",
+        TASK,
+        CacheParams(top_k=5),
+        "float32",
+        world.places.work,
+        1,
+    )
     teacher = TeacherParams(model="models/tiny", contexts="shots")
     ids = pa.parquet.read_table(transfer)["example_id"].to_pylist()
     params = TargetParams(teachers={"few": 1.0})

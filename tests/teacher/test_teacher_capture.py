@@ -16,7 +16,7 @@ from pipeline.errors import ShotlessError, UsageError
 from pipeline.hashing import context_id, example_id, sha256_ids
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import load_model
-from pipeline.params import TaskParams
+from pipeline.params import CacheParams, TaskParams
 from pipeline.schema import CONTEXTS, examples, write_table
 from pipeline.tasks import Task
 from pipeline.teacher.capture import capture, content_free_queries
@@ -58,7 +58,7 @@ class World:
         folder = self.artifacts / output
         shutil.rmtree(folder, ignore_errors=True)
         contexts, transfer = self.artifacts / "contexts.parquet", self.artifacts / "transfer.parquet"
-        capture("few", model or self.model, contexts, transfer, folder, task, 5, "float32", self.work, 1)
+        capture("few", model or self.model, contexts, transfer, folder, task, CacheParams(top_k=5), "float32", self.work, 1)
         return read_cache(folder)
 
     def scored(self):
@@ -121,10 +121,10 @@ def test_every_row_is_what_the_full_prompt_gives(world, tokenizer):
         assert row["prompt_sha"] == sha256_ids(prompt)
         assert row["prompt_tokens"] == len(prompt)
         assert row["label_logprobs"] == pytest.approx(labels, abs=1e-4)
-        assert row["topk_ids"] == top.indices.tolist()
-        assert row["topk_logprobs"] == pytest.approx(top.values.tolist(), abs=1e-4)
-        assert row["log_z"] == pytest.approx(float(logits.logsumexp(-1)), abs=1e-4)
-        assert row["tail_mass"] == pytest.approx(1 - float(top.values.exp().sum()), abs=1e-4)
+        assert row["topk_ids"][0] == top.indices.tolist()
+        assert row["topk_logprobs"][0] == pytest.approx(top.values.tolist(), abs=1e-4)
+        assert row["log_z"][0] == pytest.approx(float(logits.logsumexp(-1)), abs=1e-4)
+        assert row["tail_mass"][0] == pytest.approx(1 - float(top.values.exp().sum()), abs=1e-4)
 
 
 def test_the_manifest_says_what_the_scores_belong_to(world, tokenizer):
@@ -136,9 +136,10 @@ def test_the_manifest_says_what_the_scores_belong_to(world, tokenizer):
         "verbalisers": VERBALISERS,
         "completions": [tokenizer(text).input_ids for text in VERBALISERS.values()],
         "dtype": "float32",
-        "top_k": 5,
+        "cache": CacheParams(top_k=5).model_dump(mode="json"),
+        "completion": None,
         "engine_version": ENGINE_VERSION,
-        "schema_version": 1,
+        "schema_version": 2,
     }
     assert manifest["engine"]["name"] == "shared_prefix"
     assert "from the plain forward" in manifest["engine"]["why"]

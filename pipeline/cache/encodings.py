@@ -1,0 +1,122 @@
+"""What a cache keeps of a distribution over the vocabulary, and how it is read back.
+
+Every encoding is the same few columns: entries kept exactly (`topk_*`), entries drawn at random that stand for the rest (`sampled_*`), or
+all (`full_logprobs`), each with the mass that has no entry of its own. One reader therefore serves all of them, and a loss asks only for
+`Distributions`. Draws are systematic: one uniform number a position, M equally spaced points on the cumulative distribution of what is not
+kept exactly. An entry of probability p is drawn M·p/tail times on average, as with independent draws (2503.16870), with less variance; the
+number comes from the prompt's hash, so that a row's bytes do not depend on its batch.
+
+Rounding to a resolution keeps float32 columns that any reader understands: the low bits are zero and compress away.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.params import CacheParams
+from pipeline.schema import SCORES
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """P positions as they are stored; a width is 0 where the encoding has no such part. Natural logarithms."""
+
+    topk_ids: Tensor  # [P, K] int32, most probable first
+    topk_logprobs: Tensor  # [P, K] float32
+    sampled_ids: Tensor  # [P, M] int32, rising
+    sampled_logprobs: Tensor  # [P, M] float32
+    sampled_counts: Tensor  # [P, M] int32; 0: no entry
+    full_logprobs: Tensor  # [P, V] float32, by token id
+    log_z: Tensor  # [P] float32, log-sum-exp of the logits
+    tail_mass: Tensor  # [P] float32, probability outside the top k; 0 where all is kept
+    log_norms: Tensor  # [P, T] float32, log Σ p^(1/τ) for each temperature τ of `temperatures(...)`
+    entropies: Tensor  # [P, T] float32, of the whole distribution at τ
+    hidden_states: Tensor  # [P, D] float16, the chosen layers' outputs one after the other
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """The positions of several, in order."""
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    def take(self, positions: Tensor) -> Self:
+        """Some positions, in the order given."""
+        return type(self)(**{f.name: getattr(self, f.name)[positions] for f in fields(self)})
+
+
+def temperatures(params: CacheParams) -> tuple[float, ...]:
+    """The temperatures whose normalisers are stored: 1 and those asked for."""
+    return (1.0, *sorted({t for t in params.temperatures if t != 1.0}))
+
+
+def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states: Tensor | None = None) -> Encoded:
+    """Positions as the cache keeps them.
+
+    `logits` [P, V] float32, −inf where an entry is masked; `uniforms` [P] in [0, 1), read where entries are drawn; `hidden_states` [P, D].
+    The tail's mass is summed over its entries, not taken as 1 - Σ p: that would be rounding noise where little is left.
+    """
+    positions, vocabulary = logits.shape
+    log_z = logits.logsumexp(-1)
+    log_p = logits - log_z.unsqueeze(-1)
+    p = log_p.exp()
+    width = 0 if params.encoding in {"sampled", "full"} else min(params.top_k, vocabulary)
+    top = log_p.topk(width, dim=-1)
+    tail = p.scatter(-1, top.indices, 0.0)
+    none = torch.zeros(positions, 0, dtype=torch.int32, device=logits.device)
+    ids = counts = none
+    if params.encoding in {"sampled", "hybrid"}:
+        ids, counts = _draw(tail, params.samples, uniforms.to(logits.device))
+    tempered = [(log_p / t, (log_p / t).logsumexp(-1)) for t in temperatures(params)]
+    return Encoded(
+        topk_ids=top.indices.to(torch.int32),
+        topk_logprobs=_rounded(top.values, params),
+        sampled_ids=ids,
+        sampled_logprobs=_rounded(log_p.gather(-1, ids.long()), params),
+        sampled_counts=counts,
+        full_logprobs=_rounded(log_p, params) if params.encoding == "full" else none.float(),
+        log_z=log_z,
+        tail_mass=tail.sum(-1) if params.encoding != "full" else torch.zeros_like(log_z),
+        log_norms=torch.stack([norm for _, norm in tempered], -1),
+        entropies=torch.stack([torch.special.entr((raw - norm.unsqueeze(-1)).exp()).sum(-1) for raw, norm in tempered], -1),
+        hidden_states=none.half() if hidden_states is None else hidden_states.half(),
+    )
+
+
+def _rounded(values: Tensor, params: CacheParams) -> Tensor:
+    return values if params.resolution_nats is None else (values / params.resolution_nats).round() * params.resolution_nats
+
+
+def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Systematic draws from `tail` [P, V], which need not sum to 1 → ids [P, M] int32 rising, and how often each, 0 for none."""
+    cumulative = tail.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    points = (uniforms.double().unsqueeze(-1) + torch.arange(samples, device=tail.device)) / samples * total
+    ids = torch.searchsorted(cumulative, points, right=True).clamp_max(tail.shape[-1] - 1)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    counts = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).sum(-1) * first * (total > 0)
+    return ids.to(torch.int32), counts.to(torch.int32)
+
+
+def columns_of(encoded: Encoded, positions: np.ndarray) -> dict[str, pa.Array]:
+    """The columns of `schema.SCORES` that hold distributions, a row for each entry of `positions` [N], its number of positions."""
+    rows = np.concatenate([[0], np.cumsum(positions)]).astype(np.int32)
+    drawn = (encoded.sampled_counts > 0).cpu().numpy()
+    columns: dict[str, pa.Array] = {}
+    for field in fields(encoded):
+        values = getattr(encoded, field.name).cpu().numpy()
+        if field.name == "hidden_states":
+            values = values.astype(np.float16)
+        value_type: Any = SCORES.field(field.name).type.value_type
+        if values.ndim == 1:
+            columns[field.name] = pa.ListArray.from_arrays(rows, pa.array(values, type=value_type))
+            continue
+        kept = drawn if field.name.startswith("sampled_") else np.ones(values.shape, dtype=bool)
+        ends = np.concatenate([[0], np.cumsum(kept.sum(-1))]).astype(np.int32)
+        inner = pa.ListArray.from_arrays(ends, pa.array(values[kept], type=value_type.value_type))
+        columns[field.name] = pa.ListArray.from_arrays(rows, inner)
+    return columns
