@@ -101,7 +101,7 @@ def decode(rows: pa.Table | pa.RecordBatch, params: CacheParams, temperature: fl
     log_tail = tail_mass.log()
     weights = share * tail_mass.unsqueeze(-1)
     if at:
-        log_tail = columns.padded("log_norms", -np.inf)[:, at - 1]
+        log_tail = columns.padded("log_norms", -np.inf, len(known) - 1)[:, at - 1]
         log_p, drawn_tempered = log_p / temperature, drawn_log_p / temperature
         log_z = torch.logsumexp(torch.cat([log_p, log_tail.unsqueeze(-1)], -1), -1, keepdim=True)
         log_p, log_tail, drawn_tempered = log_p - log_z, log_tail - log_z.squeeze(-1), drawn_tempered - log_z
@@ -118,7 +118,7 @@ def decode(rows: pa.Table | pa.RecordBatch, params: CacheParams, temperature: fl
         sampled_weights=weights,
         rest=rest if params.encoding == "top_k_tail" else torch.zeros_like(rest),
         retained=(head + drawn_log_p.exp().sum(-1)).clamp_max(1.0) if params.encoding in DRAWN else head,
-        entropy=columns.padded("entropies", 0.0)[:, at],
+        entropy=columns.padded("entropies", 0.0, len(known))[:, at],
         tail=TAILS[params.encoding],
     )
 
@@ -188,12 +188,12 @@ class _Columns:
         """A number a position, [P]."""
         return torch.from_numpy(np.array(self._positions(name)))
 
-    def padded(self, name: str, padding: float) -> Tensor:
-        """A list a position, [P, longest]."""
+    def padded(self, name: str, padding: float, least: int = 0) -> Tensor:
+        """A list a position, [P, longest], or [P, least] where that is more."""
         lists = self._positions(name)
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
         values = lists.flatten().to_numpy(zero_copy_only=False)
-        width = int(lengths.max(initial=0))
+        width = int(lengths.max(initial=least))
         if len(values) == len(lengths) * width:  # all of one length
             return torch.from_numpy(np.array(values.reshape(len(lengths), width)))
         out = np.full((len(lengths), width), padding, dtype=values.dtype)
