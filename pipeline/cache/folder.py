@@ -126,19 +126,18 @@ def shard_fault(folder: Path, shard: Mapping[str, Any]) -> str | None:
     return f"{path}: sha256 {found} is not the manifest's {shard['sha256']}{length}"
 
 
-def read_shards(folder: Path, manifest: Mapping[str, Any], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of a cache, shard by shard, each checked against the manifest before it is read.
+def read_shard(folder: Path, shard: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a shard, checked against the manifest before it is read.
 
     Raises CorruptError naming the shard and what is wrong with it.
     """
+    if fault := shard_fault(folder, shard):
+        raise CorruptError(f"{fault}; {AGAIN}")
     schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
-    for shard in manifest["shards"]:
-        if fault := shard_fault(folder, shard):
-            raise CorruptError(f"{fault}; {AGAIN}")
-        table = read_rows(folder / shard["file"], schema)
-        if len(table) != shard["rows"]:
-            raise CorruptError(f"{folder / shard['file']}: {len(table)} rows, the manifest says {shard['rows']}; {AGAIN}")
-        yield table
+    table = read_rows(folder / shard["file"], schema)
+    if len(table) != shard["rows"]:
+        raise CorruptError(f"{folder / shard['file']}: {len(table)} rows, the manifest says {shard['rows']}; {AGAIN}")
+    return table
 
 
 def read_cache(folder: Path, columns: Sequence[str] | None = None) -> ScoreCache:
@@ -148,4 +147,4 @@ def read_cache(folder: Path, columns: Sequence[str] | None = None) -> ScoreCache
     """
     manifest = read_manifest(folder)
     schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
-    return ScoreCache(pa.concat_tables([schema.empty_table(), *read_shards(folder, manifest, columns)]), manifest)
+    return ScoreCache(pa.concat_tables([schema.empty_table(), *(read_shard(folder, shard, columns) for shard in manifest["shards"])]), manifest)

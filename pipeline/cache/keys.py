@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
+import pyarrow as pa
 
 Key = tuple[str, str]
 """context_id, example_id."""
@@ -52,6 +53,11 @@ def digests(keys: Iterable[Key]) -> np.ndarray:
 def digest(keys: Sequence[Key]) -> str:
     """A name for a list of keys in their order: 32 hex digits."""
     return hashlib.blake2b(digests(keys).tobytes(), digest_size=16).hexdigest()
+
+
+def keys_of(rows: pa.Table) -> list[Key]:
+    """The keys of a table's rows."""
+    return list(zip(*(rows[name].to_pylist() for name in KEY), strict=True))
 
 
 class KeyIndex:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from pipeline.cache.fingerprint import Fingerprint
-from pipeline.cache.keys import KEY, Key, KeyIndex, blocks, digest
+from pipeline.cache.keys import KEY, Key, KeyIndex, blocks, digest, keys_of
 from pipeline.cache.rows import read_rows, read_sealed, rows_per_shard, sealed_stem, write_sealed
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.files import read_json, write_json
@@ -98,7 +98,7 @@ class Store:
 
     def put(self, rows: pa.Table, stem: str) -> None:
         """Rows that were scored elsewhere under the same fingerprint. The lock is held."""
-        self._add(write_sealed(rows, self.folder, f"part-{stem}"), _keys(rows))
+        self._add(write_sealed(rows, self.folder, f"part-{stem}"), keys_of(rows))
 
     def read(self, request: Sequence[Key], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows of a request in its order, block by block, with the columns of `schema.SCORES` or some of them.
@@ -177,7 +177,7 @@ class Store:
             if file in known:
                 continue
             try:
-                self._add(file, _keys(read_rows(read_sealed(file), KEYS)))
+                self._add(file, keys_of(read_rows(read_sealed(file), KEYS)))
             except CorruptError as error:
                 print(f"{error}; its rows are scored again", file=sys.stderr)
                 file.replace(file.with_name(file.name + SET_ASIDE))
@@ -186,6 +186,3 @@ class Store:
         self._index.add(len(self._files), keys)
         self._files.append(file)
 
-
-def _keys(rows: pa.Table) -> list[Key]:
-    return list(zip(*(rows[name].to_pylist() for name in KEY), strict=True))
