@@ -19,8 +19,9 @@ def examples(fields: Sequence[str]) -> pa.Schema:
     """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each."""
     return pa.schema(
         [
-            pa.field("example_id", pa.string(), nullable=False),  # sha256 of the input fields
+            pa.field("example_id", pa.string(), nullable=False),  # sha256 of the input fields, and of a given answer
             pa.field("label", pa.string()),  # null in the transfer set: its gold labels never leave the raw data
+            pa.field("completion", pa.string()),  # a given answer in free text; null where the data have none
             pa.field("source", pa.string(), nullable=False),  # name in data.sources
             pa.field("line", pa.int64(), nullable=False),  # 1-based line (row, for Parquet) in the source file
             *(pa.field(name, pa.string(), nullable=False) for name in fields),

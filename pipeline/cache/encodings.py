@@ -1,14 +1,16 @@
-"""What a cache keeps of a distribution over the vocabulary, and how it is read back.
+"""What a cache keeps of a distribution over the vocabulary: logits in, the columns of `schema.SCORES` out.
 
 Every encoding is the same few columns: entries kept exactly (`topk_*`), entries drawn at random that stand for the rest (`sampled_*`), or
-all (`full_logprobs`), each with the mass that has no entry of its own. One reader therefore serves all of them, and a loss asks only for
-`Distributions`. Draws are systematic: one uniform number a position, M equally spaced points on the cumulative distribution of what is not
-kept exactly. An entry of probability p is drawn M·p/tail times on average, as with independent draws (2503.16870), with less variance; the
-number comes from the prompt's hash, so that a row's bytes do not depend on its batch.
+all (`full_logprobs`), each with the mass that has no entry of its own. One reader therefore serves all of them (`cache/distributions.py`).
+Draws are systematic: one uniform number a position, M equally spaced points on the cumulative distribution of what is not kept exactly. An
+entry of probability p is drawn M·p/tail times on average, as with independent draws (2503.16870), with less variance; the number comes
+from the prompt's hash, so that a row's bytes do not depend on its batch.
 
-Rounding to a resolution keeps float32 columns that any reader understands: the low bits are zero and compress away.
+Rounding to a resolution keeps float32 columns that any reader understands: where the resolution is a power of two the low bits are zero
+and compress away. A log-probability is then wrong by half of it at most, and a divergence by about resolution²/24 nats.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -21,21 +23,26 @@ from torch import Tensor
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 
+ENTRIES_AT_ONCE = 2**23
+"""Logits that are worked on together: beside them a few arrays of this size are in memory."""
+DRAWN = frozenset({"sampled", "hybrid"})
+"""Encodings with entries drawn at random."""
+
 
 @dataclass(frozen=True)
 class Encoded:
     """P positions as they are stored; a width is 0 where the encoding has no such part. Natural logarithms."""
 
     topk_ids: Tensor  # [P, K] int32, most probable first
-    topk_logprobs: Tensor  # [P, K] float32
+    topk_logprobs: Tensor  # [P, K] float32; −inf: no entry
     sampled_ids: Tensor  # [P, M] int32, rising
     sampled_logprobs: Tensor  # [P, M] float32
     sampled_counts: Tensor  # [P, M] int32; 0: no entry
     full_logprobs: Tensor  # [P, V] float32, by token id
     log_z: Tensor  # [P] float32, log-sum-exp of the logits
     tail_mass: Tensor  # [P] float32, probability outside the top k; 0 where all is kept
-    log_norms: Tensor  # [P, T] float32, log Σ p^(1/τ) for each temperature τ of `temperatures(...)`
-    entropies: Tensor  # [P, T] float32, of the whole distribution at τ
+    log_norms: Tensor  # [P, T - 1] float32, log Σ p^(1/τ) outside the top k, for each τ ≠ 1 of `temperatures(...)`
+    entropies: Tensor  # [P, T] float32, of the whole distribution at each τ of `temperatures(...)`
     hidden_states: Tensor  # [P, D] float16, the chosen layers' outputs one after the other
 
     @classmethod
@@ -49,7 +56,7 @@ class Encoded:
 
 
 def temperatures(params: CacheParams) -> tuple[float, ...]:
-    """The temperatures whose normalisers are stored: 1 and those asked for."""
+    """The temperatures at which a cache can be read: 1 and those asked for, rising."""
     return (1.0, *sorted({t for t in params.temperatures if t != 1.0}))
 
 
@@ -57,32 +64,40 @@ def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states:
     """Positions as the cache keeps them.
 
     `logits` [P, V] float32, −inf where an entry is masked; `uniforms` [P] in [0, 1), read where entries are drawn; `hidden_states` [P, D].
-    The tail's mass is summed over its entries, not taken as 1 - Σ p: that would be rounding noise where little is left.
+    Each position's numbers depend on its own logits alone.
     """
+    states = logits.new_zeros(len(logits), 0) if hidden_states is None else hidden_states
+    size = max(1, ENTRIES_AT_ONCE // logits.shape[-1])
+    starts = range(0, len(logits), size) or [0]
+    return Encoded.concatenate([_encode(*(x[start : start + size] for x in (logits, uniforms, states)), params) for start in starts])
+
+
+def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: CacheParams) -> Encoded:
     positions, vocabulary = logits.shape
     log_z = logits.logsumexp(-1)
     log_p = logits - log_z.unsqueeze(-1)
-    p = log_p.exp()
-    width = 0 if params.encoding in {"sampled", "full"} else min(params.top_k, vocabulary)
+    full = params.encoding == "full"
+    width = 0 if full or params.encoding == "sampled" else min(params.top_k, vocabulary)
     top = log_p.topk(width, dim=-1)
-    tail = p.scatter(-1, top.indices, 0.0)
-    none = torch.zeros(positions, 0, dtype=torch.int32, device=logits.device)
-    ids = counts = none
-    if params.encoding in {"sampled", "hybrid"}:
+    # the tail's own entries are summed: 1 - Σ p would be rounding noise where little is left
+    log_tail = torch.full_like(log_p, -torch.inf) if full else log_p.scatter(-1, top.indices, -torch.inf)
+    tail = log_tail.exp()
+    ids = counts = torch.zeros(positions, 0, dtype=torch.int32, device=logits.device)
+    if params.encoding in DRAWN:
         ids, counts = _draw(tail, params.samples, uniforms.to(logits.device))
-    tempered = [(log_p / t, (log_p / t).logsumexp(-1)) for t in temperatures(params)]
+    at = temperatures(params)
     return Encoded(
         topk_ids=top.indices.to(torch.int32),
         topk_logprobs=_rounded(top.values, params),
         sampled_ids=ids,
         sampled_logprobs=_rounded(log_p.gather(-1, ids.long()), params),
         sampled_counts=counts,
-        full_logprobs=_rounded(log_p, params) if params.encoding == "full" else none.float(),
+        full_logprobs=_rounded(log_p, params) if full else log_p.new_zeros(positions, 0),
         log_z=log_z,
-        tail_mass=tail.sum(-1) if params.encoding != "full" else torch.zeros_like(log_z),
-        log_norms=torch.stack([norm for _, norm in tempered], -1),
-        entropies=torch.stack([torch.special.entr((raw - norm.unsqueeze(-1)).exp()).sum(-1) for raw, norm in tempered], -1),
-        hidden_states=none.half() if hidden_states is None else hidden_states.half(),
+        tail_mass=tail.sum(-1),
+        log_norms=torch.stack([(log_tail / t).logsumexp(-1) for t in at[1:]], -1) if at[1:] else log_p.new_zeros(positions, 0),
+        entropies=torch.stack([torch.special.entr((log_p / t).softmax(-1)).sum(-1) for t in at], -1),
+        hidden_states=hidden_states.half(),
     )
 
 
@@ -95,7 +110,8 @@ def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]
     cumulative = tail.double().cumsum(-1)
     total = cumulative[:, -1:]
     points = (uniforms.double().unsqueeze(-1) + torch.arange(samples, device=tail.device)) / samples * total
-    ids = torch.searchsorted(cumulative, points, right=True).clamp_max(tail.shape[-1] - 1)
+    points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not lead past the last entry
+    ids = torch.searchsorted(cumulative, points, right=True).clamp_max(tail.shape[-1] - 1)  # right: an entry of no mass is never hit
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     counts = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).sum(-1) * first * (total > 0)
@@ -103,20 +119,24 @@ def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]
 
 
 def columns_of(encoded: Encoded, positions: np.ndarray) -> dict[str, pa.Array]:
-    """The columns of `schema.SCORES` that hold distributions, a row for each entry of `positions` [N], its number of positions."""
-    rows = np.concatenate([[0], np.cumsum(positions)]).astype(np.int32)
-    drawn = (encoded.sampled_counts > 0).cpu().numpy()
+    """The columns of `schema.SCORES` that hold distributions, a row for each entry of `positions` [N], its number of positions.
+
+    Entries that are none (drawn 0 times, or of probability 0 among the top k) are left out: lists differ in length.
+    """
+    rows = _offsets(positions)
+    kept = {"sampled": (encoded.sampled_counts > 0).cpu().numpy(), "topk": (encoded.topk_logprobs > -math.inf).cpu().numpy()}
     columns: dict[str, pa.Array] = {}
     for field in fields(encoded):
         values = getattr(encoded, field.name).cpu().numpy()
-        if field.name == "hidden_states":
-            values = values.astype(np.float16)
         value_type: Any = SCORES.field(field.name).type.value_type
         if values.ndim == 1:
             columns[field.name] = pa.ListArray.from_arrays(rows, pa.array(values, type=value_type))
             continue
-        kept = drawn if field.name.startswith("sampled_") else np.ones(values.shape, dtype=bool)
-        ends = np.concatenate([[0], np.cumsum(kept.sum(-1))]).astype(np.int32)
-        inner = pa.ListArray.from_arrays(ends, pa.array(values[kept], type=value_type.value_type))
+        mask = kept.get(field.name.partition("_")[0], np.ones(values.shape, dtype=bool))
+        inner = pa.ListArray.from_arrays(_offsets(mask.sum(-1)), pa.array(values[mask], type=value_type.value_type))
         columns[field.name] = pa.ListArray.from_arrays(rows, inner)
     return columns
+
+
+def _offsets(lengths: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())

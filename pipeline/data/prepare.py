@@ -100,6 +100,7 @@ def _table(examples: Sequence[Example], task: Task, with_labels: bool = True) ->
     columns: dict[str, list[Any]] = {
         "example_id": [e.example_id for e in examples],
         "label": [e.label if with_labels else None for e in examples],
+        "completion": [e.completion for e in examples],
         "source": [e.source for e in examples],
         "line": [e.line for e in examples],
     }
