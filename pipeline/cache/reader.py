@@ -118,7 +118,7 @@ class CacheReader:
 
 def _mapped(rows: pa.Table, work: Path) -> _Mapped:
     work.mkdir(parents=True, exist_ok=True)
-    with disk_full(work), tempfile.TemporaryFile(dir=work) as file:
+    with disk_full(work / "decoded rows"), tempfile.TemporaryFile(dir=work) as file:
         with pa.ipc.new_file(pa.PythonFile(file, mode="w"), rows.schema) as writer:
             writer.write_table(rows)
         file.flush()

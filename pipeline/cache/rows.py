@@ -40,20 +40,42 @@ def rows_per_shard(fingerprint: Fingerprint) -> int:
     return min(MOST_ROWS, 1 << max(4, rows.bit_length() - 1))
 
 
-SETTINGS: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+STORE_LEVEL = 3
+SHARD_LEVEL = 19
+"""zstd levels: the store's parts are written while the teacher waits; shards are written once and carried about (19 saves a tenth over 3)."""
+
+
+def settings(schema: pa.Schema, level: int) -> dict[str, Any]:
+    """How `pyarrow.parquet.write_table` writes rows: numbers split into byte streams (sign and exponent of log-probabilities, high bytes of
+    ids compress well, the rest hardly), a dictionary for contexts alone, a checksum for each page. Measured in `benchmarks/cache.py`.
+    """
+    numbers = [_leaf(field) for field in schema if not pa.types.is_string(field.type)]
+    return {
+        "compression": "zstd",
+        "compression_level": level,
+        "use_dictionary": [field.name for field in schema if field.name == "context_id"],
+        "column_encoding": dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
+        "write_statistics": [field.name for field in schema if not pa.types.is_nested(field.type)],
+        "write_page_checksum": True,
+    }
+
+
+def _leaf(field: pa.Field) -> str:
+    """The name that Parquet gives a column's numbers."""
+    return field.name if not pa.types.is_list(field.type) else f"{field.name}.list.{_leaf(field.type.value_field.with_name('element'))}"
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:
     """A table as the bytes of a Parquet file, which depend on its rows alone."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **SETTINGS)
+    pq.write_table(table, sink, **settings(table.schema, STORE_LEVEL))
     return sink.getvalue()
 
 
 def write_rows(rows: pa.Table, path: Path) -> None:
     """Write rows of `schema.SCORES` as one Parquet file, whole or not at all, whose bytes depend on the rows alone."""
     with replacing(path) as temporary:
-        pq.write_table(rows.combine_chunks(), temporary, **SETTINGS)
+        pq.write_table(rows.combine_chunks(), temporary, row_group_size=len(rows), **settings(rows.schema, SHARD_LEVEL))
 
 
 def read_rows(source: Path | bytes, schema: pa.Schema) -> pa.Table:
