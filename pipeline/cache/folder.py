@@ -147,4 +147,6 @@ def read_cache(folder: Path, columns: Sequence[str] | None = None) -> ScoreCache
     """
     manifest = read_manifest(folder)
     schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
-    return ScoreCache(pa.concat_tables([schema.empty_table(), *(read_shard(folder, shard, columns) for shard in manifest["shards"])]), manifest)
+    return ScoreCache(
+        pa.concat_tables([schema.empty_table(), *(read_shard(folder, shard, columns) for shard in manifest["shards"])]), manifest
+    )

@@ -9,9 +9,10 @@ A part whose bytes are not those that its name promises is never read: it is set
 same batches, to the same bytes.
 """
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from pipeline.cache.fingerprint import Fingerprint
-from pipeline.cache.keys import KEY, Key, KeyIndex, blocks, digest, keys_of
+from pipeline.cache.keys import KEY, Key, KeyIndex, Request, blocks, digest, keys_of
 from pipeline.cache.rows import read_rows, read_sealed, rows_per_shard, sealed_stem, write_sealed
 from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json, replacing, write_json
 from pipeline.schema import SCORES
 
 LOCK_SECONDS = 3600
@@ -57,7 +58,9 @@ class Store:
             found = fingerprint.model_dump()
             write_json(found, about)
         fingerprint.check(found, about)
-        self._files: list[Path] = []
+        self._files: list[Path] = []  # by number in the index
+        self._stems: set[str] = set()
+        self._damaged: dict[str, list[Path]] = {}
         self._index = KeyIndex()
 
     @contextmanager
@@ -66,7 +69,7 @@ class Store:
         path = self.folder / "lock"
         try:
             with FileLock(path, timeout=LOCK_SECONDS):
-                for left_behind in [*self.folder.glob(".*.tmp"), *self.plans.glob(".*.tmp")]:
+                for left_behind in [*self.folder.glob(".part-*.tmp"), *self.plans.glob(".*.tmp")]:
                     left_behind.unlink()
                 self._refresh()
                 yield
@@ -80,10 +83,16 @@ class Store:
         found = [self._index.find(block)[:, 0] < 0 for block in blocks(request, self.rows_per_block)]
         return np.concatenate(found) if found else np.zeros(0, dtype=bool)
 
-    def parts(self, request: Sequence[Key], divide: Divide) -> Iterator[Part]:
-        """The parts that a request still needs, to be scored and written in turn. `divide` turns missing keys of a block into parts, and
-        is asked once for a block. The lock is held.
+    def parts(self, request: Request, divide: Divide) -> Iterator[Part]:
+        """The parts that a request still needs, to be scored and written in turn. The lock is held.
+
+        Damaged parts come first, as they were planned. `divide` turns missing keys of a block into parts, and is asked once for a block.
         """
+        contexts, examples = set(request.contexts), set(request.examples)
+        for stem in sorted(self._damaged):
+            keys = self._planned(stem)
+            if all(context in contexts and example in examples for context, example in keys) and (self._index.find(keys)[:, 0] < 0).any():
+                yield Part(stem, keys)
         missing = self.missing(request)
         for number, block in enumerate(blocks(request, self.rows_per_block)):
             mask = missing[number * self.rows_per_block :][: len(block)]
@@ -93,12 +102,37 @@ class Store:
     def write(self, part: Part, rows: pa.Table) -> None:
         """Write the rows of one part, whole or not at all."""
         self._add(write_sealed(rows, self.folder, part.stem), part.keys)
-        for damaged in self.folder.glob(f"{part.stem}-*{SET_ASIDE}"):
-            damaged.unlink()
+        for damaged in self._damaged.pop(part.stem, []):
+            damaged.unlink(missing_ok=True)
 
-    def put(self, rows: pa.Table, stem: str) -> None:
-        """Rows that were scored elsewhere under the same fingerprint. The lock is held."""
-        self._add(write_sealed(rows, self.folder, f"part-{stem}"), keys_of(rows))
+    def adopt(self, shard: Path, sha256: str) -> bool:
+        """Take in a shard of a cache of this fingerprint, as it is, where a row of it is lacking. The lock is held. True: it was."""
+        keys = keys_of(read_rows(shard, KEYS))
+        if (self._index.find(keys)[:, 0] >= 0).all():
+            return False
+        path = self.folder / f"part-{sha256[:32]}-{sha256}.parquet"
+        with replacing(path) as temporary:
+            shutil.copyfile(shard, temporary)
+        self._add(path, keys)
+        return True
+
+    def scan(self) -> Iterator[tuple[Path, Sequence[Key], CorruptError | None]]:
+        """Every part that was not looked at yet with its keys, and what is wrong with it: a damaged one's keys are those that were planned."""
+        for file in sorted(set(self.folder.glob("part-*.parquet")) - set(self._files)):
+            try:
+                yield file, keys_of(read_rows(read_sealed(file), KEYS)), None
+            except CorruptError as error:
+                yield file, self._planned(sealed_stem(file)), error
+
+    def damaged_plans(self) -> list[str]:
+        """What is wrong with plans: nothing is lost with one, but parts that it planned and that are lost may be scored in other batches."""
+        faults = []
+        for plan in sorted(self.plans.glob("*.parquet")):
+            try:
+                _read_plan(plan)
+            except CorruptError as error:
+                faults.append(str(error))
+        return faults
 
     def read(self, request: Sequence[Key], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows of a request in its order, block by block, with the columns of `schema.SCORES` or some of them.
@@ -125,64 +159,60 @@ class Store:
         return rows.take(np.argsort(np.concatenate(order)))
 
     def _plan(self, block: list[Key], missing: set[Key], divide: Divide) -> Iterator[Part]:
-        """Parts of a block's missing rows: damaged ones as they were planned, then the block's own plan, then what has none yet."""
-        for damaged in sorted(self.folder.glob(f"*{SET_ASIDE}")):
-            stem = sealed_stem(damaged.with_suffix(""))
-            keys = self._planned(stem)
-            if keys and not missing.isdisjoint(keys):
-                yield Part(stem, keys)
-                missing -= set(keys)
+        """Parts of a block's missing rows: those of its plan that are not there, then what has no plan yet, or no longer one."""
         name = digest(block)
-        kept = sorted(self.plans.glob(f"{name}-*.parquet"))
-        for plan in kept:
-            for number, keys in enumerate(self._read_plan(plan)):
+        last = -1
+        for plan in sorted(self.plans.glob(f"{name}-*.parquet")):
+            last = int(sealed_stem(plan).rpartition("-")[2])
+            try:
+                planned = _read_plan(plan)
+            except CorruptError as error:
+                print(f"{error}; what it planned is planned again", file=sys.stderr)
+                plan.unlink()
+                continue
+            for number, keys in enumerate(planned):
                 stem = f"part-{sealed_stem(plan)}-{number:06d}"
-                if not missing.isdisjoint(keys) and not any(self.folder.glob(f"{stem}-*.parquet")):
+                if stem not in self._stems and not missing.isdisjoint(keys):
                     yield Part(stem, keys)
                     missing -= set(keys)
         if missing:
-            divided = divide([key for key in block if key in missing])
-            last = max((int(sealed_stem(plan).rpartition("-")[2]) for plan in kept), default=-1)
             stem = f"{name}-{last + 1:03d}"
+            divided = divide([key for key in block if key in missing])
             rows = [(number, *key) for number, keys in enumerate(divided) for key in keys]
             write_sealed(pa.table(list(map(pa.array, zip(*rows, strict=True))), schema=PLAN), self.plans, stem)
             for number, keys in enumerate(divided):
                 yield Part(f"part-{stem}-{number:06d}", tuple(keys))
 
     def _planned(self, stem: str) -> tuple[Key, ...]:
-        """The keys of a part that was planned; none where its plan is gone."""
-        _, block, number, part = stem.split("-")[:4] if stem.count("-") == 3 else ("", "", "", "")
-        for plan in self.plans.glob(f"{block}-{number}-*.parquet") if block else ():
-            parts = self._read_plan(plan)
-            if int(part) < len(parts):
-                return parts[int(part)]
+        """The keys of a part that was planned; none where its plan is gone or damaged."""
+        plan, _, number = stem.removeprefix("part-").rpartition("-")
+        for file in self.plans.glob(f"{plan}-*.parquet") if plan.count("-") == 1 else ():
+            with suppress(CorruptError, IndexError):
+                return _read_plan(file)[int(number)]
         return ()
-
-    def _read_plan(self, plan: Path) -> list[tuple[Key, ...]]:
-        try:
-            table = read_rows(read_sealed(plan), PLAN).to_pydict()
-        except CorruptError as error:
-            print(f"{error}; it is left out, and what it planned is planned again", file=sys.stderr)
-            plan.unlink(missing_ok=True)
-            return []
-        parts: dict[int, list[Key]] = {}
-        for number, *key in zip(table["part"], *(table[name] for name in KEY), strict=True):
-            parts.setdefault(number, []).append((key[0], key[1]))
-        return [tuple(parts[number]) for number in sorted(parts)]
 
     def _refresh(self) -> None:
         """Read the keys of files that are new since the last look; set damaged ones aside."""
-        known = set(self._files)
-        for file in sorted(self.folder.glob("part-*.parquet")):
-            if file in known:
-                continue
-            try:
-                self._add(file, keys_of(read_rows(read_sealed(file), KEYS)))
-            except CorruptError as error:
+        for file, keys, error in self.scan():
+            if error is None:
+                self._add(file, keys)
+            else:
                 print(f"{error}; its rows are scored again", file=sys.stderr)
                 file.replace(file.with_name(file.name + SET_ASIDE))
+        self._damaged = {}
+        for file in sorted(self.folder.glob(f"*{SET_ASIDE}")):
+            self._damaged.setdefault(sealed_stem(file.with_suffix("")), []).append(file)
 
     def _add(self, file: Path, keys: Sequence[Key]) -> None:
         self._index.add(len(self._files), keys)
         self._files.append(file)
+        self._stems.add(sealed_stem(file))
 
+
+def _read_plan(plan: Path) -> list[tuple[Key, ...]]:
+    """The keys of each part of a plan. Raises CorruptError."""
+    table = read_rows(read_sealed(plan), PLAN).to_pydict()
+    parts: dict[int, list[Key]] = {}
+    for number, context, example in zip(table["part"], *(table[name] for name in KEY), strict=True):
+        parts.setdefault(number, []).append((context, example))
+    return [tuple(parts[number]) for number in sorted(parts)]
