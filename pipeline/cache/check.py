@@ -1,7 +1,7 @@
 """What is wrong with a cache, shard by shard, and which rows have to be scored again for it.
 
-Everything is read: sizes, sha256, page checksums, columns, keys, and whether the lists of a row belong together. Nothing is changed. The rows
-of a damaged shard are known without reading it, since shards hold a request's rows in its order.
+Everything is read: sizes, sha256, page checksums, columns, keys, and whether the lists of a row belong together. Nothing is changed. The
+rows of a damaged shard are known without reading it, since shards hold a request's rows in its order.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.folder import MANIFEST, read_manifest, shard_fault
@@ -163,7 +162,7 @@ def _lengths(rows: pa.Table, name: str, depth: int = 0) -> np.ndarray:
     column = rows[name].combine_chunks()
     for _ in range(depth):
         column = column.flatten()
-    return pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    return np.diff(column.offsets.to_numpy())
 
 
 def _numbers(rows: pa.Table, name: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from pipeline.errors import UsageError
 from pipeline.files import disk_full
 from pipeline.schema import SCORES
 
-MAPPED_BYTES = 64 << 20
+MAPPED_BYTES = 32 << 20
 """Pages of the maps that stay in memory at most."""
 FAULT_BYTES = 64 << 10
 """What the kernel maps around a page that is touched."""
@@ -89,8 +89,8 @@ class CacheReader:
             batches.append(mapped.rows.take(pa.array(wanted[places] - start)))
             order.append(places)
             self._touched += min(len(mapped.pages), len(places) * len(self.schema) * FAULT_BYTES)
-        if self._touched > MAPPED_BYTES:
-            self._give_back()
+            if self._touched > MAPPED_BYTES:
+                self._give_back()
         rows = pa.Table.from_batches(batches).combine_chunks()
         return rows if len(order) == 1 else rows.take(pa.array(np.argsort(np.concatenate(order)))).combine_chunks()
 
@@ -123,4 +123,6 @@ def _mapped(rows: pa.Table, work: Path) -> _Mapped:
             writer.write_table(rows)
         file.flush()
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    del rows
+    pa.default_memory_pool().release_unused()
     return _Mapped(pages, pa.ipc.open_file(pa.py_buffer(pages)).get_batch(0))

@@ -42,7 +42,7 @@ def rows_per_shard(fingerprint: Fingerprint) -> int:
 
 STORE_LEVEL = 3
 SHARD_LEVEL = 19
-"""zstd levels: the store's parts are written while the teacher waits; shards are written once and carried about (19 saves a tenth over 3)."""
+"""zstd levels: parts of the store are written while the teacher waits; shards once, and are carried about (19 saves a tenth over 3)."""
 
 
 def settings(schema: pa.Schema, level: int) -> dict[str, Any]:

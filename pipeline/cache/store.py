@@ -117,7 +117,7 @@ class Store:
         return True
 
     def scan(self) -> Iterator[tuple[Path, Sequence[Key], CorruptError | None]]:
-        """Every part that was not looked at yet with its keys, and what is wrong with it: a damaged one's keys are those that were planned."""
+        """Every part not looked at yet with its keys, and what is wrong with it: a damaged one's keys are those that were planned."""
         for file in sorted(set(self.folder.glob("part-*.parquet")) - set(self._files)):
             try:
                 yield file, keys_of(read_rows(read_sealed(file), KEYS)), None
@@ -125,7 +125,7 @@ class Store:
                 yield file, self._planned(sealed_stem(file)), error
 
     def damaged_plans(self) -> list[str]:
-        """What is wrong with plans: nothing is lost with one, but parts that it planned and that are lost may be scored in other batches."""
+        """What is wrong with plans. No row is lost with one, but a part of it that is lost too will be scored in other batches."""
         faults = []
         for plan in sorted(self.plans.glob("*.parquet")):
             try:
