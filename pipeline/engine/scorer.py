@@ -4,7 +4,7 @@ The teacher's stage, the baselines and the students' evaluation all ask here. Th
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from pipeline.cache.encodings import columns_of
 from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
-from pipeline.cache.store import Key, Part, Store
+from pipeline.cache.keys import Key, Request
+from pipeline.cache.store import Part, Store
 from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
 from pipeline.engine.scores import Engine, Reading, Scores
@@ -61,34 +62,40 @@ class Scorer:
         self.store = Store(work, self.fingerprint)
         self._choice: EngineChoice | None = None
 
-    def score(self, contexts: Sequence[str], queries: Sequence[Query], title: str) -> pa.Table:
-        """Rows for every context (rendered text) and query, contexts outermost, with the columns of `schema.SCORES`.
+    def score(self, contexts: Sequence[str], queries: Sequence[Query], title: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of `tables` as one: for label scores of as many rows as fit in memory."""
+        return pa.concat_tables(list(self.tables(contexts, queries, title, columns)))
 
+    def tables(
+        self, contexts: Sequence[str], queries: Sequence[Query], title: str, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Rows for every context (rendered text) and query, contexts outermost, with the columns of `schema.SCORES` or some of them.
+
+        What is missing is scored at the call; the rows are then read block by block, so that memory holds a block of them at most.
         Raises UsageError where a prompt is longer than the model takes.
         """
         prefixes = {context_id(text): self.tokens.prefix_ids(text) for text in contexts}
         texts = [self.tokens.task.query(query.fields) for query in queries]
         ids = dict(zip((query.example_id for query in queries), self.tokens.query_ids(texts), strict=True))
         self._check_lengths(prefixes, ids)
-        request = [(context, query) for context in prefixes for query in ids]
-
-        def divide(missing: list[Key]) -> list[list[Key]]:
-            return _divide(missing, ids, self._load(prefixes, ids).engine.token_budget)
-
+        request = Request(list(prefixes), list(ids))
         with self.store.lock():
-            parts = self.store.plan(request, divide)
-            rows = sum(len(part.keys) for part in parts)
-            if rows:
-                engine = self._load(prefixes, ids).engine
-                held = len(request) - rows
-                cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
-                tokens, started = 0, time.monotonic()
-                with progress(title, rows, "rows") as meter:
-                    for part in parts:
-                        self.store.write(part, _score_part(engine, part, prefixes, ids))
-                        tokens += sum(len(ids[example]) for _, example in part.keys)
-                        meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
-            return self.store.read(request)
+            self._score_missing(request, prefixes, ids, title)
+        return self.store.read(request, columns)
+
+    def _score_missing(self, request: Request, prefixes: TokenIds, ids: TokenIds, title: str) -> None:
+        missing = int(self.store.missing(request).sum())
+        if not missing:
+            return
+        engine = self._load(prefixes, ids).engine
+        held = len(request) - missing
+        cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
+        tokens, started = 0, time.monotonic()
+        with progress(title, missing, "rows") as meter:
+            for part in self.store.parts(request, lambda keys: _divide(keys, ids, engine.token_budget)):
+                self.store.write(part, _score_part(engine, part, prefixes, ids))
+                tokens += sum(len(ids[example]) for _, example in part.keys)
+                meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
 
     @property
     def engine_report(self) -> dict[str, str]:

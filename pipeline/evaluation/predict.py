@@ -114,7 +114,7 @@ def _score(scorer: Scorer, contexts: Sequence[str], task: Task, sets: Mapping[st
     for rows in sets.values():
         for row in rows:
             queries.setdefault(row["example_id"], Query(row["example_id"], {field: row[field] for field in task.fields}))
-    table = scorer.score(contexts, list(queries.values()), title)
+    table = scorer.score(contexts, list(queries.values()), title, ["context_id", "example_id", "label_logprobs"])
     values = np.array(table["label_logprobs"].to_pylist(), dtype=np.float64)
     keys = zip(table["context_id"].to_pylist(), table["example_id"].to_pylist(), strict=True)
     place = {key: row for row, key in enumerate(keys)}

@@ -38,7 +38,7 @@ def capture(
     if len({query.example_id for query in queries}) != len(queries):
         raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
     scorer = Scorer(model_folder, task, cache, work, threads, dtype)
-    rows = scorer.score([context["text"] for context in contexts], queries, f"teacher {name}")
+    rows = scorer.tables([context["text"] for context in contexts], queries, f"teacher {name}")
     about = {
         "teacher": name,
         "model": str(model_folder.relative_to(model_folder.parent.parent)),

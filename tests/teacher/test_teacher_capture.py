@@ -251,16 +251,16 @@ def test_a_capture_killed_while_it_scores_ends_with_the_bytes_of_an_unbroken_one
 
 def test_a_capture_killed_while_it_writes_is_no_cache_and_is_written_again_without_the_model(world, other, monkeypatch):
     other.capture()
-    original, done = cache_module.write_table, []
+    original, done = cache_module.write_rows, []
 
-    def dying(table, path):
+    def dying(rows, path):
         if done:
             raise Killed
         done.append(path)
-        original(table, path)
+        original(rows, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "write_table", dying)
+        patched.setattr(cache_module, "write_rows", dying)
         with pytest.raises(Killed):
             world.capture()
     assert [file.name for file in (world.artifacts / "scores").iterdir()] == ["part-00000.parquet"]
