@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from pipeline.cache.distributions import Distributions, check_retained, decode, fit_vocabulary
 from pipeline.cache.folder import read_cache
+from pipeline.cache.reader import CacheReader
 from pipeline.errors import MismatchError
 from pipeline.models.packed import PackedModel
 from pipeline.models.rows import Row, pack, rows_of
@@ -72,9 +73,9 @@ class CacheTerm:
 class CachedTeacher:
     """The distributions of one score cache, as a student of this task and tokenizer may learn them."""
 
-    def __init__(self, folder: Path, tokens: TaskTokens, tokenizer_sha256: str, temperature: float) -> None:
-        cache = read_cache(folder)
-        self._rows, self.manifest = cache.rows, cache.manifest
+    def __init__(self, folder: Path, work: Path, tokens: TaskTokens, tokenizer_sha256: str, temperature: float) -> None:
+        self._reader = CacheReader(folder, work)
+        self.manifest = self._reader.manifest
         self.folder, self.temperature = folder, temperature
         self.fingerprint: str = self.manifest["fingerprint_sha256"]
         self.params = CacheParams.model_validate(self.manifest["fingerprint"]["cache"])
@@ -107,7 +108,7 @@ class CachedTeacher:
         """
         fields = {row["example_id"]: row for row in read_table(transfer_file, examples(tokens.task.fields)).to_pylist()}
         free = set(self.manifest["content_free"])
-        keys = self._rows.select(["context_id", "example_id", "completion_ids"]).to_pylist()
+        keys = read_cache(self.folder, ["context_id", "example_id", "completion_ids"]).rows.to_pylist()
         numbers = [number for number, key in enumerate(keys) if key["example_id"] not in free]
         unknown = next((keys[n]["example_id"] for n in numbers if keys[n]["example_id"] not in fields), None)
         if unknown is not None or not numbers:
@@ -126,7 +127,7 @@ class CachedTeacher:
 
     def distributions(self, rows: Sequence[int]) -> Distributions:
         """The distributions at all positions of some rows, one row's after the other's."""
-        return decode(self._rows.take(list(rows)), self.params, self.temperature)
+        return decode(self._reader.take(rows), self.params, self.temperature)
 
 
 class AnswerForward:
@@ -135,8 +136,10 @@ class AnswerForward:
     Where the head is a matrix and nothing follows it, logits are never held for all positions at once (`objectives.fused`).
     """
 
-    def __init__(self, model: PreTrainedModel, probe: Sequence[CachedRow]) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, term: CacheTerm) -> None:
+        self.model, self.term = model, term
+        ordered = sorted(term.examples, key=lambda row: (len(row.ids) + len(row.answer), row.example_id))
+        probe = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
         with torch.no_grad():
             expected = _plain_logits(model, probe)
         plain_attention = model.config._attn_implementation or "eager"
@@ -145,14 +148,19 @@ class AnswerForward:
         self.fused = self.packed is not None and self._head_is_all(self.packed, probe, expected)
         self.why = f"{why}; {'the head and its loss chunk by chunk' if self.fused else 'logits of all positions'}"
 
+    def describe(self) -> str:
+        """How positions are reached, in a line."""
+        return f"{'plain' if self.packed is None else 'packed'}: {self.why}"
+
     def detach(self) -> None:
         """Give the model back as it was."""
         if self.packed is not None:
             self.packed.detach()
             self.model.set_attn_implementation(self._plain_attention)
 
-    def loss(self, term: CacheTerm, batch: Sequence[CachedRow], positions: int) -> Tensor:
-        """weight · Σ divergence / `positions`, nats, with a gradient; `positions` are those of the whole step."""
+    def loss(self, batch: Sequence[CachedRow], positions: int, term: CacheTerm | None = None) -> Tensor:
+        """The term's weight · Σ divergence / `positions`, nats, with a gradient; `positions` are those of the whole step."""
+        term = term or self.term
         distributions = fit_vocabulary(term.source.distributions([row.row for row in batch]), self._vocabulary).to(self.model.device)
         temperature = term.source.temperature
         if not self.fused:

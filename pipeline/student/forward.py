@@ -34,6 +34,10 @@ class Forward:
     detach: Callable[[], None]
     """Give the model back as it was."""
 
+    def describe(self) -> str:
+        """The two in a line."""
+        return f"{self.name}: {self.why}"
+
 
 def choose_forward(
     model: PreTrainedModel, completions: Completions, rows: Rows, expected: Tensor | None = None, packed: PackedModel | None = None

@@ -34,7 +34,7 @@ def capture(
     contexts = read_table(contexts_file, CONTEXTS).to_pylist()
     transfer = read_table(transfer_file, examples(task.fields)).to_pylist()
     free = content_free_queries(task)
-    queries = free + [Query(row["example_id"], {field: row[field] for field in task.fields}) for row in transfer]
+    queries = free + [Query(row["example_id"], {field: row[field] for field in task.fields}, row["completion"]) for row in transfer]
     if len({query.example_id for query in queries}) != len(queries):
         raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
     scorer = Scorer(model_folder, task, cache, work, threads, dtype)
@@ -52,6 +52,8 @@ def capture(
 
 
 def content_free_queries(task: Task) -> list[Query]:
-    """The task's inputs without content, each put into every field."""
+    """The task's inputs without content, each put into every field; none where answers are free text, which is not calibrated."""
+    if task.params.completion is not None:
+        return []
     inputs = [dict.fromkeys(task.fields, text) for text in task.params.content_free]
     return [Query(example_id(fields), fields) for fields in inputs]
