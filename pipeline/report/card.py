@@ -10,6 +10,7 @@ import re
 from functools import partial
 
 from pipeline.params import HubOrigin, LocalOrigin, PypiOrigin
+from pipeline.report.cells import DOMAIN_TITLE
 from pipeline.report.collect import Inputs, Json
 from pipeline.report.describe import about, compact, context_sizes, layers, percent, plural, quantity, root_model, scaled, span
 from pipeline.report.slices import weakest
@@ -56,13 +57,11 @@ def _limits(document: Json, inputs: Inputs, student: str) -> list[str]:
     most = max(sets, key=lambda name: sets[name]["ece"])
     lines = [
         f"It is least often right on `{worst}`: {percent(sets[worst]['accuracy'])} %.",
-        f"Its confidence is no probability to rely on: off by {percent(sets[most]['ece'])} points on `{most}` (expected calibration error).",
+        f"Its confidence is not to be relied on: off by {percent(sets[most]['ece'])} points on `{most}` (expected calibration error).",
     ]
     if weak := weakest(inputs.detail, student):
-        where = {"in": "in domain", "out": "out of domain"}[weak["domain"]]
-        lines.append(
-            f"Weakest slice: {weak['dimension']} “{weak['slice']}” {where}, {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')}."
-        )
+        part = f"{weak['dimension']} “{weak['slice']}”, {DOMAIN_TITLE[weak['domain']].lower()}"
+        lines.append(f"Its weakest slice is {part}: {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')}.")
     for entry in inputs.risks.get(student, {}).get("swaps", []):
         if entry["with_swap"]:
             lines.append(f"Swapping {entry['what']} flipped {entry['flips']:,} of {entry['with_swap']:,} answers.")

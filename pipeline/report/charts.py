@@ -1,5 +1,7 @@
 """Charts of what every run has: accuracy by method on each evaluation set, accuracy by context, and learning curves."""
 
+from collections.abc import Sequence
+
 import altair as alt
 import polars as pl
 from markupsafe import Markup
@@ -33,6 +35,36 @@ def context_chart(document: Json, method: str) -> Markup:
     spoken = "; ".join(f"{name} {', '.join(percent(value) for value in each)}" for name, each in sets.items())
     chart = alt.layer(reach, dots).properties(width=WIDTH, height=ROW * len(sets))
     return svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
+
+
+def shift_chart(target: Json, labels: Sequence[str]) -> Markup | None:
+    """Share of the last label that each context of a target set answers, before and after calibration.
+
+    None where nothing was recorded, nothing was changed, or with more than two labels, which one share does not tell.
+    """
+    label = labels[-1]
+    rows = [
+        {"context": context, "raw": 100 * change["shares_raw"][label], "calibrated": 100 * change["shares_calibrated"][label]}
+        for entry in target.get("teachers", {}).values()
+        for context, change in entry.get("contexts", {}).items()
+    ]
+    if len(labels) != 2 or all(row["raw"] == row["calibrated"] for row in rows):
+        return None
+    order = [row["context"] for row in rows]
+    title = f"answered {label}, %"
+
+    def x(field: str) -> alt.X:
+        return alt.X(f"{field}:Q", title=title, scale=alt.Scale(domain=[0, 100], nice=False), axis=ticks())
+
+    base = alt.Chart(data(rows)).encode(y=alt.Y("context:N", sort=order, title=None, axis=names()))
+    layers = [
+        base.mark_rule(stroke="var(--rule)", strokeWidth=2).encode(x=x("raw"), x2="calibrated:Q"),
+        base.mark_point(filled=True, size=55, opacity=1, fill="var(--paper)", stroke="var(--muted)", strokeWidth=2).encode(x=x("raw")),
+        base.mark_point(filled=True, size=60, opacity=1, color="var(--student)").encode(x=x("calibrated")),
+    ]
+    spoken = "; ".join(f"{row['context']} {row['raw']:.0f} raw, {row['calibrated']:.0f} calibrated" for row in rows)
+    chart = alt.layer(*layers).properties(width=WIDTH + 60, height=ROW * len(rows))
+    return svg(chart, f"Share of {label} answered by context, percent: {spoken}", order)
 
 
 def curve_chart(curve: pl.DataFrame, student: str, students: int) -> Markup:

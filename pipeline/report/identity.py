@@ -3,7 +3,10 @@
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from pipeline.hashing import sha256_json
 from pipeline.params import Params
@@ -48,6 +51,15 @@ def flatten(value: Any, path: str = "") -> Any:
         yield path, {True: "yes", False: "no", None: "–"}[value]
     else:
         yield path, f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def params_text(params: Params) -> str:
+    """What params.yaml sets, as YAML; `runtime` has no meaning for the results."""
+    text = StringIO()
+    yaml = YAML(pure=True)
+    yaml.width = 120
+    yaml.dump(params.model_dump(mode="json", exclude={"runtime"}, exclude_unset=True), text)
+    return text.getvalue()
 
 
 def params_digest(params: Params) -> str:

@@ -18,7 +18,7 @@ from pipeline.report.describe import listed, plural
 from pipeline.report.disagreements import attributions, disagreements, voters
 from pipeline.report.document import ranked_students
 from pipeline.report.findings import findings
-from pipeline.report.identity import identity
+from pipeline.report.identity import identity, params_text
 
 MAX_CURVES = 12
 STUDENTS_COMPARED = 3
@@ -156,6 +156,7 @@ def risk_checks(view: View) -> Section | None:
 def contexts(view: View) -> Section:
     """Spread between contexts, target sets, calibration shift, cache fidelity."""
     document, inputs = view.document, view.inputs
+    target = inputs.params.baselines[document["reference"]].targets
     return _section(
         view,
         "contexts",
@@ -170,6 +171,8 @@ def contexts(view: View) -> Section:
         targets=origins.target_sets(inputs),
         caches=origins.caches(inputs),
         shift=origins.shift(inputs),
+        shift_chart=charts.shift_chart(inputs.targets.get(target, {}), list(inputs.params.task.verbalisers)),
+        target=target,
         context_tokens=_context_tokens(inputs),
     )
 
@@ -211,8 +214,9 @@ def data(view: View) -> Section:
 
 def reproduce(view: View) -> Section:
     """Digests, fingerprints, versions."""
-    bootstrap = view.inputs.params.evaluation.bootstrap
-    return _section(view, "reproduce", "Reproduce", "Reproduce", identity=identity(view.inputs), bootstrap=bootstrap)
+    params = view.inputs.params
+    shown = {"identity": identity(view.inputs), "params": params_text(params), "bootstrap": params.evaluation.bootstrap}
+    return _section(view, "reproduce", "Reproduce", "Reproduce", **shown)
 
 
 SECTIONS: list[Builder] = [shows, accuracy, cost, calibration, mistakes, risk_checks, contexts, training, data, reproduce]

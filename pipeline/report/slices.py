@@ -4,32 +4,34 @@ from collections.abc import Sequence
 
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table
 from pipeline.report.collect import Json
-from pipeline.report.describe import DASH, percent, span
+from pipeline.report.describe import DASH, percent, quantity, span
 
 MOST_ROWS = 40
 DIMENSIONS = {"label": "By gold label", "length": "By length, in thirds of each set"}
 
 
 def slices(details: dict[str, Json], methods: Sequence[str]) -> Table | None:
-    """One row for each slice of a domain, one column for each of `methods`; None where no method has slices.
+    """One row for each slice, for each domain its examples and a column for each of `methods`; None where no method has slices.
 
     Rows are the ones pooled over a domain's sets; whole domains are left out, since the headline table has them.
     """
     found = {method: _by_slice(details[method]) for method in methods if method in details}
+    keys = list(dict.fromkeys(key for rows in found.values() for key in rows))
+    domains = [domain for domain in ("in", "out") if any(key[1] == domain for key in keys)]
     bodies: dict[str, list[list[Cell]]] = {}
-    for dimension, domain, name in dict.fromkeys(key for rows in found.values() for key in rows):
-        entries = [rows.get((dimension, domain, name)) for rows in found.values()]
-        n = next(entry["n"] for entry in entries if entry)
-        values = [None if entry is None else Cell(percent(entry["accuracy"]), span(entry["ci95"])) for entry in entries]
-        row = [Cell(name), Cell(DOMAIN_TITLE[domain].lower()), Cell(f"{n:,}"), *(value or Cell(DASH) for value in values)]
+    for dimension, name in dict.fromkeys((dimension, name) for dimension, _, name in keys):
+        row = [Cell(name)]
+        for domain in domains:
+            entries = [rows.get((dimension, domain, name)) for rows in found.values()]
+            n = next((entry["n"] for entry in entries if entry), None)
+            row.append(Cell(quantity(n)))
+            row += [Cell(DASH) if entry is None else Cell(percent(entry["accuracy"]), span(entry["ci95"])) for entry in entries]
         bodies.setdefault(dimension, []).append(row)
     tables = [Rows(DIMENSIONS.get(dimension, f"By {dimension}"), rows[:MOST_ROWS]) for dimension, rows in bodies.items()]
-    columns = ["Slice", "domain", "examples", *found]
-    return (
-        Table("slices", "Accuracy in percent by slice, with its 95 % interval below.", columns, tables, text_columns=(0, 1))
-        if tables
-        else None
-    )
+    columns = ["Slice", *(title for _ in domains for title in ("examples", *found))]
+    groups = [("", 1), *((DOMAIN_TITLE[domain], 1 + len(found)) for domain in domains)]
+    caption = "Accuracy in percent by slice, with its 95 % interval below."
+    return Table("slices", caption, columns, tables, groups) if tables else None
 
 
 def weakest(details: dict[str, Json], method: str) -> Json | None:

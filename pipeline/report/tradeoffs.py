@@ -57,24 +57,25 @@ def frontier(rows: Iterable[Json]) -> list[Json]:
 
 
 def place_labels(points: Sequence[tuple[str, float, float]], width: float, height: float) -> list[tuple[float, float, str]]:
-    """(x, y, "left" or "right") of each label's beginning or end, for points (text, x, y) in pixels.
+    """(x, y, "left", "center" or "right") of each label, for points (text, x, y) in pixels.
 
-    `left` is text that begins at x. Labels are placed in order; each takes the first place within the picture that covers neither a label
-    before it nor a point, or the first of all.
+    `left` is text that begins at x, `right` text that ends there. Labels are placed in order; each takes the first place within the picture
+    that covers neither a label before it nor a point, or the first of all.
     """
     taken = [(x - 5, y - 5, x + 5, y + 5) for _, x, y in points]
     placed = []
     for text, x, y in points:
         size = len(text) * LETTER
-        places = []
-        for shift in (0, -LINE, LINE, -2 * LINE, 2 * LINE, -3 * LINE, 3 * LINE):
-            for align, start in (("left", x + GAP), ("right", x - GAP - size)):
-                box = (start, y + shift - LINE / 2, start + size, y + shift + LINE / 2)
-                places.append((box, align))
+        # Beside the point, above or below it, then further and further off beside it.
+        starts = {"left": x + GAP, "center": x - size / 2, "right": x - GAP - size}
+        tries = [(0, "left"), (0, "right"), (-LINE, "center"), (LINE, "center")]
+        tries += [(shift, align) for step in (1, 2, 3) for shift in (-step * LINE, step * LINE) for align in ("left", "right")]
+        places = [((starts[a], y + s - LINE / 2, starts[a] + size, y + s + LINE / 2), a) for s, a in tries]
         free = [place for place in places if _inside(place[0], width, height) and not any(_overlap(place[0], other) for other in taken)]
         box, align = free[0] if free else places[0]
         taken.append(box)
-        placed.append((box[0] if align == "left" else box[2], (box[1] + box[3]) / 2, align))
+        at = {"left": box[0], "center": (box[0] + box[2]) / 2, "right": box[2]}[align]
+        placed.append((at, (box[1] + box[3]) / 2, align))
     return placed
 
 
@@ -124,7 +125,7 @@ def _tradeoff(rows: list[Json], low: float, reference: str) -> Markup:
             x=x, y=y, color=color, shape=alt.Shape("kind:N", scale=SHAPES, legend=None)
         ),
     ]
-    for align in ("left", "right"):
+    for align in ("left", "center", "right"):
         part = [label for label in labels if label["align"] == align]
         if part:
             text = alt.Chart(data(part)).mark_text(align=align, baseline="middle", fill="var(--ink)")  # type: ignore[arg-type]
