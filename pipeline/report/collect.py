@@ -60,6 +60,11 @@ class Inputs:
         return "student" if method in self.params.students else "baseline"
 
 
+def stage_of(params: Params, method: str) -> str:
+    """The DVC stage that evaluates a method."""
+    return f"{'evaluate' if method in params.students else 'baseline'}@{method}"
+
+
 def collect(params: Params, root: Path) -> Inputs:
     """Read predictions and metrics of all methods in `params` under the project's folder `root`.
 
@@ -68,7 +73,7 @@ def collect(params: Params, root: Path) -> Inputs:
     names = [*params.baselines, *params.students]
     paths = {name: root / "artifacts" / "predictions" / f"{name}.parquet" for name in names}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
-        stages = " ".join(f"evaluate@{name}" for name in missing)
+        stages = " ".join(stage_of(params, name) for name in missing)
         raise UsageError(f"{paths[missing[0]]}: no such file; the report needs the predictions of every method. Run `dvc repro {stages}`.")
     predictions = {name: schema.read_table(path, schema.PREDICTIONS) for name, path in paths.items()}
     for name, table in predictions.items():
@@ -104,7 +109,7 @@ def _check_sets(table: pa.Table, params: Params, path: Path) -> None:
     found, wanted = set(table.column("set").unique().to_pylist()), set(params.data.evaluation)
     if found != wanted:
         raise CorruptError(
-            f"{path}: has evaluation sets {sorted(found)}, params.yaml has {sorted(wanted)}; run `dvc repro evaluate@{path.stem}`."
+            f"{path}: has evaluation sets {sorted(found)}, params.yaml has {sorted(wanted)}; run `dvc repro {stage_of(params, path.stem)}`."
         )
 
 

@@ -6,7 +6,7 @@ from pipeline.report.describe import DASH, quantity, scaled
 
 
 def cost(document: Json, inputs: Inputs) -> Table:
-    """What one example costs with each method; unmeasured ones say how to measure."""
+    """What one example costs with each method; unmeasured ones say so."""
     columns = [
         "Method",
         "prompt tokens",
@@ -22,7 +22,7 @@ def cost(document: Json, inputs: Inputs) -> Table:
         found = method["cost"]
         if found is None:
             why = "measured on another model" if name in inputs.stale_cost else "not measured"
-            rows.append([Cell(name, f"{why}; run `dvc repro -f -s evaluate@{name}`", code=True), *[Cell(DASH)] * (len(columns) - 1)])
+            rows.append([Cell(name, why, code=True), *[Cell(DASH)] * (len(columns) - 1)])
             continue
         rows.append(
             [

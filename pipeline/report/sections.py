@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pipeline.report import charts, costs, origins, reliability, results, risks, slices, tradeoffs
 from pipeline.report.cells import DOMAIN_TITLE
-from pipeline.report.collect import Inputs, Json
+from pipeline.report.collect import Inputs, Json, stage_of
 from pipeline.report.describe import listed, plural
 from pipeline.report.disagreements import attributions, disagreements, voters
 from pipeline.report.document import ranked_students
@@ -225,7 +225,11 @@ SECTIONS: list[Builder] = [shows, accuracy, cost, calibration, mistakes, risk_ch
 def _section(view: View, anchor: str, nav: str, heading: str, **values: Any) -> Section:
     """A section from `templates/sections/ANCHOR.html.jinja`."""
     template = view.environment.get_template(f"sections/{anchor}.html.jinja")
-    return Section(anchor, nav, heading, Markup(template.render(**values)))  # noqa: S704 - an autoescaping template's own output
+
+    def stages(methods: list[str]) -> str:
+        return " ".join(stage_of(view.inputs.params, method) for method in methods)
+
+    return Section(anchor, nav, heading, Markup(template.render(stages=stages, **values)))  # noqa: S704 - an autoescaping template's own output
 
 
 def _context_tokens(inputs: Inputs) -> list[str]:

@@ -22,6 +22,7 @@ GAP = 9
 """Between a point and its label, pixels."""
 MOST_NAMED = 10
 ROUND = (1, 2, 5)
+Box = tuple[float, float, float, float]
 KINDS = alt.Scale(domain=["baseline", "student"], range=["var(--muted)", "var(--student)"])
 SHAPES = alt.Scale(domain=["baseline", "student"], range=["circle", "diamond"])
 
@@ -62,17 +63,24 @@ def place_labels(points: Sequence[tuple[str, float, float]], width: float, heigh
     `left` is text that begins at x, `right` text that ends there. Labels are placed in order; each takes the first place within the picture
     that covers neither a label before it nor a point, or the first of all.
     """
-    taken = [(x - 5, y - 5, x + 5, y + 5) for _, x, y in points]
+    taken: list[Box] = []
     placed = []
     for text, x, y in points:
         size = len(text) * LETTER
         # Beside the point, above or below it, then further and further off beside it.
-        starts = {"left": x + GAP, "center": x - size / 2, "right": x - GAP - size}
+        starts = {"left": x + GAP, "center": min(max(x - size / 2, 0), width - size), "right": x - GAP - size}
         tries = [(0, "left"), (0, "right"), (-LINE, "center"), (LINE, "center")]
         tries += [(shift, align) for step in (1, 2, 3) for shift in (-step * LINE, step * LINE) for align in ("left", "right")]
         places = [((starts[a], y + s - LINE / 2, starts[a] + size, y + s + LINE / 2), a) for s, a in tries]
-        free = [place for place in places if _inside(place[0], width, height) and not any(_overlap(place[0], other) for other in taken)]
-        box, align = free[0] if free else places[0]
+        inside = [place for place in places if _inside(place[0], width, height)] or places[:1]
+        others = [(px, py) for _, px, py in points if (px, py) != (x, y)]
+        # Well away from other points if it can be, so that nobody reads it as theirs; else at least not on them.
+        for room in (LINE, 5):
+            kept_free = [*taken, *((px - 6, py - room, px + 6, py + room) for px, py in others)]
+            free = [place for place in inside if not any(_overlap(place[0], other) for other in kept_free)]
+            if free:
+                break
+        box, align = (free or inside)[0]
         taken.append(box)
         at = {"left": box[0], "center": (box[0] + box[2]) / 2, "right": box[2]}[align]
         placed.append((at, (box[1] + box[3]) / 2, align))
@@ -174,11 +182,11 @@ def _share(value: float, low: float, high: float, *, log: bool = False) -> float
     return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low)) if log else (value - low) / (high - low)
 
 
-def _inside(box: tuple[float, float, float, float], width: float, height: float) -> bool:
+def _inside(box: Box, width: float, height: float) -> bool:
     return box[0] >= 0 and box[2] <= width and box[1] >= 0 and box[3] <= height
 
 
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
