@@ -66,6 +66,21 @@ def evaluate_set(frame: pl.DataFrame, labels: Sequence[str], *, where: str, resa
     return rounded(result)
 
 
+def summary(sets: Mapping[str, Mapping[str, Any]], domains: Mapping[str, str]) -> dict[str, float]:
+    """A method in one flat row, for `dvc metrics` and `dvc exp`: `sets` as of `evaluate_predictions`, `domains` their "in" or "out".
+
+    `accuracy_in` and `accuracy_out` (where there are such sets), `accuracy_lowest` (of a set), and `ece` and `log_loss` over all sets;
+    means are unweighted over sets.
+    """
+    row = {}
+    for domain in ("in", "out"):
+        if members := [found for name, found in sets.items() if domains[name] == domain]:
+            row[f"accuracy_{domain}"] = float(np.mean([found["accuracy"] for found in members]))
+    row["accuracy_lowest"] = min(found["accuracy"] for found in sets.values())
+    row |= {key: float(np.mean([found[key] for found in sets.values()])) for key in ("ece", "log_loss")}
+    return rounded(row)
+
+
 def agreement(table: pa.Table, reference: pa.Table) -> dict[str, float]:
     """Share of rows with the reference's predicted label, for each evaluation set; joined on set and example.
 

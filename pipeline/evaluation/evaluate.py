@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.evaluation.cost import Job, Prompts, measure
 from pipeline.evaluation.predict import Rows, predict_baseline, predict_student, read_sets, teacher_contexts
 from pipeline.files import read_json, write_json
-from pipeline.metrics import evaluate_predictions
+from pipeline.metrics import evaluate_predictions, summary
 from pipeline.models.identity import weights_sha256
 from pipeline.models.loading import load_tokenizer
 from pipeline.params import Params, pick
@@ -16,7 +16,8 @@ from pipeline.tasks import Task, TaskTokens
 
 
 def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Path) -> None:
-    """Evaluate a student or baseline: `artifacts/predictions/NAME.parquet`, `metrics/eval/NAME.json`, `metrics/cost/NAME.json`.
+    """Evaluate a student or baseline: `artifacts/predictions/NAME.parquet`, `metrics/eval/NAME.json`, `metrics/summary/NAME.json` (one row
+    for `dvc metrics show`), `metrics/cost/NAME.json`.
 
     The cost file is no DVC output: it holds times of this machine.
     """
@@ -39,6 +40,8 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
     result = evaluate_predictions(table, task.labels, resamples=settings.bootstrap, seed=settings.seed)
     kind = "student" if name in params.students else "baseline"
     write_json({"method": name, "kind": kind, "subject": job.subject, "sets": result}, metrics / "eval" / f"{name}.json")
+    domains = {key: entry.domain for key, entry in params.data.evaluation.items()}
+    write_json(summary(result, domains), metrics / "summary" / f"{name}.json")
     measure(job, work, metrics / "cost" / f"{name}.json")
 
 
