@@ -25,13 +25,17 @@ BAD_ROWS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One usable row. `values` are the task's fields in its order; `label` is None in a source without labels."""
+    """One usable row. `values` are the task's fields in its order; `label` is None in a source without labels.
+
+    `slices` are the values of the source's slice columns in the params' order, None where the row does not say.
+    """
 
     example_id: str
     label: str | None
     source: str
     line: int
     values: tuple[str, ...]
+    slices: tuple[str | None, ...] = ()
 
 
 @dataclass
@@ -70,7 +74,8 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     Raises UsageError where the file lacks a column or has no row. Bad rows are in the result; `check_limit` weighs them.
     """
     columns = [(params.fields or {}).get(field_name, field_name) for field_name in task.fields]
-    asked = columns if params.label is None else [*columns, params.label.column]
+    sliced = list(params.slices.values())
+    asked = [*columns, *sliced, *([] if params.label is None else [params.label.column])]
     label_of = None if params.label is None else label_reader(params.label, task)
     result = SourceExamples(name, path.name)
     unseen = set(asked)
@@ -89,6 +94,9 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
             values = tuple(
                 field_text(column, value, task.params.max_chars) for column, value in zip(columns, read.values[: len(columns)], strict=True)
             )
+            slices = tuple(
+                _slice(column, value) for column, value in zip(sliced, read.values[len(columns) : len(columns) + len(sliced)], strict=True)
+            )
             label = None if label_of is None else label_of(read.values[-1])
         except BadValueError as bad:
             result.bad.append(Quarantined(name, path.name, read.line, bad.field_name, bad.reason, shorten(str(bad.value))))
@@ -96,11 +104,13 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
         if label_of is not None and label is None:
             result.left_out += 1
             continue
-        checked.append(Example(example_id(dict(zip(task.fields, values, strict=True))), label, name, read.line, values))
+        checked.append(Example(example_id(dict(zip(task.fields, values, strict=True))), label, name, read.line, values, slices))
     if result.rows == 0:
         raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
     if params.format == "jsonl" and unseen and len(result.bad) == result.rows and (keys := json_keys(path)):
         raise missing_column(path, min(unseen), keys)
+    if never := unseen.intersection(sliced):
+        raise missing_column(path, min(never), json_keys(path))
     _remove_repeats(checked, result)
     return result
 
@@ -160,7 +170,12 @@ def _number(column: str, value: Any) -> float | None:
     return number
 
 
-def _label_text(column: str, value: Any) -> str:
+def _slice(column: str, value: Any) -> str | None:
+    """The name of a row's slice, written as a label's value is; None for a null, an empty text or a key that is not there."""
+    return None if value is MISSING else _label_text(column, value, "not a slice's name") or None
+
+
+def _label_text(column: str, value: Any, reason: str = "not a label") -> str:
     """A label's value as params.yaml writes it: `true`, `1` and `positive` alike; empty for a null."""
     if value is None:
         return ""
@@ -170,7 +185,7 @@ def _label_text(column: str, value: Any) -> str:
         return str(int(value))
     if isinstance(value, (str, int, float)):
         return str(value).strip()
-    raise BadValueError(column, "not a label", value)
+    raise BadValueError(column, reason, value)
 
 
 def _remove_repeats(checked: list[Example], result: SourceExamples) -> None:
