@@ -81,9 +81,26 @@ class Store:
         ]
         return [part for part in parts if not part.file.exists() and not held.issuperset(part.keys)]
 
-    def write(self, part: Part, rows: pa.Table) -> None:
-        """Write the rows of one part, whole or not at all."""
+    def write(self, part: Part, rows: pa.Table, seconds: float | None = None) -> None:
+        """Write the rows of one part, whole or not at all, and beside them the `seconds` that scoring took, where they are known."""
+        if seconds is not None:
+            write_json({"seconds": round(seconds, 4)}, self._time_of(part.file))
         write_table(rows, part.file)
+
+    def seconds(self, request: Sequence[Key]) -> tuple[float, int]:
+        """The seconds that scoring the rows of a request took, whenever that was, and how many of the rows these seconds cover."""
+        wanted, total, covered = set(request), 0.0, 0
+        for file in sorted(self.folder.glob("part-*.parquet")):
+            if self._time_of(file).is_file():
+                held = list(pl.read_parquet(file, columns=KEY).iter_rows())
+                found = wanted.intersection(held)
+                wanted -= found
+                covered += len(found)
+                total += read_json(self._time_of(file))["seconds"] * len(found) / len(held)
+        return total, covered
+
+    def _time_of(self, part: Path) -> Path:
+        return self.folder / "times" / f"{part.stem}.json"
 
     def read(self, request: Sequence[Key]) -> pa.Table:
         """The rows of a request in its order, with the columns of `schema.SCORES`.

@@ -79,10 +79,19 @@ class Scorer:
                 tokens, started = 0, time.monotonic()
                 with progress(title, rows, "rows") as meter:
                     for part in parts:
-                        self.store.write(part, _score_part(engine, part, prefixes, ids))
+                        began = time.perf_counter()
+                        scored = _score_part(engine, part, prefixes, ids)
+                        self.store.write(part, scored, time.perf_counter() - began)
                         tokens += sum(len(ids[example]) for _, example in part.keys)
                         meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
             return self.store.read(request)
+
+    def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
+        """Seconds that scoring these rows took, in this run or an earlier one, and how many of the rows they cover.
+
+        Model work alone: loading the model and choosing the engine are not counted. Rows of a store from before times were kept have none.
+        """
+        return self.store.seconds([(context_id(text), query.example_id) for text in contexts for query in queries])
 
     @property
     def engine_report(self) -> dict[str, str]:

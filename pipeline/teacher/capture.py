@@ -6,9 +6,12 @@ next to nothing.
 
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.cache.folder import write_cache
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import UsageError
+from pipeline.files import write_json
 from pipeline.hashing import example_id
 from pipeline.schema import CONTEXTS, examples, read_table
 from pipeline.tasks import Task
@@ -25,10 +28,12 @@ def capture(
     dtype: str,
     work: Path,
     threads: int | None,
+    runtime: Path | None = None,
 ) -> None:
     """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
 
-    Rows that the store under `work` holds are not scored again. Raises UsageError where a prompt does not fit the model.
+    Rows that the store under `work` holds are not scored again. `runtime` is the file for what the capture took (no output of DVC: it holds
+    seconds). Raises UsageError where a prompt does not fit the model.
     """
     contexts = read_table(contexts_file, CONTEXTS).to_pylist()
     transfer = read_table(transfer_file, examples(task.fields)).to_pylist()
@@ -37,7 +42,8 @@ def capture(
     if len({query.example_id for query in queries}) != len(queries):
         raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
     scorer = Scorer(model_folder, task, top_k, work, threads, dtype)
-    rows = scorer.score([context["text"] for context in contexts], queries, f"teacher {name}")
+    texts = [context["text"] for context in contexts]
+    rows = scorer.score(texts, queries, f"teacher {name}")
     about = {
         "teacher": name,
         "model": str(model_folder.relative_to(model_folder.parent.parent)),
@@ -48,6 +54,10 @@ def capture(
         "examples": len(transfer),
     }
     write_cache(output, rows, scorer.fingerprint, about)
+    if runtime is not None:
+        seconds, timed = scorer.seconds(texts, queries)
+        tokens = int(np.sum(rows["prompt_tokens"].to_numpy()))
+        write_json({"seconds": round(seconds, 3), "rows": len(rows), "rows_timed": timed, "prompt_tokens": tokens}, runtime)
 
 
 def content_free_queries(task: Task) -> list[Query]:
