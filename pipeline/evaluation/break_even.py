@@ -3,8 +3,8 @@
 Spent: scoring the transfer set with every teacher of the student's targets, tuning such teachers as are tuned, and training the student.
 Saved with each prediction: the reference's time less the student's, for examples answered one by one (latency) and in batches
 (throughput). Not counted: people's time, fetching, evaluation, and memory, which is saved from the first prediction on. Figures come from
-`metrics/cost` and `metrics/runtime`, which are wall-clock and no outputs of DVC; where one is missing, or was measured on another model, the
-result says which instead of guessing.
+`metrics/cost` and `metrics/runtime`, which are wall-clock and no outputs of DVC; where one is missing, or is of another model, the result
+says which instead of guessing.
 """
 
 import math
@@ -27,9 +27,9 @@ def write_break_even(params: Params, metrics: Path, output: Path) -> None:
 def break_even(student: str, params: Params, metrics: Path) -> Json:
     """What a student's distillation cost and saves.
 
-    `capture_seconds` {teacher: s}, `tuning_seconds` {tuning: s}, `training_seconds`, `spent_seconds`; `one_by_one` and `batched`, each with `student_seconds` and
-    `reference_seconds` for one prediction, `saved_seconds`, and `predictions`, the smallest number at which as much is saved as was spent
-    (None where nothing is saved); `missing`, in words. What hangs on a missing figure is None.
+    `capture_seconds` {teacher: s}, `tuning_seconds` {tuning: s}, `training_seconds`, `spent_seconds`; `one_by_one` and `batched`, each
+    with `student_seconds` and `reference_seconds` for one prediction, `saved_seconds`, and `predictions`, the smallest number at which as
+    much is saved as was spent (None where nothing is saved); `missing`, in words. What hangs on a missing figure is None.
     """
     missing: list[str] = []
     learn_from = params.students[student].learn_from

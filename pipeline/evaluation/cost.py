@@ -3,8 +3,9 @@
 The parent writes a job (model folders and prompts as token ids); the child, `python -m pipeline.evaluation.cost JOB`, loads the models with
 plain transformers, answers examples one by one with their full prompts, as a caller without a prefix cache would, and notes times and the
 peak of its memory. Only then it answers more examples in packed batches behind contexts that are read once, by the engine that predictions
-are made with: that is the throughput, and it does not touch the figures before. They are wall-clock facts: they stay out of DVC's outputs, and carry the hash of what was measured, so that the report can tell figures
-of another model. Two methods that send the same prompts to the same models share one measurement.
+are made with: that is the throughput, and it does not touch the figures before. They are
+wall-clock facts: they stay out of DVC's outputs, and carry the hash of what was measured, so that the report can tell figures of another
+model. Two methods that send the same prompts to the same models share one measurement.
 """
 
 import json
@@ -96,7 +97,7 @@ def measure(job: Job, work: Path) -> dict[str, Any]:
 def run_job(job: Job) -> dict[str, Any]:
     """Answer every example once, after one to warm up, then all in batches, and return the figures.
 
-    Memory is of the process until the last example: Python and its libraries (`before_loading_rss_bytes`), weights, and what answering takes.
+    Memory is of the process up to the batches: Python and its libraries (`before_loading_rss_bytes`), weights, what answering takes.
     """
     use_machine(job.threads)
     before = peak_rss_bytes()
