@@ -16,9 +16,10 @@ from ruamel.yaml import YAML
 from pipeline.engine import scorer as scorer_module
 from pipeline.ensemble import Combination
 from pipeline.errors import MismatchError, UsageError
+from pipeline.evaluation import evaluate as evaluate_module
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.predict import combination_of, predict_baseline, predict_student, read_sets, teacher_contexts
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json
 from pipeline.hashing import context_id, example_id, sha256_json
 from pipeline.metrics import evaluate_predictions
 from pipeline.models.identity import weights_sha256
@@ -93,11 +94,13 @@ class World:
         return predict_baseline("base", self.calibration(targets), ensemble, self.task, self.sets(), self.artifacts, self.work, 1)
 
     def evaluate(self, name, figures, raw=None, metrics=None):
-        """Run the stage with cost figures that are already there for what it must measure; a wrong subject would find none of them."""
+        """Run the stage with the cost figures of `figures`' subject at hand; measuring anything else fails."""
         parsed = parse_params(raw or raw_params())
         metrics = metrics or self.metrics
-        write_json(figures, self.work / "cost" / f"{sha256_json([figures['measured']['subject'], 1])[:32]}.json")
-        evaluate(name, parsed, self.artifacts, metrics, self.work)
+        known = {figures["measured"]["subject"]: figures}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate_module, "measure", lambda job, _: copy.deepcopy(known[job.subject]))
+            evaluate(name, parsed, self.artifacts, metrics, self.work)
         return read_json(metrics / "eval" / f"{name}.json"), read_json(metrics / "cost" / f"{name}.json")
 
 
@@ -137,7 +140,7 @@ def raw_params() -> dict[str, Any]:
                 "icl_mix": {"targets": "mix", "contexts": "each"},
                 "teacher": {"targets": "mix", "contexts": "ensemble"},
             },
-            "evaluation": {"reference": "teacher", "bootstrap": 50, "seed": 3, "cost_examples": TIMED},
+            "evaluation": {"reference": "teacher", "bootstrap": 50, "seed": 3, "cost_examples": TIMED, "cost_demonstrations": []},
             "runtime": {"threads": 1},
         }
     )
@@ -374,7 +377,7 @@ def test_evaluation_writes_predictions_metrics_and_cost(own_world, tokenizer, na
     table = read_table(own_world.artifacts / "predictions" / f"{name}.parquet", PREDICTIONS)
     assert (metrics["method"], metrics["kind"]) == (name, kind)
     assert metrics["subject"] == cost["measured"]["subject"] == figures["measured"]["subject"]
-    assert cost == figures
+    assert cost == figures | ({} if kind == "student" else {"by_demonstrations": []})
     assert metrics["sets"] == evaluate_predictions(table, LABELS, resamples=50, seed=3)
     rows = table.to_pylist()
     for key, pairs in SETS.items():
