@@ -350,7 +350,7 @@ class EvaluationParams(Frozen):
     """Examples timed one by one for the cost table."""
     cost_demonstrations: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 4, 8, 16, 32), strict=False)
     """Numbers of demonstrations at which a baseline's models are timed and their memory measured, against the student's none."""
-    risk_examples: PositiveInt = 60
+    risk_examples: PositiveInt = 40
     """Examples of each evaluation set that `check` puts to a student again for each kind of swap."""
 
 

@@ -44,12 +44,12 @@ def check_student(name: str, params: Params, artifacts: Path, output: Path, work
     document = {
         "student": name,
         "reference": reference,
-        "swaps": flips(mine, ask, task.labels, params.evaluation.risk_examples),
+        "swaps": rounded(flips(mine, ask, task.labels, params.evaluation.risk_examples)),
         "gaps": gaps(scores[0], scores[1], task.labels, members, domains),
         "disagreement": [disagreement(mine, other, task.labels, domains, domain) for domain in ("in", "out") if domain in domains.values()],
-        **attributions(mine, other, ask, task.labels),
+        **rounded(attributions(mine, other, ask, task.labels)),
     }
-    write_json(rounded(document), output)
+    write_json(document, output)
 
 
 def answered_by(predictions: Mapping[str, pl.DataFrame], sets: Mapping[str, Rows], task: Task) -> list[Answered]:
@@ -87,13 +87,14 @@ def disagreement(
     ours, theirs = (np.stack([pair[side].probabilities for pair in pairs]) for side in (0, 1))
     differ = ours.argmax(axis=1) != theirs.argmax(axis=1)
     right, right_reference = ours.argmax(axis=1) == gold, theirs.argmax(axis=1) == gold
-    return {
+    found = {
         "domain": domain,
         "n": len(pairs),
         "share": float(differ.mean()),
         "by_student_confidence": by_confidence(ours.max(axis=1), differ, right, right_reference),
         "by_reference_confidence": by_confidence(theirs.max(axis=1), differ, right, right_reference),
     }
+    return rounded(found)
 
 
 def attributions(mine: Sequence[Answered], other: Sequence[Answered], ask: Ask, labels: Sequence[str]) -> dict[str, Any]:

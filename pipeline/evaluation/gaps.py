@@ -14,7 +14,7 @@ from scipy.stats import chi2_contingency
 
 from pipeline.evaluation.compare import significant
 from pipeline.evaluation.detail import DOMAIN_SLICES, slice_rows
-from pipeline.metrics import confidence_bins
+from pipeline.metrics import confidence_bins, rounded
 
 SMALLEST_SLICE = 20
 CONFIDENCE_BINS = 10
@@ -32,7 +32,7 @@ def gaps(student: Scores, reference: Scores, labels: Sequence[str], members: Sco
     for key, slices in ours.items():
         dimension, domain, name = key
         if len(slices) > 1:
-            both = {"student": _extremes(slices), "reference": _extremes(theirs[key])}
+            both = rounded({"student": _extremes(slices), "reference": _extremes(theirs[key])})
             rows.append({"dimension": dimension, "domain": domain, "set": name, "p_value": homogeneity(list(slices.values())), **both})
     return rows
 
