@@ -112,10 +112,18 @@ class Scorer:
         tokens, started = 0, time.monotonic()
         with progress(title, missing, "rows") as meter:
             for part in self.store.parts(request, lambda keys: _divide(keys, ids, engine.token_budget)):
+                began = time.perf_counter()
                 rows = self._score_part(engine, part, asked)
-                self.store.write(part, rows)
+                self.store.write(part, rows, time.perf_counter() - began)
                 tokens += sum(len(ids[example]) for _, example in part.keys) + len(rows["completion_ids"].combine_chunks().flatten())
                 meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
+
+    def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
+        """Seconds that scoring these rows took, in this run or an earlier one, and how many of the rows they cover.
+
+        Model work alone: loading the model and choosing the engine are not counted. Rows of a store from before times were kept have none.
+        """
+        return self.store.seconds(Request([context_id(text) for text in contexts], [query.example_id for query in queries]))
 
     @property
     def engine_report(self) -> dict[str, str]:

@@ -66,10 +66,10 @@ def disagreements(inputs: Inputs, student: str, reference: str) -> list[Disagree
 def voters(inputs: Inputs, reference: str) -> str | None:
     """The baseline whose contexts vote: scored for each context, calibrated where one is, of the reference's teachers where one is."""
     params = inputs.params
-    teachers = set(params.targets[params.baselines[reference].targets].teachers)
+    teachers = set(params.targets[params.baselines[reference].target_set].teachers)
 
     def order(name: str) -> tuple[bool, bool]:
-        target = params.targets[params.baselines[name].targets]
+        target = params.targets[params.baselines[name].target_set]
         return set(target.teachers) <= teachers, target.calibration != "none"
 
     several = [name for name, entry in params.baselines.items() if entry.contexts == "each"]

@@ -156,7 +156,7 @@ def risk_checks(view: View) -> Section | None:
 def contexts(view: View) -> Section:
     """Spread between contexts, target sets, calibration shift, cache fidelity."""
     document, inputs = view.document, view.inputs
-    target = inputs.params.baselines[document["reference"]].targets
+    target = inputs.params.baselines[document["reference"]].target_set
     return _section(
         view,
         "contexts",

@@ -6,9 +6,12 @@ next to nothing.
 
 from pathlib import Path
 
-from pipeline.cache.folder import write_cache
+import numpy as np
+
+from pipeline.cache.folder import read_cache, write_cache
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import UsageError
+from pipeline.files import write_json
 from pipeline.hashing import example_id
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, examples, read_table
@@ -26,10 +29,12 @@ def capture(
     dtype: str,
     work: Path,
     threads: int | None,
+    runtime: Path | None = None,
 ) -> None:
     """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
 
-    Rows that the store under `work` holds are not scored again. Raises UsageError where a prompt does not fit the model.
+    Rows that the store under `work` holds are not scored again. `runtime` is the file for what the capture took (no output of DVC: it holds
+    seconds). Raises UsageError where a prompt does not fit the model.
     """
     contexts = read_table(contexts_file, CONTEXTS).to_pylist()
     transfer = read_table(transfer_file, examples(task.fields)).to_pylist()
@@ -38,7 +43,8 @@ def capture(
     if len({query.example_id for query in queries}) != len(queries):
         raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
     scorer = Scorer(model_folder, task, cache, work, threads, dtype)
-    rows = scorer.tables([context["text"] for context in contexts], queries, f"teacher {name}")
+    texts = [context["text"] for context in contexts]
+    rows = scorer.tables(texts, queries, f"teacher {name}")
     about = {
         "teacher": name,
         "model": str(model_folder.relative_to(model_folder.parent.parent)),
@@ -49,6 +55,11 @@ def capture(
         "examples": len(transfer),
     }
     write_cache(output, rows, scorer.fingerprint, about)
+    if runtime is not None:
+        seconds, timed = scorer.seconds(texts, queries)
+        prompts = read_cache(output, ["prompt_tokens"]).rows["prompt_tokens"].to_numpy()
+        tokens = int(np.sum(prompts))
+        write_json({"seconds": round(seconds, 3), "rows": len(prompts), "rows_timed": timed, "prompt_tokens": tokens}, runtime)
 
 
 def content_free_queries(task: Task) -> list[Query]:
