@@ -93,6 +93,18 @@ PREDICTIONS = pa.schema(
 )
 
 
+ANSWERS = pa.schema(
+    [
+        pa.field("set", pa.string(), nullable=False),  # evaluation set
+        pa.field("context_id", pa.string(), nullable=False),  # "" for a prompt without a context
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("label", pa.string()),  # gold, where the set has labels
+        pa.field("answer", pa.string(), nullable=False),  # free text
+        pa.field("tokens", pa.int32(), nullable=False),  # of the answer
+    ]
+)
+
+
 def write_table(table: pa.Table, path: Path) -> None:
     """Write one Parquet file, whole or not at all, whose bytes depend on the rows alone; parents are made."""
     with replacing(path) as temporary:

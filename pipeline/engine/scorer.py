@@ -113,7 +113,7 @@ class Scorer:
         with progress(title, missing, "rows") as meter:
             for part in self.store.parts(request, lambda keys: _divide(keys, ids, engine.token_budget)):
                 began = time.perf_counter()
-                rows = self._score_part(engine, part, asked)
+                rows = _score_part(engine, part, asked, self._generator)
                 self.store.write(part, rows, time.perf_counter() - began)
                 tokens += sum(len(ids[example]) for _, example in part.keys) + len(rows["completion_ids"].combine_chunks().flatten())
                 meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
@@ -143,17 +143,6 @@ class Scorer:
                     "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                 )
 
-    def _score_part(self, engine: Engine, part: Part, asked: _Asked) -> pa.Table:
-        """The rows of a part, which lies in one context. Answers in free text are written first, unless they are given."""
-        context = part.keys[0][0]
-        examples = [example for _, example in part.keys]
-        prefix, queries = asked.prefixes[context], [asked.ids[example] for example in examples]
-        if self._generator is not None:
-            answers = self._generator.answers(prefix, queries)
-        else:
-            answers = None if asked.answers is None else [asked.answers[example] for example in examples]
-        return _rows(context, examples, prefix, queries, answers, engine.score(prefix, queries, answers))
-
     def _load(self, asked: _Asked) -> EngineChoice:
         """The engine; the model is loaded and probed at the first call, under the longest context of that call."""
         if self._choice is None:
@@ -175,6 +164,18 @@ class Scorer:
                 report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
                 write_json(report, file)
         return self._choice
+
+
+def _score_part(engine: Engine, part: Part, asked: _Asked, generator: Generator | None) -> pa.Table:
+    """The rows of a part, which lies in one context. Answers in free text are written first, unless they are given."""
+    context = part.keys[0][0]
+    examples = [example for _, example in part.keys]
+    prefix, queries = asked.prefixes[context], [asked.ids[example] for example in examples]
+    if generator is not None:
+        answers = generator.answers(prefix, queries)
+    else:
+        answers = None if asked.answers is None else [asked.answers[example] for example in examples]
+    return _rows(context, examples, prefix, queries, answers, engine.score(prefix, queries, answers))
 
 
 def _divide(missing: list[Key], ids: TokenIds, budget: int) -> list[list[Key]]:

@@ -17,10 +17,11 @@ import pyarrow as pa
 from scipy.special import rel_entr
 from scipy.stats import binomtest
 
+from pipeline import answers
 from pipeline.files import write_json
 from pipeline.metrics import agreement, check_probabilities, compare, example_scores, frames, mean_interval, rounded
 from pipeline.params import Params
-from pipeline.schema import PREDICTIONS, read_table
+from pipeline.schema import ANSWERS, PREDICTIONS, read_table
 
 ALL_PAIRS_UP_TO = 12
 SMALLEST_PROBABILITY = 1e-12
@@ -30,6 +31,9 @@ SMALLEST_PROBABILITY = 1e-12
 def compare_methods(params: Params, artifacts: Path, output: Path) -> None:
     """Write the comparisons of all methods of `params` to the file `output`; see `comparisons` and `to_reference`."""
     names = [*params.students, *params.baselines]
+    if params.task.completion is not None:
+        _compare_answers(params, names, artifacts, output)
+        return
     tables = {name: read_table(artifacts / "predictions" / f"{name}.parquet", PREDICTIONS) for name in names}
     reference, labels = params.evaluation.reference, list(params.task.verbalisers)
     domains = {name: entry.domain for name, entry in params.data.evaluation.items()}
@@ -45,6 +49,15 @@ def compare_methods(params: Params, artifacts: Path, output: Path) -> None:
         "comparisons": [row for pair in pairs for row in comparisons(*pair, tables, domains, **bootstrap)],
     }
     write_json(document, output)
+
+
+def _compare_answers(params: Params, names: Sequence[str], artifacts: Path, output: Path) -> None:
+    """The same for answers in free text: how often they say what the reference's say."""
+    assert params.task.completion is not None
+    tables = {name: read_table(artifacts / "predictions" / f"{name}.parquet", ANSWERS) for name in names}
+    reference, form = params.evaluation.reference, params.task.completion.form
+    shares = {name: answers.agreement(table, tables[reference], form) for name, table in tables.items() if name != reference}
+    write_json({"reference": reference, "to_reference": shares}, output)
 
 
 def to_reference(table: pa.Table, reference: pa.Table, labels: Sequence[str], *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import polars as pl
 
+from pipeline.answers import judge
+from pipeline.answers import summary as summary_of_answers
+from pipeline.evaluation.answers import answer_sets
 from pipeline.evaluation.cost import measure
 from pipeline.evaluation.detail import detail, membership
 from pipeline.evaluation.jobs import Inputs, baseline_job, by_demonstrations, student_job
@@ -19,9 +22,13 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
     """Evaluate a student or baseline.
 
     Writes `artifacts/predictions/NAME.parquet`, `metrics/eval/NAME.json`, `metrics/summary/NAME.json` (one row for `dvc metrics show`),
-    `metrics/detail/NAME.json` (reliability, confusion, slices) and `metrics/cost/NAME.json`, which is no output of DVC: it holds times of this machine.
+    `metrics/detail/NAME.json` (reliability, confusion, slices) and `metrics/cost/NAME.json`, which is no output of DVC: it holds times of
+    this machine.
     """
     pick("students, baselines", {**params.students, **params.baselines}, name)
+    if params.task.completion is not None:
+        _evaluate_answers(name, params, artifacts, metrics, work)
+        return
     task, threads, settings = Task(params.task), params.runtime.threads, params.evaluation
     folder = artifacts / "data" / "evaluation"
     sets = read_sets(folder, list(params.data.evaluation), task)
@@ -49,3 +56,16 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
     if calibration:
         cost["by_demonstrations"] = by_demonstrations(calibration, settings.cost_demonstrations, inputs, artifacts, work)
     write_json(cost, metrics / "cost" / f"{name}.json")
+
+
+def _evaluate_answers(name: str, params: Params, artifacts: Path, metrics: Path, work: Path) -> None:
+    """The same where answers are free text: no probabilities of labels, hence no calibration curves; cost is not measured."""
+    table = answer_sets(name, params, artifacts, work)
+    write_table(table, artifacts / "predictions" / f"{name}.parquet")
+    form = params.task.completion.form if params.task.completion is not None else None
+    sets = judge(table, form)
+    domains = {key: entry.domain for key, entry in params.data.evaluation.items()}
+    kind = "student" if name in params.students else "baseline"
+    write_json({"method": name, "kind": kind, "sets": sets}, metrics / "eval" / f"{name}.json")
+    write_json(summary_of_answers(sets, domains), metrics / "summary" / f"{name}.json")
+    write_json({"method": name}, metrics / "detail" / f"{name}.json")
