@@ -201,7 +201,11 @@ class Store:
                 file.replace(file.with_name(file.name + SET_ASIDE))
         self._damaged = {}
         for file in sorted(self.folder.glob(f"*{SET_ASIDE}")):
-            self._damaged.setdefault(sealed_stem(file.with_suffix("")), []).append(file)
+            stem = sealed_stem(file.with_suffix(""))
+            if (self._index.find(self._planned(stem))[:, 0] < 0).any():
+                self._damaged.setdefault(stem, []).append(file)
+            else:
+                file.unlink()  # its rows are here again, or nothing says which they were
 
     def _add(self, file: Path, keys: Sequence[Key]) -> None:
         self._index.add(len(self._files), keys)

@@ -5,6 +5,7 @@ next to nothing.
 """
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.cache.folder import write_cache
 from pipeline.engine.scorer import Query, Scorer
@@ -31,12 +32,8 @@ def capture(
 
     Rows that the store under `work` holds are not scored again. Raises UsageError where a prompt does not fit the model.
     """
-    contexts = read_table(contexts_file, CONTEXTS).to_pylist()
-    transfer = read_table(transfer_file, examples(task.fields)).to_pylist()
-    free = content_free_queries(task)
-    queries = free + [Query(row["example_id"], {field: row[field] for field in task.fields}) for row in transfer]
-    if len({query.example_id for query in queries}) != len(queries):
-        raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
+    contexts, free, transfer = asked(contexts_file, transfer_file, task)
+    queries = free + transfer
     scorer = Scorer(model_folder, task, cache, work, threads, dtype)
     rows = scorer.tables([context["text"] for context in contexts], queries, f"teacher {name}")
     about = {
@@ -49,6 +46,23 @@ def capture(
         "examples": len(transfer),
     }
     write_cache(output, rows, scorer.fingerprint, about)
+
+
+def asked(contexts_file: Path, transfer_file: Path, task: Task) -> tuple[list[dict[str, Any]], list[Query], list[Query]]:
+    """What a capture asks: contexts as rows of `schema.CONTEXTS`, inputs without content, the transfer set.
+
+    A cache's rows are each context × (inputs without content, then the transfer set), in this order. Raises UsageError where an example
+    would be asked twice.
+    """
+    contexts = read_table(contexts_file, CONTEXTS).to_pylist()
+    transfer = [
+        Query(row["example_id"], {field: row[field] for field in task.fields})
+        for row in read_table(transfer_file, examples(task.fields)).to_pylist()
+    ]
+    free = content_free_queries(task)
+    if len({query.example_id for query in free + transfer}) != len(free) + len(transfer):
+        raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
+    return contexts, free, transfer
 
 
 def content_free_queries(task: Task) -> list[Query]:
