@@ -84,7 +84,7 @@ class _Case:
         from pipeline.cache.check import check_cache
         from pipeline.cache.fingerprint import fingerprint_of
         from pipeline.cache.keys import Request
-        from pipeline.models.loading import load_tokenizer
+        from pipeline.models.loading import check_folder, load_tokenizer
         from pipeline.tasks import Task, TaskTokens
         from pipeline.teacher.capture import asked
 
@@ -95,6 +95,7 @@ class _Case:
         except UsageError as error:
             self.notes.append(f"rows are not compared with this run's data: {error}")
         try:
+            check_folder(self.model)
             tokens = TaskTokens(task, load_tokenizer(self.model))
             self.fingerprint = fingerprint_of(self.model, tokens, self.teacher.cache, self.dtype)
         except UsageError as error:
@@ -124,9 +125,7 @@ class _Case:
             print(f"{self.name}: {fault.what}")
             print("".join(f"  {line}\n" for line in _rows_in_words(fault.keys)), end="")
         if keys := self.findings.keys:
-            print(
-                f"{self.name}: {len(keys):,} rows to be had again: {self.in_store:,} are in the store, {len(keys) - self.in_store:,} not"
-            )
+            print(f"{self.name}: {len(keys):,} rows to be had again: {self.in_store:,} are in the store, {len(keys) - self.in_store:,} not")
         for note in self.notes:
             print(f"{self.name}: {note}")
 
