@@ -24,6 +24,7 @@ DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
 MONITOR_TESTS = 6
 """Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
 RESERVED_FIELDS = frozenset({"example_id", "label", "completion", "source", "line"})
+RESERVED_SLICES = frozenset({"domain", "label", "length"})
 
 
 def _slug(name: str) -> str:
@@ -215,11 +216,15 @@ class SourceParams(Frozen):
     """None for a file without labels."""
     completion: str | None = None
     """Column of the answers, where a task's answers are free text and given."""
+    slices: dict[Name, str] = {}
+    """Slice name → column: evaluation results are also given for each value of these columns, beside domain, label and length."""
 
     @model_validator(mode="after")
     def _columns_have_a_use(self) -> Self:
         if self.columns is not None and self.format not in {"csv", "tsv"}:
             raise ValueError(f"`columns` is for a csv or tsv file without a header line, and format is {self.format!r}; leave it out")
+        if taken := RESERVED_SLICES.intersection(self.slices):
+            raise ValueError(f"slices: every evaluation has a slice {choices(taken)} of its own; choose another name")
         return self
 
 
@@ -423,6 +428,10 @@ class EvaluationParams(Frozen):
     seed: int = 0
     cost_examples: PositiveInt = 8
     """Examples timed one by one for the cost table."""
+    cost_demonstrations: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 4, 8, 16, 32), strict=False)
+    """Numbers of demonstrations at which a baseline's models are timed and their memory measured, against the student's none."""
+    risk_examples: PositiveInt = 40
+    """Examples of each evaluation set that `check` puts to a student again for each kind of swap."""
 
 
 class RuntimeParams(Frozen):

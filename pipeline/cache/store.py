@@ -99,8 +99,10 @@ class Store:
             if mask.any():
                 yield from self._plan(block, {key for key, absent in zip(block, mask, strict=True) if absent}, divide)
 
-    def write(self, part: Part, rows: pa.Table) -> None:
-        """Write the rows of one part, whole or not at all."""
+    def write(self, part: Part, rows: pa.Table, seconds: float | None = None) -> None:
+        """Write the rows of one part, whole or not at all, and beside them the `seconds` that scoring took, where they are known."""
+        if seconds is not None:
+            write_json({"seconds": round(seconds, 4)}, self._time_of(part.stem))
         self._add(write_sealed(rows, self.folder, part.stem), part.keys)
         for damaged in self._damaged.pop(part.stem, []):
             _discard(damaged)
@@ -115,6 +117,22 @@ class Store:
             shutil.copyfile(shard, temporary)
         self._add(path, keys)
         return True
+
+    def seconds(self, request: Request) -> tuple[float, int]:
+        """The seconds that scoring the rows of a request took, whenever that was, and how many of the rows these seconds cover."""
+        contexts, examples = set(request.contexts), set(request.examples)
+        total, covered = 0.0, 0
+        for file in self._files:
+            time = self._time_of(sealed_stem(file))
+            if time.is_file():
+                held = keys_of(read_rows(file, KEYS))
+                found = sum(context in contexts and example in examples for context, example in held)
+                covered += found
+                total += read_json(time)["seconds"] * found / len(held)
+        return total, covered
+
+    def _time_of(self, stem: str) -> Path:
+        return self.folder / "times" / f"{stem}.json"
 
     def scan(self) -> Iterator[tuple[Path, Sequence[Key], CorruptError | None]]:
         """Every part not looked at yet with its keys, and what is wrong with it: a damaged one's keys are those that were planned."""

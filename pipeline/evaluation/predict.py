@@ -35,14 +35,19 @@ def predict_student(name: str, folder: Path, task: Task, sets: Mapping[str, Rows
 
     Raises MismatchError where the student was trained for another template or other verbalisers.
     """
+    check_trained_for(task, folder)
+    scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
+    scores = _score(scorer, [""], task, sets, f"evaluate {name}")
+    return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
+
+
+def check_trained_for(task: Task, folder: Path) -> None:
+    """Raise MismatchError where a student was trained for another template or other verbalisers than the task's."""
     provenance = read_json(folder / "provenance.json")
     trained = {"template": provenance["template"], "verbalisers": {k: v["text"] for k, v in provenance["verbalisers"].items()}}
     for key, value in {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}.items():
         if trained[key] != value:
             raise MismatchError(f"{folder}: trained with {key} {trained[key]!r}, params.yaml has {value!r}; run `dvc repro`.")
-    scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
-    scores = _score(scorer, [""], task, sets, f"evaluate {name}")
-    return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
 
 
 def predict_baseline(

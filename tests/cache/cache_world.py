@@ -61,7 +61,7 @@ class Workspace:
     def write_transfer(self, count: int) -> None:
         texts = [f"text number {number} " + "good " * (number % 7) for number in range(count)]
         rows = [
-            {"example_id": example_id({"text": text}), "label": None, "source": "s", "line": n, "text": text}
+            {"example_id": example_id({"text": text}), "label": None, "completion": None, "source": "s", "line": n, "text": text}
             for n, text in enumerate(texts, 1)
         ]
         write_table(pa.Table.from_pylist(rows, examples(("text",))), self.transfer)
