@@ -136,7 +136,7 @@ def row_faults(rows: pa.Table, manifest: dict[str, Any]) -> list[str]:
     }
     per_position = [name for name in SCORES.names[SCORES.names.index("topk_ids") :] if name != "log_z"]
     faults = []
-    for name, length in expected.items() | dict.fromkeys(per_position, positions).items():
+    for name, length in (expected | dict.fromkeys(per_position, positions)).items():
         if wrong := int((_lengths(rows, name) != length).sum()):
             faults.append(f"{wrong:,} rows have lists of another length in {name} than their answer positions")
     if faults:

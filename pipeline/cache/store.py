@@ -105,7 +105,7 @@ class Store:
             write_json({"seconds": round(seconds, 4)}, self._time_of(part.stem))
         self._add(write_sealed(rows, self.folder, part.stem), part.keys)
         for damaged in self._damaged.pop(part.stem, []):
-            damaged.unlink(missing_ok=True)
+            _discard(damaged)
 
     def adopt(self, shard: Path, sha256: str) -> bool:
         """Take in a shard of a cache of this fingerprint, as it is, where a row of it is lacking. The lock is held. True: it was."""
@@ -222,7 +222,11 @@ class Store:
                 file.replace(file.with_name(file.name + SET_ASIDE))
         self._damaged = {}
         for file in sorted(self.folder.glob(f"*{SET_ASIDE}")):
-            self._damaged.setdefault(sealed_stem(file.with_suffix("")), []).append(file)
+            stem = sealed_stem(file.with_suffix(""))
+            if (self._index.find(self._planned(stem))[:, 0] < 0).any():
+                self._damaged.setdefault(stem, []).append(file)
+            else:
+                _discard(file)  # its rows are here again, or nothing says which they were
 
     def _add(self, file: Path, keys: Sequence[Key]) -> None:
         self._index.add(len(self._files), keys)
@@ -237,3 +241,10 @@ def _read_plan(plan: Path) -> list[tuple[Key, ...]]:
     for number, context, example in zip(table["part"], *(table[name] for name in KEY), strict=True):
         parts.setdefault(number, []).append((context, example))
     return [tuple(parts[number]) for number in sorted(parts)]
+
+
+def _discard(damaged: Path) -> None:
+    if damaged.is_dir():  # what a damaged file system may have made of a file
+        shutil.rmtree(damaged)
+    else:
+        damaged.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ class Scorer:
         use_machine(threads)
         self.device = default_device()
         self.dtype = fast_dtype(self.device) if dtype == "auto" else dtype
-        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, cache, self.dtype)
+        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, cache, self.dtype, work / "hashes")
         self.store = Store(work, self.fingerprint)
         self._choice: EngineChoice | None = None
         self._generator: Generator | None = None
