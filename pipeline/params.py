@@ -54,7 +54,7 @@ class Frozen(BaseModel):
 class FormParams(Frozen):
     """A JSON object that an answer has to be: what counts as well formed, and what is compared."""
 
-    keys: dict[str, tuple[str, ...]] = Field(min_length=1, strict=False)
+    keys: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(min_length=1)
     """Each key the object has → the values it may take; none listed: any text that is not empty."""
     label: str | None = None
     """The key whose value is compared with the gold label of an evaluation set."""
