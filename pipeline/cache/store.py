@@ -121,6 +121,9 @@ class Store:
     def seconds(self, request: Request) -> tuple[float, int]:
         """The seconds that scoring the rows of a request took, whenever that was, and how many of the rows these seconds cover."""
         contexts, examples = set(request.contexts), set(request.examples)
+        if not self._files:
+            with self.lock():
+                pass
         total, covered = 0.0, 0
         for file in self._files:
             time = self._time_of(sealed_stem(file))

@@ -93,6 +93,8 @@ def _cost(method: str, metrics: Path, missing: list[str]) -> Json | None:
     if cost["measured"]["subject"] != evaluated.get("subject"):
         missing.append(f"{file}: measured on another model or other prompts than those of the predictions")
         return None
+    if cost.get("throughput") is None:
+        missing.append(f"{file}: no throughput in it, so nothing can be said of batches; the method's evaluation measures it")
     return cost
 
 

@@ -62,9 +62,9 @@ def _limits(document: Json, inputs: Inputs, student: str) -> list[str]:
     if weak := weakest(inputs.detail, student):
         part = f"{weak['dimension']} “{weak['slice']}”, {DOMAIN_TITLE[weak['domain']].lower()}"
         lines.append(f"Its weakest slice is {part}: {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')}.")
-    for entry in inputs.risks.get(student, {}).get("swaps", []):
-        if entry["with_swap"]:
-            lines.append(f"Swapping {entry['what']} flipped {entry['flips']:,} of {entry['with_swap']:,} answers.")
+    if asked := [entry for entry in inputs.risks.get(student, {}).get("swaps", []) if entry["asked"]]:
+        worst = max(asked, key=lambda entry: entry["flips"] / entry["asked"])
+        lines.append(f"A swap that should not matter ({worst['what']}) flipped {worst['flips']:,} of {worst['asked']:,} answers.")
     return lines
 
 

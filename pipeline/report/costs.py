@@ -64,20 +64,27 @@ def break_even(inputs: Inputs) -> Table | None:
     """Seconds spent on each student and the number of predictions that win them back; None where nobody has counted them."""
     rows = []
     for name, entry in ((inputs.break_even or {}).get("students") or {}).items():
-        capture = sum((entry.get("capture_seconds") or {}).values())
+        parts = [seconds for key in ("capture_seconds", "tuning_seconds") for seconds in (entry.get(key) or {}).values()]
+        teachers = None if None in parts else float(sum(parts))
         alone, batched = (entry.get(key) or {} for key in ("one_by_one", "batched"))
         rows.append(
             [
-                Cell(name, "; ".join(entry.get("missing") or []), code=True),
-                Cell(quantity(float(capture))),
+                Cell(name, code=True),
+                Cell(quantity(teachers)),
                 Cell(quantity(as_float(entry.get("training_seconds")))),
                 *(_won(part) for part in (alone, batched)),
             ]
         )
-    columns = ["Student", "teacher’s scoring, s", "training, s", "predictions one by one", "predictions in batches"]
+    columns = ["Student", "teachers’ tuning and scoring, s", "training, s", "predictions one by one", "predictions in batches"]
     reference = (inputs.break_even or {}).get("reference")
     caption = f"After how many predictions a student has won back the time spent on it, against prompting {reference} each time."
     return Table("break-even", caption, columns, [Rows("", rows)]) if rows else None
+
+
+def lacking(inputs: Inputs) -> list[str]:
+    """What break-even could not be counted from, with the commands that make it, each once."""
+    students = ((inputs.break_even or {}).get("students") or {}).values()
+    return list(dict.fromkeys(line for entry in students for line in entry.get("missing") or []))
 
 
 def _won(part: Json) -> Cell:

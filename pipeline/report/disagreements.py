@@ -1,4 +1,5 @@
-"""Examples in which a student and the reference part: the text, both answers, how the single contexts voted, and which words spoke for it.
+"""Examples in which a student and the reference part: the text, both answers, how the single contexts voted, and,
+for a few more, which words spoke for the answer.
 
 Chosen, not drawn: of each evaluation set the surest disagreement in which the student is right and the surest in which it is wrong, so that
 a reader sees both kinds. Votes are the answers of a baseline that was scored for each context on its own.
@@ -15,6 +16,8 @@ from pipeline.report.describe import percent
 
 LONGEST_TEXT = 320
 STRONGEST_WORDS = 4
+ATTRIBUTIONS = 4
+"""Texts shown with their words' weights; the others are in `metrics/risk/`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,6 @@ class Disagreement:
     student: str
     reference: str
     votes: str
-    words: str
     student_is_right: bool
 
 
@@ -39,7 +41,6 @@ def disagreements(inputs: Inputs, student: str, reference: str) -> list[Disagree
     )
     baseline = voters(inputs, reference)
     votes = {} if baseline is None else _votes(inputs, baseline)
-    words = _words(inputs.risks.get(student, {}))
     found = []
     for name, texts in inputs.texts.items():
         for right in (True, False):
@@ -56,7 +57,6 @@ def disagreements(inputs: Inputs, student: str, reference: str) -> list[Disagree
                         student=f"{row['predicted']}, {percent(row['p'], 0)} %",
                         reference=f"{row['predicted_reference']}, {percent(row['p_reference'], 0)} %",
                         votes=_told(votes.get(key, Counter())),
-                        words=words.get(key, ""),
                         student_is_right=right,
                     )
                 )
@@ -79,7 +79,7 @@ def voters(inputs: Inputs, reference: str) -> str | None:
 def attributions(risk: Json) -> list[dict[str, Any]]:
     """Sampled disagreements with the weight of each word: pieces of the text as (text, class, weight), and who answered what."""
     found = []
-    for entry in risk.get("attributions", []):
+    for entry in risk.get("attributions", [])[:ATTRIBUTIONS]:
         found.append(
             {
                 "where": entry["set"],
@@ -116,14 +116,10 @@ def _told(votes: Counter[str]) -> str:
     return ", ".join(f"{label} {count}" for label, count in sorted(votes.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _words(risk: Json) -> dict[tuple[str, str], str]:
-    return {(entry["set"], entry["example_id"]): _strongest(entry["words"]) for entry in risk.get("attributions", [])}
-
-
 def _strongest(words: list[Json]) -> str:
     """The words that weigh most, either way: “dull” +1.20, “warm” −0.31."""
     top = sorted(words, key=lambda word: -abs(word["weight"]))[:STRONGEST_WORDS]
-    return ", ".join(f"“{word['word']}” {word['weight']:+.2f}".replace("-", "−") for word in top)
+    return ", ".join(f"“{word['word']}” " + f"{word['weight']:+.2f}".replace("-", "−") for word in top)
 
 
 def _pieces(field: str, text: str, words: list[Json]) -> list[tuple[str, str]]:

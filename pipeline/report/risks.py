@@ -20,8 +20,9 @@ def swaps(risks: dict[str, Json], students: Sequence[str]) -> Table | None:
             interval = entry.get("ci95")
             rows.append(
                 [
-                    Cell(entry["name"].replace("_", " "), entry["what"]),
+                    Cell(_title(entry["name"]), entry["what"]),
                     Cell(f"{entry['with_swap']:,}", f"of {entry['texts']:,}"),
+                    Cell(f"{entry['asked']:,}"),
                     Cell(f"{entry['flips']:,}"),
                     Cell(percent(entry.get("flip_rate")), span(interval) if interval else ""),
                     Cell(percent(entry.get("mean_shift"))),
@@ -30,8 +31,8 @@ def swaps(risks: dict[str, Json], students: Sequence[str]) -> Table | None:
             )
         if rows:
             bodies.append(Rows(student, rows))
-    columns = ["Swap", "texts with one", "answers flipped", "flipped, %", "mean shift, points", "largest shift, points"]
-    caption = "Swaps that should not matter. A shift is the change in the probability of the answer given before."
+    columns = ["Swap", "texts with one", "asked again", "answers flipped", "flipped, %", "mean shift, points", "largest shift, points"]
+    caption = "A shift is the change in the probability of the answer given before; the interval of the share flipped is exact."
     return Table("swaps", caption, columns, bodies) if bodies else None
 
 
@@ -43,7 +44,7 @@ def flipped(risk: Json) -> list[dict[str, Any]]:
             if example["answer_before"] != example["answer_after"]:
                 found.append(
                     {
-                        "swap": entry["name"].replace("_", " "),
+                        "swap": _title(entry["name"]),
                         "before": " / ".join(example["before"].values()),
                         "after": " / ".join(example["after"].values()),
                         "answers": f"{example['answer_before']} → {example['answer_after']}",
@@ -66,7 +67,7 @@ def gaps(risks: dict[str, Json], students: Sequence[str]) -> Table | None:
                 rows.append(
                     [
                         Cell(entry["dimension"]),
-                        Cell(DOMAIN_TITLE[entry["domain"]].lower()),
+                        Cell("both" if entry["domain"] is None else DOMAIN_TITLE[entry["domain"]].lower()),
                         *cells,
                         Cell(DASH if p is None else "under 0.001" if p < 0.001 else f"{p:.3f}"),
                     ]
@@ -97,6 +98,10 @@ def disagreement(risk: Json) -> Table | None:
     columns = ["Student’s confidence", "examples", "disagrees, %", "student right, %", f"{risk.get('reference')} right, %"]
     caption = f"Disagreement of {risk.get('student')} with {risk.get('reference')} by the student’s confidence."
     return Table("disagreement-by-confidence", caption, columns, bodies) if bodies else None
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _gap(side: Json | None) -> Cell:

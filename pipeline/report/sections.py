@@ -85,6 +85,7 @@ def cost(view: View) -> Section:
         context_charts=tradeoffs.context_charts(measured, top, inputs.cost.get(top or "", {})),
         by_demonstrations=costs.by_demonstrations(inputs, reference),
         break_even=costs.break_even(inputs),
+        lacking=costs.lacking(inputs),
         reference=reference,
         student=top,
     )

@@ -210,6 +210,15 @@ def test_what_is_missing_is_named_and_nothing_is_guessed(params, tmp_path, chang
     assert found["one_by_one"]["predictions"] is found["batched"]["predictions"] is None
 
 
+def test_without_a_throughput_nothing_is_said_of_batches_and_the_file_is_named(params, tmp_path):
+    write_times(tmp_path, **{"cost/cd": {"measured": {"subject": "cd"}, "latency_ms": 50.0, "throughput": None}})
+    found = break_even("cd", params, tmp_path)
+    assert (found["one_by_one"]["predictions"], found["batched"]["predictions"]) == (100, None)
+    assert [text.split(": ")[1] for text in found["missing"]] == [
+        "no throughput in it, so nothing can be said of batches; the method's evaluation measures it"
+    ]
+
+
 def test_the_time_of_a_tuned_teacher_counts(raw_params, tmp_path):
     raw_params["tunings"] = {"better": {"base": "models/smollm2", "steps": 1, "learning_rate": 1e-4}}
     raw_params["teachers"]["few_shot"]["model"] = "tuned/better"

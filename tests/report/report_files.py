@@ -301,17 +301,34 @@ def risk(params: Params, student: str, reference: str) -> dict[str, Any]:
         {"field": field, "word": "plot", "start": text.index("plot"), "end": text.index("plot") + 4, "weight": 0.1},
         {"field": field, "word": "drags", "start": drags, "end": drags + 5, "weight": -0.75},
     ]
-    swap = {"name": "first_names", "what": "first names by others of the same gender", "texts": 400, "with_swap": 23, "flips": 1}
+    swap = {
+        "name": "first_names",
+        "what": "first names by others of the same gender",
+        "texts": 400,
+        "with_swap": 30,
+        "asked": 23,
+        "flips": 1,
+    }
     swap |= {"flip_rate": 0.0435, "ci95": [0.001, 0.22], "mean_shift": 0.012, "largest_shift": 0.21, "by_set": {}, "examples": [flip]}
-    none = {"name": "contractions", "what": "contractions written out", "texts": 400, "with_swap": 0, "flips": 0, "flip_rate": None}
+    none = {
+        "name": "contractions",
+        "what": "contractions written out",
+        "texts": 400,
+        "with_swap": 0,
+        "asked": 0,
+        "flips": 0,
+        "flip_rate": None,
+    }
     none |= {"ci95": None, "mean_shift": None, "largest_shift": None, "by_set": {}, "examples": []}
     part = {"n": 200, "share": 0.085, "by_student_confidence": bins, "by_reference_confidence": bins}
     return {
         "student": student,
         "reference": reference,
-        "looked_at": dict.fromkeys(params.data.evaluation, 100),
         "swaps": [swap, none],
-        "gaps": [{"dimension": "length", "domain": "out", "set": None, "p_value": 0.03, "student": side, "reference": side}],
+        "gaps": [
+            {"dimension": "domain", "domain": None, "set": None, "p_value": None, "student": side, "reference": side},
+            {"dimension": "length", "domain": "out", "set": None, "p_value": 0.03, "student": side, "reference": side},
+        ],
         "disagreement": [{"domain": "in", **part}, {"domain": "out", **part}],
         "attributions": [
             {"set": name, "example_id": sha256_text(f"{name}/3"), "fields": {field: text}, "label": before, "student": before}

@@ -66,7 +66,7 @@ def test_a_card_names_the_limits_that_were_measured(run: Path) -> None:
     limits = card[card.index("## Limits") : card.index("## Metrics")]
     assert re.search(r"least often right on `\w+`: [\d.]+ %", limits)
     assert "Its weakest slice is length “long”, in domain: 72.0 % of 102 examples." in limits
-    assert "Swapping first names by others of the same gender flipped 1 of 23 answers." in limits
+    assert "A swap that should not matter (first names by others of the same gender) flipped 1 of 23 answers." in limits
     assert "contractions" not in limits
 
 

@@ -189,6 +189,18 @@ def test_what_never_pays_says_so(inputs: Inputs) -> None:
     assert [cell.text for cell in table.bodies[0].rows[0]] == ["cd", "70", "266", "199", "never"]
 
 
+def test_seconds_that_nobody_kept_are_a_dash_and_a_sentence(view: View) -> None:
+    why = "metrics/runtime/teacher-few_shot.json: no such file; `dvc repro -f -s teacher@few_shot` writes it"
+    unknown = {"one_by_one": {"predictions": None, "saved_seconds": 3.3}, "batched": None}
+    entry = {"capture_seconds": {"few_shot": None}, "training_seconds": 265.7, "missing": [why], **unknown}
+    lost = replace(view.inputs, break_even={"reference": "teacher", "students": {"cd": entry, "pbft": entry}})
+    table = costs.break_even(lost)
+    assert table is not None
+    assert [cell.text for cell in table.bodies[0].rows[0]] == ["cd", "–", "266", "–", "–"]
+    body = sections.cost(View(view.document, lost, view.environment)).body
+    assert body.count("<code>dvc repro -f -s teacher@few_shot</code>") == 1
+
+
 def test_only_answers_that_changed_are_shown_as_flipped(inputs: Inputs) -> None:
     (entry,) = risks.flipped(inputs.risks["cd"])
     assert (entry["before"], entry["after"], entry["answers"]) == ("Ann <liked> it", "Eve <liked> it", "negative → positive")

@@ -300,7 +300,7 @@ def test_what_the_capture_took_is_kept_beside_it_and_is_the_same_for_a_run_that_
     files = [world.artifacts / "first.json", world.artifacts / "second.json"]
     for file in files:
         folder = world.artifacts / "scores"
-        capture("few", world.model, contexts, transfer, folder, TASK, 5, "float32", world.work, 1, file)
+        capture("few", world.model, contexts, transfer, folder, TASK, CacheParams(top_k=5), "float32", world.work, 1, file)
     first, second = map(read_json, files)
     rows = read_cache(world.artifacts / "scores").rows
     assert first == second
