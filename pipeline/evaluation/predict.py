@@ -18,6 +18,7 @@ from pipeline.ensemble import Combination, normalised
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import read_json
 from pipeline.hashing import context_id
+from pipeline.models.identity import tokenizer_sha256
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table
 from pipeline.tasks import Task
@@ -42,12 +43,15 @@ def predict_student(name: str, folder: Path, task: Task, sets: Mapping[str, Rows
 
 
 def check_trained_for(task: Task, folder: Path) -> None:
-    """Raise MismatchError where a student was trained for another template or other verbalisers than the task's."""
+    """Raise MismatchError where a student was trained for another template, verbalisers or tokenizer than it is asked with."""
     provenance = read_json(folder / "provenance.json")
     trained = {"template": provenance["template"], "verbalisers": {k: v["text"] for k, v in provenance["verbalisers"].items()}}
     for key, value in {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}.items():
         if trained[key] != value:
             raise MismatchError(f"{folder}: trained with {key} {trained[key]!r}, params.yaml has {value!r}; run `dvc repro`.")
+    if provenance["tokenizer_sha256"] != (found := tokenizer_sha256(folder)):
+        trained_with = provenance["tokenizer_sha256"][:12]
+        raise MismatchError(f"{folder}: trained with tokenizer {trained_with}…, its files are now {found[:12]}…; run `dvc repro`.")
 
 
 def predict_baseline(
