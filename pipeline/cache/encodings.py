@@ -34,7 +34,7 @@ class Encoded:
     """P positions as they are stored; a width is 0 where the encoding has no such part. Natural logarithms."""
 
     topk_ids: Tensor  # [P, K] int32, most probable first
-    topk_logprobs: Tensor  # [P, K] float32; −inf: no entry
+    topk_logprobs: Tensor  # [P, K] float32; -inf: no entry
     sampled_ids: Tensor  # [P, M] int32, rising
     sampled_logprobs: Tensor  # [P, M] float32
     sampled_counts: Tensor  # [P, M] int32; 0: no entry
@@ -63,13 +63,14 @@ def temperatures(params: CacheParams) -> tuple[float, ...]:
 def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states: Tensor | None = None) -> Encoded:
     """Positions as the cache keeps them.
 
-    `logits` [P, V] float32, −inf where an entry is masked; `uniforms` [P] in [0, 1), read where entries are drawn; `hidden_states` [P, D].
+    `logits` [P, V] float32, -inf where an entry is masked; `uniforms` [P] in [0, 1), read where entries are drawn; `hidden_states` [P, D].
     Each position's numbers depend on its own logits alone.
     """
     states = logits.new_zeros(len(logits), 0) if hidden_states is None else hidden_states
     size = max(1, ENTRIES_AT_ONCE // logits.shape[-1])
     starts = range(0, len(logits), size) or [0]
-    return Encoded.concatenate([_encode(*(x[start : start + size] for x in (logits, uniforms, states)), params) for start in starts])
+    parts = [slice(start, start + size) for start in starts]
+    return Encoded.concatenate([_encode(logits[part], uniforms[part], states[part], params) for part in parts])
 
 
 def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: CacheParams) -> Encoded:
