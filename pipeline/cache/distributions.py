@@ -73,8 +73,8 @@ def decode(rows: pa.Table | pa.RecordBatch, params: CacheParams, temperature: fl
     """The distributions of all positions of `rows`, one row's after the other's.
 
     `rows` have the columns of `schema.SCORES` that begin with topk, sampled and full, tail_mass, log_norms, entropies. `params` are what
-    the cache was captured with. Rounded entries are scaled so that they and the tail sum to 1. At another temperature τ than 1, p^(1/τ)/Z with
-    Z from the entries and the stored norm of the others; draws, which were made at 1, are weighted by the ratio of the two probabilities.
+    the cache was captured with. Rounded entries are scaled so that they and the tail sum to 1. At another temperature τ than 1, p^(1/τ)/Z
+    with Z from the entries and the stored norm of the others; draws, made at 1, are weighted by the ratio of the two probabilities.
     Raises UsageError where the cache cannot be read at `temperature`.
     """
     known = temperatures(params)
@@ -139,8 +139,8 @@ def check_retained(distributions: Distributions, params: CacheParams, temperatur
     kept = {"sampled": f"{params.samples} draws", "hybrid": f"top {params.top_k} and {params.samples} draws"}
     raise UsageError(
         f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass in the mean over {len(distributions)} "
-        f"positions ({kept.get(params.encoding, f'top {params.top_k}')}), and {least:.0%} is the least: lower the student's `temperature`, or raise "
-        "teachers.*.cache.top_k or .samples, or take encoding `full`."
+        f"positions ({kept.get(params.encoding, f'top {params.top_k}')}), and {least:.0%} is the least: lower the student's `temperature`, "
+        "or raise teachers.*.cache.top_k or .samples, or take encoding `full`."
     )
 
 
