@@ -11,6 +11,7 @@ from pipeline.commands.init import init
 from pipeline.commands.monitor import monitor
 from pipeline.commands.predict import predict
 from pipeline.commands.serve import serve
+from pipeline.commands.verify import verify
 from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
 from pipeline.params import load_params
@@ -60,6 +61,7 @@ commands.command()(monitor)
 commands.command()(doctor)
 commands.command()(export)
 commands.command()(init)
+commands.command()(verify)
 
 
 def app() -> None:

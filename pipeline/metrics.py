@@ -41,7 +41,7 @@ def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: i
     Raises CorruptError naming rows whose probabilities are no distribution or whose labels are unknown, and contexts that were not scored
     on the same examples.
     """
-    return {name: evaluate_set(frame, labels, where=name, resamples=resamples, seed=seed) for name, frame in _frames(table, labels).items()}
+    return {name: evaluate_set(frame, labels, where=name, resamples=resamples, seed=seed) for name, frame in frames(table, labels).items()}
 
 
 def evaluate_set(frame: pl.DataFrame, labels: Sequence[str], *, where: str, resamples: int, seed: int) -> dict[str, Any]:
@@ -64,6 +64,21 @@ def evaluate_set(frame: pl.DataFrame, labels: Sequence[str], *, where: str, resa
         accuracies = [metrics["accuracy"] for metrics in each]
         result["contexts"] = {"mean": mean["accuracy"], "worst": min(accuracies), "best": max(accuracies), "each": accuracies}
     return rounded(result)
+
+
+def summary(sets: Mapping[str, Mapping[str, Any]], domains: Mapping[str, str]) -> dict[str, float]:
+    """A method in one flat row, for `dvc metrics` and `dvc exp`: `sets` as of `evaluate_predictions`, `domains` their "in" or "out".
+
+    `accuracy_in` and `accuracy_out` (where there are such sets), `accuracy_lowest` (of a set), and `ece` and `log_loss` over all sets;
+    means are unweighted over sets.
+    """
+    row = {}
+    for domain in ("in", "out"):
+        if members := [found for name, found in sets.items() if domains[name] == domain]:
+            row[f"accuracy_{domain}"] = float(np.mean([found["accuracy"] for found in members]))
+    row["accuracy_lowest"] = min(found["accuracy"] for found in sets.values())
+    row |= {key: float(np.mean([found[key] for found in sets.values()])) for key in ("ece", "log_loss")}
+    return rounded(row)
 
 
 def agreement(table: pa.Table, reference: pa.Table) -> dict[str, float]:
@@ -164,10 +179,15 @@ def mean_interval(samples: Sequence[Floats], *, resamples: int, seed: int, lowes
 
 def expected_calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int = ECE_BINS) -> float:
     """ECE over equal-width bins (lo, hi] of the confidence (Guo et al. 2017, 1706.04599, eq. 5). Both arrays: (examples,)."""
-    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    bin_of = confidence_bins(confidence, bins)
     count = np.bincount(bin_of, minlength=bins)
     gap = np.bincount(bin_of, weights=correct.astype(np.float64), minlength=bins) - np.bincount(bin_of, weights=confidence, minlength=bins)
     return float(np.abs(gap).sum() / count.sum())
+
+
+def confidence_bins(confidence: Floats, bins: int = ECE_BINS) -> Ints:
+    """The bin, from 0, of each confidence: bin b is (b / bins, (b + 1) / bins], and 0 belongs to the first. Both arrays: (examples,)."""
+    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def rounded(value: Any) -> Any:
@@ -232,7 +252,7 @@ def _refuse(frame: pl.DataFrame, wrong: Mapping[int, str], where: str) -> None:
     raise CorruptError(f"predictions for set {where!r}: {named}{more}. Run the method's `evaluate` stage again.")
 
 
-def _frames(table: pa.Table, labels: Sequence[str]) -> dict[str, pl.DataFrame]:
+def frames(table: pa.Table, labels: Sequence[str]) -> dict[str, pl.DataFrame]:
     """The table's rows for each evaluation set, in order of first appearance; labels are checked."""
     frame = _from_arrow(table)
     for column in ("label", "predicted"):

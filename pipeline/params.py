@@ -24,6 +24,7 @@ DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
 MONITOR_TESTS = 6
 """Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
 RESERVED_FIELDS = frozenset({"example_id", "label", "completion", "source", "line"})
+RESERVED_SLICES = frozenset({"domain", "label", "length"})
 
 
 def _slug(name: str) -> str:
@@ -73,6 +74,8 @@ class CompletionParams(Frozen):
     max_tokens: PositiveInt = 64
     stop: tuple[str, ...] = Field(default=("\n",), min_length=1, strict=False)
     """An answer ends with the token that completes one of these texts; the token belongs to it."""
+    lead: str = " "
+    """What stands between the query and a given answer, in demonstrations too."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Of the teacher's sampling; 0 takes the most probable token."""
     seed: int = 0
@@ -213,11 +216,15 @@ class SourceParams(Frozen):
     """None for a file without labels."""
     completion: str | None = None
     """Column of the answers, where a task's answers are free text and given."""
+    slices: dict[Name, str] = {}
+    """Slice name → column: evaluation results are also given for each value of these columns, beside domain, label and length."""
 
     @model_validator(mode="after")
     def _columns_have_a_use(self) -> Self:
         if self.columns is not None and self.format not in {"csv", "tsv"}:
             raise ValueError(f"`columns` is for a csv or tsv file without a header line, and format is {self.format!r}; leave it out")
+        if taken := RESERVED_SLICES.intersection(self.slices):
+            raise ValueError(f"slices: every evaluation has a slice {choices(taken)} of its own; choose another name")
         return self
 
 
@@ -421,6 +428,10 @@ class EvaluationParams(Frozen):
     seed: int = 0
     cost_examples: PositiveInt = 8
     """Examples timed one by one for the cost table."""
+    cost_demonstrations: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 4, 8, 16, 32), strict=False)
+    """Numbers of demonstrations at which a baseline's models are timed and their memory measured, against the student's none."""
+    risk_examples: PositiveInt = 40
+    """Examples of each evaluation set that `check` puts to a student again for each kind of swap."""
 
 
 class RuntimeParams(Frozen):
@@ -486,8 +497,17 @@ class Params(Frozen):
         roles |= {f"evaluation.{name}": entry for name, entry in evaluation.items()}
         for role, entry in roles.items():
             _known(f"data.{role}.source", entry.source, sources)
+            if self.task.completion is not None and not self.task.labels:
+                continue
             if role != "transfer" and sources[entry.source].label is None:
                 raise ValueError(f"data.{role}: source {entry.source!r} has no labels (`label: null`), and this role needs them")
+        completion = self.task.completion
+        if completion is not None:
+            needs = {"transfer"} if completion.source == "given" else set()
+            needs |= {"demonstrations"} if any(context.demonstrations for context in self.contexts.values()) else set()
+            for role in sorted(needs):
+                if sources[roles[role].source].completion is None:
+                    raise ValueError(f"data.sources.{roles[role].source}.completion: not set, and data.{role} takes its answers from it")
         folders = {f"models/{n}" for n in self.models} | {f"tuned/{n}" for n in self.tunings} | {f"students/{n}" for n in self.students}
         for name, context in self.contexts.items():
             # Contexts are made before anything is trained, so only fetched models can count their tokens.
@@ -511,7 +531,7 @@ class Params(Frozen):
             _known(f"students.{name}.base", student.base, folders)
             _known(f"students.{name}.learn_from", student.learn_from, learnable)
         for name, baseline in self.baselines.items():
-            free = self.task.completion is not None
+            free = completion is not None
             prompts = {f"scores/{n}" for n in self.teachers} | folders if free else {f"targets/{n}" for n in self.targets}
             _known(f"baselines.{name}.prompts", baseline.prompts, prompts)
             if free:
@@ -526,7 +546,7 @@ class Params(Frozen):
                     "give each teacher a target set and a baseline of its own"
                 )
         _known("evaluation.reference", self.evaluation.reference, self.baselines)
-        if self.baselines[self.evaluation.reference].contexts == "each" and self.task.completion is None:
+        if self.baselines[self.evaluation.reference].contexts == "each" and completion is None:
             raise ValueError(
                 f"evaluation.reference: {self.evaluation.reference!r} answers once for each context, so agreement with it is not "
                 "defined; choose a baseline with `contexts: ensemble`"
@@ -540,8 +560,8 @@ class Params(Frozen):
             produced = set() if label is None else {v for v in (label.values or {}).values() if v}
             if label is not None and label.threshold is not None:
                 produced = {label.positive, label.negative}
-            if (unknown := produced - set(self.task.labels)) and (self.task.labels or self.task.completion is None):
-                where = "task.verbalisers" if self.task.completion is None else f"task.completion.form.keys.{self.task.completion.form}"
+            if (unknown := produced - set(self.task.labels)) and (self.task.labels or completion is None):
+                where = "task.verbalisers" if completion is None else "task.completion.form"
                 raise ValueError(
                     f"data.sources.{name}.label: {choices(unknown)} has no verbaliser; {where} has {choices(self.task.labels)}"
                 )

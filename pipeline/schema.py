@@ -15,15 +15,24 @@ from pipeline.files import replacing
 SCHEMA_VERSION = 2
 
 
-def examples(fields: Sequence[str]) -> pa.Schema:
-    """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each."""
+SLICE = "slice."
+"""Begins the name of a slice's column; no field's does, since a field is an identifier."""
+
+
+def examples(fields: Sequence[str], slices: Sequence[str] = ()) -> pa.Schema:
+    """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each.
+
+    An evaluation set also has the `slices` that its source names, null where a row does not say.
+    """
     return pa.schema(
         [
-            pa.field("example_id", pa.string(), nullable=False),  # sha256 of the input fields
+            pa.field("example_id", pa.string(), nullable=False),  # sha256 of the input fields, and of a given answer
             pa.field("label", pa.string()),  # null in the transfer set: its gold labels never leave the raw data
+            pa.field("completion", pa.string()),  # a given answer in free text; null where the data have none
             pa.field("source", pa.string(), nullable=False),  # name in data.sources
             pa.field("line", pa.int64(), nullable=False),  # 1-based line (row, for Parquet) in the source file
             *(pa.field(name, pa.string(), nullable=False) for name in fields),
+            *(pa.field(SLICE + name, pa.string()) for name in slices),
         ]
     )
 
@@ -80,6 +89,18 @@ PREDICTIONS = pa.schema(
         pa.field("label", pa.string(), nullable=False),  # gold
         pa.field("predicted", pa.string(), nullable=False),
         pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the labels, in the task's order
+    ]
+)
+
+
+ANSWERS = pa.schema(
+    [
+        pa.field("set", pa.string(), nullable=False),  # evaluation set
+        pa.field("context_id", pa.string(), nullable=False),  # "" for a prompt without a context
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("label", pa.string()),  # gold, where the set has labels
+        pa.field("answer", pa.string(), nullable=False),  # free text
+        pa.field("tokens", pa.int32(), nullable=False),  # of the answer
     ]
 )
 

@@ -27,15 +27,22 @@ class Task:
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """The labels, in the order of the params; every probability vector follows it."""
-        return tuple(self.params.verbalisers)
+        return self.params.labels
+
+    @property
+    def answers_are_given(self) -> bool:
+        """Whether answers are free text that stands in the data."""
+        return self.params.completion is not None and self.params.completion.source == "given"
 
     def query(self, fields: Mapping[str, str]) -> str:
         """The text of an input, up to the answer position."""
         return self.params.template.format_map(fields)
 
-    def demonstration(self, fields: Mapping[str, str], label: str) -> str:
-        """The text of a labelled example inside a context."""
-        return self.query(fields) + self.params.verbalisers[label] + self.params.separator
+    def demonstration(self, fields: Mapping[str, str], answer: str) -> str:
+        """The text of an example inside a context: its input and its label, or its answer in free text."""
+        completion = self.params.completion
+        text = self.params.verbalisers[answer] if completion is None else completion.lead + answer
+        return self.query(fields) + text + self.params.separator
 
     def context(self, demonstrations: Sequence[tuple[Mapping[str, str], str]], instruction: str = "") -> str:
         """An instruction, then the demonstrations in their order. Empty for a zero-shot prompt."""
@@ -57,7 +64,32 @@ class TaskTokens:
         special = tokenizer("").input_ids if tokenizer.bos_token_id is not None else []
         self.bos: list[int] = [i for i in special if i == tokenizer.bos_token_id][:1]
         self.completions: list[list[int]] = [self._completion(text) for text in task.params.verbalisers.values()]
+        """Token ids of each label's verbaliser; none where answers are free text."""
         self._check_completions()
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer there may be."""
+        if self.task.params.completion is not None:
+            return self.task.params.completion.max_tokens
+        return max(map(len, self.completions))
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Ids of given answers where they stand after a query, each ending with the text that ends an answer.
+
+        Raises UsageError where one is longer than `task.completion.max_tokens`: it would be cut.
+        """
+        completion = self.task.params.completion
+        assert completion is not None
+        ends = [answer if any(stop in answer for stop in completion.stop) else answer + completion.stop[0] for answer in answers]
+        ids = self.query_ids([completion.lead + answer for answer in ends])
+        longest = max(range(len(ids)), key=lambda number: len(ids[number]), default=None)
+        if longest is not None and len(ids[longest]) > completion.max_tokens:
+            raise UsageError(
+                f"task.completion.max_tokens: {completion.max_tokens}, and an answer has {len(ids[longest])} tokens "
+                f"({answers[longest][:80]!r}…); raise it, or shorten the answers."
+            )
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids

@@ -8,7 +8,7 @@ from stages._command import run
 
 
 def main() -> None:
-    """Write report/index.html, report/metrics.json and report/cards/."""
+    """Write report/index.html, report/metrics.json and a model card in each student's folder."""
     build_report(load_params(), Path())
 
 

@@ -25,6 +25,7 @@ def main(name: str) -> None:
         teacher.dtype,
         work_folder(),
         params.runtime.threads,
+        Path("metrics") / "runtime" / f"teacher-{name}.json",
     )
 
 

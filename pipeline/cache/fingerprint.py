@@ -56,11 +56,11 @@ class Fingerprint(BaseModel):
             raise MismatchError(f"{where} was not made by this run's teacher, tokenizer, template or settings:\n{lines}\nRun `dvc repro`.")
 
 
-def fingerprint_of(model_folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str) -> Fingerprint:
-    """The fingerprint of scores that a model folder gives for a task."""
+def fingerprint_of(model_folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str, remembered: Path | None = None) -> Fingerprint:
+    """The fingerprint of scores that a model folder gives for a task; hashes of large files may be `remembered` in a folder."""
     task = tokens.task
     return Fingerprint(
-        weights=weights_sha256(model_folder),
+        weights=weights_sha256(model_folder, remembered),
         tokenizer=tokenizer_sha256(model_folder),
         template=task.params.template,
         verbalisers=dict(task.params.verbalisers),

@@ -1,9 +1,14 @@
 """The score cache as an artifact: Parquet shards and a manifest that says what they are and what their bytes must be.
 
-The manifest is written last, so its presence means done. Reading checks every shard's hash and row count, and the fingerprint against the
-run's own: a cache is used only where it belongs.
+The manifest is written last, so its presence means done, and carries a hash of itself. Reading checks every shard's hash and row count, and
+the fingerprint against the run's own: a cache is used only where it belongs. Whatever there is of it, memory holds one shard.
 """
 
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +16,16 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.cache.fingerprint import Fingerprint
+from pipeline.cache.rows import MOST_ROWS, read_rows, rows_per_shard, write_rows
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.files import read_json, write_json
-from pipeline.hashing import sha256_file
-from pipeline.schema import SCHEMA_VERSION, SCORES, read_table, write_table
+from pipeline.hashing import sha256_file, sha256_json
+from pipeline.schema import SCHEMA_VERSION, SCORES
 
-ROWS_PER_SHARD = 16_384
+ROWS_PER_SHARD = MOST_ROWS
 MANIFEST = "manifest.json"
+LOCK_SECONDS = 3600
+AGAIN = "run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
 
 
 @dataclass(frozen=True)
@@ -28,56 +36,117 @@ class ScoreCache:
     manifest: dict[str, Any]
 
 
-def write_cache(folder: Path, rows: pa.Table, fingerprint: Fingerprint, about: dict[str, Any]) -> None:
-    """Write shards of `rows` in their order, then the manifest with `about` in it."""
+def write_cache(folder: Path, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
+    """Write shards of the rows of `tables` in their order, then the manifest with `about` in it. Memory holds one shard.
+
+    The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for number, start in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-        path = folder / f"part-{number:05d}.parquet"
-        shard = rows.slice(start, ROWS_PER_SHARD)
-        write_table(shard, path)
-        shards.append({"file": path.name, "rows": len(shard), "sha256": sha256_file(path), "bytes": path.stat().st_size})
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": fingerprint.model_dump(),
-        "fingerprint_sha256": fingerprint.sha256,
-        **about,
-        "shards": shards,
-        "totals": {"rows": len(rows), "bytes": sum(shard["bytes"] for shard in shards)},
-    }
-    write_json(manifest, folder / MANIFEST)
+    with _one_writer(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
+        shards: list[dict[str, Any]] = []
+        for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
+            path = folder / f"part-{number:05d}.parquet"
+            write_rows(rows, path)
+            shards.append({"file": path.name, "rows": len(rows), "sha256": sha256_file(path), "bytes": path.stat().st_size})
+        for other in set(folder.glob("part-*.parquet")) - {folder / shard["file"] for shard in shards}:
+            other.unlink()
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint.model_dump(),
+            "fingerprint_sha256": fingerprint.sha256,
+            **about,
+            "shards": shards,
+            "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
+        }
+        write_json(manifest | {"manifest_sha256": sha256_json(manifest)}, folder / MANIFEST)
+
+
+def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    held = SCORES.empty_table()
+    for table in tables:
+        held = pa.concat_tables([held, table.cast(SCORES)])
+        while len(held) >= size:
+            yield held.slice(0, size)
+            held = held.slice(size)
+    if len(held):
+        yield held
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder itself: a lock file in it would become part of the artifact. DVC may have put another folder in its place."""
+    for _ in range(LOCK_SECONDS * 10):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(handle).st_ino == folder.stat().st_ino:
+                    yield
+                    return
+        finally:
+            os.close(handle)
+        time.sleep(0.1)
+    raise ShotlessError(f"{folder}: another run has been writing it for {LOCK_SECONDS} s; wait for it, or end it and run again.")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache.
 
-    Raises ShotlessError where it is missing: the capture did not end.
+    Raises ShotlessError where it is missing: the capture did not end. Raises CorruptError where it is not what was written.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise ShotlessError(f"{path}: missing, so this capture did not end; `dvc repro` goes on with it.")
-    manifest = read_json(path)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        found = manifest.get("schema_version")
+    try:
+        manifest = read_json(path)
+    except ValueError as error:
+        raise CorruptError(f"{path}: not valid JSON ({error}); {AGAIN}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
         raise CorruptError(f"{path}: schema version {found}, this version reads {SCHEMA_VERSION}; run `dvc repro`.")
+    written = manifest.pop("manifest_sha256", None)
+    if (found := sha256_json(manifest)) != written:
+        raise CorruptError(f"{path}: its contents have sha256 {found}, and were written with {written}; {AGAIN}")
     return manifest
 
 
-def read_cache(folder: Path) -> ScoreCache:
-    """All rows of a cache, after checking that every shard is the one its manifest names.
+def shard_fault(folder: Path, shard: Mapping[str, Any]) -> str | None:
+    """What is wrong with the bytes of a shard that a manifest names; None where nothing is."""
+    path = folder / shard["file"]
+    if not path.is_file():
+        return f"{path}: the manifest names this shard, and it is missing"
+    try:
+        size, found = path.stat().st_size, sha256_file(path)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror or error}"
+    if found == shard["sha256"]:
+        return None
+    length = "" if size == shard["bytes"] else f" and {size:,} bytes are not {shard['bytes']:,}"
+    return f"{path}: sha256 {found} is not the manifest's {shard['sha256']}{length}"
+
+
+def read_shard(folder: Path, shard: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a shard, checked against the manifest before it is read.
+
+    Raises CorruptError naming the shard and what is wrong with it.
+    """
+    if fault := shard_fault(folder, shard):
+        raise CorruptError(f"{fault}; {AGAIN}")
+    schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
+    table = read_rows(folder / shard["file"], schema)
+    if len(table) != shard["rows"]:
+        raise CorruptError(f"{folder / shard['file']}: {len(table)} rows, the manifest says {shard['rows']}; {AGAIN}")
+    return table
+
+
+def read_cache(folder: Path, columns: Sequence[str] | None = None) -> ScoreCache:
+    """All rows of a cache, or some columns of them, in memory: for label scores. `CacheReader` reads distributions.
 
     Raises CorruptError naming the shard and what is wrong with it.
     """
     manifest = read_manifest(folder)
-    tables = []
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file():
-            raise CorruptError(f"{path}: the manifest names this shard, and it is missing; run `dvc checkout` or `dvc repro`.")
-        if (found := sha256_file(path)) != shard["sha256"]:
-            raise CorruptError(f"{path}: sha256 {found} is not the manifest's {shard['sha256']}; run `dvc checkout` or `dvc repro`.")
-        table = read_table(path, SCORES)
-        if len(table) != shard["rows"]:
-            raise CorruptError(f"{path}: {len(table)} rows, the manifest says {shard['rows']}; run `dvc repro`.")
-        tables.append(table)
-    return ScoreCache(pa.concat_tables(tables or [SCORES.empty_table()]), manifest)
+    schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
+    return ScoreCache(
+        pa.concat_tables([schema.empty_table(), *(read_shard(folder, shard, columns) for shard in manifest["shards"])]), manifest
+    )

@@ -76,14 +76,15 @@ def build_contexts(
 def _render(task: Task, demonstrations: Sequence[Example], instruction: str) -> str:
     pairs: list[tuple[Mapping[str, str], str]] = []
     for example in demonstrations:
-        assert example.label is not None, "a demonstration has a label"
-        pairs.append((dict(zip(task.fields, example.values, strict=True)), example.label))
+        answer = example.label if task.params.completion is None else example.completion
+        assert answer is not None, "a demonstration has an answer"  # params say so of its source
+        pairs.append((dict(zip(task.fields, example.values, strict=True)), answer))
     return task.context(pairs, instruction)
 
 
 def _distinct(name: str, params: ContextParams, task: Task, demonstrations: Sequence[Example], seed: int) -> list[list[Example]]:
     """The demonstrations of each context, in their order, all contexts distinct."""
-    by_label = [[example for example in demonstrations if example.label == label] for label in task.labels]
+    by_label = [[example for example in demonstrations if example.label == label] for label in task.labels or [None]]
     # Where labels cannot be equal in number, the first labels have one more.
     shares = [params.demonstrations // len(by_label) + (i < params.demonstrations % len(by_label)) for i in range(len(by_label))]
     fixed = [example for own, share in zip(by_label, shares, strict=True) for example in own[:share]]
@@ -120,17 +121,17 @@ def _shuffled(examples: Sequence[Example], key: str) -> list[Example]:
 
 
 def _check_room(name: str, context_tokens: int, measured: Measure, queries: Sequence[str]) -> None:
-    """Raise UsageError where the longest context, query and verbaliser together are longer than the model takes."""
+    """Raise UsageError where the longest context, query and answer together are longer than the model takes."""
     if measured.max_positions is None:
         return
-    answer = max(len(ids) for ids in measured.tokens.completions)
+    answer = measured.tokens.longest_answer
     room = measured.max_positions - context_tokens - answer
     # Only queries that may be too long are tokenised: of a million, none as a rule.
     long = [query for query in queries if len(query.encode()) * (1 / BYTES_PER_TOKEN_AT_LEAST) > room]
     longest = max((len(ids) for ids in measured.tokens.query_ids(long)), default=0)
     if room < 0 or longest > room:
         raise UsageError(
-            f"contexts.{name}: {context_tokens} tokens of context, {longest} of the longest query and {answer} of the longest verbaliser "
+            f"contexts.{name}: {context_tokens} tokens of context, {longest} of the longest query and {answer} of the longest answer "
             f"do not fit the {measured.max_positions} that {measured.folder} takes. Lower `demonstrations`, task.max_chars or "
             "data.demonstrations.max_words, or choose a model with a longer limit."
         )

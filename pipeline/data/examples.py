@@ -25,13 +25,19 @@ BAD_ROWS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One usable row. `values` are the task's fields in its order; `label` is None in a source without labels."""
+    """One usable row. `values` are the task's fields in its order; `label` is None in a source without labels.
+
+    `completion` is its answer in free text, where the source has them.
+    `slices` are the values of the source's slice columns in the params' order, None where the row does not say.
+    """
 
     example_id: str
     label: str | None
     source: str
     line: int
     values: tuple[str, ...]
+    completion: str | None = None
+    slices: tuple[str | None, ...] = ()
 
 
 @dataclass
@@ -70,7 +76,13 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     Raises UsageError where the file lacks a column or has no row. Bad rows are in the result; `check_limit` weighs them.
     """
     columns = [(params.fields or {}).get(field_name, field_name) for field_name in task.fields]
-    asked = columns if params.label is None else [*columns, params.label.column]
+    sliced = list(params.slices.values())
+    asked = [
+        *columns,
+        *sliced,
+        *([] if params.label is None else [params.label.column]),
+        *([] if params.completion is None else [params.completion]),
+    ]
     label_of = None if params.label is None else label_reader(params.label, task)
     result = SourceExamples(name, path.name)
     unseen = set(asked)
@@ -89,18 +101,26 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
             values = tuple(
                 field_text(column, value, task.params.max_chars) for column, value in zip(columns, read.values[: len(columns)], strict=True)
             )
-            label = None if label_of is None else label_of(read.values[-1])
+            past_slices = len(columns) + len(sliced)
+            slices = tuple(_slice(column, value) for column, value in zip(sliced, read.values[len(columns) : past_slices], strict=True))
+            label = None if label_of is None else label_of(read.values[past_slices])
+            answer = None if params.completion is None else field_text(params.completion, read.values[-1], task.params.max_chars)
         except BadValueError as bad:
             result.bad.append(Quarantined(name, path.name, read.line, bad.field_name, bad.reason, shorten(str(bad.value))))
             continue
         if label_of is not None and label is None:
             result.left_out += 1
             continue
-        checked.append(Example(example_id(dict(zip(task.fields, values, strict=True))), label, name, read.line, values))
+        # Answers that are given are part of the input: another answer to the same text is another thing to learn.
+        given = {} if answer is None or not task.answers_are_given else {"completion": answer}
+        key = example_id(dict(zip(task.fields, values, strict=True)) | given)
+        checked.append(Example(key, label, name, read.line, values, answer, slices))
     if result.rows == 0:
         raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
     if params.format == "jsonl" and unseen and len(result.bad) == result.rows and (keys := json_keys(path)):
         raise missing_column(path, min(unseen), keys)
+    if never := unseen.intersection(sliced):
+        raise missing_column(path, min(never), json_keys(path))
     _remove_repeats(checked, result)
     return result
 
@@ -160,7 +180,12 @@ def _number(column: str, value: Any) -> float | None:
     return number
 
 
-def _label_text(column: str, value: Any) -> str:
+def _slice(column: str, value: Any) -> str | None:
+    """The name of a row's slice, written as a label's value is; None for a null, an empty text or a key that is not there."""
+    return None if value is MISSING else _label_text(column, value, "not a slice's name") or None
+
+
+def _label_text(column: str, value: Any, reason: str = "not a label") -> str:
     """A label's value as params.yaml writes it: `true`, `1` and `positive` alike; empty for a null."""
     if value is None:
         return ""
@@ -170,7 +195,7 @@ def _label_text(column: str, value: Any) -> str:
         return str(int(value))
     if isinstance(value, (str, int, float)):
         return str(value).strip()
-    raise BadValueError(column, "not a label", value)
+    raise BadValueError(column, reason, value)
 
 
 def _remove_repeats(checked: list[Example], result: SourceExamples) -> None:

@@ -21,8 +21,8 @@ from pipeline.data.roles import Roles, assign
 from pipeline.errors import CorruptError, ShotlessError, UsageError
 from pipeline.files import read_json, write_json
 from pipeline.params import DataParams, Params
+from pipeline.schema import SLICE, read_table, write_table
 from pipeline.schema import examples as examples_schema
-from pipeline.schema import read_table, write_table
 from pipeline.tasks import Task
 
 
@@ -44,7 +44,8 @@ def prepare(params: Params, artifacts: Path, metrics: Path) -> None:
 
     roles = assign(params.data, task.labels, sources)
     write_quarantine([*set_aside, *roles.quarantined], quarantine)
-    _write_roles(roles, task, data)
+    slices = {name: list(params.data.sources[entry.source].slices) for name, entry in params.data.evaluation.items()}
+    _write_roles(roles, task, data, slices)
     leaks = _leaks_left(data, task, params.data)
     queries = [task.query(dict(zip(task.fields, e.values, strict=True))) for e in _queried(roles)]
     context_counts: dict[str, Any] = {}
@@ -89,22 +90,24 @@ def _queried(roles: Roles) -> list[Example]:
     return [*roles.transfer, *(example for examples in roles.evaluation.values() for example in examples)]
 
 
-def _write_roles(roles: Roles, task: Task, data: Path) -> None:
+def _write_roles(roles: Roles, task: Task, data: Path, slices: Mapping[str, Sequence[str]]) -> None:
     write_table(_table(roles.demonstrations, task), data / "demonstrations.parquet")
     write_table(_table(roles.transfer, task, with_labels=False), data / "transfer.parquet")
     for name, examples in roles.evaluation.items():
-        write_table(_table(examples, task), data / "evaluation" / f"{name}.parquet")
+        write_table(_table(examples, task, slices=slices[name]), data / "evaluation" / f"{name}.parquet")
 
 
-def _table(examples: Sequence[Example], task: Task, with_labels: bool = True) -> pa.Table:
+def _table(examples: Sequence[Example], task: Task, with_labels: bool = True, slices: Sequence[str] = ()) -> pa.Table:
     columns: dict[str, list[Any]] = {
         "example_id": [e.example_id for e in examples],
         "label": [e.label if with_labels else None for e in examples],
+        "completion": [e.completion for e in examples],
         "source": [e.source for e in examples],
         "line": [e.line for e in examples],
     }
     columns |= {name: [e.values[i] for e in examples] for i, name in enumerate(task.fields)}
-    return pa.table(columns, schema=examples_schema(task.fields))
+    columns |= {SLICE + name: [e.slices[i] for e in examples] for i, name in enumerate(slices)}
+    return pa.table(columns, schema=examples_schema(task.fields, slices))
 
 
 def _leaks_left(data: Path, task: Task, params: DataParams) -> int:

@@ -139,10 +139,10 @@ def _smallest(examples: Sequence[Example], count: int | None, seed: int, role: s
 
 
 def _draw_balanced(pool: _Pool, seed: int, labels: Sequence[str], per_label: int | None) -> list[Example]:
-    """`per_label` examples of each label (all there are where None), together in rank order."""
+    """`per_label` examples of each label (all there are where None), together in rank order; of all where there are no labels."""
     drawn: list[Example] = []
-    for label in labels:
-        of_label = [example for example in pool.examples if example.label == label]
+    for label in labels or [None]:
+        of_label = [example for example in pool.examples if label is None or example.label == label]
         wanted = 1 if per_label is None else per_label
         if len(of_label) < wanted:
             raise UsageError(

@@ -5,7 +5,7 @@ name: a model that the packed pass does not reproduce disagrees here, or refuses
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -37,8 +37,9 @@ def choose_engine(
     answers: Completions | None = None,
 ) -> EngineChoice:
     """Probe with `queries` (a few, with their own `answers` where they have some) behind `context` (the longest there is) and choose."""
-    generic = GenericEngine(model, reading, token_budget)
-    expected = generic.score(context, queries, answers)
+    # What is compared is not rounded to the cache's resolution, whose steps may be larger than the tolerance.
+    exact = replace(reading, cache=reading.cache.model_copy(update={"resolution_nats": None}))
+    expected = GenericEngine(model, exact, token_budget).score(context, queries, answers)
     plain_attention = model.config._attn_implementation or "eager"
     tolerance = TOLERANCE_NATS.get(model.dtype, 1e-4)
     refusals = []
@@ -47,20 +48,21 @@ def choose_engine(
         packed = None
         try:
             packed = PackedModel(model, answers_only=answers_only)
-            fast = SharedPrefixEngine(packed, reading, token_budget)
-            difference = largest_difference(expected, fast.score(context, queries, answers))
+            probed = SharedPrefixEngine(packed, exact, token_budget)
+            difference = largest_difference(expected, probed.score(context, queries, answers))
         except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
             # A foreign architecture may fail anywhere inside its own code; the reason is kept, and the generic path still works.
             refusals.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         else:
             if difference <= tolerance:
                 probe = f"{len(queries)} rows under {len(context)} context tokens differ by at most {difference:.1e} nats"
+                fast = SharedPrefixEngine(packed, reading, token_budget)
                 return EngineChoice(fast, f"{what}; {probe} from the plain forward (allowed {tolerance:.0e})")
             refusals.append(f"{what}: differs by {difference:.1e} nats from the plain forward (allowed {tolerance:.0e})")
         if packed is not None:
             packed.detach()
         model.set_attn_implementation(plain_attention)
-    return EngineChoice(generic, "the shared-prefix path was refused: " + "; ".join(refusals))
+    return EngineChoice(GenericEngine(model, reading, token_budget), "the shared-prefix path was refused: " + "; ".join(refusals))
 
 
 def largest_difference(one: Scores, other: Scores) -> float:

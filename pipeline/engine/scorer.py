@@ -4,7 +4,7 @@ The teacher's stage, the baselines and the students' evaluation all ask here. Th
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +15,11 @@ import pyarrow as pa
 
 from pipeline.cache.encodings import columns_of
 from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
-from pipeline.cache.store import Key, Part, Store
+from pipeline.cache.keys import Key, Request
+from pipeline.cache.store import Part, Store
 from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
+from pipeline.engine.generation import Generator
 from pipeline.engine.scores import Engine, Reading, Scores
 from pipeline.errors import UsageError
 from pipeline.files import read_json, write_json
@@ -43,6 +45,17 @@ class Query:
 
     example_id: str
     fields: Mapping[str, str]
+    answer: str | None = None
+    """Its answer in free text, where answers are given."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Token ids of a request's contexts and queries, and of the answers that are given."""
+
+    prefixes: TokenIds
+    ids: TokenIds
+    answers: TokenIds | None
 
 
 class Scorer:
@@ -52,43 +65,65 @@ class Scorer:
         self, model_folder: Path, task: Task, cache: CacheParams, work: Path, threads: int | None = None, dtype: str = "float32"
     ) -> None:
         self.model_folder = model_folder
-        self.tokens = TaskTokens(task, load_tokenizer(model_folder))
+        self.tokenizer = load_tokenizer(model_folder)
+        self.tokens = TaskTokens(task, self.tokenizer)
         self.reading = Reading(self.tokens.completions, cache)
         use_machine(threads)
         self.device = default_device()
         self.dtype = fast_dtype(self.device) if dtype == "auto" else dtype
-        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, cache, self.dtype)
+        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, cache, self.dtype, work / "hashes")
         self.store = Store(work, self.fingerprint)
         self._choice: EngineChoice | None = None
+        self._generator: Generator | None = None
 
-    def score(self, contexts: Sequence[str], queries: Sequence[Query], title: str) -> pa.Table:
-        """Rows for every context (rendered text) and query, contexts outermost, with the columns of `schema.SCORES`.
+    def score(self, contexts: Sequence[str], queries: Sequence[Query], title: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of `tables` as one: for label scores of as many rows as fit in memory."""
+        return pa.concat_tables(list(self.tables(contexts, queries, title, columns)))
 
+    def tables(
+        self, contexts: Sequence[str], queries: Sequence[Query], title: str, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Rows for every context (rendered text) and query, contexts outermost, with the columns of `schema.SCORES` or some of them.
+
+        What is missing is scored at the call; the rows are then read block by block, so that memory holds a block of them at most.
         Raises UsageError where a prompt is longer than the model takes.
         """
         prefixes = {context_id(text): self.tokens.prefix_ids(text) for text in contexts}
         texts = [self.tokens.task.query(query.fields) for query in queries]
-        ids = dict(zip((query.example_id for query in queries), self.tokens.query_ids(texts), strict=True))
+        keys = [query.example_id for query in queries]
+        ids = dict(zip(keys, self.tokens.query_ids(texts), strict=True))
+        answers = None
+        if self.tokens.task.answers_are_given:
+            answers = dict(zip(keys, self.tokens.answer_ids([query.answer or "" for query in queries]), strict=True))
+        asked = _Asked(prefixes, ids, answers)
         self._check_lengths(prefixes, ids)
-        request = [(context, query) for context in prefixes for query in ids]
-
-        def divide(missing: list[Key]) -> list[list[Key]]:
-            return _divide(missing, ids, self._load(prefixes, ids).engine.token_budget)
-
+        request = Request(list(prefixes), list(ids))
         with self.store.lock():
-            parts = self.store.plan(request, divide)
-            rows = sum(len(part.keys) for part in parts)
-            if rows:
-                engine = self._load(prefixes, ids).engine
-                held = len(request) - rows
-                cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
-                tokens, started = 0, time.monotonic()
-                with progress(title, rows, "rows") as meter:
-                    for part in parts:
-                        self.store.write(part, _score_part(engine, part, prefixes, ids))
-                        tokens += sum(len(ids[example]) for _, example in part.keys)
-                        meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
-            return self.store.read(request)
+            self._score_missing(request, asked, title)
+        return self.store.read(request, columns)
+
+    def _score_missing(self, request: Request, asked: _Asked, title: str) -> None:
+        missing = int(self.store.missing(request).sum())
+        if not missing:
+            return
+        engine, ids = self._load(asked).engine, asked.ids
+        held = len(request) - missing
+        cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
+        tokens, started = 0, time.monotonic()
+        with progress(title, missing, "rows") as meter:
+            for part in self.store.parts(request, lambda keys: _divide(keys, ids, engine.token_budget)):
+                began = time.perf_counter()
+                rows = _score_part(engine, part, asked, self._generator)
+                self.store.write(part, rows, time.perf_counter() - began)
+                tokens += sum(len(ids[example]) for _, example in part.keys) + len(rows["completion_ids"].combine_chunks().flatten())
+                meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
+
+    def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
+        """Seconds that scoring these rows took, in this run or an earlier one, and how many of the rows they cover.
+
+        Model work alone: loading the model and choosing the engine are not counted. Rows of a store from before times were kept have none.
+        """
+        return self.store.seconds(Request([context_id(text) for text in contexts], [query.example_id for query in queries]))
 
     @property
     def engine_report(self) -> dict[str, str]:
@@ -97,27 +132,33 @@ class Scorer:
 
     def _check_lengths(self, prefixes: TokenIds, ids: TokenIds) -> None:
         limit = context_limit(self.model_folder)
-        branch = max(len(completion) for completion in self.tokens.completions) - 1
+        branch = self.tokens.longest_answer - 1
         longest = max(ids, key=lambda example: len(ids[example]))
         for context, prefix in prefixes.items():
             needed = len(prefix) + len(ids[longest]) + branch
             if limit is not None and needed > limit:
                 raise UsageError(
                     f"context {context[:12]} has {len(prefix)} tokens and example {longest[:12]} {len(ids[longest])}: together with the "
-                    f"completion {needed}, and {self.model_folder} takes {limit}. Use fewer or shorter demonstrations "
+                    f"answer {needed}, and {self.model_folder} takes {limit}. Use fewer or shorter demonstrations "
                     "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                 )
 
-    def _load(self, prefixes: TokenIds, ids: TokenIds) -> EngineChoice:
+    def _load(self, asked: _Asked) -> EngineChoice:
         """The engine; the model is loaded and probed at the first call, under the longest context of that call."""
         if self._choice is None:
             model = load_model(self.model_folder, DTYPES[self.dtype], self.device)
-            probe = sorted(ids.values(), key=lambda query: (len(query), query))
+            completion = self.tokens.task.params.completion
+            probe = sorted(asked.ids.values(), key=lambda query: (len(query), query))
             step = max(1, len(probe) // PROBE_ROWS)
             budget = token_budget(model, memory_bytes(self.device))
-            context = max(prefixes.values(), key=lambda prefix: (len(prefix), prefix))
+            context = max(asked.prefixes.values(), key=lambda prefix: (len(prefix), prefix))
             queries = probe[step // 2 :: step][:PROBE_ROWS]
-            self._choice = choose_engine(model, self.reading, budget, context, queries)
+            answers = None
+            if completion is not None:
+                if completion.source == "generated":
+                    self._generator = Generator(model, self.tokenizer, completion)
+                answers = [query[: self.tokens.longest_answer] for query in queries]  # any text does to compare the engines
+            self._choice = choose_engine(model, self.reading, budget, context, queries, answers)
             file = self.store.folder / "engine.json"
             if not file.exists():
                 report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
@@ -125,12 +166,16 @@ class Scorer:
         return self._choice
 
 
-def _score_part(engine: Engine, part: Part, prefixes: TokenIds, ids: TokenIds) -> pa.Table:
-    """The rows of a part, which lies in one context."""
+def _score_part(engine: Engine, part: Part, asked: _Asked, generator: Generator | None) -> pa.Table:
+    """The rows of a part, which lies in one context. Answers in free text are written first, unless they are given."""
     context = part.keys[0][0]
     examples = [example for _, example in part.keys]
-    prefix, queries = prefixes[context], [ids[example] for example in examples]
-    return _rows(context, examples, prefix, queries, None, engine.score(prefix, queries))
+    prefix, queries = asked.prefixes[context], [asked.ids[example] for example in examples]
+    if generator is not None:
+        answers = generator.answers(prefix, queries)
+    else:
+        answers = None if asked.answers is None else [asked.answers[example] for example in examples]
+    return _rows(context, examples, prefix, queries, answers, engine.score(prefix, queries, answers))
 
 
 def _divide(missing: list[Key], ids: TokenIds, budget: int) -> list[list[Key]]:

@@ -35,14 +35,19 @@ def predict_student(name: str, folder: Path, task: Task, sets: Mapping[str, Rows
 
     Raises MismatchError where the student was trained for another template or other verbalisers.
     """
+    check_trained_for(task, folder)
+    scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
+    scores = _score(scorer, [""], task, sets, f"evaluate {name}")
+    return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
+
+
+def check_trained_for(task: Task, folder: Path) -> None:
+    """Raise MismatchError where a student was trained for another template or other verbalisers than the task's."""
     provenance = read_json(folder / "provenance.json")
     trained = {"template": provenance["template"], "verbalisers": {k: v["text"] for k, v in provenance["verbalisers"].items()}}
     for key, value in {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}.items():
         if trained[key] != value:
             raise MismatchError(f"{folder}: trained with {key} {trained[key]!r}, params.yaml has {value!r}; run `dvc repro`.")
-    scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
-    scores = _score(scorer, [""], task, sets, f"evaluate {name}")
-    return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
 
 
 def predict_baseline(
@@ -114,7 +119,7 @@ def _score(scorer: Scorer, contexts: Sequence[str], task: Task, sets: Mapping[st
     for rows in sets.values():
         for row in rows:
             queries.setdefault(row["example_id"], Query(row["example_id"], {field: row[field] for field in task.fields}))
-    table = scorer.score(contexts, list(queries.values()), title)
+    table = scorer.score(contexts, list(queries.values()), title, ["context_id", "example_id", "label_logprobs"])
     values = np.array(table["label_logprobs"].to_pylist(), dtype=np.float64)
     keys = zip(table["context_id"].to_pylist(), table["example_id"].to_pylist(), strict=True)
     place = {key: row for row, key in enumerate(keys)}

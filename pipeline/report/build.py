@@ -11,17 +11,19 @@ from pipeline.report.page import render_page
 
 
 def build_report(params: Params, root: Path) -> None:
-    """Write `report/index.html`, `report/metrics.json` and `report/cards/STUDENT.md` under the project's folder `root`.
+    """Write `report/index.html`, `report/metrics.json` and each student's card under the project's folder `root`.
 
-    The same inputs give the same bytes. Raises UsageError where predictions are missing, CorruptError where a file cannot be read.
+    The card is `README.md` in the student's own folder, where there is one. The same inputs give the same bytes. Raises UsageError where
+    predictions are missing, CorruptError where a file cannot be read.
     """
     inputs = collect(params, root)
     document = metrics_document(inputs)
     page = render_page(document, inputs)
-    cards = {name: render_card(document, inputs, name) for name in params.students}
     folder = root / "report"
-    (folder / "cards").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page, encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, card in cards.items():
-        (folder / "cards" / f"{name}.md").write_text(card, encoding="utf-8")
+    for name in params.students:
+        student = root / "artifacts" / "students" / name
+        if student.is_dir():
+            (student / "README.md").write_text(render_card(document, inputs, name), encoding="utf-8")

@@ -1,6 +1,8 @@
 """A model card for each student, in Markdown with the front matter that model hubs read.
 
-It lies in `report/cards/`, not in the student's folder: that folder is another stage's output, and a card changes with every evaluation.
+It is the `README.md` of the student's own folder, so that it goes wherever the folder goes (`shotless export`, `predict`, a hub). That
+folder is the student stage's output, and a card changes with every evaluation: `.dvcignore` names these cards, so DVC neither hashes nor
+caches them. The trade-off: a folder restored from the cache has no card until `dvc repro -f -s report`.
 """
 
 import json
@@ -8,9 +10,11 @@ import re
 from functools import partial
 
 from pipeline.params import HubOrigin, LocalOrigin, PypiOrigin
+from pipeline.report.cells import DOMAIN_TITLE
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import about, compact, context_sizes, layers, percent, quantity, root_model, scaled, span
-from pipeline.report.page import make_environment
+from pipeline.report.describe import about, compact, context_sizes, layers, percent, plural, quantity, root_model, scaled, span
+from pipeline.report.slices import weakest
+from pipeline.report.templating import make_environment
 
 
 def render_card(document: Json, inputs: Inputs, student: str) -> str:
@@ -39,10 +43,29 @@ def render_card(document: Json, inputs: Inputs, student: str) -> str:
         verbalisers=dict(task.verbalisers),
         fields=task.fields,
         reference=document["reference"],
+        limits=_limits(document, inputs, student),
         metrics=_metrics(document, student),
         folder=f"artifacts/students/{student}",
         data_licences={name: source.origin.licence for name, source in params.data.sources.items()},
     )
+
+
+def _limits(document: Json, inputs: Inputs, student: str) -> list[str]:
+    """What was measured of its weak sides, a sentence each."""
+    sets = document["methods"][student]["sets"]
+    worst = min(sets, key=lambda name: sets[name]["accuracy"])
+    most = max(sets, key=lambda name: sets[name]["ece"])
+    lines = [
+        f"It is least often right on `{worst}`: {percent(sets[worst]['accuracy'])} %.",
+        f"Its confidence is not to be relied on: off by {percent(sets[most]['ece'])} points on `{most}` (expected calibration error).",
+    ]
+    if weak := weakest(inputs.detail, student):
+        part = f"{weak['dimension']} “{weak['slice']}”, {DOMAIN_TITLE[weak['domain']].lower()}"
+        lines.append(f"Its weakest slice is {part}: {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')}.")
+    if asked := [entry for entry in inputs.risks.get(student, {}).get("swaps", []) if entry["asked"]]:
+        worst = max(asked, key=lambda entry: entry["flips"] / entry["asked"])
+        lines.append(f"A swap that should not matter ({worst['what']}) flipped {worst['flips']:,} of {worst['asked']:,} answers.")
+    return lines
 
 
 def _facts(inputs: Inputs, student: str) -> list[tuple[str, str]]:

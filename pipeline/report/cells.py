@@ -12,12 +12,13 @@ DOMAIN_TITLE = {"in": "In domain", "out": "Out of domain"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, a smaller line under it, and whether it is the best of its column."""
+    """One cell: its text, a smaller line under it, whether it is the best of its column, and how much it is shaded (0 to 1)."""
 
     text: str
     note: str = ""
     mark: Mark = ""
     code: bool = False
+    heat: float | None = None
 
 
 @dataclass(frozen=True)

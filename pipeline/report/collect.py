@@ -7,6 +7,7 @@ can be had early, and the page says what is missing and which command writes it.
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from pipeline.errors import CorruptError, UsageError
 from pipeline.params import Params
 
 Json = dict[str, Any]
+MOST_QUARANTINED = 5
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,26 @@ class Inputs:
     """Teacher → manifest of its scores."""
     sources: dict[str, Json]
     """Model → where it came from."""
+    detail: dict[str, Json]
+    """Method → reliability bins, confusion, slices."""
+    risks: dict[str, Json]
+    """Student → risk checks."""
+    compare: Json | None
+    """KL to the reference and exact tests of differences."""
+    break_even: Json | None
+    texts: dict[str, dict[str, str]]
+    """Evaluation set → example → its input; no entry where the set's file is not there."""
+    quarantined: tuple[Json, ...]
+    """The first rows set aside."""
 
     def kind(self, method: str) -> Literal["student", "baseline"]:
         """Whether a method is a student or a baseline."""
         return "student" if method in self.params.students else "baseline"
+
+
+def stage_of(params: Params, method: str) -> str:
+    """The DVC stage that evaluates a method."""
+    return f"{'evaluate' if method in params.students else 'baseline'}@{method}"
 
 
 def collect(params: Params, root: Path) -> Inputs:
@@ -55,7 +73,7 @@ def collect(params: Params, root: Path) -> Inputs:
     names = [*params.baselines, *params.students]
     paths = {name: root / "artifacts" / "predictions" / f"{name}.parquet" for name in names}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
-        stages = " ".join(f"evaluate@{name}" for name in missing)
+        stages = " ".join(stage_of(params, name) for name in missing)
         raise UsageError(f"{paths[missing[0]]}: no such file; the report needs the predictions of every method. Run `dvc repro {stages}`.")
     predictions = {name: schema.read_table(path, schema.PREDICTIONS) for name, path in paths.items()}
     for name, table in predictions.items():
@@ -78,6 +96,12 @@ def collect(params: Params, root: Path) -> Inputs:
         provenance=_read_each(artifacts / "students", "{}/provenance.json", params.students),
         manifests=_read_each(artifacts / "scores", "{}/manifest.json", params.teachers),
         sources=_read_each(artifacts / "models", "{}/source.json", params.models),
+        detail=_read_each(metrics / "detail", "{}.json", names),
+        risks=_read_each(metrics / "risk", "{}.json", params.students),
+        compare=_read_json(metrics / "compare.json"),
+        break_even=_read_json(metrics / "runtime" / "break-even.json"),
+        texts=_read_texts(artifacts / "data" / "evaluation", params),
+        quarantined=_read_quarantine(artifacts / "data" / "quarantine.jsonl"),
     )
 
 
@@ -85,7 +109,7 @@ def _check_sets(table: pa.Table, params: Params, path: Path) -> None:
     found, wanted = set(table.column("set").unique().to_pylist()), set(params.data.evaluation)
     if found != wanted:
         raise CorruptError(
-            f"{path}: has evaluation sets {sorted(found)}, params.yaml has {sorted(wanted)}; run `dvc repro evaluate@{path.stem}`."
+            f"{path}: has evaluation sets {sorted(found)}, params.yaml has {sorted(wanted)}; run `dvc repro {stage_of(params, path.stem)}`."
         )
 
 
@@ -104,6 +128,27 @@ def _read_json(path: Path) -> Json | None:
     if not isinstance(value, dict):
         raise CorruptError(f"{path}: expected an object, found {type(value).__name__}; run the stage that writes it again.")
     return value
+
+
+def _read_texts(folder: Path, params: Params) -> dict[str, dict[str, str]]:
+    """Each example's input fields, joined as they follow each other in the template."""
+    found = {}
+    for name in params.data.evaluation:
+        path = folder / f"{name}.parquet"
+        if path.is_file():
+            rows = schema.read_table(path, schema.examples(params.task.fields)).to_pylist()
+            found[name] = {row["example_id"]: " / ".join(row[field] for field in params.task.fields) for row in rows}
+    return found
+
+
+def _read_quarantine(path: Path) -> tuple[Json, ...]:
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8") as file:
+        try:
+            return tuple(json.loads(line) for line in islice(file, MOST_QUARANTINED))
+        except ValueError as error:
+            raise CorruptError(f"{path}: not JSON lines ({error}); run `dvc repro -f prepare` again.") from None
 
 
 def _read_curve(path: Path) -> pl.DataFrame:

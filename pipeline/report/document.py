@@ -9,7 +9,10 @@ from typing import Any
 from pipeline import metrics
 from pipeline.report.collect import Inputs, Json
 
-COST_KEYS = ("prompt_tokens", "latency_ms", "latency_p95_ms", "peak_rss_bytes", "parameters", "weights_bytes", "forward_passes")
+COST_KEYS = (
+    "prompt_tokens", "latency_ms", "latency_p95_ms", "throughput", "peak_rss_bytes", "parameters", "weights_bytes", "disk_bytes",
+    "forward_passes",
+)  # fmt: skip
 
 
 def metrics_document(inputs: Inputs) -> Json:
@@ -44,6 +47,13 @@ def best(document: Json, domain: str, kind: str | None = None) -> list[str]:
         if domain in method["means"] and kind in {None, method["kind"]}
     }
     return [name for name, value in means.items() if value == max(means.values())]
+
+
+def ranked_students(document: Json) -> list[str]:
+    """Students by mean accuracy out of domain (in domain where there is nothing else), the best first."""
+    domain = "out" if sets_of(document, "out") else "in"
+    students = {name: method["means"][domain]["accuracy"] for name, method in document["methods"].items() if method["kind"] == "student"}
+    return sorted(students, key=lambda name: -students[name])
 
 
 def comparison_of(document: Json, method: str, other: str, domain: str) -> Json | None:

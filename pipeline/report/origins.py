@@ -111,6 +111,17 @@ def sources(inputs: Inputs) -> Table | None:
     return Table("sources", "What became of each source’s rows.", columns, [Rows("", rows)], text_columns=(0, 7)) if rows else None
 
 
+def quarantined(inputs: Inputs) -> Table | None:
+    """The first rows that were set aside, with file, line, field and reason; None where there is none."""
+    rows = [
+        [Cell(f"{row['file']}:{row['line']}", code=True), Cell(row["field"] or "the row"), Cell(row["reason"]), Cell(row["value"])]
+        for row in inputs.quarantined
+    ]
+    columns = ["Row", "field", "reason", "value"]
+    caption = "All of them are in artifacts/data/quarantine.jsonl."
+    return Table("quarantined", caption, columns, [Rows("", rows)], text_columns=(0, 1, 2, 3)) if rows else None
+
+
 def roles(document: Json, inputs: Inputs) -> Table:
     """Which source plays which part, with sizes and the copies of evaluation examples kept out of it."""
     data, counted = inputs.params.data, (inputs.prepare or {}).get("roles", {})

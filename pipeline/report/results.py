@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from pipeline.report.cells import DOMAIN_TITLE, Cell, Mark, Rows, Table, as_float
+from pipeline.report.cells import DOMAIN_TITLE, Cell, Mark, Rows, Table
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import DASH, about, layers, percent, plural, points, quantity, scaled, span
+from pipeline.report.describe import DASH, about, layers, percent, plural, points, scaled, span
 from pipeline.report.document import best, comparison_of, sets_of
 
 
@@ -53,22 +53,29 @@ def _mark(document: Json, name: str, values: dict[str, float]) -> Mark:
     return "best-student" if document["methods"][name]["kind"] == "student" and values[name] == max(students) else ""
 
 
-def calibration(document: Json) -> Table:
-    """ECE, log loss, Brier score and macro-F1 of each method, means over a domain's sets, and the most answered label."""
+def calibration(document: Json, compare: Json | None) -> Table:
+    """ECE, log loss, Brier score and macro-F1 and KL of each method, means over a domain's sets, and the most answered label."""
+    divergence = (compare or {}).get("to_reference") or {}
     domains = [domain for domain in ("in", "out") if sets_of(document, domain)]
     keys = (("ece", "ECE, %", 100, 1), ("log_loss", "log loss, nats", 1, 3), ("brier", "Brier", 1, 3), ("macro_f1", "macro-F1, %", 100, 1))
-    columns = ["Method"] + [title for _ in domains for _, title, _, _ in keys] + ["most answered label"]
+    kl = ["KL, nats"] if divergence else []
+    columns = ["Method"] + [title for _ in domains for title in [*(title for _, title, _, _ in keys), *kl]] + ["most answered label"]
     rows = []
     for name, method in document["methods"].items():
         row = [Cell(name, code=True)]
         for domain in domains:
             members = [method["sets"][member] for member in sets_of(document, domain)]
             row += [Cell(f"{scale * sum(m[key] for m in members) / len(members):.{digits}f}") for key, _, scale, digits in keys]
+            if divergence:
+                values = [divergence[name][member]["kl_nats"] for member in sets_of(document, domain) if name in divergence]
+                row.append(Cell(f"{sum(values) / len(values):.3f}" if values else DASH))
         shares = {(label, where): share for where, m in method["sets"].items() for label, share in m["predicted_shares"].items()}
         (label, where), share = max(shares.items(), key=lambda item: item[1])
         rows.append([*row, Cell(f"{percent(share, 0)} %", f"{label}, {where}")])
-    groups = [("", 1), *((DOMAIN_TITLE[domain], len(keys)) for domain in domains), ("One-sidedness", 1)]
-    return Table("calibration-table", "Calibration and balance, means over the sets of a domain.", columns, [Rows("", rows)], groups)
+    groups = [("", 1), *((DOMAIN_TITLE[domain], len(keys) + len(kl)) for domain in domains), ("One-sidedness", 1)]
+    caption = "Calibration and balance, means over the sets of a domain."
+    caption += f" KL is of {document['reference']}’s answers from the method’s." if divergence else ""
+    return Table("calibration-table", caption, columns, [Rows("", rows)], groups)
 
 
 def spread(document: Json) -> Table | None:
@@ -86,33 +93,12 @@ def spread(document: Json) -> Table | None:
     return Table("spread", "Accuracy by context, percent.", columns, bodies) if bodies else None
 
 
-def cost(document: Json, inputs: Inputs) -> Table:
-    """What one example costs with each method; unmeasured ones say how to measure."""
-    columns = ["Method", "prompt tokens", "passes an example", "latency, ms", "peak memory", "parameters", "weights"]
-    rows = []
-    for name, method in document["methods"].items():
-        found = method["cost"]
-        if found is None:
-            why = "measured on another model" if name in inputs.stale_cost else "not measured"
-            rows.append([Cell(name, f"{why}; run `dvc repro -f -s evaluate@{name}`", code=True), *[Cell(DASH)] * (len(columns) - 1)])
-            continue
-        p95 = found.get("latency_p95_ms")
-        rows.append(
-            [
-                Cell(name, code=True),
-                Cell(quantity(as_float(found.get("prompt_tokens")))),
-                Cell(quantity(found.get("forward_passes"))),
-                Cell(quantity(as_float(found.get("latency_ms"))), "" if p95 is None else f"p95 {p95:,.0f}"),
-                Cell(scaled(found.get("peak_rss_bytes"), "B")),
-                Cell(scaled(found.get("parameters"))),
-                Cell(scaled(found.get("weights_bytes"), "B")),
-            ]
-        )
-    return Table("cost-table", "Cost of answering one example on this machine; latency is the median.", columns, [Rows("", rows)])
+def comparisons(document: Json, compare: Json | None) -> Table | None:
+    """Paired differences in accuracy, with their intervals; None where there are no students.
 
-
-def comparisons(document: Json) -> Table | None:
-    """Paired differences in accuracy, with their intervals; None where there are no students."""
+    `compare` (`metrics/compare.json`) adds McNemar's exact test, which counts only the examples that one of the two got right.
+    """
+    exact = {(c["method"], c["other"], c["domain"]): c for c in (compare or {}).get("comparisons", []) if c["set"] is None}
     bodies = []
     for domain in ("out", "in"):
         rows = [
@@ -121,15 +107,29 @@ def comparisons(document: Json) -> Table | None:
                 Cell(points(c["difference"])),
                 Cell(f"{points(c['ci95'][0])} to {points(c['ci95'][1])}"),
                 Cell("different" if c["clear"] else "not told apart"),
+                *([_mcnemar(exact, c)] if exact else []),
             ]
             for c in document["comparisons"]
             if c["domain"] == domain
         ]
         if rows:
             bodies.append(Rows(f"{DOMAIN_TITLE[domain]}, {plural(len(sets_of(document, domain)), 'set')}", rows))
-    columns = ["Difference", "points", "95 % interval", "verdict"]
+    columns = ["Difference", "points", "95 % interval", "verdict", *(["McNemar’s p"] if exact else [])]
     caption = "Differences in mean accuracy, paired by example."
     return Table("comparisons", caption, columns, bodies, text_columns=(0, 3)) if bodies else None
+
+
+def _mcnemar(exact: dict[tuple[str, str, str], Json], comparison: Json) -> Cell:
+    method, other, domain = (comparison[key] for key in ("method", "other", "domain"))
+    found, swapped = exact.get((method, other, domain)), exact.get((other, method, domain))
+    entry = found or swapped or {}
+    p = entry.get("mcnemar_p")
+    if p is None:
+        return Cell(DASH)
+    ours, theirs = entry["only_method_right"], entry["only_other_right"]
+    if found is None:
+        ours, theirs = theirs, ours
+    return Cell("under 0.001" if p < 0.001 else f"{p:.3f}", f"alone right {ours:,} and {theirs:,} times")
 
 
 def key_figures(document: Json, inputs: Inputs) -> list[tuple[str, str, str]]:

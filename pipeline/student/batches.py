@@ -8,7 +8,7 @@ the order without shuffling the rest. Batches run across the ends of epochs, so 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
 from pipeline.hashing import sha256_json
 
@@ -52,15 +52,41 @@ def permutation(example_ids: Sequence[str], seed: int, epoch: int) -> list[int]:
     return sorted(range(len(example_ids)), key=lambda number: sha256_json([seed, epoch, example_ids[number]]))
 
 
-class Order:
+class Identified(Protocol):
+    """Anything with a content hash to be ordered by."""
+
+    @property
+    def example_id(self) -> str:
+        """What it is known by."""
+        ...
+
+
+Item = TypeVar("Item", bound=Identified, covariant=True)
+
+
+class Batched(Protocol[Item]):
+    """A summand with examples of its own."""
+
+    @property
+    def examples(self) -> tuple[Item, ...]:
+        """All of them."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """How many a step takes."""
+        ...
+
+
+class Order(Generic[Item]):
     """The examples of a term, step by step."""
 
-    def __init__(self, term: Term, seed: int) -> None:
+    def __init__(self, term: Batched[Item], seed: int) -> None:
         self._term = term
         example_ids = tuple(example.example_id for example in term.examples)
         self._epoch = lru_cache(maxsize=2)(lambda epoch: permutation(example_ids, seed, epoch))
 
-    def batch(self, step: int) -> list[Example]:
+    def batch(self, step: int) -> list[Item]:
         """The examples of a step, counted from 0."""
         examples, size = self._term.examples, self._term.batch_size
         places = range(step * size, (step + 1) * size)

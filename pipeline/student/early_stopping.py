@@ -9,6 +9,7 @@ The trade-off: the best weights are held in memory beside the present ones, and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from pipeline.errors import UsageError
 from pipeline.hashing import sha256_json
 from pipeline.student.batches import Example
+from pipeline.student.cached import CachedRow
 from pipeline.student.tuning import trained_weights
+
+Lesson = TypeVar("Lesson", Example, CachedRow)
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,18 @@ class HeldBack:
     """Steps between two looks; there is one before the first step and one after the last, too."""
     patience: int | None
     """Looks without an improvement that end the training; None: it runs through."""
+    cached: tuple[CachedRow, ...] = ()
+    """What is held back of a cache's rows, instead of examples."""
 
 
-def split(examples: Sequence[Example], share: float) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def split(examples: Sequence[Lesson], share: float) -> tuple[tuple[Lesson, ...], tuple[Lesson, ...]]:
     """(learnt from, held back), each in the given order.
 
     Raises UsageError where either is empty.
     """
-    held = tuple(example for example in examples if _place(example.example_id) < share)
-    learnt = tuple(example for example in examples if _place(example.example_id) >= share)
+    places = [_place(example.example_id.rpartition(":")[2]) for example in examples]  # all contexts of an example go together
+    held = tuple(example for example, place in zip(examples, places, strict=True) if place < share)
+    learnt = tuple(example for example, place in zip(examples, places, strict=True) if place >= share)
     if not held or not learnt:
         lacking = "held back" if not held else "left to learn from"
         raise UsageError(f"held_back: of {len(examples)} examples, a share of {share} leaves none {lacking}; choose another share, or 0.")

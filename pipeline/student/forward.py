@@ -34,16 +34,37 @@ class Forward:
     detach: Callable[[], None]
     """Give the model back as it was."""
 
+    def describe(self) -> str:
+        """The two in a line."""
+        return f"{self.name}: {self.why}"
 
-def choose_forward(model: PreTrainedModel, completions: Completions, rows: Rows, expected: Tensor | None = None) -> Forward:
+
+def choose_forward(
+    model: PreTrainedModel, completions: Completions, rows: Rows, expected: Tensor | None = None, packed: PackedModel | None = None
+) -> Forward:
     """The packed pass if it gives the plain forward's numbers on a few of `rows`, else the plain one.
 
-    `expected`, where given, are the plain forward's numbers on `probe_rows(rows)` from before the model was prepared for training.
+    `expected`, where given, are the plain forward's numbers on `probe_rows(rows)` from before the model was prepared for training; `packed`
+    is a packed pass of this model that was found exact already.
     """
     probe = probe_rows(rows)
     plain_attention = model.config._attn_implementation or "eager"
+    if packed is not None:
+        return Forward("packed", "packed rows", lambda rows: _packed(packed, completions, rows), lambda: None)
     if expected is None:
         expected = plain_log_probabilities(model, completions, probe)
+    packed, why = packed_if_exact(model, lambda packed: float((_packed(packed, completions, probe) - expected).abs().max()))
+    if packed is not None:
+        return _packed_forward(model, packed, completions, plain_attention, why)
+    return Forward("plain", why, lambda rows: _plain(model, completions, rows), lambda: None)
+
+
+def packed_if_exact(model: PreTrainedModel, difference: Callable[[PackedModel], float]) -> tuple[PackedModel | None, str]:
+    """A packed pass over `model` whose `difference` from the plain forward is what rounding explains, nats, and why or why not.
+
+    The model's attention implementation is the packed one where there is such a pass, and as it was otherwise.
+    """
+    plain_attention = model.config._attn_implementation or "eager"
     refusals = []
     for answers_only in (True, False):
         what = "packed rows, the last layer on " + ("answer positions alone" if answers_only else "all tokens")
@@ -51,19 +72,18 @@ def choose_forward(model: PreTrainedModel, completions: Completions, rows: Rows,
         try:
             packed = PackedModel(model, answers_only=answers_only)
             with torch.no_grad():
-                difference = float((_packed(packed, completions, probe) - expected).abs().max())
+                found = difference(packed)
         except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
             # A foreign architecture may fail anywhere inside its own code; the reason is kept, and the plain path still works.
             refusals.append(f"{what}: {type(error).__name__}: {error}")
         else:
-            if difference <= TOLERANCE_NATS:
-                return _packed_forward(model, packed, completions, plain_attention, what)
-            refusals.append(f"{what}: differs by {difference:.1e} nats from the plain forward (allowed {TOLERANCE_NATS:.0e})")
+            if found <= TOLERANCE_NATS:
+                return packed, what
+            refusals.append(f"{what}: differs by {found:.1e} nats from the plain forward (allowed {TOLERANCE_NATS:.0e})")
         if packed is not None:
             packed.detach()
         model.set_attn_implementation(plain_attention)
-    why = "packed rows were refused: " + "; ".join(refusals)
-    return Forward("plain", why, lambda rows: _plain(model, completions, rows), lambda: None)
+    return None, "packed rows were refused: " + "; ".join(refusals)
 
 
 def probe_rows(rows: Rows) -> list[Sequence[int]]:

@@ -12,6 +12,7 @@ from pipeline.files import read_json
 from pipeline.hashing import sha256_file, sha256_json
 from pipeline.schema import TARGETS, examples, read_table
 from pipeline.student.batches import Example
+from pipeline.student.cached import CachedRow
 from pipeline.tasks import TaskTokens
 
 
@@ -69,13 +70,14 @@ def targets_fingerprint(folder: Path) -> dict[str, str]:
     }
 
 
-def check_lengths(lessons: Sequence[Example], tokens: TaskTokens, limit: int | None, base: Path) -> None:
-    """Raise UsageError where an example with its verbaliser is longer than the model takes."""
-    branch = max(len(ids) for ids in tokens.completions) - 1
-    longest = max(lessons, key=lambda example: len(example.ids))
-    if limit is not None and len(longest.ids) + branch > limit:
+def check_lengths(lessons: Sequence[Example], cached: Sequence[CachedRow], tokens: TaskTokens, limit: int | None, base: Path) -> None:
+    """Raise UsageError where an example with its answer is longer than the model takes."""
+    branch = max(map(len, tokens.completions), default=1) - 1
+    lengths = [(len(example.ids) + branch, example.example_id) for example in lessons]
+    longest, example_id = max(lengths + [(len(row.ids) + row.positions - 1, row.example_id) for row in cached])
+    if limit is not None and longest > limit:
         raise UsageError(
-            f"example {longest.example_id} has {len(longest.ids) + branch} tokens with its verbaliser, and {base} takes {limit}; "
+            f"example {example_id} has {longest} tokens with its answer, and {base} takes {limit}; "
             "lower task.max_chars, so that longer inputs are quarantined."
         )
 

@@ -28,6 +28,7 @@ from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import DEMONSTRATIONS_FILE as DEMONSTRATIONS
 from pipeline.params import StudentParams, TunedTeacherParams, TuningParams
 from pipeline.student.batches import Example, Term
+from pipeline.student.cached import CachedRow, CachedTeacher, CacheTerm
 from pipeline.student.checkpoint import SECONDS_BETWEEN, Checkpoint
 from pipeline.student.early_stopping import HeldBack, split
 from pipeline.student.lessons import check_lengths, demonstrations, target_set, targets_fingerprint
@@ -64,11 +65,17 @@ class Job:
     tokens: TaskTokens
     terms: Sequence[Term]
     held_back: HeldBack | None = None
+    cached: CacheTerm | None = None
 
     @property
     def examples(self) -> list[Example]:
-        """All that the model reads."""
+        """All of the labels' examples that the model reads."""
         return [e for term in self.terms for e in term.examples] + list(self.held_back.examples if self.held_back else ())
+
+    @property
+    def rows(self) -> list[CachedRow]:
+        """All cached rows that it reads."""
+        return list(self.cached.examples if self.cached else ()) + list(self.held_back.cached if self.held_back else ())
 
 
 def train_student(
@@ -85,8 +92,11 @@ def train_student(
             f"students.{name}.ce_weight: {params.ce_weight} beside `learn_from: {DEMONSTRATIONS}`, where cross-entropy on the "
             "demonstrations is all there is; remove it, or learn from a target set."
         )
-    terms, sources, held_back = [], {}, None
-    if not from_labels:
+    terms, sources, held_back, cached = [], {}, None, None
+    if params.learn_from.startswith("scores/"):
+        cached, held_back = _cache_term(params, tokens, places)
+        sources["scores"] = cached.source.fingerprint
+    elif not from_labels:
         folder = places.artifacts / params.learn_from
         examples = target_set(folder, places.artifacts / "data" / "transfer.parquet", tokens)
         if params.held_back:
@@ -99,7 +109,7 @@ def train_student(
         weight, size = (1.0, params.batch_size) if from_labels else (params.ce_weight, demonstrations_a_step(params.batch_size))
         terms.append(Term("cross_entropy", weight, size, demonstrations(file, tokens)))
         sources["demonstrations"] = sha256_file(file)
-    job = Job("student", name, params, params.base, params.layers, params.learn_from, sources, tokens, terms, held_back)
+    job = Job("student", name, params, params.base, params.layers, params.learn_from, sources, tokens, terms, held_back, cached)
     _run(job, places.artifacts / "students" / name, name, places, threads, seconds_between)
 
 
@@ -117,6 +127,19 @@ def tune_teacher(
     _run(job, places.artifacts / "tuned" / name, f"tuned-{name}", places, threads, seconds_between)
 
 
+def _cache_term(params: StudentParams, tokens: TaskTokens, places: Places) -> tuple[CacheTerm, HeldBack | None]:
+    """What is learnt from a score cache, and what of it is held back."""
+    base = places.artifacts / params.base
+    teacher = CachedTeacher(places.artifacts / params.learn_from, places.work, tokens, tokenizer_sha256(base), params.temperature)
+    rows, held_back = teacher.lessons(places.artifacts / "data" / "transfer.parquet", tokens), None
+    if params.held_back:
+        rows, held = split(rows, params.held_back)
+        held_back = HeldBack((), params.evaluate_every, params.patience, held)
+    if params.loss == "hard":
+        raise UsageError("`loss: hard` is over the labels; with `learn_from: scores/NAME` use kl, reverse_kl or jensen_shannon.")
+    return CacheTerm(params.loss, 1.0, params.batch_size, rows, teacher), held_back
+
+
 def demonstrations_a_step(batch_size: int) -> int:
     """Demonstrations that a step takes beside its batch where `ce_weight` is set: a quarter as many, at least one.
 
@@ -127,7 +150,7 @@ def demonstrations_a_step(batch_size: int) -> int:
 
 def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
     base = places.artifacts / job.base
-    check_lengths(job.examples, job.tokens, context_limit(base), base)
+    check_lengths(job.examples, job.rows, job.tokens, context_limit(base), base)
     used_threads = use_machine(threads)
     provenance = _provenance(job, base)
     checkpoint = Checkpoint(
@@ -139,7 +162,15 @@ def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int
     adapter = (output / "adapter", job.base) if job.params.adapters == "kept" else None
     title = f"{job.kind} {job.name}"
     trained = train(
-        model, job.tokens.completions, job.terms, job.params, title=title, checkpoint=checkpoint, held_back=job.held_back, adapter=adapter
+        model,
+        job.tokens.completions,
+        job.terms,
+        job.params,
+        title=title,
+        cached=job.cached,
+        checkpoint=checkpoint,
+        held_back=job.held_back,
+        adapter=adapter,
     )
     output.mkdir(parents=True, exist_ok=True)
     model.config._name_or_path = ""
@@ -152,7 +183,7 @@ def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int
         "trained_parameters": trained.trained_parameters,
         "layers": int(model.config.get_text_config().num_hidden_layers),
     }
-    choice = held_back_summary(trained, len(job.held_back.examples)) if job.held_back else {}
+    choice = held_back_summary(trained, len(job.held_back.examples) + len(job.held_back.cached)) if job.held_back else {}
     write_json({**provenance, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / "provenance.json")
     _write_metrics(job, metrics_name, counts | choice, trained, used_threads, places.metrics)
     checkpoint.remove()
@@ -174,6 +205,7 @@ def _provenance(job: Job, base: Path) -> dict[str, Any]:
     """Where a folder's weights come from, by content; no clock and no machine in it."""
     task = job.tokens.task
     completions = zip(task.params.verbalisers.items(), job.tokens.completions, strict=True)
+    answers = task.params.completion
     return {
         "kind": job.kind,
         "name": job.name,
@@ -186,6 +218,7 @@ def _provenance(job: Job, base: Path) -> dict[str, Any]:
         "template": task.params.template,
         "verbalisers": {label: {"text": text, "ids": list(ids)} for (label, text), ids in completions},
         "labels": list(task.labels),
+        **({"completion": answers.model_dump(mode="json")} if answers is not None else {}),
         "params": job.params.model_dump(mode="json"),
         "training_version": TRAINING_VERSION,
     }
@@ -197,6 +230,8 @@ def _fingerprint(job: Job, provenance: dict[str, Any], threads: int) -> str:
         [term.loss, term.weight, term.batch_size, [[e.example_id, list(e.ids), list(e.target)] for e in term.examples]]
         for term in job.terms
     ]
+    if job.cached is not None:
+        lessons.append([job.cached.divergence, job.cached.weight, job.cached.batch_size, [row.example_id for row in job.cached.examples]])
     held = [[e.example_id, list(e.ids), list(e.target)] for e in job.held_back.examples] if job.held_back else []
     belongs = {"provenance": provenance, "lessons": lessons, "held_back": held, "threads": threads, "torch": torch.__version__}
     return sha256_json(belongs)

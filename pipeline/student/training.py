@@ -9,7 +9,7 @@ even.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from pipeline.models.rows import Completions
 from pipeline.params import TuningParams
 from pipeline.progress import progress
 from pipeline.student.batches import Example, Order, Term, pieces
+from pipeline.student.cached import AnswerForward, CachedRow, CacheTerm
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.early_stopping import Best, HeldBack
 from pipeline.student.forward import Forward, choose_forward, plain_log_probabilities, probe_rows
@@ -65,17 +66,51 @@ def train(
     params: TuningParams,
     *,
     title: str,
+    cached: CacheTerm | None = None,
     checkpoint: Checkpoint | None = None,
     held_back: HeldBack | None = None,
     adapter: tuple[Path, str] | None = None,
 ) -> Trained:
     """Train `model` in place; it is a plain model of its architecture before and after, whatever `params.tuning` is.
 
-    `completions` are the token ids of each label's verbaliser, in the labels' order; `adapter` is the folder where a LoRA adapter is kept
+    `completions` are the token ids of each label's verbaliser, in the labels' order, for `terms` over the labels; `cached` is a term over
+    the vocabulary, to which what is held back belongs where there is one; `adapter` is the folder where a LoRA adapter is kept
     and the base that it belongs to. Raises ShotlessError naming the step and the examples where a loss or gradient is not finite. The
     checkpoint, where given, stays until the caller removes it: the weights are not on disk yet when this returns.
     """
     model.eval()
+    started = time.monotonic()
+    if cached is not None:
+        tuning = apply_tuning(model, params)
+        answers = AnswerForward(model, cached)
+        whole = _Vocabulary(completions, None)
+        rows = [example.ids for term in terms for example in term.examples]
+        labels = choose_forward(model, completions, rows, packed=answers.packed) if terms else None
+        try:
+            trained = _Training(model, whole, labels, terms, params, held_back, title, checkpoint, answers).run(tuning, started)
+        finally:
+            if labels is not None:
+                labels.detach()
+            answers.detach()
+    else:
+        trained, tuning = _train_on_labels(model, completions, terms, params, title, checkpoint, held_back, started)
+    if adapter is not None:
+        tuning.save_adapter(*adapter)
+    tuning.merge()
+    return trained
+
+
+def _train_on_labels(
+    model: PreTrainedModel,
+    completions: Completions,
+    terms: Sequence[Term],
+    params: TuningParams,
+    title: str,
+    checkpoint: Checkpoint | None,
+    held_back: HeldBack | None,
+    started: float,
+) -> tuple[Trained, Tuning]:
+    """Training whose terms are all over the labels: what they do not need of the vocabulary is left out."""
     rows = [example.ids for term in terms for example in term.examples]
     rows += [example.ids for example in held_back.examples] if held_back is not None else []
     expected = plain_log_probabilities(model, completions, probe_rows(rows))
@@ -83,19 +118,14 @@ def train(
     small = _cut_vocabulary(model, completions, rows, expected)
     probe = [small.ids(row) for row in probe_rows(rows)]
     forward = choose_forward(model, small.completions, probe, expected)
-    started = time.monotonic()
     try:
         if params.tuning == "head":
             taken = [small.ids(example.ids) for example in _taken(terms, params, held_back)]
             forward = on_stored_vectors(model, forward, small.completions, probe + taken, expected)
-        trained = _Training(model, small, forward, terms, params, held_back, title, checkpoint).run(tuning, started)
+        return _Training(model, small, forward, terms, params, held_back, title, checkpoint).run(tuning, started), tuning
     finally:
         forward.detach()
         small.restore()
-    if adapter is not None:
-        tuning.save_adapter(*adapter)
-    tuning.merge()
-    return trained
 
 
 @dataclass
@@ -104,17 +134,21 @@ class _Training:
 
     model: PreTrainedModel
     vocabulary: "_Vocabulary"
-    forward: Forward
+    forward: Forward | None
+    """None where no term is over the labels."""
     terms: Sequence[Term]
     params: TuningParams
     held_back: HeldBack | None
     title: str
     checkpoint: Checkpoint | None
+    answers: AnswerForward | None = None
+    """For a term over the vocabulary, where there is one."""
 
     def run(self, tuning: Tuning, started: float) -> Trained:
         params, checkpoint = self.params, self.checkpoint
         optimizer = adamw(self.model, params)
         orders = [Order(term, params.seed) for term in self.terms]
+        cached = None if self.answers is None else Order(self.answers.term, params.seed)
         losses, saved = checkpoint.load(self.model, optimizer) if checkpoint is not None else ([], {})
         best, resumed_at, done = Best.of(saved), len(losses), 0
         branch_tokens = sum(len(ids) - 1 for ids in self.vocabulary.completions)
@@ -122,7 +156,8 @@ class _Training:
             best.add(self.model, 0, self._agreement(self.held_back, 0))
 
         def tokens_of(step: int) -> int:
-            return sum(len(example.ids) + branch_tokens for order in orders for example in order.batch(step))
+            tokens = sum(len(example.ids) + branch_tokens for order in orders for example in order.batch(step))
+            return tokens + sum(len(row.ids) + row.positions - 1 for row in (cached.batch(step) if cached else ()))
 
         with progress(self.title, params.steps, "steps") as meter:
             meter.advance(resumed_at, "resumed" if resumed_at else "")
@@ -131,7 +166,8 @@ class _Training:
                     meter.advance(0, f"no better for {self.held_back.patience} looks: stopped early")
                     break
                 set_learning_rate(optimizer, learning_rate(step, params))
-                losses.append(self._step(optimizer, [order.batch(step) for order in orders], step))
+                rows = cached.batch(step) if cached else []
+                losses.append(self._step(optimizer, [order.batch(step) for order in orders], rows, step))
                 done += tokens_of(step)
                 meter.advance(1, f"loss {losses[-1]:.4f}, {done / (time.monotonic() - started):,.0f} tokens/s")
                 if self.held_back is not None and ((step + 1) % self.held_back.evaluate_every == 0 or step + 1 == params.steps):
@@ -145,34 +181,47 @@ class _Training:
             losses=losses,
             looks=best.looks,
             best_step=best.looks[best.number][0] if best.looks else len(losses),
-            examples=len(losses) * sum(term.batch_size for term in self.terms),
+            examples=len(losses) * sum(term.batch_size for term in (*self.terms, *([self.answers.term] if self.answers else []))),
             tokens=sum(map(tokens_of, range(len(losses)))),
             trains=tuning.trains,
             trained_parameters=tuning.trained_parameters,
-            forward=f"{self.forward.name}: {self.forward.why}",
+            forward="; ".join(forward.describe() for forward in (self.answers, self.forward) if forward is not None),
             resumed_at=resumed_at,
             seconds=seconds,
             tokens_per_second=done / seconds,
         )
 
-    def _step(self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], step: int) -> float:
+    def _step(self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], rows: Sequence[CachedRow], step: int) -> float:
         """One update, of the gradients of all pieces; returns the loss before it."""
         sizes, value = [len(batch) for batch in batches], 0.0
         for piece in pieces(batches, self.params.micro_batch):
+            assert self.forward is not None
             log_probabilities = self.forward.run([self.vocabulary.ids(example.ids) for batch in piece for example in batch])
-            loss = objective(self.terms, piece, log_probabilities, sizes)
-            value += float(loss.detach())
-            _check_finite("loss", value, self.title, step, piece)
-            loss.backward()
-        _check_finite("norm of the gradient", clip_gradients(optimizer, self.params.max_grad_norm), self.title, step, batches)
+            value += self._backward(objective(self.terms, piece, log_probabilities, sizes), step, piece)
+        positions = sum(row.positions for row in rows)
+        for start in range(0, len(rows), self.params.micro_batch or max(1, len(rows))):
+            assert self.answers is not None
+            piece = rows[start : start + (self.params.micro_batch or len(rows))]
+            value += self._backward(self.answers.loss(piece, positions), step, [piece])
+        norm = clip_gradients(optimizer, self.params.max_grad_norm)
+        _check_finite("norm of the gradient", norm, self.title, step, [*batches, rows])
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # fresh pages for all gradients would cost 6 % of a step in page faults
+        return value
+
+    def _backward(self, loss: Tensor, step: int, examples: Sequence[Sequence[Example | CachedRow]]) -> float:
+        value = float(loss.detach())
+        _check_finite("loss", value, self.title, step, examples)
+        loss.backward()
         return value
 
     @torch.no_grad()
     def _agreement(self, held_back: HeldBack, steps_done: int) -> float:
         """Mean KL to the targets of what is held back, nats."""
         size = self.params.micro_batch or self.params.batch_size
+        if self.answers is not None:
+            return self._answers_agreement(self.answers, held_back, size, steps_done)
+        assert self.forward is not None
         ordered = sorted(held_back.examples, key=lambda example: (len(example.ids), example.example_id))
         total = 0.0
         for start in range(0, len(ordered), size):
@@ -182,6 +231,17 @@ class _Training:
             _check_finite("KL to the targets of what is held back", float(kl.sum()), self.title, steps_done, [batch])
             total += float(kl.double().sum())
         return total / len(ordered)
+
+    def _answers_agreement(self, answers: AnswerForward, held_back: HeldBack, size: int, steps_done: int) -> float:
+        """The same over the positions of cached answers."""
+        measure = replace(answers.term, divergence="kl", weight=1.0)
+        ordered = sorted(held_back.cached, key=lambda row: (len(row.ids) + row.positions, row.example_id))
+        positions, total = sum(row.positions for row in ordered), 0.0
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            total += float(answers.loss(batch, positions, measure))
+            _check_finite("KL to the targets of what is held back", total, self.title, steps_done, [batch])
+        return total
 
 
 def objective(
@@ -215,7 +275,7 @@ def _targets(batch: Sequence[Example], like: Tensor) -> Tensor:
     return torch.tensor([example.target for example in batch], device=like.device)
 
 
-def _check_finite(what: str, value: float, title: str, step: int, batches: Sequence[Sequence[Example]]) -> None:
+def _check_finite(what: str, value: float, title: str, step: int, batches: Sequence[Sequence[Example | CachedRow]]) -> None:
     if not math.isfinite(value):
         ids = ", ".join(example.example_id for batch in batches for example in batch)
         raise ShotlessError(

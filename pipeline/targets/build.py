@@ -20,6 +20,9 @@ from pipeline.schema import TARGETS, write_table
 from pipeline.targets.fidelity import cache_fidelity
 from pipeline.tasks import Task
 
+COLUMNS = ("context_id", "example_id", "label_logprobs", "tail_mass")
+"""All that targets need of a cache; distributions stay on disk."""
+
 
 @dataclass(frozen=True)
 class ContextScores:
@@ -47,7 +50,7 @@ def build_targets(
 
     Raises MismatchError where a cache was captured for another task or lacks a transfer example.
     """
-    caches = {teacher: read_cache(scores / teacher) for teacher in params.teachers}
+    caches = {teacher: read_cache(scores / teacher, COLUMNS) for teacher in params.teachers}
     contexts = [context for teacher, cache in caches.items() for context in _contexts(teacher, cache, params, task, transfer_ids, scores)]
     offsets = np.stack([learn_offsets(params.calibration, normalised(c.transfer), normalised(c.content_free)) for c in contexts])
     weights = np.array([context.weight for context in contexts])

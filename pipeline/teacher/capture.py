@@ -5,10 +5,14 @@ next to nothing.
 """
 
 from pathlib import Path
+from typing import Any
 
-from pipeline.cache.folder import write_cache
+import numpy as np
+
+from pipeline.cache.folder import read_cache, write_cache
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import UsageError
+from pipeline.files import write_json
 from pipeline.hashing import example_id
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, examples, read_table
@@ -26,19 +30,18 @@ def capture(
     dtype: str,
     work: Path,
     threads: int | None,
+    runtime: Path | None = None,
 ) -> None:
     """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
 
-    Rows that the store under `work` holds are not scored again. Raises UsageError where a prompt does not fit the model.
+    Rows that the store under `work` holds are not scored again. `runtime` is the file for what the capture took (no output of DVC: it holds
+    seconds). Raises UsageError where a prompt does not fit the model.
     """
-    contexts = read_table(contexts_file, CONTEXTS).to_pylist()
-    transfer = read_table(transfer_file, examples(task.fields)).to_pylist()
-    free = content_free_queries(task)
-    queries = free + [Query(row["example_id"], {field: row[field] for field in task.fields}) for row in transfer]
-    if len({query.example_id for query in queries}) != len(queries):
-        raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
+    contexts, free, transfer = asked(contexts_file, transfer_file, task)
+    queries = free + transfer
     scorer = Scorer(model_folder, task, cache, work, threads, dtype)
-    rows = scorer.score([context["text"] for context in contexts], queries, f"teacher {name}")
+    texts = [context["text"] for context in contexts]
+    rows = scorer.tables(texts, queries, f"teacher {name}")
     about = {
         "teacher": name,
         "model": str(model_folder.relative_to(model_folder.parent.parent)),
@@ -49,9 +52,33 @@ def capture(
         "examples": len(transfer),
     }
     write_cache(output, rows, scorer.fingerprint, about)
+    if runtime is not None:
+        seconds, timed = scorer.seconds(texts, queries)
+        prompts = read_cache(output, ["prompt_tokens"]).rows["prompt_tokens"].to_numpy()
+        tokens = int(np.sum(prompts))
+        write_json({"seconds": round(seconds, 3), "rows": len(prompts), "rows_timed": timed, "prompt_tokens": tokens}, runtime)
+
+
+def asked(contexts_file: Path, transfer_file: Path, task: Task) -> tuple[list[dict[str, Any]], list[Query], list[Query]]:
+    """What a capture asks: contexts as rows of `schema.CONTEXTS`, inputs without content, the transfer set.
+
+    A cache's rows are each context × (inputs without content, then the transfer set), in this order. Raises UsageError where an example
+    would be asked twice.
+    """
+    contexts = read_table(contexts_file, CONTEXTS).to_pylist()
+    transfer = [
+        Query(row["example_id"], {field: row[field] for field in task.fields}, row["completion"])
+        for row in read_table(transfer_file, examples(task.fields)).to_pylist()
+    ]
+    free = content_free_queries(task)
+    if len({query.example_id for query in free + transfer}) != len(free) + len(transfer):
+        raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
+    return contexts, free, transfer
 
 
 def content_free_queries(task: Task) -> list[Query]:
-    """The task's inputs without content, each put into every field."""
+    """The task's inputs without content, each put into every field; none where answers are free text, which is not calibrated."""
+    if task.params.completion is not None:
+        return []
     inputs = [dict.fromkeys(task.fields, text) for text in task.params.content_free]
     return [Query(example_id(fields), fields) for fields in inputs]

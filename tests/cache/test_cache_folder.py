@@ -58,7 +58,7 @@ def rows(count):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.cache.folder.ROWS_PER_SHARD", 4)
-    write_cache(tmp_path / "cache", rows(10), FINGERPRINT, {"teacher": "t"})
+    write_cache(tmp_path / "cache", [rows(10)], FINGERPRINT, {"teacher": "t"})
     return tmp_path / "cache"
 
 
@@ -68,7 +68,7 @@ def test_rows_round_trip_with_ids_past_a_16_bit_vocabulary(cache):
 
 
 def test_writing_again_gives_the_same_bytes(cache, tmp_path):
-    write_cache(tmp_path / "again", rows(10), FINGERPRINT, {"teacher": "t"})
+    write_cache(tmp_path / "again", [rows(10)], FINGERPRINT, {"teacher": "t"})
     assert {f.name: f.read_bytes() for f in cache.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()}
 
 

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.engine import scorer as scorer_module
@@ -137,3 +138,29 @@ def test_a_missing_row_is_an_error_not_a_hole(make_scorer):
     scorer.score(CONTEXTS[:1], queries(3), "test")
     with pytest.raises(ShotlessError, match="1 of 1 rows were not scored"):
         scorer.store.read([("nowhere", "nothing")])
+
+
+def test_the_seconds_of_rows_are_those_of_the_parts_that_hold_them(make_scorer, monkeypatch):
+    """Each part takes a second; a part whose rows are asked for in half counts half."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(scorer_module.time, "perf_counter", lambda: next(clock))
+    scorer, asked = make_scorer(), queries(8)
+    scorer.score(CONTEXTS, asked, "test")
+    parts = [set(pq.read_table(file)["example_id"].to_pylist()) for file in sorted(scorer.store.folder.glob("part-*.parquet"))]
+    assert scorer.seconds(CONTEXTS, asked) == (len(parts), 16)
+    seconds, covered = scorer.seconds(CONTEXTS, asked[:3])
+    ids = {query.example_id for query in asked[:3]}
+    assert covered == 6
+    assert seconds == pytest.approx(sum(len(part & ids) / len(part) for part in parts))
+    assert make_scorer().seconds(CONTEXTS, asked) == (len(parts), 16), "a later run knows them too"
+
+
+def test_rows_from_before_times_were_kept_are_not_covered(make_scorer):
+    scorer = make_scorer()
+    scorer.score(CONTEXTS[:1], queries(4), "test")
+    for file in (scorer.store.folder / "times").iterdir():
+        file.unlink()
+    scorer.score(CONTEXTS[:1], queries(6), "test")
+    seconds, covered = scorer.seconds(CONTEXTS[:1], queries(6))
+    assert covered == 2
+    assert seconds > 0

@@ -28,6 +28,14 @@ def read(tmp_path: Path, rows: list[Any], rule: dict[str, Any] | str | None = "a
     return read_source("mine", params.model_copy(update={"label": label}), path, TASK)
 
 
+def read_sliced(tmp_path: Path, rows: list[dict[str, Any]]) -> SourceExamples:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    slices = {"kind": "subcase", "place": "region"}
+    params = SourceParams.model_validate({"origin": {"source": "local", "path": "x"}, "format": "jsonl", "slices": slices})
+    return read_source("mine", params, path, TASK)
+
+
 def reasons(source: SourceExamples) -> list[tuple[int, str, str]]:
     return [(entry.line, entry.field, entry.reason) for entry in source.bad]
 
@@ -156,3 +164,22 @@ def test_a_jsonl_file_without_the_column_at_all_names_the_keys_there_are(tmp_pat
 def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no row in this file"):
         read(tmp_path, [])
+
+
+def test_slices_are_read_as_labels_are_and_are_unknown_where_a_row_does_not_say(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "label": "positive", "subcase": " swap ", "region": 3},
+        {"text": "b", "label": "negative", "subcase": None, "region": True},
+        {"text": "c", "label": "negative", "subcase": "", "region": 1.5},
+        {"text": "d", "label": "negative", "region": "x", "other": 1},
+        {"text": "e", "label": "negative", "subcase": ["swap"], "region": "x"},
+    ]
+    source = read_sliced(tmp_path, rows)
+    assert [e.slices for e in source.examples] == [("swap", "3"), (None, "true"), (None, "1.5"), (None, "x")]
+    assert [e.label for e in source.examples] == ["positive", "negative", "negative", "negative"]
+    assert reasons(source) == [(5, "subcase", "not a slice's name")]
+
+
+def test_a_slice_column_that_no_row_has_is_refused_with_the_keys_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no column 'region'; the columns are: label, subcase, text"):
+        read_sliced(tmp_path, [{"text": "a", "label": "positive", "subcase": "swap"}])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
@@ -105,6 +106,16 @@ def test_a_users_own_files_become_examples_contexts_and_counts(project: dict[str
     ]
     assert len(quarantine) == 2 + removed
     assert all(len(entry["value"]) <= 80 for entry in quarantine)
+
+
+def test_a_slice_column_reaches_the_evaluation_set_and_nothing_that_is_learnt_from(project: dict[str, Any], tmp_path: Path) -> None:
+    project["data"]["sources"]["test"]["slices"] = {"stars": "rating"}
+    run(project, tmp_path)
+    data = tmp_path / "artifacts" / "data"
+    held_out = read_table(data / "evaluation" / "test.parquet", examples(["text"], ["stars"])).to_pylist()
+    assert {(row["label"], row["slice.stars"]) for row in held_out} == {("positive", "2.5"), ("negative", "-2.5")}
+    for name in ("demonstrations", "transfer"):
+        assert pq.read_schema(data / f"{name}.parquet").names == examples(["text"]).names
 
 
 def test_a_copy_of_an_evaluation_text_in_the_pool_is_quarantined_with_its_original(project: dict[str, Any], tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import pytest
 
 from pipeline.errors import ShotlessError
 from pipeline.evaluation import cost as cost_module
-from pipeline.evaluation.cost import Job, Prompts, measure, run_job
-from pipeline.files import read_json
+from pipeline.evaluation.cost import Job, Packed, Prompts, measure, run_job
 from pipeline.models.identity import weights_sha256
 from pipeline.models.loading import load_model
 
@@ -93,21 +92,64 @@ def test_a_child_measures_once_and_its_figures_serve_every_method_with_the_same_
     folder, work = tmp_path / "model", tmp_path / "work"
     shutil.copytree(model_folder("llama"), folder)
     asked = job(prompts(folder, IN_CONTEXTS))
-    measure(asked, work, tmp_path / "first.json")
-    figures = read_json(tmp_path / "first.json")
+    figures = measure(asked, work)
     assert figures["measured"]["subject"] == asked.subject
     assert figures["forward_passes"] == 2
     assert figures["peak_rss_bytes"] > 1 << 20
     assert [file.name for file in (work / "cost").iterdir()] == [asked.kept]
     shutil.rmtree(folder)  # a child could not measure it again
     gone = Job(models=[asked.models[0].model_copy(update={"folder": "somewhere else"})], threads=1)
-    measure(gone, work, tmp_path / "second.json")
-    assert (tmp_path / "second.json").read_bytes() == (tmp_path / "first.json").read_bytes()
+    assert measure(gone, work) == figures
 
 
 def test_a_child_that_fails_is_an_error_with_its_last_words_and_leaves_no_figures(tmp_path):
     asked = Job(models=[Prompts(folder=str(tmp_path / "nowhere"), weights="w", examples=EXAMPLES)], threads=1)
     with pytest.raises(ShotlessError, match=r"(?s)measures cost ended with 1; its last words: .*nowhere: no such model folder"):
-        measure(asked, tmp_path / "work", tmp_path / "cost.json")
-    assert not (tmp_path / "cost.json").exists()
+        measure(asked, tmp_path / "work")
     assert not list((tmp_path / "work" / "cost").glob("*.json"))
+
+
+def packed(prefixes, completions=((5,), (7, 9))):
+    return Packed(prefixes=prefixes, queries=[prompt[0] for prompt in EXAMPLES], completions=list(map(list, completions)))
+
+
+def test_the_throughput_is_of_every_query_behind_every_prefix(model_folder, monkeypatch):
+    """Two teachers on one model, two contexts and one: the engine sees the three, and time stands still but for it."""
+    seen, clock = [], iter(range(100))
+    original = cost_module.choose_engine
+
+    def choose(*args):
+        choice = original(*args)
+        score = choice.engine.score
+        monkeypatch.setattr(choice.engine, "score", lambda prefix, queries: seen.append((prefix, queries)) or score(prefix, queries))
+        monkeypatch.setattr(cost_module.time, "perf_counter", lambda: next(clock))
+        return choice
+
+    monkeypatch.setattr(cost_module, "choose_engine", choose)
+    folder = model_folder("llama")
+    two = [prompts(folder).model_copy(update={"packed": packed(prefixes)}) for prefixes in ([[1, 2, 3], [6, 7]], [[]])]
+    figures = run_job(job(*two))
+    queries = [prompt[0] for prompt in EXAMPLES]
+    assert seen == [([1, 2, 3], queries), ([6, 7], queries), ([], queries)]
+    assert figures["throughput"] == {"examples": 3, "examples_per_second": 3.0, "engine": "shared_prefix"}
+
+
+def test_memory_is_noted_before_the_batches(model_folder, monkeypatch):
+    order = []
+    monkeypatch.setattr(cost_module, "peak_rss_bytes", lambda: order.append("peak") or 1)
+    monkeypatch.setattr(cost_module, "_throughput", lambda *_: order.append("batches"))
+    run_job(job(prompts(model_folder("llama"))))
+    assert order == ["peak", "peak", "batches"]
+
+
+def test_without_batches_there_is_no_throughput_and_with_them_figures_are_kept_apart(model_folder):
+    folder = model_folder("llama")
+    plain, batched = job(prompts(folder)), job(prompts(folder).model_copy(update={"packed": packed([[]])}))
+    assert run_job(plain)["throughput"] is None
+    assert plain.subject == batched.subject
+    assert plain.kept != batched.kept
+
+
+def test_disk_is_all_the_folder_s_files(model_folder):
+    folder = model_folder("llama")
+    assert run_job(job(prompts(folder)))["disk_bytes"] == sum(file.stat().st_size for file in folder.iterdir())

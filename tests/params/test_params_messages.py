@@ -200,3 +200,9 @@ def test_each_context_of_teachers_that_share_contexts_is_refused(raw_params):
         parse_params(raw_params)
     raw_params["baselines"]["both"]["contexts"] = "ensemble"
     parse_params(raw_params)
+
+
+@pytest.mark.parametrize("name", ["label", "length", "domain"])
+def test_a_slice_that_every_evaluation_has_cannot_be_named_again(raw_params: Raw, name: str) -> None:
+    raw_params["data"]["sources"]["movie"]["slices"] = {name: "rating", "mine": "id"}
+    assert f"data.sources.movie: slices: every evaluation has a slice {name} of its own" in message(raw_params)

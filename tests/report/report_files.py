@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from ruamel.yaml import YAML
 
 from pipeline.hashing import sha256_text
-from pipeline.params import Params, load_params
+from pipeline.params import Params, load_params, parse_params
 from pipeline.report.build import build_report
 from pipeline.schema import PREDICTIONS, write_table
+from pipeline.schema import examples as example_schema
 
 PROJECT = Path(__file__).resolve().parents[2]
 ACCURACY = {  # invented, for movie, amazon, tweets, editorials
@@ -28,6 +30,13 @@ ACCURACY = {  # invented, for movie, amazon, tweets, editorials
 }
 ONE_SIDED = {"icl"}
 EXAMPLES = 200
+
+
+def shipped_params(resamples: int = 100) -> Params:
+    """params.yaml as it is shipped, with a bootstrap that takes no time."""
+    raw = YAML(typ="safe", pure=True).load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+    raw["evaluation"]["bootstrap"] = resamples
+    return parse_params(raw)
 
 
 def _json(path: Path, value: Any) -> None:
@@ -76,6 +85,22 @@ def write_predictions(params: Params, root: Path, examples: int = EXAMPLES) -> N
         write_table(table, root / "artifacts" / "predictions" / f"{method}.parquet")
 
 
+def by_demonstrations(model: str) -> list[dict[str, Any]]:
+    """Made-up cost of 0 to 32 demonstrations; 32 do not fit."""
+    rows: list[dict[str, Any]] = [
+        {"model": f"models/{model}", "demonstrations": n, "context_tokens": 25 * n, "prompt_tokens": 33.1 + 25 * n}
+        | {
+            "latency_ms": 55.5 + 23 * n,
+            "latency_p95_ms": 59.1 + 24 * n,
+            "peak_rss_bytes": 1_061_318_656 + 5_000_000 * n,
+            "throughput": None,
+        }
+        | ({"repeated": True} if n == 16 else {})
+        for n in (0, 4, 8, 16)
+    ]
+    return [*rows, {"model": f"models/{model}", "demonstrations": 32, "context_tokens": 4000, "too_long_for": 2048}]
+
+
 def write_metrics(params: Params, root: Path) -> None:
     """What other stages would leave; costs are of every method but `icl_ensemble`, and of another model for `icl`."""
     metrics, labels = root / "metrics", list(params.task.verbalisers)
@@ -96,6 +121,9 @@ def write_metrics(params: Params, root: Path) -> None:
                 "parameters": 113_142_528 if student else 134_515_008,
                 "weights_bytes": 452_570_112 if student else 538_060_032,
                 "forward_passes": 1 if student else 5,
+                "disk_bytes": 457_000_000,
+                "throughput": {"examples": 64, "examples_per_second": 81.2, "engine": "shared_prefix"},
+                "by_demonstrations": [] if student else by_demonstrations(next(iter(params.models))),
             },
         )
     for name, target in params.targets.items():
@@ -181,10 +209,141 @@ def write_metrics(params: Params, root: Path) -> None:
     )
 
 
+def write_texts(params: Params, root: Path, examples: int = EXAMPLES) -> None:
+    """The evaluation sets' texts, and two rows that were set aside."""
+    labels, fields = list(params.task.verbalisers), params.task.fields
+    for s, name in enumerate(params.data.evaluation):
+        gold = np.random.default_rng(s).integers(len(labels), size=examples)
+        rows = [
+            {
+                "example_id": sha256_text(f"{name}/{i}"),
+                "label": labels[gold[i]],
+                "source": params.data.evaluation[name].source,
+                "line": i + 1,
+                **{
+                    field: f"Made-up {field} {i} of {name}: the plot is thin, the acting is not <b>bold</b> & it drags." for field in fields
+                },
+            }
+            for i in range(examples)
+        ]
+        write_table(pa.Table.from_pylist(rows, schema=example_schema(fields)), root / "artifacts/data/evaluation" / f"{name}.parquet")
+    bad = [
+        {"source": "movie", "file": "movie.tsv", "line": 17, "field": "text", "reason": "empty", "value": ""},
+        {"source": "movie", "file": "movie.tsv", "line": 40, "field": "", "reason": "not UTF-8", "value": "caf\ufffd"},
+    ]
+    (root / "artifacts/data/quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
+
+
+def write_evaluation(params: Params, root: Path, examples: int = EXAMPLES) -> None:
+    """Details, comparisons, break-even and risk checks, in the shapes of the stages `evaluate`, `compare` and `check`."""
+    metrics, labels, reference = root / "metrics", list(params.task.verbalisers), params.evaluation.reference
+    for method in [*params.baselines, *params.students]:
+        rows = prediction_rows(params, method, examples)
+        sets, slices = {}, []
+        for name, entry in params.data.evaluation.items():
+            own = [row for row in rows if row["set"] == name]
+            bins = []
+            for b in range(15):
+                part = [row for row in own if b / 15 < max(row["probabilities"]) <= (b + 1) / 15]
+                if part:
+                    right = float(np.mean([row["label"] == row["predicted"] for row in part]))
+                    sure = float(np.mean([max(row["probabilities"]) for row in part]))
+                    bins.append(
+                        {"low": round(b / 15, 6), "high": round((b + 1) / 15, 6), "n": len(part), "confidence": sure, "accuracy": right}
+                    )
+            counts = {g: {p: sum(row["label"] == g and row["predicted"] == p for row in own) for p in labels} for g in labels}
+            sets[name] = {"reliability": bins, "confusion": counts}
+            for label in labels:
+                total = sum(counts[label].values())
+                accuracy = counts[label][label] / max(1, total)
+                one = {"dimension": "label", "slice": label, "domain": entry.domain, "n": total, "accuracy": accuracy}
+                slices.append({**one, "set": name, "ci95": [max(0, accuracy - 0.1), min(1, accuracy + 0.1)]})
+        for domain in ("in", "out"):
+            for dimension, slice_names in {"label": labels, "length": ["short", "middle", "long"], "heuristic": ["overlap"]}.items():
+                for i, slice_name in enumerate(slice_names):
+                    one = {"dimension": dimension, "slice": slice_name, "domain": domain, "set": None, "n": 100 + i}
+                    slices.append({**one, "accuracy": 0.8 - 0.04 * i, "ci95": [0.7, 0.9], "words": None})
+        _json(metrics / "detail" / f"{method}.json", {"method": method, "sets": sets, "slices": slices})
+    others = [name for name in [*params.students, *params.baselines] if name != reference]
+    agreed = {"n": examples, "agreement": 0.9, "agreement_ci95": [0.87, 0.93], "kl_nats": 0.123, "kl_ci95": [0.1, 0.15]}
+    pairs = [
+        {"method": a, "other": b, "domain": domain, "set": None, "n": examples, "difference": 0.01, "ci95": [-0.01, 0.03], "clear": False}
+        | {"only_method_right": 40, "only_other_right": 33, "mcnemar_p": 0.4828}
+        for domain in ("in", "out")
+        for a, b in [(name, reference) for name in others]
+    ]
+    to_reference = {name: dict.fromkeys(params.data.evaluation, agreed) for name in others}
+    _json(metrics / "compare.json", {"reference": reference, "pairs": "all", "to_reference": to_reference, "comparisons": pairs})
+    repaid = {"student_seconds": 0.046, "reference_seconds": 1.78, "saved_seconds": 1.734, "predictions": 199}
+    never = {"student_seconds": 0.046, "reference_seconds": 0.03, "saved_seconds": -0.016, "predictions": None}
+    spent = {"capture_seconds": {"few_shot": 70.1}, "training_seconds": 265.7, "spent_seconds": 335.8, "missing": []}
+    kept = {"one_by_one": repaid, "batched": never}
+    _json(metrics / "runtime" / "break-even.json", {"reference": reference, "students": dict.fromkeys(params.students, spent | kept)})
+    for student in params.students:
+        _json(metrics / "risk" / f"{student}.json", risk(params, student, reference))
+
+
+def risk(params: Params, student: str, reference: str) -> dict[str, Any]:
+    """A made-up risk file of one student."""
+    labels, name, field = list(params.task.verbalisers), next(iter(params.data.evaluation)), params.task.fields[0]
+    before, after = labels[0], labels[-1]
+    text = f"Made-up {field} 3 of {name}: the plot is thin, the acting is not <b>bold</b> & it drags."
+    flip = {"set": name, "example_id": sha256_text(f"{name}/3"), "before": {field: "Ann <liked> it"}, "after": {field: "Eve <liked> it"}}
+    flip |= {"label": before, "answer_before": before, "answer_after": after, "p_before": 0.56, "p_after": 0.44}
+    side = {"lowest": {"slice": "long", "n": 90, "accuracy": 0.8}, "highest": {"slice": "short", "n": 90, "accuracy": 0.89}, "gap": 0.09}
+    bins = [
+        {"low": 0.5, "high": 0.75, "n": 20, "disagreement": 0.4, "student_accuracy": 0.6, "reference_accuracy": 0.5},
+        {"low": 0.75, "high": 1.0, "n": 180, "disagreement": 0.05, "student_accuracy": 0.9, "reference_accuracy": 0.88},
+    ]
+    thin, drags = text.index("thin"), text.index("drags")
+    words = [
+        {"field": field, "word": "thin", "start": thin, "end": thin + 4, "weight": 1.25},
+        {"field": field, "word": "plot", "start": text.index("plot"), "end": text.index("plot") + 4, "weight": 0.1},
+        {"field": field, "word": "drags", "start": drags, "end": drags + 5, "weight": -0.75},
+    ]
+    swap = {
+        "name": "first_names",
+        "what": "first names by others of the same gender",
+        "texts": 400,
+        "with_swap": 30,
+        "asked": 23,
+        "flips": 1,
+    }
+    swap |= {"flip_rate": 0.0435, "ci95": [0.001, 0.22], "mean_shift": 0.012, "largest_shift": 0.21, "by_set": {}, "examples": [flip]}
+    none = {
+        "name": "contractions",
+        "what": "contractions written out",
+        "texts": 400,
+        "with_swap": 0,
+        "asked": 0,
+        "flips": 0,
+        "flip_rate": None,
+    }
+    none |= {"ci95": None, "mean_shift": None, "largest_shift": None, "by_set": {}, "examples": []}
+    part = {"n": 200, "share": 0.085, "by_student_confidence": bins, "by_reference_confidence": bins}
+    return {
+        "student": student,
+        "reference": reference,
+        "swaps": [swap, none],
+        "gaps": [
+            {"dimension": "domain", "domain": None, "set": None, "p_value": None, "student": side, "reference": side},
+            {"dimension": "length", "domain": "out", "set": None, "p_value": 0.03, "student": side, "reference": side},
+        ],
+        "disagreement": [{"domain": "in", **part}, {"domain": "out", **part}],
+        "attributions": [
+            {"set": name, "example_id": sha256_text(f"{name}/3"), "fields": {field: text}, "label": before, "student": before}
+            | {"student_p": 0.71, "reference": after, "reference_p": 0.55, "words": words}
+        ],
+        "attributions_skipped_long": 0,
+    }
+
+
 def write_run(params: Params, root: Path, examples: int = EXAMPLES) -> None:
     """A whole made-up run."""
     write_predictions(params, root, examples)
     write_metrics(params, root)
+    write_texts(params, root, examples)
+    write_evaluation(params, root, examples)
 
 
 if __name__ == "__main__":

@@ -78,11 +78,19 @@ def _overlap(one: Path, other: Path) -> bool:
 
 
 def test_every_entry_of_the_maps_is_a_stage(stages, raw_params):
-    for prefix, block in {"teacher": "teachers", "targets": "targets", "student": "students", "baseline": "baselines"}.items():
+    for prefix, block in {
+        "teacher": "teachers",
+        "targets": "targets",
+        "student": "students",
+        "check": "students",
+        "baseline": "baselines",
+    }.items():
         assert {f"{prefix}@{name}" for name in raw_params[block]} <= set(stages)
 
 
-@pytest.mark.parametrize("name", ["fetch", "prepare", "tune", "teacher", "targets", "student", "evaluate", "baseline", "report"])
+@pytest.mark.parametrize(
+    "name", ["fetch", "prepare", "tune", "teacher", "targets", "student", "evaluate", "baseline", "check", "compare", "report"]
+)
 def test_a_stage_depends_on_all_the_code_it_imports(name):
     text = YAML(typ="safe", pure=True).load((PROJECT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
     body = text.get("do", text)
@@ -96,10 +104,13 @@ def test_a_stage_depends_on_all_the_code_it_imports(name):
 
 
 def test_a_student_s_learning_rate_costs_only_that_student(stages):
-    assert affected(stages, "students.cd.learning_rate") == {"student@cd", "evaluate@cd", "report"}
+    assert affected(stages, "students.cd.learning_rate") == {"student@cd", "evaluate@cd", "check@cd", "compare", "report"}
 
 
-@pytest.mark.parametrize("key", ["students.cd.ce_weight", "targets.mix.calibration", "evaluation.bootstrap", "baselines.icl.contexts"])
+@pytest.mark.parametrize(
+    "key",
+    ["students.cd.ce_weight", "targets.mix.calibration", "evaluation.bootstrap", "evaluation.risk_examples", "baselines.icl.contexts"],
+)
 def test_nothing_after_the_cache_starts_the_teacher(stages, key):
     assert not {name for name in affected(stages, key) if name.startswith(("teacher@", "prepare", "fetch", "tune@"))}
 
@@ -126,4 +137,4 @@ def test_a_new_student_is_one_more_entry(tmp_path):
     with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
     after = subprocess.run([*DVC, "stage", "list", "--name-only"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    assert set(after.split()) - set(before.split()) == {"student@another", "evaluate@another"}
+    assert set(after.split()) - set(before.split()) == {"student@another", "evaluate@another", "check@another"}

@@ -239,7 +239,7 @@ def test_cross_entropy_beside_cross_entropy_is_refused(world):
 
 def test_an_example_longer_than_the_model_is_refused_before_training(tmp_path, model_folder):
     world = make_world(tmp_path, model_folder("llama", max_position_embeddings=8))
-    with pytest.raises(UsageError, match=r"tokens with its verbaliser, and .*models/tiny takes 8"):
+    with pytest.raises(UsageError, match=r"tokens with its answer, and .*models/tiny takes 8"):
         run(world)
     assert world.checkpoints() == []
 

@@ -13,6 +13,7 @@ from pipeline.cache.fingerprint import ENGINE_VERSION
 from pipeline.cache.folder import read_cache
 from pipeline.engine import scorer as scorer_module
 from pipeline.errors import ShotlessError, UsageError
+from pipeline.files import read_json
 from pipeline.hashing import context_id, example_id, sha256_ids
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import load_model
@@ -251,16 +252,16 @@ def test_a_capture_killed_while_it_scores_ends_with_the_bytes_of_an_unbroken_one
 
 def test_a_capture_killed_while_it_writes_is_no_cache_and_is_written_again_without_the_model(world, other, monkeypatch):
     other.capture()
-    original, done = cache_module.write_table, []
+    original, done = cache_module.write_rows, []
 
-    def dying(table, path):
+    def dying(rows, path):
         if done:
             raise Killed
         done.append(path)
-        original(table, path)
+        original(rows, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "write_table", dying)
+        patched.setattr(cache_module, "write_rows", dying)
         with pytest.raises(Killed):
             world.capture()
     assert [file.name for file in (world.artifacts / "scores").iterdir()] == ["part-00000.parquet"]
@@ -292,3 +293,17 @@ def test_content_free_inputs_fill_every_field():
         {"title": "N/A", "text": "N/A"},
         {"title": "[MASK]", "text": "[MASK]"},
     ]
+
+
+def test_what_the_capture_took_is_kept_beside_it_and_is_the_same_for_a_run_that_found_all_rows(world):
+    contexts, transfer = world.artifacts / "contexts.parquet", world.artifacts / "transfer.parquet"
+    files = [world.artifacts / "first.json", world.artifacts / "second.json"]
+    for file in files:
+        folder = world.artifacts / "scores"
+        capture("few", world.model, contexts, transfer, folder, TASK, CacheParams(top_k=5), "float32", world.work, 1, file)
+    first, second = map(read_json, files)
+    rows = read_cache(world.artifacts / "scores").rows
+    assert first == second
+    assert first["rows"] == first["rows_timed"] == len(rows)
+    assert first["prompt_tokens"] == sum(rows["prompt_tokens"].to_pylist())
+    assert first["seconds"] > 0

@@ -1,0 +1,129 @@
+"""Rows of the cache as files: how Parquet is written, how a file carries its own checksum, how many rows one file holds.
+
+A *sealed* file has the sha256 of its bytes in its name: name and checksum cannot come apart, since one rename puts both there. Shards
+of the artifact have plain names, and their sha256 in the manifest. In both, every page has a checksum of its own (CRC-32, part of the
+Parquet format), which readers other than this project can verify.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cache.fingerprint import Fingerprint
+from pipeline.errors import CorruptError
+from pipeline.files import replacing
+
+MOST_ROWS = 16_384
+"""Rows of a shard, where its bytes allow."""
+SHARD_BYTES = 64 << 20
+"""A shard, decoded, stays under about so many bytes whatever is kept of a distribution: so much memory does reading or writing take."""
+VOCABULARY = 1 << 16
+"""Entries that a full distribution is taken to have."""
+HIDDEN_SIZE = 2048
+LABEL_BYTES = 200
+"""Of a row's keys and counts."""
+
+
+def rows_per_shard(fingerprint: Fingerprint) -> int:
+    """Rows of each shard but the last: a power of two that follows from what is captured, and from nothing else."""
+    kept = fingerprint.cache
+    entries = {"sampled": kept["samples"], "hybrid": kept["top_k"] + kept["samples"], "full": VOCABULARY}.get(
+        kept["encoding"], kept["top_k"]
+    )
+    temperatures = 1 + len(kept["temperatures"])
+    position = 12 * entries + 8 * temperatures + 2 * HIDDEN_SIZE * len(kept["hidden_layers"]) + 20
+    positions = 1 if fingerprint.completion is None else fingerprint.completion["max_tokens"]
+    rows = SHARD_BYTES // (LABEL_BYTES + positions * position)
+    return min(MOST_ROWS, 1 << max(4, rows.bit_length() - 1))
+
+
+STORE_LEVEL = 3
+SHARD_LEVEL = 19
+"""zstd levels: parts of the store are written while the teacher waits; shards once, and are carried about (19 saves a tenth over 3)."""
+
+
+def settings(schema: pa.Schema, level: int) -> dict[str, Any]:
+    """How `pyarrow.parquet.write_table` writes rows: numbers split into byte streams (sign and exponent of log-probabilities, high bytes of
+    ids compress well, the rest hardly), a dictionary for contexts alone, a checksum for each page. Measured in `benchmarks/cache.py`.
+    """
+    numbers = [_leaf(field) for field in schema if not pa.types.is_string(field.type)]
+    return {
+        "compression": "zstd",
+        "compression_level": level,
+        "use_dictionary": [field.name for field in schema if field.name == "context_id"],
+        "column_encoding": dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
+        "write_statistics": [field.name for field in schema if not pa.types.is_nested(field.type)],
+        "write_page_checksum": True,
+    }
+
+
+def _leaf(field: pa.Field) -> str:
+    """The name that Parquet gives a column's numbers."""
+    return field.name if not pa.types.is_list(field.type) else f"{field.name}.list.{_leaf(field.type.value_field.with_name('element'))}"
+
+
+def parquet_bytes(table: pa.Table) -> pa.Buffer:
+    """A table as the bytes of a Parquet file, which depend on its rows alone."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **settings(table.schema, STORE_LEVEL))
+    return sink.getvalue()
+
+
+def write_rows(rows: pa.Table, path: Path) -> None:
+    """Write rows of `schema.SCORES` as one Parquet file, whole or not at all, whose bytes depend on the rows alone."""
+    with replacing(path) as temporary:
+        pq.write_table(rows.combine_chunks(), temporary, row_group_size=len(rows), **settings(rows.schema, SHARD_LEVEL))
+
+
+def read_rows(source: Path | bytes, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema` from a Parquet file or its bytes, with every page's checksum verified.
+
+    Raises CorruptError naming the column that is missing or of another type, or the page that is damaged.
+    """
+    name = source if isinstance(source, Path) else "a part of the store"
+    try:
+        with pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source), page_checksum_verification=True) as file:
+            for field in schema:
+                place = file.schema_arrow.get_field_index(field.name)
+                found = None if place < 0 else file.schema_arrow.field(place).type
+                if found != field.type:
+                    raise CorruptError(f"{name}: column {field.name!r} is {found or 'missing'}, expected {field.type}")
+            return file.read(schema.names).cast(schema)
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptError(f"{name}: not readable as Parquet: {error}") from error
+
+
+def write_sealed(table: pa.Table, folder: Path, stem: str) -> Path:
+    """Write a table to `folder/stem-SHA256.parquet`, whole or not at all."""
+    data = parquet_bytes(table)
+    path = folder / f"{stem}-{hashlib.sha256(data).hexdigest()}.parquet"
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return path
+
+
+def read_sealed(path: Path) -> bytes:
+    """A sealed file's bytes.
+
+    Raises CorruptError where they are not those that the name promises, or cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if (found := hashlib.sha256(data).hexdigest()) != sealed_sha256(path):
+        raise CorruptError(f"{path}: {len(data):,} bytes of sha256 {found[:12]}…, the name promises {sealed_sha256(path)[:12]}…")
+    return data
+
+
+def sealed_sha256(path: Path) -> str:
+    """The sha256 in a sealed file's name."""
+    return path.stem.rpartition("-")[2]
+
+
+def sealed_stem(path: Path) -> str:
+    """A sealed file's name without its sha256."""
+    return path.stem.rpartition("-")[0]

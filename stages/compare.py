@@ -1,0 +1,19 @@
+"""Compare all methods from their predictions → metrics/compare.json. Run by DVC, or as `python -m stages.compare`."""
+
+from pathlib import Path
+
+from pipeline.evaluation.break_even import write_break_even
+from pipeline.evaluation.compare import compare_methods
+from pipeline.params import load_params
+from stages._command import run
+
+
+def main() -> None:
+    """Write the comparisons, and metrics/runtime/break-even.json, which is no output of DVC: it is made of times."""
+    params, metrics = load_params(), Path("metrics")
+    compare_methods(params, Path("artifacts"), metrics / "compare.json")
+    write_break_even(params, metrics, metrics / "runtime" / "break-even.json")
+
+
+if __name__ == "__main__":
+    run(main)
