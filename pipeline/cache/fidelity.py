@@ -4,10 +4,10 @@ What is lost in training is lost through a student, so it is measured through on
 stands for p with what it kept. Where no student is given, it is one that knows nothing, q uniform.
 
 - *retained mass*: the teacher's probability of the entries that are kept or drawn.
-- *truncation*: KL(p ‖ q) that the kept entries, unrounded, do not show: the difference of the two values. With the tail as a bucket that is
-  P(tail) · KL(p ‖ q within the tail), by the chain rule; never less than 0. With a tail that was cut off it may have either sign. With draws
-  it is 0 on average, and what one position's draws miss by is noise, so the mean's magnitude falls as positions are added; its root mean
-  square over positions is given beside it.
+- *truncation*: KL(p ‖ q) that the kept entries, unrounded, do not show: the difference of the two values. With the tail as a bucket that
+  is P(tail) · KL(p ‖ q within the tail), by the chain rule; never less than 0. With a tail that was cut off it may have either sign. With
+  draws it is 0 on average, and what one position's draws miss by is noise, so the mean's magnitude falls as positions are added; its root
+  mean square over positions is given beside it.
 - *quantisation*: KL of the kept entries, the tail's mass among them, to themselves rounded; about resolution²/24.
 - *KL to the live teacher*: the same to what the cache in fact holds: rounding, and whatever changed since (a machine, an engine, a batch).
 - *gradient cosine*: of the cached loss's gradient in the student's logits with that of the whole distribution, all positions as one vector;
