@@ -42,7 +42,7 @@ def real_positions(reviews: int, each: int) -> Positions:
     texts = pl.read_parquet(EXAMPLES)["text"].head(reviews).to_list()
     queries = [tokenizer(QUERY.format(text=text), add_special_tokens=False)["input_ids"] for text in texts]
     model = PackedModel(load_model(MODEL), answers_only=False)
-    return Positions(*(_logits(model, prefix, queries, each) for prefix in (context, [])), each)
+    return Positions(_logits(model, context, queries, each), _logits(model, [], queries, each), each)
 
 
 def _logits(model: PackedModel, context: list[int], queries: list[list[int]], each: int) -> Tensor:

@@ -330,14 +330,15 @@ class TunedTeacherParams(TuningParams):
 class CacheParams(Frozen):
     """What the score cache keeps of the teacher's distribution at each answer position (`pipeline/cache/encodings.py`)."""
 
-    encoding: Literal["top_k", "top_k_tail", "sampled", "hybrid", "full"] = "top_k_tail"
+    encoding: Literal["top_k", "top_k_tail", "sampled", "hybrid", "full"] = "hybrid"
     """The `top_k` most probable entries, the rest unknown; the same with the rest as one bucket; `samples` entries drawn from the
-    distribution; the most probable entries with `samples` drawn from the rest; every entry."""
+    distribution; the entries of probability 1/`samples` or more, `top_k` at most, with the rest drawn from; every entry. `make bench-cache`
+    shows what each costs and loses."""
     top_k: Annotated[int, Field(ge=1)] = 32
-    samples: Annotated[int, Field(ge=1)] = 16
-    """Draws, for `sampled` and `hybrid`."""
-    resolution_nats: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Log-probabilities are rounded to multiples of it, which compresses; null keeps all of float32."""
+    samples: Annotated[int, Field(ge=1)] = 96
+    """Draws, for `sampled` and `hybrid`. Each stands for a mass of 1/`samples`: a hybrid makes `samples` times the rest's mass of them."""
+    resolution_nats: Annotated[float, Field(gt=0, le=1)] | None = 0.0625
+    """Log-probabilities are rounded to multiples of it, which compresses, best if it is a power of two; null keeps all of float32."""
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), strict=False)
     """Temperatures besides 1 that students may learn at: their normalisers are kept."""
     hidden_layers: tuple[int, ...] = Field(default=(), strict=False)

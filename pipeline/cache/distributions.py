@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -34,7 +33,7 @@ class Distributions:
     """P distributions over a vocabulary at one temperature: K entries kept exactly, M drawn. Natural logarithms.
 
     Σ exp(log_probabilities) + rest is 1, and so is Σ exp(log_probabilities) + Σ sampled_weights where entries are drawn (on average over
-    draws, if the temperature is not 1). An entry that is padding has id 0, log-probability −inf and weight 0.
+    draws, if the temperature is not 1). An entry that is padding has id 0, log-probability -inf and weight 0.
     """
 
     ids: Tensor  # [P, K] int64
@@ -52,11 +51,11 @@ class Distributions:
 
     def take(self, positions: Tensor | slice) -> "Distributions":
         """Some positions, in the order given."""
-        return Distributions(*(getattr(self, name)[positions] for name in TENSORS), self.tail)
+        return replace(self, **{name: getattr(self, name)[positions] for name in TENSORS})
 
     def to(self, device: torch.device | str) -> "Distributions":
         """The same on another device."""
-        return Distributions(*(getattr(self, name).to(device) for name in TENSORS), self.tail)
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
 
 TENSORS = tuple(name for name in Distributions.__annotations__ if name != "tail")
@@ -73,9 +72,9 @@ def certain(ids: Tensor) -> Distributions:
 def decode(rows: pa.Table | pa.RecordBatch, params: CacheParams, temperature: float = 1.0) -> Distributions:
     """The distributions of all positions of `rows`, one row's after the other's.
 
-    `rows` have the columns of `schema.SCORES` that begin with topk, sampled and full, tail_mass, log_norms, entropies. `params` are what the
-    cache was captured with. Rounded entries are scaled so that they and the tail sum to 1. At another temperature τ than 1, p^(1/τ)/Z with
-    Z from the entries and the stored norm of the others; draws, which were made at 1, are weighted by the ratio of the two probabilities.
+    `rows` have the columns of `schema.SCORES` that begin with topk, sampled and full, tail_mass, log_norms, entropies. `params` are what
+    the cache was captured with. Rounded entries are scaled so that they and the tail sum to 1. At another temperature τ than 1, p^(1/τ)/Z
+    with Z from the entries and the stored norm of the others; draws, made at 1, are weighted by the ratio of the two probabilities.
     Raises UsageError where the cache cannot be read at `temperature`.
     """
     known = temperatures(params)
@@ -139,9 +138,9 @@ def check_retained(distributions: Distributions, params: CacheParams, temperatur
         return mean
     kept = {"sampled": f"{params.samples} draws", "hybrid": f"top {params.top_k} and {params.samples} draws"}
     raise UsageError(
-        f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass in the mean over {len(distributions)} positions "
-        f"({kept.get(params.encoding, f'top {params.top_k}')}), and {least:.0%} is the least: lower the student's `temperature`, or raise "
-        "teachers.*.cache.top_k or .samples, or take encoding `full`."
+        f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass in the mean over {len(distributions)} "
+        f"positions ({kept.get(params.encoding, f'top {params.top_k}')}), and {least:.0%} is the least: lower the student's `temperature`, "
+        "or raise teachers.*.cache.top_k or .samples, or take encoding `full`."
     )
 
 
@@ -157,8 +156,8 @@ def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
     if float(lost.max()) > NEGLIGIBLE_MASS:
         top = int(max(distributions.ids.max() if past.any() else 0, distributions.sampled_ids.max() if drawn_past.any() else 0))
         raise MismatchError(
-            f"the teacher gives up to {float(lost.max()):.2%} of its mass to token ids past the student's vocabulary of {size} (the largest "
-            f"is {top}): they do not share a tokenizer. Take a student of the teacher's family, or a teacher of the student's."
+            f"the teacher gives up to {float(lost.max()):.2%} of its mass to token ids past the student's vocabulary of {size} (the "
+            f"largest is {top}): they do not share a tokenizer. Take a student of the teacher's family, or a teacher of the student's."
         )
     return replace(
         distributions,
@@ -191,7 +190,7 @@ class _Columns:
     def padded(self, name: str, padding: float, least: int = 0) -> Tensor:
         """A list a position, [P, longest], or [P, least] where that is more."""
         lists = self._positions(name)
-        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+        lengths = np.diff(lists.offsets.to_numpy())
         values = lists.flatten().to_numpy(zero_copy_only=False)
         width = int(lengths.max(initial=least))
         if len(values) == len(lengths) * width:  # all of one length

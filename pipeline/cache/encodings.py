@@ -2,9 +2,13 @@
 
 Every encoding is the same few columns: entries kept exactly (`topk_*`), entries drawn at random that stand for the rest (`sampled_*`), or
 all (`full_logprobs`), each with the mass that has no entry of its own. One reader therefore serves all of them (`cache/distributions.py`).
-Draws are systematic: one uniform number a position, M equally spaced points on the cumulative distribution of what is not kept exactly. An
-entry of probability p is drawn M·p/tail times on average, as with independent draws (2503.16870), with less variance; the number comes
+Draws are systematic: one uniform number a position, equally spaced points on the cumulative distribution of what is not kept exactly. An
+entry of probability p is drawn in proportion to it on average, as with independent draws (2503.16870), with less variance; the number comes
 from the prompt's hash, so that a row's bytes do not depend on its batch.
+
+A draw stands for a mass of 1/`samples`. In a hybrid, an entry of that probability or more would be drawn for certain, so it is kept exactly
+instead; only the tail is drawn from, `samples` times its mass. So where the teacher is sure a position is a few bytes, and where it is not,
+many: for a given size of the cache that has less error than the same numbers of kept and drawn entries everywhere.
 
 Rounding to a resolution keeps float32 columns that any reader understands: where the resolution is a power of two the low bits are zero
 and compress away. A log-probability is then wrong by half of it at most, and a divergence by about resolution²/24 nats.
@@ -34,7 +38,7 @@ class Encoded:
     """P positions as they are stored; a width is 0 where the encoding has no such part. Natural logarithms."""
 
     topk_ids: Tensor  # [P, K] int32, most probable first
-    topk_logprobs: Tensor  # [P, K] float32; −inf: no entry
+    topk_logprobs: Tensor  # [P, K] float32; -inf: no entry
     sampled_ids: Tensor  # [P, M] int32, rising
     sampled_logprobs: Tensor  # [P, M] float32
     sampled_counts: Tensor  # [P, M] int32; 0: no entry
@@ -63,13 +67,14 @@ def temperatures(params: CacheParams) -> tuple[float, ...]:
 def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states: Tensor | None = None) -> Encoded:
     """Positions as the cache keeps them.
 
-    `logits` [P, V] float32, −inf where an entry is masked; `uniforms` [P] in [0, 1), read where entries are drawn; `hidden_states` [P, D].
+    `logits` [P, V] float32, -inf where an entry is masked; `uniforms` [P] in [0, 1), read where entries are drawn; `hidden_states` [P, D].
     Each position's numbers depend on its own logits alone.
     """
     states = logits.new_zeros(len(logits), 0) if hidden_states is None else hidden_states
     size = max(1, ENTRIES_AT_ONCE // logits.shape[-1])
     starts = range(0, len(logits), size) or [0]
-    return Encoded.concatenate([_encode(*(x[start : start + size] for x in (logits, uniforms, states)), params) for start in starts])
+    parts = [slice(start, start + size) for start in starts]
+    return Encoded.concatenate([_encode(logits[part], uniforms[part], states[part], params) for part in parts])
 
 
 def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: CacheParams) -> Encoded:
@@ -79,8 +84,14 @@ def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: Cac
     full = params.encoding == "full"
     width = 0 if full or params.encoding == "sampled" else min(params.top_k, vocabulary)
     top = log_p.topk(width, dim=-1)
+    kept = top.values
+    if params.encoding == "hybrid":
+        unsure = kept < -math.log(params.samples)
+        unsure[:, 0] = False
+        kept = kept.masked_fill(unsure, -math.inf)
     # the tail's own entries are summed: 1 - Σ p would be rounding noise where little is left
-    log_tail = torch.full_like(log_p, -torch.inf) if full else log_p.scatter(-1, top.indices, -torch.inf)
+    none_kept = torch.where(kept > -math.inf, -math.inf, 0.0)
+    log_tail = torch.full_like(log_p, -math.inf) if full else log_p.scatter_add(-1, top.indices, none_kept)
     tail = log_tail.exp()
     ids = counts = torch.zeros(positions, 0, dtype=torch.int32, device=logits.device)
     if params.encoding in DRAWN:
@@ -88,7 +99,7 @@ def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: Cac
     at = temperatures(params)
     return Encoded(
         topk_ids=top.indices.to(torch.int32),
-        topk_logprobs=_rounded(top.values, params),
+        topk_logprobs=_rounded(kept, params),
         sampled_ids=ids,
         sampled_logprobs=_rounded(log_p.gather(-1, ids.long()), params),
         sampled_counts=counts,
@@ -106,15 +117,21 @@ def _rounded(values: Tensor, params: CacheParams) -> Tensor:
 
 
 def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Systematic draws from `tail` [P, V], which need not sum to 1 → ids [P, M] int32 rising, and how often each, 0 for none."""
+    """Systematic draws from `tail` [P, V], about `samples` times its mass, which need not be 1, and one at least.
+
+    Returns ids [P, M] int32 rising, and how often each was drawn [P, M] int32, 0 for none.
+    """
     cumulative = tail.double().cumsum(-1)
     total = cumulative[:, -1:]
-    points = (uniforms.double().unsqueeze(-1) + torch.arange(samples, device=tail.device)) / samples * total
+    draws = (total * samples).round().clamp(1, samples)
+    points = torch.arange(samples, device=tail.device, dtype=torch.float64)
+    used = points < draws
+    points = (uniforms.double().unsqueeze(-1) + points) / draws * total
     points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not lead past the last entry
     ids = torch.searchsorted(cumulative, points, right=True).clamp_max(tail.shape[-1] - 1)  # right: an entry of no mass is never hit
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    counts = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).sum(-1) * first * (total > 0)
+    counts = ((ids.unsqueeze(-1) == ids.unsqueeze(-2)) & used.unsqueeze(-2)).sum(-1) * first * used * (total > 0)
     return ids.to(torch.int32), counts.to(torch.int32)
 
 

@@ -30,7 +30,7 @@ def table_of(logits, params, uniforms=None, lengths=None, hidden=None):
 
 
 def params_of(encoding, **changes):
-    return CacheParams(**{"encoding": encoding, "top_k": 5, "samples": 4, **changes})
+    return CacheParams(**{"encoding": encoding, "top_k": 5, "samples": 4, "resolution_nats": None, **changes})
 
 
 def tempered(logits, temperature):
@@ -44,7 +44,8 @@ def test_entries_have_the_log_probabilities_of_the_definition(encoding, temperat
     params = params_of(encoding, temperatures=(2.5, 0.5))
     read = decode(table_of(logits, params), params, temperature)
     expected = tempered(logits, temperature)
-    kept = expected.gather(-1, read.ids)
+    real = read.log_probabilities > -torch.inf
+    kept = expected.gather(-1, read.ids).masked_fill(~real, -torch.inf)
     if encoding == "top_k":
         assert torch.allclose(read.retained.double(), kept.exp().sum(-1), atol=1e-5)
         kept = kept.log_softmax(-1)
@@ -111,8 +112,20 @@ def test_rounding_moves_a_log_probability_by_half_the_resolution_and_the_head_s_
     resolution = 1 / 8
     exact_params, params = params_of(encoding), params_of(encoding, resolution_nats=resolution)
     exact, read = decode(table_of(logits, exact_params), exact_params), decode(table_of(logits, params), params)
-    assert float((exact.log_probabilities - read.log_probabilities).abs().max()) <= resolution + 1e-5  # rounding, and the scaling after
+    moved = (exact.log_probabilities.exp() / read.log_probabilities.exp()).log().nan_to_num(0.0)
+    assert float(moved.abs().max()) <= resolution + 1e-5  # rounding, and the scaling after
     assert torch.allclose(exact.log_probabilities.exp().sum(-1), read.log_probabilities.exp().sum(-1), atol=1e-5)
+
+
+def test_a_hybrid_keeps_what_would_be_drawn_for_certain_and_draws_in_proportion_to_the_rest():
+    logits = torch.tensor([[0.9, 0.05, 0.03, 0.02], [0.4, 0.3, 0.2, 0.1], [0.01, 0.01, 0.01, 0.97]]).log()
+    params = params_of("hybrid", top_k=3, samples=10)
+    read = decode(table_of(logits, params), params)
+    assert [(row > -torch.inf).sum().item() for row in read.log_probabilities] == [1, 3, 1]
+    assert read.sampled_weights[0].sum() == pytest.approx(0.1)
+    assert (read.sampled_weights[0] > 0).sum() == 1  # 10 draws of a mass of 0.1 are one
+    flat = params_of("hybrid", top_k=3, samples=2)
+    assert (decode(table_of(torch.zeros(1, 40), flat), flat).log_probabilities > -torch.inf).sum() == 1  # one is kept, whatever it has
 
 
 def test_ids_past_131072_come_back():

@@ -31,9 +31,9 @@ def fused_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Σ weight · divergence over positions, with a gradient, and the divergence of each [P], nats, without one.
 
-    `hidden` [P, H] is what the head is given, `head` [V, H] and `bias` [V] its parameters; logits are hidden · headᵀ + bias, so a model that
-    scales or caps its logits behind the head needs `divergence_nats`. `weights` [P] are 1/P where they are not given: the total is a mean.
-    A weight of 0 leaves a position out. Raises UsageError as `divergence_nats` does.
+    `hidden` [P, H] is what the head is given, `head` [V, H] and `bias` [V] its parameters; logits are hidden · headᵀ + bias, so a model
+    that scales or caps its logits behind the head needs `divergence_nats`. `weights` [P] are 1/P where they are not given: the total is a
+    mean. A weight of 0 leaves a position out. Raises UsageError as `divergence_nats` does.
     """
     if weights is None:
         weights = torch.full((len(hidden),), 1.0 / max(1, len(hidden)), device=hidden.device)

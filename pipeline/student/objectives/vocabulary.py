@@ -5,15 +5,16 @@ keeps exactly and the others, the tail. A divergence is a sum over entries; over
 
 - one bucket: p(tail) and q(tail) are compared as if they were one entry. The student's 1 - Σ q is its own log-sum-exp over the tail, not a
   difference. This is the divergence of the two distributions coarsened to the same cells, never more than the true one.
-- drawn entries, each standing for mass w: Σ over the tail of f(p, q) becomes Σ w/p · f(p, q), which is right on average. What is linear in q
-  sums to q(tail), which is known, and is taken out of f first: without that, one draw with q much larger than p would outweigh all others.
+- drawn entries, each standing for mass w: Σ over the tail of f(p, q) becomes Σ w/p · f(p, q), which is right on average. What is linear in
+  q sums to q(tail), which is known, and is taken out of f first: else one draw with q much larger than p would outweigh all others.
 - nothing, where the kept ones were scaled up to sum to 1 (`cut`): p(tail) is 0. The student's tail is not free, as it would be if both
   sides were renormalised; but KL(q ‖ p) is then infinite, and refused.
 
-p = 0 with q > 0 (a masked entry) makes KL(q ‖ p) infinite too; such p are taken as the smallest float32 number, e^-87, as for labels.
+p = 0 with q > 0 (masked entries, which are one bucket) makes KL(q ‖ p) infinite too; such p are taken as the smallest float32 number,
+e^-87, as for labels.
 
-All are in nats at the student's temperature τ, q = softmax(logits/τ), and are not multiplied by τ²: a caller that weighs them against a loss
-at temperature 1, and wants gradients of the same size (1503.02531), multiplies by τ².
+All are in nats at the student's temperature τ, q = softmax(logits/τ), and are not multiplied by τ²: a caller that weighs them against a
+loss at temperature 1, and wants gradients of the same size (1503.02531), multiplies by τ².
 """
 
 import math
@@ -35,8 +36,8 @@ LARGEST_LOG_RATIO = 30.0
 def divergence_nats(divergence: Divergence, distributions: Distributions, logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`divergence` of each position: [P, V] logits of any float type → [P] nats, float32, or float64 for float64.
 
-    `kl` is KL(p ‖ q), `reverse_kl` KL(q ‖ p), `jensen_shannon` the mean KL of both to their mean. V may pass the largest id that is kept, or
-    the teacher's vocabulary: what is not kept is tail. For sequences, `fused.fused_divergence` needs no logits of all positions.
+    `kl` is KL(p ‖ q), `reverse_kl` KL(q ‖ p), `jensen_shannon` the mean KL of both to their mean. V may pass the largest id that is kept,
+    or the teacher's vocabulary: what is not kept is tail. For sequences, `fused.fused_divergence` needs no logits of all positions.
     Raises UsageError for `reverse_kl` on a top k without its tail.
     """
     logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
@@ -47,13 +48,13 @@ def divergence_nats(divergence: Divergence, distributions: Distributions, logits
 class Parts:
     """All that a divergence needs of a student's logits at its temperature."""
 
-    kept: Tensor  # [P, K] logits of the entries kept exactly; −inf for padding
+    kept: Tensor  # [P, K] logits of the entries kept exactly; -inf for padding
     drawn: Tensor  # [P, M] logits of the drawn entries
     tail: Tensor  # [P] log-sum-exp over all entries that are not kept exactly
 
 
 def parts_of(logits: Tensor, distributions: Distributions) -> Parts:
-    """The parts of logits [P, V]. `logits` are overwritten with those of the tail: −inf where an entry is kept exactly."""
+    """The parts of logits [P, V]. `logits` are overwritten with those of the tail: -inf where an entry is kept exactly."""
     padding = distributions.log_probabilities == -math.inf
     kept = logits.gather(-1, distributions.ids).masked_fill_(padding, -math.inf)
     drawn = logits.gather(-1, distributions.sampled_ids)
@@ -92,8 +93,8 @@ def divergence_of_parts(divergence: Divergence, distributions: Distributions, pa
     """[P] nats, differentiable in the parts."""
     if divergence == "reverse_kl" and distributions.tail == "cut":
         raise UsageError(
-            "loss reverse_kl: this cache holds a top k without its tail (encoding top_k), to which KL(student ‖ teacher) is infinite. Capture "
-            "with encoding top_k_tail or hybrid, or take loss kl or jensen_shannon."
+            "loss reverse_kl: this cache holds a top k without its tail (encoding top_k), to which KL(student ‖ teacher) is infinite. "
+            "Capture with encoding top_k_tail or hybrid, or take loss kl or jensen_shannon."
         )
     log_z = torch.logsumexp(torch.cat([parts.kept, parts.tail.unsqueeze(-1)], -1), -1)
     real = distributions.log_probabilities > -math.inf
