@@ -54,6 +54,25 @@ def test_the_fast_format_is_bfloat16_only_where_it_is_worth_it(monkeypatch):
     assert machine.fast_dtype(torch.device("cpu")) in machine.DTYPES
 
 
+def test_other_work_on_the_machine_does_not_change_the_format(monkeypatch):
+    calls = []
+
+    def seconds(dtype, device):
+        calls.append(dtype)
+        busy = len(calls) < 12  # a burst of other work, in which float32 fares worse
+        return (0.010 if busy else 0.002) if dtype == torch.float32 else 0.001
+
+    monkeypatch.setattr(machine, "_seconds", seconds)
+    assert machine.fast_dtype.__wrapped__(torch.device("cpu")) == "float32"
+
+
+def test_the_probe_of_a_slow_format_ends_early(monkeypatch):
+    calls = []
+    monkeypatch.setattr(machine, "_seconds", lambda dtype, device: calls.append(dtype) or (3.0 if dtype == torch.bfloat16 else 0.002))
+    assert machine.fast_dtype.__wrapped__(torch.device("cpu")) == "float32"
+    assert len(calls) == 2 * machine.LEAST_TURNS
+
+
 def test_a_fused_mlp_gives_the_same_numbers_and_is_given_back(tiny_model):
     model = tiny_model("llama")
     ids = torch.arange(1, 20)[None]

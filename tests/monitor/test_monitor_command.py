@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import PROJECT
 from ruamel.yaml import YAML
-from serving_world import make_student, shotless
+from serving_world import VERBALISERS, make_student, shotless
 
 from pipeline.hashing import example_id
 from pipeline.params import MonitorParams
@@ -34,6 +34,7 @@ def folder(tmp_path, model_folder):
     write_table(pa.Table.from_pylist(rows, examples(["text"])), tmp_path / "artifacts" / "data" / "transfer.parquet")
     yaml = YAML()
     params = yaml.load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+    params["task"]["verbalisers"] = VERBALISERS
     params["monitor"] = {"permutations": 599, "min_accuracy": 0.5}
     with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
