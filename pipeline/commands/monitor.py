@@ -108,6 +108,11 @@ def _reference_sample(predictor: Any, reference: str | None, mapped: list[str], 
     return source, read_reference(file)
 
 
+def sampled(predictor: Any, source: str, settings: MonitorParams) -> Any:
+    """The sample that the monitor draws from a file of inputs, with the student's answers."""
+    return _answer(predictor, _items(predictor, source, [], []), settings, source)[0]
+
+
 def _items(predictor: Any, source: str, mapped: list[str], kept: list[str]) -> list[Any]:
     from pipeline.commands.inputs import columns_of, format_of, is_log, read_items, read_log
 

@@ -50,21 +50,20 @@ def test_a_folder_as_training_left_it_is_taken_wherever_it_lies(tmp_path, folder
 
 
 @pytest.mark.parametrize(("change", "what"), list(zip([of_weights, of_tokenizer, of_task], ALL, strict=True)))
-@pytest.mark.parametrize("used", ["serving", "evaluation"])
-def test_a_changed_file_is_refused_by_everything_that_asks_a_student_and_alone_is_named(tmp_path, folder, change, what, used):
+@pytest.mark.parametrize("use", [lambda folder, work: open_student(folder), lambda folder, work: evaluate(folder, work)])
+def test_a_changed_file_is_refused_by_everything_that_asks_a_student_and_alone_is_named(tmp_path, folder, change, what, use):
     change(folder)
     with pytest.raises(MismatchError) as caught:
-        if used == "serving":
-            open_student(folder)
-        else:
-            predict_student("cd", folder, Task(check_task_of(folder)), {}, tmp_path / "work", 1)
+        use(folder, tmp_path / "work")
     text = str(caught.value)
     assert [name for name in ALL if f"\n  {name}: sha256 " in text] == [what]
     assert "dvc repro" in text
 
 
-def check_task_of(folder):
-    return TASK.model_copy(update={"template": json.loads((folder / "provenance.json").read_text("utf-8"))["template"]})
+def evaluate(folder, work):
+    """With params.yaml's template changed along with the folder's, so that it is the folder itself that is held against its hashes."""
+    template = json.loads((folder / "provenance.json").read_text("utf-8"))["template"]
+    return predict_student("cd", folder, Task(TASK.model_copy(update={"template": template})), {}, work, 1)
 
 
 def test_all_that_differs_is_named_at_once(folder):
