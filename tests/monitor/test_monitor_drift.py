@@ -173,7 +173,7 @@ def test_confidence_is_held_against_texts_that_were_not_learnt_from():
     learnt, unseen, new = (sample(rng, 200, confidence=value) for value in (6.0, 2.0, 2.0))
 
     def confidence(*of):
-        [test] = [test for test in drift_tests(learnt, new, LABELS, MonitorParams(permutations=199), *of) if test.name == "confidence"]
+        [test] = [test for test in drift_tests(learnt, new, LABELS, MonitorParams(permutations=599), *of) if test.name == "confidence"]
         return test
 
     assert confidence().p_value < 1e-6
