@@ -36,10 +36,10 @@ class Limits:
     """Inputs of a request."""
     chars: int = 10_000
     """Characters of a field."""
-    batch_rows: int = 64
-    """Rows of concurrent requests that share a pass."""
     body_seconds: float = 30.0
     """What a client may take to send its body."""
+    batch_rows: int = 64
+    """Rows of concurrent requests that share a pass."""
     waiting_rows: int = 1024
     """Rows that wait before further requests are told to come back later (503)."""
 
