@@ -46,31 +46,21 @@ def test_the_probe_of_precision_leaves_it_as_it_was(settings):
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_the_fast_format_is_bfloat16_only_where_it_is_worth_it(monkeypatch):
-    for ratio, expected in {0.5: "float32", 2.0: "float32", 8.0: "bfloat16"}.items():
-        monkeypatch.setattr(machine, "_seconds", lambda dtype, device, ratio=ratio: ratio if dtype == torch.float32 else 1.0)
-        assert machine.fast_dtype.__wrapped__(torch.device("cpu")) == expected
-    monkeypatch.undo()
-    assert machine.fast_dtype(torch.device("cpu")) in machine.DTYPES
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("avx512_bf16 amx_tile amx_bf16", "bfloat16"), ("avx512_bf16", "float32"), (None, "float32")]
+)
+def test_the_format_follows_from_the_processor_alone(monkeypatch, tmp_path, flags, expected):
+    info = tmp_path / "cpuinfo"
+    if flags is not None:
+        info.write_text(f"model name : x\nflags : fpu {flags} sse\n", "utf-8")
+    monkeypatch.setattr(machine, "Path", lambda _: info)
+    assert machine.fast_dtype(torch.device("cpu")) == expected
 
 
-def test_other_work_on_the_machine_does_not_change_the_format(monkeypatch):
-    calls = []
-
-    def seconds(dtype, device):
-        calls.append(dtype)
-        busy = len(calls) < 12  # a burst of other work, in which float32 fares worse
-        return (0.010 if busy else 0.002) if dtype == torch.float32 else 0.001
-
-    monkeypatch.setattr(machine, "_seconds", seconds)
-    assert machine.fast_dtype.__wrapped__(torch.device("cpu")) == "float32"
-
-
-def test_the_probe_of_a_slow_format_ends_early(monkeypatch):
-    calls = []
-    monkeypatch.setattr(machine, "_seconds", lambda dtype, device: calls.append(dtype) or (3.0 if dtype == torch.bfloat16 else 0.002))
-    assert machine.fast_dtype.__wrapped__(torch.device("cpu")) == "float32"
-    assert len(calls) == 2 * machine.LEAST_TURNS
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_a_gpu_with_units_for_it_runs_in_bfloat16(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert machine.fast_dtype(torch.device("cuda")) == expected
 
 
 def test_a_fused_mlp_gives_the_same_numbers_and_is_given_back(tiny_model):
