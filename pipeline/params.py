@@ -279,7 +279,7 @@ class TeacherParams(Frozen):
     top_k: Annotated[int, Field(ge=1)] = 32
     """Entries of the vocabulary kept at each answer position."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the forward pass; `auto` takes bfloat16 where a short probe finds it fast, else float32."""
+    """Number format of the forward pass; `auto` takes bfloat16 where there are matrix units for it, else float32."""
 
 
 class TargetParams(Frozen):
