@@ -353,7 +353,7 @@ class TeacherParams(Frozen):
     contexts: str
     cache: CacheParams = CacheParams()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the forward pass; `auto` takes bfloat16 where a short probe finds it fast, else float32."""
+    """Number format of the forward pass; `auto` takes bfloat16 where there are matrix units for it, else float32."""
 
 
 class TargetParams(Frozen):
