@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.models.packed import PackedModel, UnsupportedModelError, _grouped, _merge, attention_with_lse, decoder_layers
+from pipeline.models.attention import attention_with_lse, grouped, merge
+from pipeline.models.packed import PackedModel, UnsupportedModelError, decoder_layers
 from pipeline.models.rows import Row, pack
 
 SEVERAL = ["llama", "gpt2", "opt", "qwen2", "gpt_neox", "mistral"]
@@ -90,7 +91,7 @@ def test_masked_attention_sees_what_the_mask_leaves():
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 def test_grouped_heads_share_their_key_head_in_order(key_heads):
     query, key, value = random_tensors((2, 6, 5, 8), (2, key_heads, 5, 8), (2, key_heads, 5, 8), seed=3)
-    out, lse = attention_with_lse(*_grouped(query, key, value), causal=True, scale=0.5)
+    out, lse = attention_with_lse(*grouped(query, key, value), causal=True, scale=0.5)
     repeated = (x.repeat_interleave(6 // key_heads, 1) for x in (key, value))
     expected_out, expected_lse = naive_attention(query, *repeated, 0.5, torch.ones(2, 5, 5).tril().bool())
     assert torch.allclose(out.reshape(2, 6, 5, 8), expected_out, atol=1e-5)
@@ -107,7 +108,7 @@ def test_attention_over_two_parts_of_the_keys_merges_to_that_over_all(first, lar
         out, lse = attention_with_lse(query, key[:, :, keys], value[:, :, keys], causal=False, scale=1.0)
         return out[0].transpose(0, 1), lse[0].t()
 
-    merged = _merge(part(slice(first, None)), part(slice(first)))
+    merged = merge(part(slice(first, None)), part(slice(first)))
     assert torch.allclose(merged, naive_attention(query, key, value, 1.0)[0][0].transpose(0, 1), atol=1e-4)
 
 
