@@ -156,7 +156,9 @@ class PackedModel:
         return ContextKeys(len(self.layers), tokens)
 
     def read_on(self, context: ContextKeys, ids: Sequence[int]) -> None:
-        """Read more tokens of a context, behind those that it has."""
+        """Read more tokens of a context, behind those that it has. Raises ValueError where there is no room for them."""
+        if context.length + len(ids) > context.capacity:
+            raise ValueError(f"room for {context.capacity} tokens, of which {context.length} are taken; {len(ids)} more do not fit")
         for start in range(0, len(ids), CHUNK):
             chunk, before = list(ids[start : start + CHUNK]), context.length
             tokens = torch.tensor([chunk], dtype=torch.long, device=self.device)
