@@ -8,13 +8,14 @@ WORKSPACE := $(if $(PRESET),runs/$(PRESET),.)
 ON_PATH = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test setup lint bench-teacher bench-student bench-cache clean
+.PHONY: help run test setup lint bench-teacher bench-student bench-cache bench-reads clean
 
 help:
 	@echo "make run              set up, fetch model and data, run the pipeline, print what was gained"
 	@echo "make run PRESET=NAME  the same with presets/NAME.yaml laid over params.yaml, in runs/NAME"
 	@echo "make test             set up, lint, check types, run the tests"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
+	@echo "make bench-reads      writing and reading a cache of a million rows: rows/s and memory"
 	@echo "make bench-student    training speed and memory beside Trainer, SFTTrainer and the limit (after make run)"
 	@echo "make bench-cache      bytes of the score cache against what it loses; the loss's time and memory (after make run)"
 	@echo "make clean            remove everything that runs have made (the environment stays)"
@@ -37,6 +38,9 @@ lint: setup
 
 bench-teacher: setup
 	@$(ON_PATH) python -m benchmarks.teacher $(BENCH_ARGS)
+
+bench-reads: setup
+	@$(ON_PATH) python -m benchmarks.cache_reads
 
 bench-student: setup
 	@$(ON_PATH) python -m benchmarks.student $(BENCH_ARGS)

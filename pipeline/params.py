@@ -54,7 +54,7 @@ class Frozen(BaseModel):
 class FormParams(Frozen):
     """A JSON object that an answer has to be: what counts as well formed, and what is compared."""
 
-    keys: dict[str, tuple[str, ...]] = Field(min_length=1, strict=False)
+    keys: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(min_length=1)
     """Each key the object has → the values it may take; none listed: any text that is not empty."""
     label: str | None = None
     """The key whose value is compared with the gold label of an evaluation set."""
@@ -353,7 +353,7 @@ class TeacherParams(Frozen):
     contexts: str
     cache: CacheParams = CacheParams()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the forward pass; `auto` takes bfloat16 where a short probe finds it fast, else float32."""
+    """Number format of the forward pass; `auto` takes bfloat16 where there are matrix units for it, else float32."""
 
 
 class TargetParams(Frozen):

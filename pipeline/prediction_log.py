@@ -30,7 +30,8 @@ class PredictionLog:
             for fields, answer in rows
         ]
         if lines:
-            with self._path.open("a", encoding="utf-8") as file:
+            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, stays JSON's escape.
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write("\n".join(lines) + "\n")
 
 

@@ -101,6 +101,8 @@ class TaskTokens:
         return whole[len(before) :] if whole[: len(before)] == before else self._encode(verbaliser)
 
     def _check_completions(self) -> None:
+        if self.task.params.completion is not None:
+            return
         first: dict[int, str] = {}
         for label, ids in zip(self.task.labels, self.completions, strict=True):
             verbaliser = self.task.params.verbalisers[label]

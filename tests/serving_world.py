@@ -16,6 +16,7 @@ from conftest import PROJECT
 from pipeline.cli import app
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import load_tokenizer
+from pipeline.models.provenance import identity_entries
 from pipeline.params import TaskParams
 from pipeline.tasks import Task, TaskTokens
 
@@ -39,12 +40,12 @@ def make_student(folder: Path, model: Path, template: str = TEMPLATE, verbaliser
         "name": folder.name,
         "base": "models/tiny",
         "base_weights_sha256": weights_sha256(folder),
-        "tokenizer_sha256": tokenizer_sha256(folder),
+        "base_tokenizer_sha256": tokenizer_sha256(folder),
         "template": template,
         "verbalisers": {label: {"text": text, "ids": ids} for (label, text), ids in pairs},
         "labels": list(task.labels),
     }
-    (folder / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+    (folder / "provenance.json").write_text(json.dumps(provenance | identity_entries(folder, provenance)), encoding="utf-8")
     return folder
 
 

@@ -49,7 +49,7 @@ class Fingerprint(BaseModel):
     def check(self, found: dict[str, Any], where: Path) -> None:
         """Raise MismatchError naming every part in which `found`, read from `where`, differs."""
         expected = self.model_dump()
-        different = [name for name in expected if found.get(name) != expected[name]]
+        different = [name for name in expected if name not in found or found[name] != expected[name]]
         different += sorted(set(found) - set(expected))
         if different:
             lines = "\n".join(f"  {name}: {where} has {found.get(name)!r}, this run has {expected.get(name)!r}" for name in different)

@@ -40,6 +40,8 @@ def rows_per_shard(fingerprint: Fingerprint) -> int:
     return min(MOST_ROWS, 1 << max(4, rows.bit_length() - 1))
 
 
+SPLIT = (pa.int32(), pa.int64(), pa.float32())
+"""Numbers that DuckDB reads from split byte streams too: half floats it does not."""
 STORE_LEVEL = 3
 SHARD_LEVEL = 19
 """zstd levels: parts of the store are written while the teacher waits; shards once, and are carried about (19 saves a tenth over 3)."""
@@ -49,20 +51,25 @@ def settings(schema: pa.Schema, level: int) -> dict[str, Any]:
     """How `pyarrow.parquet.write_table` writes rows: numbers split into byte streams (sign and exponent of log-probabilities, high bytes of
     ids compress well, the rest hardly), a dictionary for contexts alone, a checksum for each page. Measured in `benchmarks/cache.py`.
     """
-    numbers = [_leaf(field) for field in schema if not pa.types.is_string(field.type)]
+    leaves = {_leaf(field.name, field.type): _number(field.type) for field in schema if not pa.types.is_string(field.type)}
+    split = {leaf for leaf, number in leaves.items() if number in SPLIT}
     return {
         "compression": "zstd",
         "compression_level": level,
         "use_dictionary": [field.name for field in schema if field.name == "context_id"],
-        "column_encoding": dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
+        "column_encoding": {leaf: "BYTE_STREAM_SPLIT" if leaf in split else "PLAIN" for leaf in leaves},
         "write_statistics": [field.name for field in schema if not pa.types.is_nested(field.type)],
         "write_page_checksum": True,
     }
 
 
-def _leaf(field: pa.Field) -> str:
+def _leaf(name: str, kind: pa.DataType) -> str:
     """The name that Parquet gives a column's numbers."""
-    return field.name if not pa.types.is_list(field.type) else f"{field.name}.list.{_leaf(field.type.value_field.with_name('element'))}"
+    return _leaf(f"{name}.list.element", kind.value_type) if pa.types.is_list(kind) else name
+
+
+def _number(kind: pa.DataType) -> pa.DataType:
+    return _number(kind.value_type) if pa.types.is_list(kind) else kind
 
 
 def parquet_bytes(table: pa.Table) -> pa.Buffer:

@@ -1,5 +1,6 @@
 """`shotless init`: params.yaml for the user's own files, checked on them, with what a full run will cost."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from pipeline.files import replacing
 from pipeline.params import Params
 
 ROWS_TRIED = 20
+BAD_SHOWN = 3
 HEADER = "# Written by `shotless init`; every key is explained in pipeline/params.py, and `shotless check` names what is wrong.\n\n"
 
 
@@ -31,6 +33,7 @@ def init(
     if output.exists() and not force:
         raise UsageError(f"{output} is there, and is not replaced without --force (which keeps the old one as {output}.old).")
 
+    from pipeline.data.readers import MissingColumnError
     from pipeline.setup.newtask import Answers, checked, format_of, labels_in, new_params, verbalisers_for
 
     labelled = _asked(labelled, "--labelled", "File with labelled texts")
@@ -38,22 +41,35 @@ def init(
     test = _asked(test, "--test", "File with labelled texts for the test")
     usual = "Text: {text}\\nLabel:"
     text: str = template or (typer.prompt("Prompt", usual) if sys.stdin.isatty() else usual)
-    labels = labels_in(_column(labelled, format_of(labelled), label_column), labelled, label_column)
-    words = verbalisers_for(labels, _pairs(verbaliser or [], "--verbaliser"))
-    fields = _pairs(field or [], "--field")
-    base = _base()
-    raw = new_params(base, Answers(labelled, unlabelled, test, text.replace("\\n", "\n"), words, fields, label_column, per_label))
-    params = checked(raw)
-    counts = _check_files(params)
-    if output.exists():
-        output.replace(output.with_name(f"{output.name}.old"))
-    with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(HEADER)
-        yaml = YAML()
-        yaml.width = 140
-        yaml.dump(raw, file)
+    words_given, fields = _pairs(verbaliser or [], "--verbaliser"), _pairs(field or [], "--field")
+    try:
+        labels = labels_in(_column(labelled, format_of(labelled), label_column), labelled, label_column)
+        words = verbalisers_for(labels, words_given)
+        base = _base()
+        raw = new_params(base, Answers(labelled, unlabelled, test, text.replace("\\n", "\n"), words, fields, label_column, per_label))
+        params = checked(raw)
+        counts = _check_files(params)
+    except MissingColumnError as missing:
+        option = "--label-column" if missing.column == label_column else f"--field {missing.column}=COLUMN"
+        raise UsageError(f"{missing.fault} Name the right one with {option}.") from None
+    _write(raw, output)
     print(f"{output}: labels {', '.join(f'{label} ({word.strip()})' for label, word in words.items())}")
     _print_cost(params, counts)
+
+
+def _write(raw: dict[str, Any], output: Path) -> None:
+    """Write params, and keep what stood there; where the same stands there, as after asking twice, nothing is touched."""
+    yaml = YAML()
+    yaml.width = 140
+    text = io.StringIO()
+    text.write(HEADER)
+    yaml.dump(raw, text)
+    if output.exists():
+        if output.read_text(encoding="utf-8") == text.getvalue():
+            return
+        output.replace(output.with_name(f"{output.name}.old"))
+    with replacing(output) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _asked(given: Path | None, option: str, question: str) -> Path:
@@ -103,6 +119,10 @@ def _check_files(params: Params) -> dict[str, list[Any]]:
         read = read_source(name, source, path, Task(params.task))
         check_limit(read, params.data.bad_rows_limit, Path("artifacts/data/quarantine.jsonl"))
         print(f"{path}: {read.rows:,} rows, {len(read.examples):,} usable, {len(read.bad):,} bad")
+        for bad in read.bad[:BAD_SHOWN]:
+            print(f"  line {bad.line}: {f'{bad.field}: ' if bad.field else ''}{bad.reason}")
+        if len(read.bad) > BAD_SHOWN:
+            print(f"  and {len(read.bad) - BAD_SHOWN:,} more")
         found[name] = read.examples
     for label in params.task.verbalisers:
         held = sum(example.label == label for example in found["labelled"])
@@ -118,9 +138,7 @@ def _print_cost(params: Params, found: dict[str, list[Any]]) -> None:
     name = next(iter(params.models))
     folder = Path("artifacts") / "models" / name
     if not folder.is_dir():
-        print(
-            f"Time and memory: {folder} is not fetched yet; `dvc repro fetch`, then `shotless init --force` with the same options says it."
-        )
+        print(f"Time and memory: {folder} is not fetched yet; `dvc repro fetch`, then the same `shotless init --force` again says it.")
         return
 
     from pipeline.commands.students import quiet_libraries
@@ -139,5 +157,5 @@ def _print_cost(params: Params, found: dict[str, list[Any]]) -> None:
     stages = stage_count(params)
     print(
         f"A full run takes about {total_seconds(work, trial, stages) / 60:,.0f} minutes ({stages} stages) and up to "
-        f"{peak_bytes(trial) / 1e9:.1f} GB of memory; after it, one more student costs only its own training."
+        f"{peak_bytes(params, trial) / 1e9:.1f} GB of memory; after it, one more student costs only its own training."
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from pipeline.data.readers import BadRow, BlankLine, Format, read_rows
+from pipeline.data.readers import BadRow, BlankLine, Format, MissingColumnError, Row, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.fields import MISSING
 from pipeline.prediction_log import is_log_record
@@ -35,12 +35,14 @@ def read_items(path: str, form: str, fields: Sequence[str], columns: Sequence[st
     Blank lines are skipped; rows that cannot be read come with an error. Raises UsageError where the file is not there, lacks a column or
     is not of this format.
     """
-    if path == "-" and form == "parquet":
-        raise UsageError("standard input cannot be Parquet; write it to a file first.")
     file = STDIN if path == "-" else Path(path)
-    if path != "-" and not file.is_file():
+    if not file.exists() or file.is_dir():
         raise UsageError(f"{path}: no such file.")
-    for read in read_rows(file, cast("Format", form), [*columns, *kept]):
+    if form == "parquet" and not file.is_file():
+        raise UsageError(
+            f"{'standard input' if path == '-' else path} cannot be Parquet, which is read from its end; write it to a file first."
+        )
+    for read in _rows(file, form, columns, kept):
         if isinstance(read, BlankLine):
             continue
         if isinstance(read, BadRow):
@@ -48,6 +50,15 @@ def read_items(path: str, form: str, fields: Sequence[str], columns: Sequence[st
             continue
         values = [None if value is MISSING else value for value in read.values]
         yield Item(read.line, dict(zip(fields, values, strict=False)), dict(zip(kept, values[len(columns) :], strict=True)))
+
+
+def _rows(file: Path, form: str, columns: Sequence[str], kept: Sequence[str]) -> Iterator[Row | BadRow | BlankLine]:
+    """Rows with the hint that fits a command where a column is not there."""
+    try:
+        yield from read_rows(file, cast("Format", form), [*columns, *kept])
+    except MissingColumnError as missing:
+        option = "--keep COLUMN" if missing.column in kept else f"--field {missing.column}=COLUMN"
+        raise UsageError(f"{missing.fault} Name the right one with {option}.") from None
 
 
 def columns_of(fields: Sequence[str], mapped: Sequence[str]) -> list[str]:

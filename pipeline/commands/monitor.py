@@ -11,6 +11,7 @@ from pipeline.memory import peak_rss_bytes
 from pipeline.params import MonitorParams, Params, load_params
 
 LEAST_ROWS = 20
+EVALUATION = Path("artifacts") / "data" / "evaluation"
 TRANSFER = Path("artifacts") / "data" / "transfer.parquet"
 
 
@@ -56,7 +57,8 @@ def _check(
     new, gold, rows, bad = _new_sample(predictor, inputs, labels, mapped, settings)
     peak_mb = peak_rss_bytes() / 1e6
     origin, old = _reference_sample(predictor, reference, mapped, settings)
-    tests = drift_tests(old, new, predictor.labels, settings)
+    unseen = _unseen(predictor, params, old, settings) if params and reference is None else None
+    tests = drift_tests(old, new, predictor.labels, settings, unseen)
     if gold is not None:
         domains = {name: entry.domain for name, entry in params.data.evaluation.items()} if params else {}
         bound = accuracy_bound(settings, Path("metrics") / "eval" / f"{predictor.student.name}.json", domains)
@@ -106,6 +108,25 @@ def _reference_sample(predictor: Any, reference: str | None, mapped: list[str], 
         sample, _, _ = _answer(predictor, _items(predictor, source, columns, []), settings, source)
         write_reference(sample, file)
     return source, read_reference(file)
+
+
+def _unseen(predictor: Any, params: Params, old: Any, settings: MonitorParams) -> Any:
+    """Texts of the evaluation sets in domain, which the student did not learn from; None where there are too few."""
+    from pyarrow import parquet
+
+    from pipeline.monitor.sample import with_shares_of
+
+    names = [name for name, entry in params.data.evaluation.items() if entry.domain == "in"]
+    files = [EVALUATION / f"{name}.parquet" for name in names]
+    enough = [file for file in files if file.is_file() and parquet.read_metadata(file).num_rows >= LEAST_ROWS]
+    samples = [_reference_sample(predictor, str(file), [], settings)[1] for file in enough]
+    unseen = with_shares_of(old, samples) if samples else None
+    return unseen if unseen is not None and len(unseen) >= LEAST_ROWS else None
+
+
+def sampled(predictor: Any, source: str, settings: MonitorParams) -> Any:
+    """The sample that the monitor draws from a file of inputs, with the student's answers."""
+    return _answer(predictor, _items(predictor, source, [], []), settings, source)[0]
 
 
 def _items(predictor: Any, source: str, mapped: list[str], kept: list[str]) -> list[Any]:

@@ -17,6 +17,7 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
     max_rows: Annotated[int, typer.Option(min=1, help="Inputs of a request.")] = 256,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a field.")] = 10_000,
+    body_seconds: Annotated[float, typer.Option(min=0.001, help="What a client may take to send its body.")] = 30.0,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows of concurrent requests that share a pass.")] = 64,
     waiting_rows: Annotated[int, typer.Option(min=1, help="Rows that may wait before requests are refused with 503.")] = 1024,
     log: Annotated[Path | None, typer.Option(help="Append to this predictions log, for `shotless monitor`.")] = None,
@@ -36,7 +37,7 @@ def serve(
         print(f"listening on {host}: anyone who reaches it can ask; there is no authentication and no encryption", file=sys.stderr)
     predictor = Predictor(folder, threads)
     journal = PredictionLog(log, predictor.student.weights_sha256) if log else None
-    limits = Limits(max_body_bytes, max_rows, max_chars, batch_rows, waiting_rows)
+    limits = Limits(max_body_bytes, max_rows, max_chars, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.engine.name}", file=sys.stderr, flush=True)
     uvicorn.run(make_app(predictor, limits, journal), host=host, port=port, log_level="info", access_log=False)
 

@@ -6,10 +6,15 @@ from pathlib import Path
 from pipeline.errors import UsageError, choices
 
 STUDENTS = Path("artifacts") / "students"
+PARAMS = Path("params.yaml")
 
 
 def student_folder(student: str) -> Path:
-    """The folder of a student. Raises UsageError naming the students there are."""
+    """The folder of a student. Raises UsageError naming the students there are.
+
+    A name stands for this project's student, so one that was trained for another task than params.yaml now has is refused with
+    MismatchError; a path stands for the folder as it is.
+    """
     path = Path(student)
     if path.is_dir() and ("/" in student or (path / "provenance.json").is_file()):
         return path
@@ -17,6 +22,11 @@ def student_folder(student: str) -> Path:
     if not folder.is_dir():
         there = sorted(entry.name for entry in STUDENTS.iterdir() if entry.is_dir()) if STUDENTS.is_dir() else []
         raise UsageError(f"--student {student}: no folder {folder}; there are: {choices(there)}. `dvc repro` makes them.")
+    if PARAMS.is_file():
+        from pipeline.models.provenance import read_provenance
+        from pipeline.params import load_params
+
+        read_provenance(folder).check_task(load_params().task)
     return folder
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.quarantine import Quarantined, shorten
-from pipeline.data.readers import BadRow, BlankLine, json_keys, missing_column, read_rows
+from pipeline.data.readers import BadRow, BlankLine, MissingColumnError, json_keys, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.fields import MISSING, BadValueError, field_text
 from pipeline.hashing import example_id
@@ -118,9 +118,9 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     if result.rows == 0:
         raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
     if params.format == "jsonl" and unseen and len(result.bad) == result.rows and (keys := json_keys(path)):
-        raise missing_column(path, min(unseen), keys)
+        raise MissingColumnError(path, min(unseen), keys)
     if never := unseen.intersection(sliced):
-        raise missing_column(path, min(never), json_keys(path))
+        raise MissingColumnError(path, min(never), json_keys(path))
     _remove_repeats(checked, result)
     return result
 

@@ -71,13 +71,14 @@ def decode(raw: bytes) -> str | None:
         return None
 
 
-def missing_column(path: Path, column: str, there: Iterable[str]) -> UsageError:
-    """The error for a file that lacks a column altogether."""
-    hint = " For a file without labels write `label: null`." if column == "label" else ""
-    return UsageError(
-        f"{path}: no column {column!r}; the columns are: {choices(there)}. "
-        f"Name the right one under `fields` or `label.column` of this source in params.yaml.{hint}"
-    )
+class MissingColumnError(UsageError):
+    """A file lacks a column altogether; `fault` says so without the next step, which is another for a command than for a stage."""
+
+    def __init__(self, path: Path, column: str, there: Iterable[str]) -> None:
+        self.column = column
+        self.fault = f"{path}: no column {column!r}; the columns are: {choices(there)}."
+        hint = " For a file without labels write `label: null`." if column == "label" else ""
+        super().__init__(f"{self.fault} Name the right one under `fields` or `label.column` of this source in params.yaml.{hint}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -190,7 +191,7 @@ def _delimited(
 def _places(path: Path, header: Sequence[str], asked: Sequence[str]) -> list[int]:
     for name in asked:
         if name not in header:
-            raise missing_column(path, name, header)
+            raise MissingColumnError(path, name, header)
         if header.count(name) > 1:
             raise UsageError(f"{path}: the column {name!r} is there {header.count(name)} times; rename all but one.")
     return [header.index(name) for name in asked]

@@ -10,11 +10,10 @@ import pyarrow as pa
 
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.engine.scores import LABELS_ALONE
-from pipeline.errors import MismatchError
 from pipeline.evaluation.predict import Rows, read_sets
-from pipeline.files import read_json
 from pipeline.hashing import context_id
 from pipeline.models.loading import load_tokenizer
+from pipeline.models.provenance import check_provenance
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, CONTEXTS, read_table
 from pipeline.tasks import Task
@@ -31,7 +30,7 @@ def answer_sets(name: str, params: Params, artifacts: Path, work: Path) -> pa.Ta
     sets = read_sets(artifacts / "data" / "evaluation", list(params.data.evaluation), task)
     if name in params.students:
         folder = artifacts / "students" / name
-        _check_student(folder, params)
+        check_provenance(folder).check_task(params.task)
         return _answers(Scorer(folder, task, LABELS_ALONE, work, params.runtime.threads), [""], task, sets, folder, name)
     prompts = params.baselines[name].prompts
     if not prompts.startswith("scores/"):
@@ -42,15 +41,6 @@ def answer_sets(name: str, params: Params, artifacts: Path, work: Path) -> pa.Ta
     folder = artifacts / teacher.model
     scorer = Scorer(folder, task, teacher.cache, work, params.runtime.threads, teacher.dtype)
     return _answers(scorer, contexts, task, sets, folder, name)
-
-
-def _check_student(folder: Path, params: Params) -> None:
-    trained = read_json(folder / "provenance.json")
-    completion = params.task.completion
-    wanted = {"template": params.task.template, "completion": None if completion is None else completion.model_dump(mode="json")}
-    for key, value in wanted.items():
-        if trained.get(key) != value:
-            raise MismatchError(f"{folder}: trained with {key} {trained.get(key)!r}, params.yaml has {value!r}; run `dvc repro`.")
 
 
 def _answers(scorer: Scorer, contexts: list[str], task: Task, sets: dict[str, Rows], folder: Path, name: str) -> pa.Table:

@@ -18,10 +18,11 @@ from pipeline.evaluation.attribution import attribute, disagreements
 from pipeline.evaluation.detail import membership
 from pipeline.evaluation.flips import Answered, Ask, Fields, flips
 from pipeline.evaluation.gaps import by_confidence, gaps
-from pipeline.evaluation.predict import Rows, check_trained_for, read_sets
+from pipeline.evaluation.predict import Rows, read_sets
 from pipeline.files import write_json
 from pipeline.hashing import example_id
 from pipeline.metrics import check_probabilities, example_scores, frames, rounded
+from pipeline.models.provenance import check_provenance
 from pipeline.params import Params, pick
 from pipeline.schema import PREDICTIONS, read_table
 from pipeline.tasks import Task
@@ -35,7 +36,7 @@ def check_student(name: str, params: Params, artifacts: Path, output: Path, work
         return
     task, reference = Task(params.task), params.evaluation.reference
     folder, sets = artifacts / "students" / name, artifacts / "data" / "evaluation"
-    check_trained_for(task, folder)
+    check_provenance(folder).check_task(task.params)
     rows = read_sets(sets, list(params.data.evaluation), task)
     domains = {key: entry.domain for key, entry in params.data.evaluation.items()}
     ours, theirs = (

@@ -16,8 +16,8 @@ from pipeline.engine.scorer import Query, Scorer
 from pipeline.engine.scores import LABELS_ALONE
 from pipeline.ensemble import Combination, normalised
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import read_json
 from pipeline.hashing import context_id
+from pipeline.models.provenance import check_provenance
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table
 from pipeline.tasks import Task
@@ -33,21 +33,15 @@ def read_sets(folder: Path, names: Sequence[str], task: Task) -> dict[str, Rows]
 def predict_student(name: str, folder: Path, task: Task, sets: Mapping[str, Rows], work: Path, threads: int | None) -> pa.Table:
     """Predictions of a student with no context.
 
-    Raises MismatchError where the student was trained for another template or other verbalisers.
+    Raises MismatchError where the student was trained for another template or other verbalisers, or its folder's weights, tokenizer or
+    task are not those of its training.
     """
-    check_trained_for(task, folder)
+    provenance = check_provenance(folder)
+    provenance.check_task(task.params)
     scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
+    provenance.check_tokens(scorer.tokens)
     scores = _score(scorer, [""], task, sets, f"evaluate {name}")
     return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
-
-
-def check_trained_for(task: Task, folder: Path) -> None:
-    """Raise MismatchError where a student was trained for another template or other verbalisers than the task's."""
-    provenance = read_json(folder / "provenance.json")
-    trained = {"template": provenance["template"], "verbalisers": {k: v["text"] for k, v in provenance["verbalisers"].items()}}
-    for key, value in {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}.items():
-        if trained[key] != value:
-            raise MismatchError(f"{folder}: trained with {key} {trained[key]!r}, params.yaml has {value!r}; run `dvc repro`.")
 
 
 def predict_baseline(

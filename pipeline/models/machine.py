@@ -1,7 +1,6 @@
 """What the machine has, and what follows from it: threads, device, memory, number format, and which library multiplies."""
 
 import os
-import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,10 +9,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_SIZE = 768
-WORTH = 3.0
-"""So many times faster must products in bfloat16 be for a model to run in it. Attention and the rest gain less: with products twice as fast
-(AVX-512 without AMX) a pass at 1,024 context tokens took 0.8 of the time, for 0.07 nats of rounding in the labels' log-odds. Emulated
-formats are slower than float32, matrix units 8 times faster or more, so noise does not decide."""
+BFLOAT16_SINCE = (8, 0)
+"""Compute capability of the first GPUs that multiply in bfloat16 (Ampere)."""
 
 
 def use_machine(threads: int | None) -> int:
@@ -61,19 +58,15 @@ def memory_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
 
 
-@lru_cache
 def fast_dtype(device: torch.device) -> str:
-    """Name in `DTYPES` of the format to run a model in: bfloat16 where a short probe finds its products fast, else float32."""
-    seconds = {name: _seconds(DTYPES[name], device) for name in ("float32", "bfloat16")}
-    return "bfloat16" if seconds["float32"] > WORTH * seconds["bfloat16"] else "float32"
+    """Name in `DTYPES` of the format to run a model in: bfloat16 where there are matrix units for it (AMX, or a GPU's), else float32.
 
-
-def _seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """The best time of a matrix product; a probe of a slow format ends after its first."""
-    values = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device)
-    times: list[float] = []
-    while len(times) < 5 and sum(times) < 0.2:
-        start = time.perf_counter()
-        float((values @ values)[0, 0])  # reading a value waits for the device
-        times.append(time.perf_counter() - start)
-    return min(times)
+    What it says is part of a score cache's fingerprint, so it is read off the hardware, and not timed: on a busy machine a probe's answer
+    changes, and a teacher would score all its rows again in another format. Without matrix units bfloat16 is no gain: with products twice
+    as fast (AVX-512) a pass at 1,024 context tokens took 0.8 of the time, for 0.07 nats of rounding in the labels' log-odds.
+    """
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else "float32"
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8", errors="replace").split() if info.is_file() else []
+    return "bfloat16" if "amx_bf16" in flags else "float32"

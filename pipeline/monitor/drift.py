@@ -44,8 +44,14 @@ class Outcome:
     alarm: bool
 
 
-def drift_tests(reference: Sample, new: Sample, labels: Sequence[str], params: MonitorParams) -> list[DriftTest]:
-    """All tests of `new` against `reference`; both have at least two rows. The same samples give the same p-values."""
+def drift_tests(
+    reference: Sample, new: Sample, labels: Sequence[str], params: MonitorParams, unseen: Sample | None = None
+) -> list[DriftTest]:
+    """All tests of `new` against `reference`; both have at least two rows. The same samples give the same p-values.
+
+    A student is surer of texts that it has learnt from than of others like them. Where `reference` is what it learnt from, `unseen` has
+    texts of the same kind that it did not: confidence is held against theirs.
+    """
     rng = np.random.default_rng(params.seed)
     shift = params.smallest_shift
     rare, near = params.smallest_vocabulary_share, params.smallest_embedding_share
@@ -55,7 +61,9 @@ def drift_tests(reference: Sample, new: Sample, labels: Sequence[str], params: M
     length = _gap(reference.lengths, new.lengths)
     words = discrepancy(bag_kernel([*reference.ids, *new.ids]), first, params.permutations, rng)
     states = discrepancy(gaussian_kernel(np.concatenate([reference.states, new.states])), first, params.permutations, rng)
-    confidence = _gap(reference.confidence, new.confidence)
+    usual = reference if unseen is None else unseen
+    confidence = _gap(usual.confidence, new.confidence)
+    where = "" if unseen is None else f" of {len(unseen):,} texts not learnt from"
     moved, p_labels = _label_shift(reference.labels, new.labels, labels, params.permutations, rng)
     alike, own, other = _nearness(reference, new)
     return [
@@ -65,7 +73,7 @@ def drift_tests(reference: Sample, new: Sample, labels: Sequence[str], params: M
         ),
         DriftTest("embedding", "inputs", between, states.share, near, states.p_value, "–", alike),
         DriftTest("labels", "answers", "total variation", moved, shift, p_labels, *(_shares(s.labels, labels) for s in (reference, new))),
-        DriftTest("confidence", "answers", gap, confidence[0], shift, confidence[1], _median(reference), _median(new)),
+        DriftTest("confidence", "answers", gap, confidence[0], shift, confidence[1], _median(usual) + where, _median(new)),
     ]
 
 

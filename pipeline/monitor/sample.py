@@ -60,6 +60,31 @@ class Sample:
         )
 
 
+def with_shares_of(reference: Sample, samples: Sequence[Sample]) -> Sample:
+    """As many rows of `samples` as there can be with the reference's shares of answers: an evaluation set may be drawn so many a label.
+
+    Rows of each label are taken in their order.
+    """
+    rows = [(sample, row, label) for sample in samples for row, label in enumerate(sample.labels)]
+    wanted = {label: reference.labels.count(label) / len(reference) for label in set(reference.labels)}
+    held = {label: sum(entry[2] == label for entry in rows) for label in wanted}
+    total = min(held[label] / share for label, share in wanted.items())
+    left = {label: round(total * share) for label, share in wanted.items()}
+    taken: list[list[int]] = [[] for _ in samples]
+    for sample, row, label in rows:
+        if left.get(label, 0) > 0:
+            left[label] -= 1
+            taken[next(n for n, other in enumerate(samples) if other is sample)].append(row)
+    parts = [sample.take(chosen) for sample, chosen in zip(samples, taken, strict=True)]
+    return Sample(
+        [text for part in parts for text in part.texts],
+        [ids for part in parts for ids in part.ids],
+        [label for part in parts for label in part.labels],
+        np.concatenate([part.confidence for part in parts]),
+        np.concatenate([part.states for part in parts]),
+    )
+
+
 def draw(texts: Sequence[str], count: int, seed: int) -> list[int]:
     """Rows of at most `count` texts, drawn by content: the same texts give the same draw, wherever they stand. In rising order."""
     if len(texts) <= count:

@@ -1,8 +1,9 @@
 """A student's folder for other programs: checked safetensors with everything needed to use them.
 
 A student is saved merged (no adapters are left to fold in), so a copy is all there is to make; the copy is verified, weight by weight, to
-be finite and to be those the hashes name. GGUF and ONNX are not written: no package that this project keeps converts a transformers folder
-(`gguf` reads and writes the container, and does not map a model's tensors; that mapping lives in llama.cpp's `convert_hf_to_gguf.py`).
+be finite and to be those the hashes name. GGUF and ONNX are not written: no package that this project keeps converts a transformers folder.
+`gguf` knows tensors' names, not what else an architecture needs (reordered heads, metadata, the tokenizer's kind: that is llama.cpp's
+`convert_hf_to_gguf.py`); torch's ONNX exporter needs packages that nothing else here does.
 """
 
 import shutil
@@ -50,7 +51,7 @@ def export(student: Student, form: str, output: Path, force: bool) -> Exported:
     building = output.with_name(f".{output.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(student.folder, building)
+    shutil.copytree(student.folder, building, copy_function=shutil.copyfile)  # not the mode: weights are saved for their owner alone
     if weights_sha256(building) != student.weights_sha256:
         raise CorruptError(f"{building}: the copy's weights are not the student's; is the disk full or failing?")
     shutil.rmtree(output, ignore_errors=True)

@@ -5,6 +5,7 @@ JSON lines go to standard output too, and are flushed after each window.
 """
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from pipeline.serving.stream import Item
 OutputFormat = Literal["jsonl", "csv", "parquet"]
 Window = Sequence[tuple[Item, Prediction]]
 Write = Callable[[Window], None]
+UNENCODABLE = "backslashreplace"
+"""Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
 OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "error")
 
 
@@ -39,6 +42,8 @@ def writing(path: Path | None, form: OutputFormat, labels: Sequence[str], kept: 
     if path is None:
         if form == "parquet":
             raise UsageError("Parquet cannot be written to standard output; name a file with --output.")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors=UNENCODABLE)
         yield _text_writer(sys.stdout, form, labels, kept)
         return
     with replacing(path) as temporary:
@@ -47,7 +52,7 @@ def writing(path: Path | None, form: OutputFormat, labels: Sequence[str], kept: 
             with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
                 yield lambda window: writer.write_table(_table(window, schema, labels, kept))
         else:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
+            with temporary.open("w", encoding="utf-8", errors=UNENCODABLE, newline="") as file:
                 yield _text_writer(file, form, labels, kept)
 
 
@@ -103,7 +108,11 @@ def _schema(labels: Sequence[str], kept: Sequence[str]) -> pa.Schema:
 def _table(window: Window, schema: pa.Schema, labels: Sequence[str], kept: Sequence[str]) -> pa.Table:
     columns: dict[str, list[Any]] = {"line": [item.line for item, _ in window]}
     for name in kept:
-        columns[name] = [None if (value := item.kept.get(name)) is None else str(value) for item, _ in window]
+        columns[name] = [None if (value := item.kept.get(name)) is None else _storable(str(value)) for item, _ in window]
     columns |= {key: [getattr(found, key) for _, found in window] for key in ("label", "confidence", "error")}
     columns |= {f"p_{label}": [found.probabilities[label] if found.probabilities else None for _, found in window] for label in labels}
     return pa.table({name: pa.array(columns[name], type=schema.field(name).type) for name in schema.names}, schema=schema)
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", UNENCODABLE).decode("utf-8")

@@ -6,6 +6,7 @@ field. A row over a limit has an error of its own, a request over one is refused
 public address only behind something that has it.
 """
 
+import asyncio
 import json
 import time
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from starlette.requests import ClientDisconnect
 
 from pipeline.prediction_log import PredictionLog
 from pipeline.serving.batching import Batcher, OverloadedError
@@ -20,6 +22,8 @@ from pipeline.serving.outputs import answer_json
 from pipeline.serving.predictor import Prediction, Predictor
 from pipeline.serving.telemetry import Telemetry
 
+CLIENT_GONE = 499
+"""nginx's status for a client that closed the connection: it counts such requests apart from faults of the server."""
 METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 
 
@@ -32,6 +36,8 @@ class Limits:
     """Inputs of a request."""
     chars: int = 10_000
     """Characters of a field."""
+    body_seconds: float = 30.0
+    """What a client may take to send its body."""
     batch_rows: int = 64
     """Rows of concurrent requests that share a pass."""
     waiting_rows: int = 1024
@@ -63,7 +69,7 @@ def make_app(predictor: Predictor, limits: Limits | None = None, log: Prediction
         start = time.perf_counter()
         status = 500
         try:
-            inputs = _inputs(await _body(request, bounds.body_bytes), bounds.rows)
+            inputs = _inputs(await _body(request, bounds.body_bytes, bounds.body_seconds), bounds.rows)
             predictions = await _answer(inputs)
             status = 200
         except HTTPException as refusal:
@@ -110,16 +116,22 @@ def make_app(predictor: Predictor, limits: Limits | None = None, log: Prediction
     return app
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """The body, read no further than its limit."""
+async def _body(request: Request, limit: int, seconds: float) -> bytes:
+    """The body, read no further than its limit and no longer than `seconds`."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send JSON, with the header content-type: application/json")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise HTTPException(413, f"the body is larger than {limit:,} bytes; send fewer inputs a request")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise HTTPException(413, f"the body is larger than {limit:,} bytes; send fewer inputs a request")
+                parts.append(part)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {seconds:g} seconds", {"connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(CLIENT_GONE, "the client has gone") from None
     return b"".join(parts)
 
 

@@ -1,17 +1,13 @@
-"""A student's folder as something that can be asked: its task from provenance.json, checked against its tokenizer.
+"""A student's folder as something that can be asked: its task from provenance.json, checked against its bytes and its tokenizer.
 
 The template and the verbalisers travel with the student, so that no params.yaml is needed to use one, and none can disagree with it.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.errors import MismatchError, UsageError
-from pipeline.files import read_json
-from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import check_folder, load_tokenizer
-from pipeline.params import TaskParams
+from pipeline.models.provenance import check_provenance
 from pipeline.tasks import Task, TaskTokens
 
 
@@ -34,32 +30,12 @@ class Student:
 def open_student(folder: Path) -> Student:
     """Check a student's folder, without loading its weights into memory.
 
-    Raises UsageError where it is no student's folder, MismatchError where its tokenizer no longer gives its verbalisers the ids that it
-    was trained with.
+    Raises UsageError where it is no student's folder, MismatchError where its weights, tokenizer or task are not those of its training,
+    or the tokenizer no longer gives its verbalisers the ids that it was trained with.
     """
     check_folder(folder)
-    task, ids, name = _task(folder / "provenance.json")
-    tokens = TaskTokens(task, load_tokenizer(folder))
-    found = dict(zip(task.labels, tokens.completions, strict=True))
-    if different := [label for label in task.labels if found[label] != ids[label]]:
-        label = different[0]
-        raise MismatchError(
-            f"{folder}: the tokenizer turns the verbaliser of {label!r} into {found[label]}, and the student was trained with {ids[label]}."
-            " The tokenizer's files are not the student's own: make the folder again with `dvc repro`, or copy it whole."
-        )
-    return Student(folder, name, tokens, weights_sha256(folder), tokenizer_sha256(folder))
-
-
-def _task(file: Path) -> tuple[Task, dict[str, list[int]], str]:
-    """Task, ids of each label's verbaliser, and name, as provenance.json has them."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file, so nothing says what this model was trained to answer; is it a student's folder?")
-    try:
-        found: dict[str, Any] = read_json(file)
-        verbalisers = {label: found["verbalisers"][label] for label in found["labels"]}
-        params = TaskParams(template=found["template"], verbalisers={label: entry["text"] for label, entry in verbalisers.items()})
-        ids = {label: list(entry["ids"]) for label, entry in verbalisers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fault = f"no entry {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
-        raise UsageError(f"{file}: cannot be read as a student's provenance ({fault}); `dvc repro` writes it.") from None
-    return Task(params), ids, str(found.get("name", file.parent.name))
+    provenance = check_provenance(folder)
+    tokens = TaskTokens(Task(provenance.task), load_tokenizer(folder))
+    provenance.check_tokens(tokens)
+    identity = provenance.identity
+    return Student(folder, provenance.name, tokens, identity["weights_sha256"], identity["tokenizer_sha256"])

@@ -15,6 +15,7 @@ from pipeline.engine.choice import choose_engine
 from pipeline.engine.scores import Reading
 from pipeline.models.loading import load_model, load_tokenizer, parameter_counts
 from pipeline.models.machine import default_device, memory_bytes, use_machine
+from pipeline.models.packed import decoder_layers
 from pipeline.models.truncation import parse_layers
 from pipeline.params import Params
 from pipeline.tasks import Task, TaskTokens
@@ -22,8 +23,8 @@ from pipeline.tasks import Task, TaskTokens
 SECONDS_A_STAGE = 6.0
 PROCESS_BYTES = 700e6
 """Python, torch and the libraries, before a model is loaded."""
-ADAM_COPIES = 4
-"""Training holds weights, gradients and two moments."""
+ADAM_COPIES = 7
+"""Training holds weights, gradients and two moments, and while a checkpoint is written, copies of weights and moments."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Trial:
     demonstration_tokens: float
     """The same with its answer."""
     parameters: int
+    layer_parameters: int
+    """Of one layer, the largest."""
     layers: int
     engine: str
 
@@ -57,7 +60,8 @@ def try_rows(folder: Path, task: Task, rows: Sequence[Mapping[str, str]], thread
     mean = total / len(queries)
     answer = max(len(ids) for ids in tokens.completions) + len(tokens.query_ids([task.params.separator])[0])
     layers = int(model.config.get_text_config().num_hidden_layers)
-    return Trial(total / seconds, mean, mean + answer, parameter_counts(model)[0], layers, choice.engine.name)
+    a_layer = max(parameter_counts(layer)[0] for layer in decoder_layers(model))
+    return Trial(total / seconds, mean, mean + answer, parameter_counts(model)[0], a_layer, layers, choice.engine.name)
 
 
 def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> dict[str, float]:
@@ -91,6 +95,11 @@ def total_seconds(work: Mapping[str, float], trial: Trial, stages: int) -> float
     return sum(work.values()) / trial.tokens_per_second + stages * SECONDS_A_STAGE
 
 
-def peak_bytes(trial: Trial) -> float:
-    """Memory that training the largest student may take: its weights in float32, gradients, moments, and the process around them."""
-    return PROCESS_BYTES + 4.0 * ADAM_COPIES * trial.parameters
+def peak_bytes(params: Params, trial: Trial) -> float:
+    """Memory that training the largest student or tuned teacher may take, all its weights in float32, and the process around them.
+
+    The model is that of the trial. What it holds of a batch is left out: some 100 MB for short texts.
+    """
+    kept = [len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers for student in params.students.values()]
+    layers = max([*kept, *(trial.layers for _ in params.tunings)], default=0)
+    return PROCESS_BYTES + 4.0 * ADAM_COPIES * (trial.parameters - (trial.layers - layers) * trial.layer_parameters)

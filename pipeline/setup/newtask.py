@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.params import Params, parse_params
+from pipeline.params import Params, TaskParams, parse_params
 
 MOST_LABELS = 20
 SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
@@ -62,14 +62,17 @@ def verbalisers_for(labels: list[str], given: Mapping[str, str]) -> dict[str, st
         raise UsageError(f"--verbaliser {unknown[0]}=…: no such label in the file; there are: {', '.join(labels)}")
     bare = [label for label in labels if label not in given and not any(character.isalpha() for character in label)]
     if bare:
-        raise UsageError(f"label {bare[0]!r} is no word: say what a model should answer for it, as in --verbaliser {bare[0]}=yes")
+        options = " ".join(f"--verbaliser {label}=WORD" for label in bare)
+        raise UsageError(f"label {bare[0]!r} is no word: say what a model should answer for each of them: {options}")
     return {label: f" {given.get(label, label.lower().replace('_', ' ')).strip()}" for label in labels}
 
 
 def new_params(base: Mapping[str, Any], answers: Answers) -> dict[str, Any]:
     """Raw params for the new task. Raises UsageError where they do not hold."""
     raw: dict[str, Any] = copy.deepcopy(dict(base))
-    raw["task"] = {"template": answers.template, "verbalisers": dict(answers.verbalisers)}
+    # A stage tracks `content_free`, so it has to stand there; what suits another task says nothing about this one.
+    content_free = list(TaskParams.model_fields["content_free"].default)
+    raw["task"] = {"template": answers.template, "verbalisers": dict(answers.verbalisers), "content_free": content_free}
 
     def source(path: Path, labelled: bool) -> dict[str, Any]:
         entry: dict[str, Any] = {"origin": {"source": "local", "path": str(path)}, "format": format_of(path)}

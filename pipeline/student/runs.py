@@ -24,6 +24,7 @@ from pipeline.models.loading import (
     save_model,
 )
 from pipeline.models.machine import use_machine
+from pipeline.models.provenance import FILE, identity_entries
 from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import DEMONSTRATIONS_FILE as DEMONSTRATIONS
 from pipeline.params import StudentParams, TunedTeacherParams, TuningParams
@@ -184,7 +185,8 @@ def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int
         "layers": int(model.config.get_text_config().num_hidden_layers),
     }
     choice = held_back_summary(trained, len(job.held_back.examples) + len(job.held_back.cached)) if job.held_back else {}
-    write_json({**provenance, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / "provenance.json")
+    own = identity_entries(output, provenance)
+    write_json({**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE)
     _write_metrics(job, metrics_name, counts | choice, trained, used_threads, places.metrics)
     checkpoint.remove()
 
@@ -211,7 +213,7 @@ def _provenance(job: Job, base: Path) -> dict[str, Any]:
         "name": job.name,
         "base": job.base,
         "base_weights_sha256": weights_sha256(base),
-        "tokenizer_sha256": tokenizer_sha256(base),
+        "base_tokenizer_sha256": tokenizer_sha256(base),
         "layers": job.layers,
         "learn_from": job.learn_from,
         "sources_sha256": dict(job.sources),

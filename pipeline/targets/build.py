@@ -51,7 +51,11 @@ def build_targets(
     Raises MismatchError where a cache was captured for another task or lacks a transfer example.
     """
     caches = {teacher: read_cache(scores / teacher, COLUMNS) for teacher in params.teachers}
-    contexts = [context for teacher, cache in caches.items() for context in _contexts(teacher, cache, params, task, transfer_ids, scores)]
+    contexts = [
+        context
+        for teacher, cache in caches.items()
+        for context in _contexts(teacher, teachers[teacher], cache, params, task, transfer_ids, scores)
+    ]
     offsets = np.stack([learn_offsets(params.calibration, normalised(c.transfer), normalised(c.content_free)) for c in contexts])
     weights = np.array([context.weight for context in contexts])
     combination = Combination(offsets, weights / weights.sum(), params.average, params.temperature)
@@ -73,7 +77,7 @@ def build_targets(
 
 
 def _contexts(
-    teacher: str, cache: ScoreCache, params: TargetParams, task: Task, transfer_ids: list[str], scores: Path
+    teacher: str, settings: TeacherParams, cache: ScoreCache, params: TargetParams, task: Task, transfer_ids: list[str], scores: Path
 ) -> list[ContextScores]:
     """A teacher's cached rows, by context."""
     where = scores / teacher / "manifest.json"
@@ -82,6 +86,12 @@ def _contexts(
     for key, value in wanted.items():
         if found[key] != value or cache.manifest["labels"] != list(task.labels):
             raise MismatchError(f"{where}: captured with {key} {found[key]!r}, this run has {value!r}; run `dvc repro teacher@{teacher}`.")
+    if (captured := cache.manifest["fingerprint"]["cache"]) != (wished := settings.cache.model_dump(mode="json")):
+        different = ", ".join(f"{key} {captured.get(key)!r}, not {wished[key]!r}" for key in wished if captured.get(key) != wished[key])
+        raise MismatchError(f"{where}: captured with {different} of teachers.{teacher}.cache; run `dvc repro teacher@{teacher}`.")
+    if cache.manifest["model"] != settings.model:
+        found_model = cache.manifest["model"]
+        raise MismatchError(f"{where}: captured from {found_model}, not {settings.model}; run `dvc repro teacher@{teacher}`.")
     rows = cache.rows.to_pydict()
     by_key = {key: row for row, key in enumerate(zip(rows["context_id"], rows["example_id"], strict=True))}
     label_logprobs = np.array(rows["label_logprobs"], dtype=np.float64)

@@ -46,12 +46,21 @@ def test_the_probe_of_precision_leaves_it_as_it_was(settings):
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_the_fast_format_is_bfloat16_only_where_it_is_worth_it(monkeypatch):
-    for ratio, expected in {0.5: "float32", 2.0: "float32", 8.0: "bfloat16"}.items():
-        monkeypatch.setattr(machine, "_seconds", lambda dtype, device, ratio=ratio: ratio if dtype == torch.float32 else 1.0)
-        assert machine.fast_dtype.__wrapped__(torch.device("cpu")) == expected
-    monkeypatch.undo()
-    assert machine.fast_dtype(torch.device("cpu")) in machine.DTYPES
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("avx512_bf16 amx_tile amx_bf16", "bfloat16"), ("avx512_bf16", "float32"), (None, "float32")]
+)
+def test_the_format_follows_from_the_processor_alone(monkeypatch, tmp_path, flags, expected):
+    info = tmp_path / "cpuinfo"
+    if flags is not None:
+        info.write_text(f"model name : x\nflags : fpu {flags} sse\n", "utf-8")
+    monkeypatch.setattr(machine, "Path", lambda _: info)
+    assert machine.fast_dtype(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_a_gpu_with_units_for_it_runs_in_bfloat16(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert machine.fast_dtype(torch.device("cuda")) == expected
 
 
 def test_a_fused_mlp_gives_the_same_numbers_and_is_given_back(tiny_model):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import PROJECT
 from ruamel.yaml import YAML
-from serving_world import make_student, shotless
+from serving_world import VERBALISERS, make_student, shotless
 
 from pipeline.hashing import example_id
 from pipeline.params import MonitorParams
@@ -34,6 +34,7 @@ def folder(tmp_path, model_folder):
     write_table(pa.Table.from_pylist(rows, examples(["text"])), tmp_path / "artifacts" / "data" / "transfer.parquet")
     yaml = YAML()
     params = yaml.load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+    params["task"]["verbalisers"] = VERBALISERS
     params["monitor"] = {"permutations": 599, "min_accuracy": 0.5}
     with (tmp_path / "params.yaml").open("w", encoding="utf-8") as file:
         yaml.dump(params, file)
@@ -69,6 +70,22 @@ def test_inputs_like_the_transfer_set_end_with_0_and_others_with_3(folder):
     assert "Retraining is due" in page
     assert not re.search(r"(src|href)=|https?://|<script", page)
     assert len(document["farthest"]) == 8
+
+
+def test_confidence_is_held_against_the_evaluation_set_in_domain_where_it_is_large_enough(folder):
+    monitor(folder, "--inputs", "alike.jsonl")
+    assert "not learnt from" not in json.loads((folder / "report" / "monitor.json").read_text("utf-8"))["tests"][4]["then"]
+    for name, count in {"movie": 60, "amazon": 60}.items():  # the second is out of domain
+        drawn = list(dict.fromkeys(texts(7, count)))
+        rows = [
+            {"example_id": example_id({"text": t}), "label": "positive", "source": "s", "line": n, "text": t} for n, t in enumerate(drawn)
+        ]
+        write_table(pa.Table.from_pylist(rows, examples(["text"])), folder / "artifacts" / "data" / "evaluation" / f"{name}.parquet")
+    monitor(folder, "--inputs", "alike.jsonl")
+    assert re.search(
+        r"of \d+ texts not learnt from", json.loads((folder / "report" / "monitor.json").read_text("utf-8"))["tests"][4]["then"]
+    )
+    assert len(list((folder / ".work" / "reference").glob("*.parquet"))) == 2
 
 
 def test_a_predictions_log_is_read_back(folder):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from pipeline.monitor.drift import DriftTest, _label_shift, drift_tests, outcomes
 from pipeline.monitor.mmd import bag_kernel, discrepancy, gaussian_kernel
-from pipeline.monitor.sample import Sample, draw, read_reference, reference_file, write_reference
+from pipeline.monitor.sample import Sample, draw, read_reference, reference_file, with_shares_of, write_reference
 from pipeline.params import MonitorParams
 
 LABELS = ["negative", "positive"]
@@ -166,3 +166,29 @@ def test_a_reference_is_read_as_it_was_written_and_belongs_to_its_student(tmp_pa
         ("weights", "tokenizer", "inputs", 100, 1),
     ):
         assert reference_file(tmp_path, *change) != file
+
+
+def test_confidence_is_held_against_texts_that_were_not_learnt_from():
+    rng = np.random.default_rng(5)
+    learnt, unseen, new = (sample(rng, 200, confidence=value) for value in (6.0, 2.0, 2.0))
+
+    def confidence(*of):
+        [test] = [test for test in drift_tests(learnt, new, LABELS, MonitorParams(permutations=599), *of) if test.name == "confidence"]
+        return test
+
+    assert confidence().p_value < 1e-6
+    assert confidence(unseen).p_value == pytest.approx(stats.ks_2samp(unseen.confidence, new.confidence, method="asymp").pvalue)
+    assert "200 texts not learnt from" in confidence(unseen).then
+
+
+@given(st.floats(0.1, 0.9), st.floats(0.2, 0.8), st.integers(0, 9))
+def test_rows_are_taken_with_the_shares_of_the_reference_and_none_twice(share, other, seed):
+    rng = np.random.default_rng(seed)
+    reference, parts = sample(rng, 60, positive=share), [sample(rng, 30, positive=other), sample(rng, 25, positive=other)]
+    found = with_shares_of(reference, parts)
+    for label in LABELS:
+        assert abs(found.labels.count(label) - len(found) * reference.labels.count(label) / 60) <= 1
+    texts = [text for part in parts for text in part.texts]
+    assert [text for text in texts if text in set(found.texts)] == found.texts
+    held = {label: sum(part.labels.count(label) for part in parts) for label in LABELS}
+    assert any(found.labels.count(label) == held[label] for label in LABELS if reference.labels.count(label))  # as many as there can be

@@ -1,11 +1,14 @@
 """`shotless export`: a copy that plain transformers loads, and clear words where it cannot be made."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from serving_world import TEXTS, make_student, shotless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.models.provenance import identity_entries
 from pipeline.serving.predictor import Predictor
 
 
@@ -54,6 +57,8 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, student):
     weights = load_file(file)
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, file, {"format": "pt"})
+    provenance = json.loads((student / "provenance.json").read_text("utf-8"))
+    (student / "provenance.json").write_text(json.dumps(provenance | identity_entries(student, provenance)), "utf-8")
     done = shotless(tmp_path, "export", "--student", str(student), "-o", "out", check=False)
     assert done.returncode == 1
     assert "model.norm.weight holds numbers that are not finite" in done.stderr

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import threading
 
 import polars as pl
 import pytest
@@ -16,6 +18,7 @@ def folder(tmp_path_factory, model_folder):
     """A project's folder with a student called cd."""
     root = tmp_path_factory.mktemp("project")
     make_student(root / "artifacts" / "students" / "cd", model_folder("llama"))
+    (root / "body.csv").write_text("body\na film\n", "utf-8")
     (root / "rows.jsonl").write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)), "utf-8")
     return root
 
@@ -110,6 +113,7 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
         (["--student", "cd", "-i", "rows.jsonl", "--field", "body=text"], "the student's fields are: text"),
         (["--student", "cd", "-i", "rows.jsonl", "--keep", "label"], "rename it"),
         (["--student", "cd", "--output-format", "parquet"], "name a file with --output"),
+        (["--student", "cd", "-i", "body.csv"], "no column 'text'; the columns are: body. Name the right one with --field text=COLUMN"),
         (["--student", "cd", "-o", "x.tsv"], "tsv is read, not written"),
     ],
 )
@@ -118,3 +122,24 @@ def test_a_wrong_option_ends_with_2_and_what_to_do(folder, arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_a_kept_column_that_utf8_cannot_hold_stops_nothing(folder, form):
+    (folder / "odd.jsonl").write_text('{"id": "\\ud800", "text": "a film"}\n', "utf-8")
+    shotless(folder, "predict", "--student", "cd", "--input", "odd.jsonl", "--keep", "id", "--output", f"odd.{form}", "--threads", "1")
+    kept = {
+        "jsonl": lambda file: json.loads(file.read_text("utf-8"))["id"],
+        "csv": lambda file: pl.read_csv(file)["id"][0],
+        "parquet": lambda file: pl.read_parquet(file)["id"][0],
+    }[form](folder / f"odd.{form}")
+    assert kept == ("\ud800" if form == "jsonl" else "\\ud800")
+
+
+def test_a_pipe_is_read_as_a_file_is(folder):
+    os.mkfifo(folder / "pipe.jsonl")
+    writer = threading.Thread(target=lambda: (folder / "pipe.jsonl").write_text('{"text": "a warm film"}\n', "utf-8"))
+    writer.start()
+    done = shotless(folder, "predict", "--student", "cd", "--input", "pipe.jsonl", "--threads", "1")
+    writer.join()
+    assert json.loads(done.stdout)["line"] == 1

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.errors import MismatchError, UsageError
 from pipeline.evaluation.predict import predict_student
 from pipeline.hashing import example_id
+from pipeline.models.provenance import identity_entries
 from pipeline.params import TaskParams
 from pipeline.serving import Predictor
 from pipeline.tasks import Task
@@ -138,11 +139,11 @@ def test_a_broken_provenance_is_named(tmp_path, student):
             Predictor(tmp_path / "s")
 
 
-def test_another_tokenizer_is_refused(tmp_path, student):
+def test_a_library_that_reads_the_tokenizer_otherwise_is_refused(tmp_path, student):
     folder = tmp_path / "s"
     shutil.copytree(student, folder)
     provenance = json.loads((folder / "provenance.json").read_text("utf-8"))
     provenance["verbalisers"]["positive"]["ids"] = [5]
-    (folder / "provenance.json").write_text(json.dumps(provenance), "utf-8")
+    (folder / "provenance.json").write_text(json.dumps(provenance | identity_entries(folder, provenance)), "utf-8")
     with pytest.raises(MismatchError, match=r"'positive' into \[\d+\], and the student was trained with \[5\]"):
         Predictor(folder)

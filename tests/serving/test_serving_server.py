@@ -13,13 +13,14 @@ import urllib.request
 
 import pytest
 from conftest import PROJECT
+from fastapi import HTTPException, Request
 from fastapi.testclient import TestClient
 from serving_world import TEXTS, make_student
 
 from pipeline.prediction_log import PredictionLog
 from pipeline.serving.batching import Batcher, OverloadedError
 from pipeline.serving.predictor import Prediction, Predictor
-from pipeline.serving.server import Limits, make_app
+from pipeline.serving.server import Limits, _body, make_app
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,37 @@ def test_a_body_of_unknown_length_is_read_no_further_than_the_limit(client):
 
     done = client.post("/predict", content=parts(), headers={"content-type": "application/json"})
     assert done.status_code == 413
+
+
+def test_half_of_a_surrogate_pair_is_an_error_of_its_row_and_stays_readable_in_the_log(client, tmp_path):
+    done = client.post("/predict", content=b'{"inputs": ["a film", "\\ud800"]}', headers={"content-type": "application/json"})
+    assert done.status_code == 200
+    assert [("error" in row) for row in done.json()["predictions"]] == [False, True]
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
+    assert [entry["fields"]["text"] for entry in logged] == ["a film", "\ud800"]
+
+
+def body_that(*events):
+    """A request whose body arrives as `events`, each an ASGI message or seconds to wait."""
+    left = list(events)
+
+    async def receive():
+        while left and not isinstance(left[0], dict):
+            await asyncio.sleep(left.pop(0))
+        return left.pop(0)
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")], "method": "POST", "path": "/predict"}
+    return Request(scope, receive)
+
+
+PART = {"type": "http.request", "body": b"{", "more_body": True}
+
+
+@pytest.mark.parametrize(("events", "status"), [([PART, 30.0, PART], 408), ([PART, {"type": "http.disconnect"}], 499)])
+def test_a_body_that_does_not_arrive_is_given_up(events, status):
+    with pytest.raises(HTTPException) as caught:
+        asyncio.run(_body(body_that(*events), 100, 0.01))
+    assert caught.value.status_code == status
 
 
 def test_health_and_metrics_say_what_answered(client, predictor):

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from serving_world import shotless
 
 from pipeline.params import load_params
-from pipeline.setup.estimate import Trial, token_work
+from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, token_work
 
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
@@ -68,8 +68,9 @@ def test_nothing_is_replaced_unless_told(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (OPTIONS, "no column 'label'; the columns are: body, urgency"),
-        (MAPPED[:-2], "label '1' is no word"),
+        (OPTIONS, "no column 'label'; the columns are: body, urgency. Name the right one with --label-column."),
+        ([*OPTIONS, *MAPPED[8:]], "no column 'text'; the columns are: body, urgency. Name the right one with --field text=COLUMN."),
+        (MAPPED[:-2], "label '1' is no word: say what a model should answer for each of them: --verbaliser 1=WORD"),
         ([*MAPPED, "--verbaliser", "2=maybe"], "--verbaliser 2=…: no such label"),
         ([*MAPPED, "--template", "no field"], "template names no field"),
         ([*MAPPED, "--per-label", "30"], "has 20 usable rows"),
@@ -95,9 +96,33 @@ def test_bad_rows_beyond_the_limit_stop_it(folder):
 
 def test_work_is_counted_as_the_stages_do_it():
     params = load_params(PROJECT / "params.yaml")
-    trial = Trial(1000.0, 30.0, 33.0, 10**6, 30, "shared_prefix")
+    trial = Trial(1000.0, 30.0, 33.0, 10**6, 2 * 10**4, 30, "shared_prefix")
     work = token_work(params, trial, transfer=800, evaluated=600)
     assert work["teachers"] == 4 * (16 * 33 + 800 * 30) + 800 * 30
     assert work["training"] == pytest.approx(3 * 30 * 24 / 30 * (300 * 8 + 40 * 16))
     assert work["students"] == pytest.approx(2 * 600 * 30 * 24 / 30)
     assert work["baselines"] == 4 * (16 * 33 + 600 * 30) + 600 * 30
+    assert peak_bytes(params, trial) == PROCESS_BYTES + 4 * ADAM_COPIES * (10**6 - 6 * 2 * 10**4)
+
+
+def test_every_param_that_a_stage_tracks_stands_in_what_is_written(folder):
+    shotless(folder, "init", *MAPPED, "--force")
+    yaml = YAML(typ="safe", pure=True)
+    raw = yaml.load((folder / "params.yaml").read_text("utf-8"))
+    stages = yaml.load((PROJECT / "dvc.yaml").read_text("utf-8"))["stages"]
+    tracked = {key for stage in stages.values() for key in stage.get("do", stage)["params"] if "$" not in key}
+    assert "task.template" in tracked
+    for key in tracked:
+        entry = raw
+        for part in key.split("."):
+            assert part in entry, f"dvc would stop at {key}"
+            entry = entry[part]
+
+
+def test_asking_again_keeps_the_first_params_and_bad_rows_are_shown(folder):
+    with (folder / "mine" / "labelled.csv").open("a", encoding="utf-8") as file:
+        file.write("more of it,0\n" + "".join(f"a clean table {n},1\n" for n in range(20)) + ",1\n")
+    for _ in range(2):
+        done = shotless(folder, "init", *MAPPED, "--force")
+        assert "62 rows, 61 usable, 1 bad\n  line 63: body: empty\n" in done.stdout
+        assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 from conftest import DVC, PROJECT
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -17,11 +17,13 @@ VALUES = st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.dict
 MAPPINGS = st.dictionaries(st.sampled_from("abc"), VALUES)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
 @given(MAPPINGS)
 def test_nothing_laid_over_params_changes_nothing(base):
     assert merge(base, {}) == base
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
 @given(MAPPINGS, MAPPINGS)
 def test_a_preset_laid_over_twice_is_laid_over_once(base, changes):
     assert merge(merge(base, changes), changes) == merge(base, changes)

@@ -244,7 +244,7 @@ def test_a_student_of_another_family_with_another_tokenizer_learns_a_llama_s_ans
         world.places.work,
         1,
     )
-    teacher = TeacherParams(model="models/tiny", contexts="shots")
+    teacher = TeacherParams(model="models/tiny", contexts="shots", cache=CacheParams(top_k=5))
     ids = pa.parquet.read_table(transfer)["example_id"].to_pylist()
     params = TargetParams(teachers={"few": 1.0})
     build_targets(

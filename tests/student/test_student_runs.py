@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import MismatchError, ShotlessError, UsageError
 from pipeline.hashing import sha256_file
+from pipeline.models.identity import weights_sha256
+from pipeline.models.provenance import check_provenance
 from pipeline.student import runs, training
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.runs import train_student, tune_teacher
@@ -60,6 +62,8 @@ def test_provenance_and_metrics_say_where_it_comes_from(world):
     found = world.json("artifacts/students/cd/provenance.json")
     targets = world.places.artifacts / "targets" / "mix" / "targets.parquet"
     assert found["base"] == "models/tiny"
+    assert found["weights_sha256"] == weights_sha256(world.places.artifacts / "students" / "cd") != found["base_weights_sha256"]
+    check_provenance(world.places.artifacts / "students" / "cd").check_task(TASK.params)
     assert found["layers"] == "0-1, 3"
     assert found["sources_sha256"]["targets"] == sha256_file(targets)
     assert set(found["sources_sha256"]) == {"targets", "calibration", "demonstrations"}
