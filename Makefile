@@ -8,7 +8,7 @@ WORKSPACE := $(if $(PRESET),runs/$(PRESET),.)
 ON_PATH = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test setup lint bench-teacher bench-student bench-reads clean
+.PHONY: help run test setup lint bench-teacher bench-student bench-cache bench-reads clean
 
 help:
 	@echo "make run              set up, fetch model and data, run the pipeline, print what was gained"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
 	@echo "make bench-reads      writing and reading a cache of a million rows: rows/s and memory"
 	@echo "make bench-student    training speed and memory beside Trainer, SFTTrainer and the limit (after make run)"
+	@echo "make bench-cache      bytes of the score cache against what it loses; the loss's time and memory (after make run)"
 	@echo "make clean            remove everything that runs have made (the environment stays)"
 
 run: export SHOTLESS_WORK ?= $(CURDIR)/.work
@@ -43,6 +44,9 @@ bench-reads: setup
 
 bench-student: setup
 	@$(ON_PATH) python -m benchmarks.student $(BENCH_ARGS)
+
+bench-cache: setup
+	@$(ON_PATH) python -m benchmarks.cache $(BENCH_ARGS)
 
 setup: .venv/.installed
 

@@ -67,7 +67,7 @@ SCORES = pa.schema(
         pa.field("full_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),  # by token id
         pa.field("log_z", pa.list_(pa.float32()), nullable=False),  # log-sum-exp of the logits
         pa.field("tail_mass", pa.list_(pa.float32()), nullable=False),  # probability outside the top k; 0 where all is kept
-        pa.field("log_norms", pa.list_(pa.list_(pa.float32())), nullable=False),  # log Σ p^(1/τ), τ in the manifest's temperatures
+        pa.field("log_norms", pa.list_(pa.list_(pa.float32())), nullable=False),  # log Σ p^(1/τ) outside the top k, each τ ≠ 1
         pa.field("entropies", pa.list_(pa.list_(pa.float32())), nullable=False),  # of the whole distribution at τ
         pa.field("hidden_states", pa.list_(pa.list_(pa.float16())), nullable=False),  # the manifest's hidden layers, one after the other
     ]

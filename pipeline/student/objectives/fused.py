@@ -84,15 +84,19 @@ class _Fused(torch.autograd.Function):
                 to_head.addmm_(gradient.t(), rows)
             elif to_head is not None:
                 to_head += gradient.t() @ rows
-        ctx.save_for_backward(to_hidden, to_head, to_bias)
+        ctx.gradients = [to_hidden, to_head, to_bias]  # not saved as inputs are: each is handed on as it is, without a copy
         ctx.dtypes = hidden.dtype, head.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(nats)
         return (nats * weights).sum(), nats
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * grad_outputs[0]).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*gradients, *(None,) * 5)
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss keeps its gradients for one backward pass; call it again for another")
+        given, ctx.gradients = ctx.gradients, None
+        out: list[Tensor | None] = []
+        while given:
+            gradient = given.pop(0)
+            out.append(None if gradient is None else gradient.mul_(grad_outputs[0]).to(ctx.dtypes[len(out)]))
+            del gradient
+        return (*out, *(None,) * 5)
