@@ -41,6 +41,10 @@ class Inputs:
     provenance: dict[str, Json]
     manifests: dict[str, Json]
     """Teacher → manifest of its scores."""
+    fidelity: dict[str, Json]
+    """Teacher → what its cache holds of it, by rows that were scored again."""
+    capture: dict[str, Json]
+    """Teacher → seconds and rows of its capture."""
     sources: dict[str, Json]
     """Model → where it came from."""
     detail: dict[str, Json]
@@ -95,6 +99,8 @@ def collect(params: Params, root: Path) -> Inputs:
         curves=curves,
         provenance=_read_each(artifacts / "students", "{}/provenance.json", params.students),
         manifests=_read_each(artifacts / "scores", "{}/manifest.json", params.teachers),
+        fidelity=_read_each(metrics / "fidelity", "{}.json", params.teachers),
+        capture=_read_each(metrics / "runtime", "teacher-{}.json", params.teachers),
         sources=_read_each(artifacts / "models", "{}/source.json", params.models),
         detail=_read_each(metrics / "detail", "{}.json", names),
         risks=_read_each(metrics / "risk", "{}.json", params.students),
