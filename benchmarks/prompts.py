@@ -33,7 +33,7 @@ def texts() -> tuple[list[str], str]:
 
 
 def build(tokenizer: PreTrainedTokenizerBase, context_tokens: int, query_tokens: int, count: int) -> Prompts:
-    """`count` queries of `query_tokens` ± 8 tokens behind a context of whole demonstrations, about `context_tokens` tokens in all."""
+    """`count` queries of `query_tokens` ± 8 tokens behind a context of `context_tokens` tokens: demonstrations, the first of them cut."""
     source, _ = texts()
 
     def ids(text: str) -> list[int]:
@@ -44,17 +44,24 @@ def build(tokenizer: PreTrainedTokenizerBase, context_tokens: int, query_tokens:
     if len(of_length) < count:
         raise SystemExit(f"{len(of_length)} texts of {query_tokens} ± 8 tokens, {count} needed: ask for fewer queries")
     queries = of_length[:count]
-    used, shots, length = set(queries), [], 0
-    for number, query in enumerate(query for query in rendered if query not in used):
-        shots.append(query + LABELS[number % 2])
-        length += len(ids(shots[-1])) + 1
-        if length > context_tokens:
-            shots.pop()
-            break
-    context = SEPARATOR.join(shots)
+    used = set(queries)
+    shots = [query + LABELS[number % 2] for number, query in enumerate(query for query in rendered if query not in used)]
+    context = _context(tokenizer, shots, context_tokens)
     if context:  # the separator belongs to the query: there no token reaches over the seam, and text and ids say the same
         queries = [SEPARATOR + query for query in queries]
     context_ids = ids(context)
     whole = [ids(context + query) for query in queries[:8]]
     assert whole == [context_ids + ids(query) for query in queries[:8]], "a token reaches over the seam of context and query"
     return Prompts(context, queries, context_ids, [ids(query) for query in queries], [ids(label) for label in LABELS])
+
+
+def _context(tokenizer: PreTrainedTokenizerBase, shots: list[str], tokens: int) -> str:
+    """The last `tokens` tokens of joined demonstrations, cut where the text that is left splits into the same tokens."""
+    for count in range(1, len(shots) + 1 if tokens else 1):
+        ids = tokenizer(SEPARATOR.join(shots[:count]), add_special_tokens=False)["input_ids"][-tokens:]
+        text = tokenizer.decode(ids)
+        if len(ids) == tokens and tokenizer(text, add_special_tokens=False)["input_ids"] == ids:
+            return str(text)
+    if tokens:
+        raise SystemExit(f"the texts make no context of {tokens:,} tokens: ask for a shorter one")
+    return ""

@@ -1,7 +1,8 @@
 """`make bench-teacher`: the teacher's engines side by side with plain transformers, lm-evaluation-harness, llama.cpp and the limit.
 
 Every engine answers the same prompts in a process of its own; answers are compared with plain transformers' before a time counts. A slow
-engine answers fewer of the queries: its rate does not depend on their number.
+engine answers fewer of the queries: its rate does not depend on their number. llama.cpp compiles for minutes, so it runs where it is asked
+for (`--engines …,llama_cpp`) and its figures are kept, with machine and date, in `benchmarks/llama_cpp.json`; other runs show those.
 """
 
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.environments import python_of
 from benchmarks.flops import FORMULA
+from benchmarks.gguf import gguf_of
 from benchmarks.machine import about
 from benchmarks.prompts import LABELS, build, texts
 from pipeline.files import write_json
@@ -33,6 +36,9 @@ SLOW = {0: 32, 256: 16, 1024: 8, 4096: 4}
 TOLERANCE_NATS = {"float32": 1e-4, "bfloat16": 0.5}
 LM_EVAL = ["torch", "lm_eval[hf]==0.4.13"]
 LLAMA_CPP = ["llama-cpp-python==0.3.36", "numpy"]
+KEPT = Path("benchmarks/llama_cpp.json")
+LINE = (50, 100, 200)
+"""Numbers of queries behind one context of 1,024 tokens, to show that time grows with queries alone."""
 
 
 def main(
@@ -42,18 +48,23 @@ def main(
     gguf: Path | None = None,
     output: Path = Path("benchmarks/results/teacher.json"),
 ) -> None:
-    """Measure, print a table, write JSON. `llama_cpp` among the engines needs `--gguf`; it compiles for minutes."""
+    """Measure, print tables, write JSON. `--gguf` is llama.cpp's model, by default the file that the default run's model was made from."""
     machine = about() | {"dtype": dtype, "texts": texts()[1], "formula_of_limit": FORMULA}
     rows: list[dict[str, Any]] = []
     for tokens in map(int, contexts.split(",")):
         rows += _at(tokens, engines.split(","), dtype, gguf)
         _print(rows)
         write_json({"machine": machine, "rows": rows}, output)  # a run that is cut off keeps what it has measured
-    if 1024 in map(int, contexts.split(",")):
-        for count in (32, 512):
-            rows += _at(1024, ["shared_prefix"], dtype, gguf, count)
-        _print_line(rows)
-    write_json({"machine": machine, "rows": rows}, output)
+    measured = {"machine": machine, "rows": rows}
+    if 1024 in map(int, contexts.split(",")) and "shared_prefix" in engines:
+        line = [row for count in LINE for row in _at(1024, ["shared_prefix"], dtype, gguf, count) if row["engine"] == "shared_prefix"]
+        _print_line(line)
+        measured |= {"line": line, "profile_seconds": _profile(dtype)}
+        _print_profile(measured["profile_seconds"])
+    write_json(measured, output)
+    kept = [row for row in rows if row["engine"] == "llama_cpp"]
+    if kept:
+        write_json({"machine": machine, "date": datetime.now(UTC).date().isoformat(), "rows": kept}, KEPT)
     print(f"written to {output}")
 
 
@@ -92,7 +103,7 @@ def _at(context: int, engines: list[str], dtype: str, gguf: Path | None, count: 
 
 
 def _run(engine: str, prompts: dict[str, Any], gguf: Path | None) -> dict[str, Any] | None:
-    """Figures of one engine's process; None where its environment cannot be made."""
+    """Figures of one engine's process (or of the profiler's); None where its environment cannot be made."""
     python: Path | None = Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.json"
@@ -101,9 +112,12 @@ def _run(engine: str, prompts: dict[str, Any], gguf: Path | None) -> dict[str, A
         if engine == "lm_eval":
             python, command = python_of("lm_eval", LM_EVAL), ["benchmarks/lm_eval_engine.py", str(MODEL), str(file)]
         elif engine == "llama_cpp":
-            if gguf is None:
-                raise SystemExit("llama_cpp needs --gguf FILE: the model's GGUF file")
-            python, command = python_of("llama_cpp", LLAMA_CPP), ["benchmarks/llama_cpp_engine.py", str(gguf), str(file)]
+            python, command = (
+                python_of("llama_cpp", LLAMA_CPP),
+                ["benchmarks/llama_cpp_engine.py", str(gguf or gguf_of(MODEL.name)), str(file)],
+            )
+        elif engine == "profile":
+            command = ["-m", "benchmarks.profile", str(MODEL), str(file)]
         if python is None:
             return None
         quiet = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -117,6 +131,10 @@ def _print(rows: list[dict[str, Any]]) -> None:
     """The table of the last context's rows."""
     context = rows[-1]["context_tokens"]
     own = [row for row in rows if row["context_tokens"] == context]
+    if KEPT.is_file() and not any(row["engine"] == "llama_cpp" for row in own):
+        kept = json.loads(KEPT.read_text("utf-8"))
+        label = f"llama_cpp, of {kept['date']} on {kept['machine']['processor']}"
+        own += [row | {"engine": label} for row in kept["rows"] if row["context_tokens"] == context]
     fast = next((row["examples_per_s"] for row in own if row["engine"] == "shared_prefix"), None)
     table = Table(title=f"{own[0]['context_tokens_exact']:,} context tokens, queries of {own[0]['query_tokens']:.0f}")
     for name in ("engine", "examples/s", "s/example", "fast path is so many times faster", "peak memory", "differs by"):
@@ -134,12 +152,32 @@ def _print(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _print_line(rows: list[dict[str, Any]]) -> None:
-    """Seconds against the number of queries: a line that starts at the context's cost."""
-    own = [row for row in rows if row["engine"] == "shared_prefix" and row["context_tokens"] == 1024]
-    for row in sorted(own, key=lambda row: row["queries"]):
-        memory = f"{row['peak_rss_bytes'] / 1e6:,.0f} MB"
-        print(f"shared_prefix, 1,024 context tokens: {row['queries']} queries in {row['seconds']:.2f} s, {memory}")
+def _profile(dtype: str) -> dict[str, float]:
+    """Seconds by kind of operation, of `QUERIES` queries behind a context of 1,024 tokens."""
+    prompts = build(load_tokenizer(MODEL), 1024, QUERY_TOKENS, QUERIES)
+    found = _run("profile", asdict(prompts) | {"dtype": dtype}, None)
+    assert found is not None
+    return found
+
+
+def _print_profile(seconds: dict[str, float]) -> None:
+    total = sum(seconds.values())
+    table = Table("where the fast path's time goes, 1,024 context tokens", "seconds", "share")
+    for kind, value in sorted(seconds.items(), key=lambda pair: -pair[1]):
+        table.add_row(kind, f"{value:.2f}", f"{value / total:.0%}")
+    Console().print(table)
+
+
+def _print_line(line: list[dict[str, Any]]) -> None:
+    """Seconds against the number of queries: a line that starts at the context's cost, and its slope."""
+    table = Table("queries behind one context of 1,024 tokens", "seconds", "peak memory", "plain transformers would read")
+    for row in line:
+        tokens = row["queries"] * (row["context_tokens_exact"] + row["query_tokens"])
+        table.add_row(f"{row['queries']}", f"{row['seconds']:.2f}", f"{row['peak_rss_bytes'] / 1e6:,.0f} MB", f"{tokens:,.0f} tokens")
+    Console().print(table)
+    first, last = line[0], line[-1]
+    slope = (last["seconds"] - first["seconds"]) / (last["queries"] - first["queries"])
+    print(f"{first['seconds'] - slope * first['queries']:.2f} s for the context, {slope:.4f} s for each query")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Batch plans: which rows share a forward pass. They follow from content alone, so that a resumed run scores what an unbroken one would."""
 
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 
 from transformers import PreTrainedModel
 
@@ -11,7 +12,8 @@ LARGEST_BUDGET = 1024
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Row numbers of each batch: rows in rising order of length, as many as fit `token_budget` tokens and at least one.
 
-    Rows of like length stand together, so that the small padded part of the attention has next to no padding.
+    Rows of like length stand together, so that the small padded part of the attention has next to no padding. The last two batches share
+    their rows evenly: a last one of a few tokens would read all weights for little.
     """
     batches: list[list[int]] = []
     tokens = 0
@@ -21,7 +23,19 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
             tokens = 0
         batches[-1].append(row)
         tokens += lengths[row]
-    return batches
+    if len(batches) < 2:
+        return batches
+    rows = batches[-2] + batches[-1]
+    ends = list(accumulate(lengths[row] for row in rows))
+    cut = min(range(1, len(rows)), key=lambda place: max(ends[place - 1], ends[-1] - ends[place - 1]))
+    return [*batches[:-2], rows[:cut], rows[cut:]]
+
+
+def shared_head(queries: Sequence[Sequence[int]]) -> int:
+    """Number of tokens that all queries begin with; each keeps one of its own, for its answer position."""
+    first, last = min(map(tuple, queries)), max(map(tuple, queries))  # what the first and the last in order share, all share
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return min(sum(1 for _ in alike), min(map(len, queries)) - 1)
 
 
 def token_budget(model: PreTrainedModel, memory_bytes: int) -> int:

@@ -1,16 +1,15 @@
 """One forward pass over many rows, laid end to end without padding, behind a context that is held once.
 
-Rows are packed into a single sequence, so that every matrix product works on real tokens only. Attention is split in two: a row's own
-tokens (a small padded batch, the only padding there is) and the shared context (all rows' queries against one copy of its keys and
-values); the halves are merged by their log-sum-exp, as in cascade attention. Key heads are never repeated in memory: grouped query
-heads are folded into the query length or broadcast with stride 0.
+Rows are packed into a single sequence, so that every matrix product works on real tokens only; attention is split into a row's own tokens
+and the shared context (`pipeline.models.attention`).
 
 It plugs into transformers' public `AttentionInterface`, so every architecture that uses it and takes `position_ids` fits; what it cannot
 do (sliding windows shorter than the prompt, attention sinks, soft-capped scores) raises `UnsupportedModelError`. The trade-off: it
 trusts nothing, and `pipeline.engine.choice` compares it with the plain forward before use.
 
 The last layer runs on answer positions alone: its keys and values are recorded on all rows, by leaving the layer as soon as its
-attention is reached, and the layer is then run on the rows that are asked for.
+attention is reached, and the layer is then run on the rows that are asked for. A context is read in chunks, so that a long one needs no
+more memory than its keys and values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from pipeline.models.attention import LayerKeyValues, answer_part, attention_with_lse, grouped, merge, own_part, shared_part
+from pipeline.models.context import ContextKeys
 from pipeline.models.fused import fuse
 from pipeline.models.rows import Packed
 
 ATTENTION = "shotless_packed"
-LayerKeyValues = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each [1, key heads, tokens, head size]."""
-
-
-LONGEST_SMALL = 256
-"""Rows of at most so many tokens have all their attention scores held at once: 4 bytes × heads × tokens × this, a pass."""
+CHUNK = 1024
+"""Tokens of a context that are read in one pass."""
 
 
 class UnsupportedModelError(Exception):
@@ -43,11 +40,13 @@ class UnsupportedModelError(Exception):
 class _Pass:
     """What the attention function needs to know of the pass that it is called from."""
 
-    packed: Packed | None  # None: the context itself is read, and its keys and values recorded
     prefix: list[LayerKeyValues]
-    recorded: dict[int, LayerKeyValues] = field(default_factory=dict)
+    longest: int  # tokens of the longest prompt
+    packed: Packed | None = None  # None: a chunk of the context itself is read
+    context: ContextKeys | None = None  # where the chunk's keys and values go
     leave_at: int | None = None  # layer at whose attention `_KeysRecorded` is raised
     answers_at: int | None = None  # layer that runs on answer positions alone, with the recorded keys
+    recorded: LayerKeyValues | None = None
     reached: set[int] = field(default_factory=set)  # layers whose attention came here
 
 
@@ -56,106 +55,6 @@ class _KeysRecorded(Exception):  # noqa: N818  leaving a layer early is no error
 
 
 _PASS: ContextVar[_Pass] = ContextVar("shotless_pass")
-
-
-def attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp of its scores.
-
-    query [B, H, Q, D], key and value [B, H, K, D], mask added to the scores [B, 1, Q, K] → [B, H, Q, D], [B, H, Q]. On the CPU by
-    torch's flash kernel; elsewhere from the definition.
-    """
-    if query.device.type == "cpu":
-        mask = None if mask is None else mask.to(query.dtype)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-    scores = (query @ key.transpose(-1, -2)).float() * scale
-    if causal:
-        unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(unseen, -torch.inf)
-    if mask is not None:
-        scores = scores + mask
-    lse = scores.logsumexp(-1)
-    return (scores - lse.unsqueeze(-1)).exp().to(value.dtype) @ value, lse
-
-
-def small_attention_with_lse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same for many short rows, with key heads as they are.
-
-    query [B, H, Q, D], key and value [B, key heads, K, D], mask [B or 1, 1, Q, K] → [B, H, Q, D], [B, H, Q].
-
-    All scores are held at once, so that a batched product does the work: on rows of 48 tokens the flash kernel, which works on one row
-    and head at a time, takes 2 to 9 times as long. Query heads of one key head are folded into the query length.
-    """
-    batch, heads, queries, size = query.shape
-    groups = heads // key.shape[1]
-    folded = query.reshape(batch * key.shape[1], groups * queries, size)
-    keys, values = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
-    seen = mask.to(query.dtype)[:, 0].repeat(1, groups, 1)  # [B or 1, groups · Q, K]
-    if len(seen) > 1:
-        seen = seen.repeat_interleave(key.shape[1], 0)
-    scores = torch.baddbmm(seen, folded, keys.transpose(1, 2), alpha=scale)
-    weights = scores.softmax(-1)
-    # the log-sum-exp off the largest score and its weight, which is never 0: one pass less than from the scores
-    lse = scores.amax(-1).float() - weights.amax(-1).float().log()
-    return (weights @ values).reshape(query.shape), lse.reshape(batch, heads, queries)
-
-
-def _merge(own: tuple[Tensor, Tensor], shared: tuple[Tensor, Tensor]) -> Tensor:
-    """Two attentions over disjoint keys, [T, H, D] with log-sum-exp [T, H], as one over all keys."""
-    weight = torch.sigmoid(own[1] - shared[1]).unsqueeze(-1).to(own[0].dtype)
-    return torch.lerp(shared[0], own[0], weight)
-
-
-def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, H, ·, D] and [B, key heads, ·, D] → [B·key heads, H / key heads, ·, D], keys broadcast with stride 0."""
-    batch, heads, length, size = query.shape
-    groups = heads // key.shape[1]
-    query = query.reshape(batch * key.shape[1], groups, length, size)
-    key, value = (x.reshape(batch * x.shape[1], 1, x.shape[2], x.shape[3]).expand(-1, groups, -1, -1) for x in (key, value))
-    return query, key, value
-
-
-def _shared_part(query: Tensor, prefix: LayerKeyValues, scale: float) -> tuple[Tensor, Tensor]:
-    """All queries [1, H, T, D] against the context → [T, H, D], [T, H]. Grouped heads are folded into the query length."""
-    _, heads, tokens, size = query.shape
-    key, value = prefix
-    folded = query.reshape(1, key.shape[1], -1, size)
-    out, lse = attention_with_lse(folded, key, value, causal=False, scale=scale)
-    return out.reshape(heads, tokens, size).transpose(0, 1), lse.reshape(heads, tokens).t()
-
-
-def _own_part(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float) -> tuple[Tensor, Tensor]:
-    """Each token against its own row's tokens before it → [T, H, D], [T, H]."""
-    rows, width = packed.gather.shape
-    heads = query.shape[1]
-    padded = [x[0].transpose(0, 1)[packed.gather].transpose(1, 2) for x in (query, key, value)]  # [B, heads, L, D]
-    if width <= LONGEST_SMALL:
-        mask = packed.mask if packed.mask is not None else _causal(width, query.device)
-        out, lse = small_attention_with_lse(*padded, mask=mask, scale=scale)
-    else:
-        mask = None if packed.mask is None else packed.mask.repeat_interleave(key.shape[1], 0)
-        out, lse = attention_with_lse(*_grouped(*padded), causal=mask is None, scale=scale, mask=mask)
-    out = out.reshape(rows, heads, width, -1).transpose(1, 2).reshape(rows * width, heads, -1)
-    lse = lse.reshape(rows, heads, width).transpose(1, 2).reshape(rows * width, heads)
-    return out[packed.scatter], lse[packed.scatter]
-
-
-def _causal(width: int, device: torch.device) -> Tensor:
-    """[1, 1, L, L] to be added to scores."""
-    return torch.full((1, 1, width, width), -torch.inf, device=device).triu(1)
-
-
-def _answer_part(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float) -> tuple[Tensor, Tensor]:
-    """Answer positions alone, query [1, H, N, D], against their rows' recorded keys → [N, H, D], [N, H]."""
-    heads, outputs = query.shape[1], query.shape[2]
-    places = packed.gather[packed.output_rows]  # [N, L]
-    single = query[0].transpose(0, 1).unsqueeze(2)  # [N, H, 1, D]
-    keys, values = (x[0].transpose(0, 1)[places].transpose(1, 2) for x in (key, value))
-    unseen = torch.zeros(packed.visible.shape, device=query.device).masked_fill(~packed.visible, -torch.inf)
-    mask = unseen[:, None, None, :].repeat_interleave(key.shape[1], 0)
-    out, lse = attention_with_lse(*_grouped(single, keys, values), causal=False, scale=scale, mask=mask)
-    return out.reshape(outputs, heads, -1), lse.reshape(outputs, heads)
 
 
 def _packed_attention(
@@ -170,34 +69,33 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """The attention function behind `ATTENTION`; query [1, H, T, D] → [1, T, H, D]."""
     current = _PASS.get()
-    _refuse(query, key, attention_mask, dropout, settings, _longest(current, query))
+    _refuse(query, key, attention_mask, dropout, settings, current.longest)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     current.reached.add(layer)
-    packed = current.packed
-    if packed is None or current.leave_at == layer:
-        current.recorded[layer] = (key, value)
-        if current.leave_at == layer:
-            raise _KeysRecorded
-    if packed is None:
-        out, _ = attention_with_lse(*_grouped(query, key, value), causal=True, scale=scale)
-        return out.reshape(1, query.shape[1], query.shape[2], -1).transpose(1, 2), None
-    if current.answers_at == layer:
-        own = _answer_part(query, *current.recorded[layer], packed, scale)
+    if current.context is not None:
+        current.context.write(layer, key, value)
+    if current.leave_at == layer:
+        current.recorded = (key, value)
+        raise _KeysRecorded
+    if current.packed is None:
+        own = _chunk_part(query, key, value, scale)
+    elif current.answers_at == layer and current.recorded is not None:
+        own = answer_part(query, *current.recorded, current.packed, scale)
     else:
-        own = _own_part(query, key, value, packed, scale)
-    out = _merge(own, _shared_part(query, current.prefix[layer], scale)) if current.prefix else own[0]
+        own = own_part(query, key, value, current.packed, scale)
+    out = merge(own, shared_part(query, current.prefix[layer], scale)) if current.prefix else own[0]
     return out.unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)  # type: ignore[arg-type]
 
 
-def _longest(current: _Pass, query: Tensor) -> int:
-    """Tokens of the longest prompt in the pass."""
-    if current.packed is None:
-        return query.shape[2]
-    return int(current.packed.position_ids.max()) + 1
+def _chunk_part(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """A chunk of the context, each token against the chunk's tokens before it → [T, H, D], [T, H]."""
+    _, heads, tokens, _ = query.shape
+    out, lse = attention_with_lse(*grouped(query, key, value), causal=True, scale=scale)
+    return out.reshape(heads, tokens, -1).transpose(0, 1), lse.reshape(heads, tokens).t()
 
 
 def _refuse(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, settings: dict[str, Any], longest: int) -> None:
@@ -249,25 +147,39 @@ class PackedModel:
 
     def read_context(self, ids: Sequence[int]) -> list[LayerKeyValues]:
         """Keys and values of a context, for each layer; an empty list for an empty context."""
-        if not ids:
-            return []
-        last = len(self.layers) - 1
-        with _active(_Pass(packed=None, prefix=[], leave_at=last)) as current:
-            tokens = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
-            try:
-                self.model(input_ids=tokens, position_ids=torch.arange(len(ids), device=self.device)[None], use_cache=False)
-            except _KeysRecorded:
-                pass
-            else:
-                raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
-        if len(current.recorded) != len(self.layers):
-            raise UnsupportedModelError(f"{len(current.recorded)} of {len(self.layers)} layers have keys and values")
-        return [tuple(x.contiguous() for x in current.recorded[layer]) for layer in range(len(self.layers))]  # type: ignore[misc]
+        context = self.room_for(len(ids))
+        self.read_on(context, ids)
+        return context.layers()
+
+    def room_for(self, tokens: int) -> ContextKeys:
+        """An empty context that `read_on` may fill with so many tokens."""
+        return ContextKeys(len(self.layers), tokens)
+
+    def read_on(self, context: ContextKeys, ids: Sequence[int]) -> None:
+        """Read more tokens of a context, behind those that it has. Raises ValueError where there is no room for them."""
+        if context.length + len(ids) > context.capacity:
+            raise ValueError(f"room for {context.capacity} tokens, of which {context.length} are taken; {len(ids)} more do not fit")
+        for start in range(0, len(ids), CHUNK):
+            chunk, before = list(ids[start : start + CHUNK]), context.length
+            tokens = torch.tensor([chunk], dtype=torch.long, device=self.device)
+            positions = torch.arange(before, before + len(chunk), device=self.device)[None]
+            state = _Pass(context.layers(), before + len(chunk), context=context, leave_at=len(self.layers) - 1)
+            with _active(state) as current:
+                try:
+                    self.model(input_ids=tokens, position_ids=positions, use_cache=False)
+                except _KeysRecorded:
+                    pass
+                else:
+                    raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
+            if len(current.reached) != len(self.layers):
+                raise UnsupportedModelError(f"{len(current.reached)} of {len(self.layers)} layers have keys and values")
+            context.length += len(chunk)
 
     def logits(self, packed: Packed, prefix: list[LayerKeyValues]) -> Tensor:
         """Logits at the outputs of packed rows, [N, vocabulary], with a gradient where one is asked for."""
         last = len(self.layers) - 1
-        with _active(_Pass(packed=packed, prefix=prefix, answers_at=last if self.answers_only else None)) as current:
+        longest = int(packed.position_ids.max()) + 1
+        with _active(_Pass(prefix, longest, packed, answers_at=last if self.answers_only else None)) as current:
             keep = 0 if self.answers_only else packed.outputs
             out = self.model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, logits_to_keep=keep)
         if len(current.reached) != len(self.layers):

@@ -13,11 +13,9 @@ from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
 from pipeline.cache.folder import read_cache, write_cache
 from pipeline.cache.store import Store
 from pipeline.errors import MismatchError
-from pipeline.evaluation.predict import check_trained_for
-from pipeline.files import write_json
 from pipeline.hashing import sha256_file
 from pipeline.models import identity
-from pipeline.models.identity import tokenizer_sha256, weights_sha256
+from pipeline.models.identity import weights_sha256
 from pipeline.models.loading import load_tokenizer
 from pipeline.params import CacheParams, TargetParams, TaskParams, load_params
 from pipeline.targets.build import build_targets
@@ -97,20 +95,6 @@ def test_targets_are_not_made_of_a_cache_captured_otherwise(tmp_path, raw_params
     target = TargetParams(teachers={TEACHER: 1.0})
     with pytest.raises(MismatchError, match=message):
         build_targets("few", target, teachers, Task(params.task), [], world.scores.parent, tmp_path / "targets", tmp_path / "metrics.json")
-
-
-def test_a_student_whose_tokenizer_has_changed_is_not_asked(folder):
-    provenance = {
-        "template": TASK.template,
-        "verbalisers": {label: {"text": text} for label, text in TASK.verbalisers.items()},
-        "tokenizer_sha256": tokenizer_sha256(folder),
-    }
-    write_json(provenance, folder / "provenance.json")
-    check_trained_for(Task(TASK), folder)
-    file = folder / "tokenizer.json"
-    file.write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(MismatchError, match="trained with tokenizer "):
-        check_trained_for(Task(TASK), folder)
 
 
 def counted(monkeypatch):

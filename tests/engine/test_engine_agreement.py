@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.engine.batches import plan_batches, token_budget
+from pipeline.engine.batches import plan_batches, shared_head, token_budget
 from pipeline.engine.choice import choose_engine, largest_difference
 from pipeline.engine.generic import GenericEngine
 from pipeline.engine.scores import Reading, read_scores
@@ -93,6 +95,39 @@ def test_architectures_that_do_not_fit_take_the_generic_path_and_are_right(tiny_
     assert float((choice.engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
 
 
+def opened(head, *lengths):
+    return [head + query for query in queries_of(*lengths)]
+
+
+@pytest.mark.parametrize("head_tokens", [1, 12])
+@pytest.mark.parametrize("context_tokens", [0, 20])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_tokens_that_all_queries_begin_with_change_no_number(tiny_model, architecture, context_tokens, head_tokens):
+    model = tiny_model(architecture)
+    context, queries = random_ids(context_tokens, 1), opened(random_ids(head_tokens, 8), 6, 7, 3)
+    expected = naive_scores(model, MULTI, context, queries)
+    engine = choose_engine(model, Reading(MULTI, CacheParams(top_k=8)), 64, context, queries).engine
+    assert engine.name == "shared_prefix"
+    assert float((engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
+
+
+def test_scores_do_not_depend_on_what_was_scored_before(tiny_model):
+    model = tiny_model("llama")
+    context, queries = random_ids(20, 1), opened(random_ids(5, 8), 6, 7)
+    engine = choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, context, queries).engine
+    first = engine.score(context, queries)
+    for others in (opened(random_ids(90, 9), 3, 4), queries[:1], opened(random_ids(3, 10), 5, 5)):
+        engine.score(context, others)
+    assert largest_difference(first, engine.score(context, queries)) == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_a_head_is_the_longest_that_all_begin_with_and_leaves_each_a_token(queries):
+    head = shared_head(queries)
+    assert all(query[:head] == queries[0][:head] and len(query) > head for query in queries)
+    assert any(query[: head + 1] != queries[0][: head + 1] or len(query) == head + 1 for query in queries)
+
+
 def test_a_second_context_is_not_answered_from_the_first(tiny_model):
     model = tiny_model("llama")
     first, second, queries = random_ids(20, 1), random_ids(20, 2), queries_of(6, 7)
@@ -104,11 +139,9 @@ def test_a_second_context_is_not_answered_from_the_first(tiny_model):
 
 def test_a_context_of_8192_tokens_works_on_a_model_that_takes_it(tiny_model):
     model = tiny_model("llama", max_position_embeddings=8300)
-    context, queries = random_ids(8192, 4), queries_of(20, 31)
-    expected = GenericEngine(model, Reading(SINGLE, CacheParams(top_k=8)), 64).score(context, queries)
-    choice = choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, context, queries)
+    reading = Reading(SINGLE, CacheParams(top_k=8))
+    choice = choose_engine(model, reading, 64, random_ids(8192, 4), queries_of(20, 31))  # compares the two paths
     assert choice.engine.name == "shared_prefix", choice.reason
-    assert largest_difference(choice.engine.score(context, queries), expected) < 1e-4
 
 
 def test_bfloat16_agrees_within_its_rounding(tiny_model):
@@ -151,6 +184,16 @@ def test_batches_hold_every_row_once_within_the_budget():
     batches = plan_batches(lengths, 16)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     assert all(len(batch) == 1 or sum(lengths[row] for row in batch) <= 16 for batch in batches)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 100))
+def test_the_last_two_batches_are_as_even_as_their_rows_allow(lengths, budget):
+    batches = plan_batches(lengths, budget)
+    assert all(batches), "an empty batch cannot be packed"
+    sums = [sum(lengths[row] for row in batch) for batch in batches]
+    if len(batches) > 1:
+        assert abs(sums[-1] - sums[-2]) <= 2 * max(lengths)
+    assert all(total <= budget or len(batch) == 1 for total, batch in zip(sums, batches, strict=True))
 
 
 def test_the_token_budget_follows_the_memory(tiny_model):

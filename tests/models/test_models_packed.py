@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from pipeline.models.packed import PackedModel, UnsupportedModelError, _grouped, _merge, attention_with_lse, decoder_layers
+from pipeline.models import packed
+from pipeline.models.attention import attention_with_lse, grouped, merge
+from pipeline.models.packed import PackedModel, UnsupportedModelError, decoder_layers
 from pipeline.models.rows import Row, pack
 
 SEVERAL = ["llama", "gpt2", "opt", "qwen2", "gpt_neox", "mistral"]
@@ -90,7 +92,7 @@ def test_masked_attention_sees_what_the_mask_leaves():
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 def test_grouped_heads_share_their_key_head_in_order(key_heads):
     query, key, value = random_tensors((2, 6, 5, 8), (2, key_heads, 5, 8), (2, key_heads, 5, 8), seed=3)
-    out, lse = attention_with_lse(*_grouped(query, key, value), causal=True, scale=0.5)
+    out, lse = attention_with_lse(*grouped(query, key, value), causal=True, scale=0.5)
     repeated = (x.repeat_interleave(6 // key_heads, 1) for x in (key, value))
     expected_out, expected_lse = naive_attention(query, *repeated, 0.5, torch.ones(2, 5, 5).tril().bool())
     assert torch.allclose(out.reshape(2, 6, 5, 8), expected_out, atol=1e-5)
@@ -107,7 +109,7 @@ def test_attention_over_two_parts_of_the_keys_merges_to_that_over_all(first, lar
         out, lse = attention_with_lse(query, key[:, :, keys], value[:, :, keys], causal=False, scale=1.0)
         return out[0].transpose(0, 1), lse[0].t()
 
-    merged = _merge(part(slice(first, None)), part(slice(first)))
+    merged = merge(part(slice(first, None)), part(slice(first)))
     assert torch.allclose(merged, naive_attention(query, key, value, 1.0)[0][0].transpose(0, 1), atol=1e-4)
 
 
@@ -140,6 +142,33 @@ def test_rows_do_not_see_each_other(tiny_model):
     packed_model = PackedModel(tiny_model("llama"))
     alone = torch.cat([packed_logits(packed_model, CONTEXT, [row]) for row in ROWS])
     assert torch.allclose(packed_logits(packed_model, CONTEXT, ROWS), alone, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 23])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox"])
+def test_a_context_read_in_chunks_gives_the_numbers_of_full_prompts(tiny_model, monkeypatch, architecture, chunk):
+    monkeypatch.setattr(packed, "CHUNK", chunk)
+    expected = naive_logits(tiny_model(architecture), CONTEXT, ROWS)
+    assert torch.allclose(packed_logits(PackedModel(tiny_model(architecture)), CONTEXT, ROWS), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_context_that_is_read_on_is_the_context_read_at_once(tiny_model):
+    packed_model = PackedModel(tiny_model("llama"))
+    context = packed_model.room_for(len(CONTEXT))
+    for part in (CONTEXT[:9], [], CONTEXT[9:]):
+        packed_model.read_on(context, part)
+    for found, expected in zip(context.layers(), packed_model.read_context(CONTEXT), strict=True):
+        assert torch.allclose(found[0], expected[0], atol=1e-5)
+        assert torch.allclose(found[1], expected[1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_more_tokens_than_a_context_has_room_for_are_refused(tiny_model):
+    packed_model = PackedModel(tiny_model("llama"))
+    with pytest.raises(ValueError, match="room for 4 tokens, of which 0 are taken; 5 more"):
+        packed_model.read_on(packed_model.room_for(4), CONTEXT[:5])
 
 
 def test_an_empty_context_has_no_keys(tiny_model):
