@@ -56,6 +56,11 @@ def _task(file: Path) -> tuple[Task, dict[str, list[int]], str]:
         raise UsageError(f"{file}: no such file, so nothing says what this model was trained to answer; is it a student's folder?")
     try:
         found: dict[str, Any] = read_json(file)
+        if found.get("completion") is not None:
+            raise UsageError(
+                f"{file.parent}: this student answers in free text, and predict, serve, check and monitor are for labels. It is a plain "
+                "transformers folder: docs/using.md, \"A student that answers in free text\", asks it in three lines."
+            )
         verbalisers = {label: found["verbalisers"][label] for label in found["labels"]}
         params = TaskParams(template=found["template"], verbalisers={label: entry["text"] for label, entry in verbalisers.items()})
         ids = {label: list(entry["ids"]) for label, entry in verbalisers.items()}
