@@ -92,7 +92,9 @@ def results_table(document: Json) -> Table:
                 ]
             )
         bodies.append(Rows(f"{name}, {entry['domain']} of domain" if entry["domain"] == "out" else f"{name}, in domain", rows))
-    caption = f"Answers of each method. Agreement is the share that says what {document['reference']} says, word for word and by key, percent."
+    caption = (
+        f"Answers of each method. Agreement is the share that says what {document['reference']} says, word for word and by key, percent."
+    )
     return Table("answers", caption, columns, bodies, groups=[("", 3), ("Agreement", len(keys)), ("", 1)])
 
 
@@ -158,7 +160,9 @@ def _share(found: Json, what: str) -> Cell:
 
 def _lead(inputs: Inputs) -> list[str]:
     params = inputs.params
-    lines = [f"The teacher is `{params.evaluation.reference}`; its answers, token by token from the score cache, are what students learn from."]
+    lines = [
+        f"The teacher is `{params.evaluation.reference}`; its answers, token by token from the score cache, are what students learn from."
+    ]
     for name, student in params.students.items():
         kept = f"layers {student.layers} of " if student.layers else ""
         lines.append(f"`{name}` is {kept}`{student.base}`, learns from `{student.learn_from}` and is asked with the bare input.")

@@ -29,7 +29,11 @@ def print_summary(folder: Path = Path("report"), console: Console | None = None)
     out = console or Console(width=min(WIDTH, terminal.width) if terminal.is_terminal else WIDTH, highlight=False)
     if document.get("answers"):
         out.print(_answers_table(document))
-        out.print(Text("Percent, means over evaluation sets; keys: same as the teacher's. ", style="dim").append(f"Report: {folder / 'index.html'}"))
+        out.print(
+            Text("Percent, means over evaluation sets; keys: same as the teacher's. ", style="dim").append(
+                f"Report: {folder / 'index.html'}"
+            )
+        )
         return
     out.print(_table(document, min(WIDTH, out.width)))
     out.print(Text("Accuracy in percent; ", style="dim").append("bold: best of a column").append(f". Report: {folder / 'index.html'}"))

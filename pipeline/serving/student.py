@@ -59,7 +59,7 @@ def _task(file: Path) -> tuple[Task, dict[str, list[int]], str]:
         if found.get("completion") is not None:
             raise UsageError(
                 f"{file.parent}: this student answers in free text, and predict, serve, check and monitor are for labels. It is a plain "
-                "transformers folder: docs/using.md, \"A student that answers in free text\", asks it in three lines."
+                'transformers folder: docs/using.md, "A student that answers in free text", asks it in three lines.'
             )
         verbalisers = {label: found["verbalisers"][label] for label in found["labels"]}
         params = TaskParams(template=found["template"], verbalisers={label: entry["text"] for label, entry in verbalisers.items()})
