@@ -24,8 +24,8 @@ SAMPLES = 12
 def answers_document(inputs: Inputs) -> Json:
     """`report/metrics.json` of such a task.
 
-    `answers` True; `reference`; `keys` of the form; `sets` {name: domain, n examples}; `methods` {name: kind, sets {name: n answers, tokens,
-    well_formed, accuracy, each with `_ci95`, agreement {text, key: share}}}. Shares that the task's form does not define are not there.
+    `answers` True; `reference`; `keys` of the form; `sets` {name: domain, n examples}; `methods` {name: kind, sets {name: n answers, mean
+    tokens, well_formed and accuracy, each with `_ci95`, agreement {text, key: share}}}. Shares that the task does not define are left out.
     """
     params = inputs.params
     assert params.task.completion is not None
@@ -110,7 +110,7 @@ class Sample:
 
 
 def samples(inputs: Inputs, count: int = SAMPLES) -> list[Sample]:
-    """`count` examples drawn by their hash, evenly over the sets whose texts are there, with the answer of each method in its first context."""
+    """`count` examples drawn by their hash, evenly over the sets that have texts, with each method's answer in its first context."""
     assert inputs.params.task.completion is not None
     form = inputs.params.task.completion.form
     first = {name: _first_answers(table.to_pylist()) for name, table in inputs.predictions.items()}

@@ -14,8 +14,8 @@ from pipeline.report.page import render_page
 def build_report(params: Params, root: Path) -> None:
     """Write `report/index.html`, `report/metrics.json` and each student's card under the project's folder `root`.
 
-    The card is `README.md` in the student's own folder, where there is one; students that answer in free text have none. The same inputs give the same bytes. Raises UsageError where
-    predictions are missing, CorruptError where a file cannot be read.
+    The card is `README.md` in the student's own folder, where there is one; students that answer in free text have none.
+    The same inputs give the same bytes. Raises UsageError where predictions are missing, CorruptError where a file cannot be read.
     """
     inputs = collect(params, root)
     free = params.task.completion is not None

@@ -58,7 +58,7 @@ def _task(file: Path) -> tuple[Task, dict[str, list[int]], str]:
         found: dict[str, Any] = read_json(file)
         if found.get("completion") is not None:
             raise UsageError(
-                f"{file.parent}: this student answers in free text, and predict, serve, check and monitor are for labels. It is a plain "
+                f"{file.parent}: this student answers in free text, and predict, serve, monitor and export are for labels. It is a plain "
                 'transformers folder: docs/using.md, "A student that answers in free text", asks it in three lines.'
             )
         verbalisers = {label: found["verbalisers"][label] for label in found["labels"]}
