@@ -79,7 +79,8 @@ def collect(params: Params, root: Path) -> Inputs:
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         stages = " ".join(stage_of(params, name) for name in missing)
         raise UsageError(f"{paths[missing[0]]}: no such file; the report needs the predictions of every method. Run `dvc repro {stages}`.")
-    predictions = {name: schema.read_table(path, schema.PREDICTIONS) for name, path in paths.items()}
+    kind = schema.PREDICTIONS if params.task.completion is None else schema.ANSWERS
+    predictions = {name: schema.read_table(path, kind) for name, path in paths.items()}
     for name, table in predictions.items():
         _check_sets(table, params, paths[name])
     metrics, artifacts = root / "metrics", root / "artifacts"
