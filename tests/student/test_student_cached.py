@@ -53,7 +53,7 @@ class World:
         write_table(pa.Table.from_pylist(contexts, CONTEXTS), artifacts / "data" / "contexts" / "few.parquet")
         self.write("transfer", [(text, None) for text in TEXTS])
         self.write("demonstrations", GOLD)
-        self.capture(cache or CacheParams(encoding="full"))
+        self.capture(cache or CacheParams(encoding="full", resolution_nats=None))
 
     def write(self, name, rows):
         made = [
@@ -170,7 +170,7 @@ def test_a_pairing_that_is_off_by_one_would_be_seen(make):
     term, model = world.term(), load_model(world.base)
     with torch.no_grad():
         found, shifted = float(loss_of(term, model, term.examples)), float(naive_loss(world, model, term.examples, shift=1))
-    assert abs(found - shifted) > 0.01
+    assert abs(found - shifted) > 1e-3  # 50 times what the test above allows
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "opt"])
@@ -183,7 +183,7 @@ def test_other_architectures_give_the_same(make, model_folder, architecture):
 
 
 def test_the_tail_as_one_bucket_is_the_coarsened_divergence(make):
-    world = make(cache=CacheParams(encoding="top_k_tail", top_k=300, temperatures=(2.0,)))
+    world = make(cache=CacheParams(encoding="top_k_tail", top_k=300, temperatures=(2.0,), resolution_nats=None))
     model = load_model(world.base)
     with torch.no_grad():
         for temperature in (1.0, 2.0):
@@ -193,7 +193,7 @@ def test_the_tail_as_one_bucket_is_the_coarsened_divergence(make):
 
 
 def test_exact_head_and_drawn_tail_come_near_the_whole(make):
-    world = make(cache=CacheParams(encoding="hybrid", top_k=30, samples=3000))
+    world = make(cache=CacheParams(encoding="hybrid", top_k=30, samples=3000, resolution_nats=None))
     term, model = world.term(), load_model(world.base)
     with torch.no_grad():
         assert float(loss_of(term, model, term.examples)) == pytest.approx(float(naive_loss(world, model, term.examples)), rel=0.02)
@@ -247,7 +247,7 @@ def test_what_is_held_back_chooses_the_step_and_keeps_an_example_s_contexts_toge
     learnt, held = training_split(rows, 0.4)
     assert held
     assert not {row.example_id.rpartition(":")[2] for row in learnt} & {row.example_id.rpartition(":")[2] for row in held}
-    assert found["held_back"]["examples"] == len(held)
+    assert found["held_back_examples"] == len(held)
 
 
 def training_split(rows, share):
@@ -274,7 +274,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(make, monkeypa
         with pytest.raises(Killed):
             broken.train(steps=8, **changes)
     broken.train(steps=8, **changes)
-    assert read_json(broken.root / "metrics/runtime/student-cd.json")["resumed_at"] == 4
+    assert read_json(broken.root / "metrics/runtime/student-cd.json")["resumed_at_step"] == 4
     assert broken.weights() == whole.weights()
 
 

@@ -239,12 +239,12 @@ def test_a_student_of_another_family_with_another_tokenizer_learns_a_llama_s_ans
         transfer,
         artifacts / "scores" / "few",
         TASK,
-        CacheParams(top_k=5),
+        CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None),
         "float32",
         world.places.work,
         1,
     )
-    teacher = TeacherParams(model="models/tiny", contexts="shots", cache=CacheParams(top_k=5))
+    teacher = TeacherParams(model="models/tiny", contexts="shots", cache=CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None))
     ids = pa.parquet.read_table(transfer)["example_id"].to_pylist()
     params = TargetParams(teachers={"few": 1.0})
     build_targets(
