@@ -159,7 +159,12 @@ def test_bfloat16_agrees_within_its_rounding(tiny_model):
 
 def read(logits, top_k):
     """Single-token labels 1 and 2, one answer position a row."""
-    return read_scores(logits, Reading([[1], [2]], CacheParams(top_k=top_k)), None, [np.zeros(1)] * len(logits))
+    return read_scores(
+        logits,
+        Reading([[1], [2]], CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None)),
+        None,
+        [np.zeros(1)] * len(logits),
+    )
 
 
 def test_head_and_tail_make_the_whole_distribution():
