@@ -26,6 +26,7 @@ def main(name: str) -> None:
         work_folder(),
         params.runtime.threads,
         Path("metrics") / "runtime" / f"teacher-{name}.json",
+        Path("metrics") / "fidelity" / f"{name}.json",
     )
 
 

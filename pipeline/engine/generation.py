@@ -34,7 +34,8 @@ class Generator:
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         ends = tokenizer.eos_token_id if ends is None else ends
         self.end_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self._shares_context: bool | None = None
+        self.shares_context: bool | None = None
+        """Whether a context's keys and values serve its queries; None before the first context."""
 
     @torch.inference_mode()
     def answers(self, context: Sequence[int], queries: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -43,8 +44,9 @@ class Generator:
         An answer ends with the token that completes a stop text or ends the model's text, which belongs to it.
         """
         found: list[list[int]] = [[] for _ in queries]
-        attention = self.model.config._attn_implementation or "eager"
+        attention, habits = self.model.config._attn_implementation or "eager", self.model.generation_config
         self.model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+        self.model.generation_config = GenerationConfig()  # what `_write` leaves open is filled from here: a chat model's penalties, beams
         try:
             prefix = self._prefix(context, queries[0]) if context and queries else None
             order = sorted(range(len(queries)), key=lambda number: (len(queries[number]), list(queries[number])))
@@ -57,6 +59,7 @@ class Generator:
                     for number, answer in zip(batch, written, strict=True):
                         found[number] = answer
         finally:
+            self.model.generation_config = habits
             self.model.set_attn_implementation(attention)
         return found
 
@@ -66,16 +69,16 @@ class Generator:
 
     def _prefix(self, context: Sequence[int], query: Sequence[int]) -> DynamicCache | None:
         """The context's keys and values, where the model answers the same behind them as behind the whole prompt."""
-        if self._shares_context is False:
+        if self.shares_context is False:
             return None
         tokens = torch.tensor([list(context)], device=self.model.device)
         cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).get("past_key_values")
         if not isinstance(cache, DynamicCache):
-            self._shares_context = False
-        elif self._shares_context is None:
+            self.shares_context = False
+        elif self.shares_context is None:
             prompt = [[*context, *query]]
-            self._shares_context = self._write(prompt, cache) == self._write(prompt, None)
-        return cache if self._shares_context else None
+            self.shares_context = self._write(prompt, cache) == self._write(prompt, None)
+        return cache if self.shares_context else None
 
     def _batch_size(self, tokens: int) -> int:
         config = self.model.config.get_text_config()

@@ -5,13 +5,14 @@ The teacher's stage, the baselines and the students' evaluation all ask here. Th
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline.cache.encodings import columns_of
 from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
@@ -124,6 +125,21 @@ class Scorer:
         Model work alone: loading the model and choosing the engine are not counted. Rows of a store from before times were kept have none.
         """
         return self.store.seconds(Request([context_id(text) for text in contexts], [query.example_id for query in queries]))
+
+    def distributions(self, context: str, queries: Sequence[Query], answers: Completions | None) -> torch.Tensor:
+        """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32: computed now, not read from the store.
+
+        `answers` are token ids of each query's own answer; None where answers are labels, which have one position.
+        """
+        texts = [self.tokens.task.query(query.fields) for query in queries]
+        ids = dict(zip((query.example_id for query in queries), self.tokens.query_ids(texts), strict=True))
+        prefix = self.tokens.prefix_ids(context)
+        engine = self._load(_Asked({context_id(context): prefix}, ids, None)).engine
+        kept, engine.reading = engine.reading, replace(engine.reading, cache=CacheParams(encoding="full", resolution_nats=None))
+        try:
+            return engine.score(prefix, list(ids.values()), answers).encoded.full_logprobs
+        finally:
+            engine.reading = kept
 
     @property
     def engine_report(self) -> dict[str, str]:

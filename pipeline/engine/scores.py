@@ -76,6 +76,7 @@ class Engine(Protocol):
 
     name: str
     token_budget: int
+    reading: Reading
 
     def score(self, context: Sequence[int], queries: Sequence[Sequence[int]], answers: Completions | None = None) -> Scores:
         """Scores of `queries`, each behind `context`, in order; `answers` are the rows' own, of one token or more."""

@@ -14,7 +14,7 @@ from pipeline.evaluation.predict import Rows, read_sets
 from pipeline.hashing import context_id
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.provenance import check_provenance
-from pipeline.params import Params
+from pipeline.params import Params, TaskParams
 from pipeline.schema import ANSWERS, CONTEXTS, read_table
 from pipeline.tasks import Task
 
@@ -26,7 +26,7 @@ def answer_sets(name: str, params: Params, artifacts: Path, work: Path) -> pa.Ta
 
     Raises MismatchError where a student was trained for another template or other answers.
     """
-    task = Task(params.task)
+    task = Task(_written(params.task))
     sets = read_sets(artifacts / "data" / "evaluation", list(params.data.evaluation), task)
     if name in params.students:
         folder = artifacts / "students" / name
@@ -41,6 +41,12 @@ def answer_sets(name: str, params: Params, artifacts: Path, work: Path) -> pa.Ta
     folder = artifacts / teacher.model
     scorer = Scorer(folder, task, teacher.cache, work, params.runtime.threads, teacher.dtype)
     return _answers(scorer, contexts, task, sets, folder, name)
+
+
+def _written(task: TaskParams) -> TaskParams:
+    """The task with answers that the model asked writes itself: those that are given must not be taken for its own."""
+    assert task.completion is not None
+    return task.model_copy(update={"completion": task.completion.model_copy(update={"source": "generated"})})
 
 
 def _answers(scorer: Scorer, contexts: list[str], task: Task, sets: dict[str, Rows], folder: Path, name: str) -> pa.Table:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pipeline.params import Params
+from pipeline.report.answers import answers_document, render_answers_page
 from pipeline.report.card import render_card
 from pipeline.report.collect import collect
 from pipeline.report.document import metrics_document
@@ -13,17 +14,18 @@ from pipeline.report.page import render_page
 def build_report(params: Params, root: Path) -> None:
     """Write `report/index.html`, `report/metrics.json` and each student's card under the project's folder `root`.
 
-    The card is `README.md` in the student's own folder, where there is one. The same inputs give the same bytes. Raises UsageError where
-    predictions are missing, CorruptError where a file cannot be read.
+    The card is `README.md` in the student's own folder, where there is one; students that answer in free text have none.
+    The same inputs give the same bytes. Raises UsageError where predictions are missing, CorruptError where a file cannot be read.
     """
     inputs = collect(params, root)
-    document = metrics_document(inputs)
-    page = render_page(document, inputs)
+    free = params.task.completion is not None
+    document = answers_document(inputs) if free else metrics_document(inputs)
+    page = render_answers_page(document, inputs) if free else render_page(document, inputs)
     folder = root / "report"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page, encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name in params.students:
+    for name in () if free else params.students:  # a card's numbers are those of labels
         student = root / "artifacts" / "students" / name
         if student.is_dir():
             (student / "README.md").write_text(render_card(document, inputs, name), encoding="utf-8")

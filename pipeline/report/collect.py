@@ -41,6 +41,10 @@ class Inputs:
     provenance: dict[str, Json]
     manifests: dict[str, Json]
     """Teacher → manifest of its scores."""
+    fidelity: dict[str, Json]
+    """Teacher → what its cache holds of it, by rows that were scored again."""
+    capture: dict[str, Json]
+    """Teacher → seconds and rows of its capture."""
     sources: dict[str, Json]
     """Model → where it came from."""
     detail: dict[str, Json]
@@ -75,7 +79,8 @@ def collect(params: Params, root: Path) -> Inputs:
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         stages = " ".join(stage_of(params, name) for name in missing)
         raise UsageError(f"{paths[missing[0]]}: no such file; the report needs the predictions of every method. Run `dvc repro {stages}`.")
-    predictions = {name: schema.read_table(path, schema.PREDICTIONS) for name, path in paths.items()}
+    kind = schema.PREDICTIONS if params.task.completion is None else schema.ANSWERS
+    predictions = {name: schema.read_table(path, kind) for name, path in paths.items()}
     for name, table in predictions.items():
         _check_sets(table, params, paths[name])
     metrics, artifacts = root / "metrics", root / "artifacts"
@@ -95,6 +100,8 @@ def collect(params: Params, root: Path) -> Inputs:
         curves=curves,
         provenance=_read_each(artifacts / "students", "{}/provenance.json", params.students),
         manifests=_read_each(artifacts / "scores", "{}/manifest.json", params.teachers),
+        fidelity=_read_each(metrics / "fidelity", "{}.json", params.teachers),
+        capture=_read_each(metrics / "runtime", "teacher-{}.json", params.teachers),
         sources=_read_each(artifacts / "models", "{}/source.json", params.models),
         detail=_read_each(metrics / "detail", "{}.json", names),
         risks=_read_each(metrics / "risk", "{}.json", params.students),

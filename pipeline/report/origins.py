@@ -50,24 +50,38 @@ def target_sets(inputs: Inputs) -> Table:
 
 
 def caches(inputs: Inputs) -> Table | None:
-    """What each teacher's score cache holds and kept of the vocabulary's mass; None where no target set recorded it."""
-    found = {teacher: entry for target in inputs.targets.values() for teacher, entry in (target.get("cache") or {}).items()}
-    rows = [
-        [
-            Cell(teacher, code=True),
-            Cell(quantity(entry.get("rows"))),
-            Cell(quantity(as_float(entry.get("bytes_per_row")))),
-            Cell(quantity(entry.get("top_k"))),
-            Cell(percent(entry.get("retained_mass_mean"), 2)),
-            Cell(percent(entry.get("retained_mass_min"), 2)),
-            Cell(percent(entry.get("verbaliser_mass_mean"), 2)),
-        ]
-        for teacher in inputs.params.teachers
-        if isinstance(entry := found.get(teacher), dict)
-    ]
-    columns = ["Teacher", "rows", "bytes a row", "top k", "mass kept, mean %", "mass kept, least %", "mass on the labels, %"]
-    caption = "Score caches: one row for each example and context, written once."
-    return Table("caches", caption, columns, [Rows("", rows)]) if rows else None
+    """What each teacher's score cache holds of it, by rows that were scored again; None where no teacher has such figures."""
+    rows = []
+    for teacher, entry in inputs.fidelity.items():
+        settings = inputs.params.teachers[teacher].cache
+        time = inputs.capture.get(teacher, {})
+        seconds, tokens = as_float(time.get("seconds")), as_float(time.get("prompt_tokens"))
+        rate = tokens / seconds if tokens and seconds and time.get("rows_timed") == time.get("rows") else None
+        rows.append(
+            [
+                Cell(teacher, code=True),
+                Cell(settings.encoding.replace("_", " ")),
+                Cell(quantity(entry.get("rows"))),
+                Cell(quantity(as_float(entry.get("bytes_per_row")))),
+                Cell(percent(entry.get("retained_mass"), 1)),
+                Cell(_few_nats(entry.get("truncation_nats"))),
+                Cell(_few_nats(entry.get("quantisation_nats"))),
+                Cell(_few_nats(entry.get("kl_to_live_nats"))),
+                Cell(percent(entry.get("gradient_cosine"), 1)),
+                Cell(quantity(rate)),
+            ]
+        )
+    columns = [
+        "Teacher", "encoding", "rows", "bytes a row", "mass kept, %", "cut off, nats", "rounded off, nats", "KL to the live teacher, nats",
+        "gradient’s cosine, %", "prompt tokens/s",
+    ]  # fmt: skip
+    again = {entry.get("scored_again") for entry in inputs.fidelity.values()}
+    caption = (
+        "Score caches: one row for each example and context, written once. "
+        f"Fidelity is that of {' or '.join(map(str, sorted(map(int, filter(None, again)))))} rows that were scored again, whole, after the "
+        "capture; prompt tokens a second count each context as if it were read anew for each row."
+    )
+    return Table("caches", caption, columns, [Rows("", rows)], text_columns=(0, 1)) if rows else None
 
 
 def shift(inputs: Inputs) -> Table | None:
@@ -141,6 +155,10 @@ def roles(document: Json, inputs: Inputs) -> Table:
     columns = ["Part", "source", "examples", "copies kept out"]
     caption = "Who gets which examples; exact and near copies of evaluation examples are kept out of what is learnt from."
     return Table("roles", caption, columns, [Rows("", rows)], text_columns=(0, 1))
+
+
+def _few_nats(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2g}".replace("-", "−")
 
 
 def _nats(value: float | None) -> str:

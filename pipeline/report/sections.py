@@ -49,13 +49,13 @@ Builder = Callable[[View], Section | None]
 
 def shows(view: View) -> Section:
     """The run in sentences."""
-    return _section(view, "shows", "What it shows", "What this run shows", findings=findings(view.document))
+    return section(view, "shows", "What it shows", "What this run shows", findings=findings(view.document))
 
 
 def accuracy(view: View) -> Section:
     """The headline table, a chart for each evaluation set, differences."""
     document, inputs = view.document, view.inputs
-    return _section(
+    return section(
         view,
         "results",
         "Results",
@@ -73,7 +73,7 @@ def cost(view: View) -> Section:
     document, inputs = view.document, view.inputs
     reference, top = document["reference"], next(iter(ranked_students(document)), None)
     measured = inputs.cost.get(reference, {}).get("by_demonstrations") or []
-    return _section(
+    return section(
         view,
         "cost",
         "Cost",
@@ -96,7 +96,7 @@ def calibration(view: View) -> Section:
     document, inputs = view.document, view.inputs
     shown = [*ranked_students(document)[:STUDENTS_COMPARED], document["reference"]]
     drawn = {name: reliability.reliability_chart(document, inputs.detail[name], name) for name in shown if name in inputs.detail}
-    return _section(
+    return section(
         view,
         "calibration",
         "Confidence",
@@ -115,7 +115,7 @@ def mistakes(view: View) -> Section:
     students, reference = ranked_students(document), document["reference"]
     top = students[:1]
     confused = {name: inputs.detail[name] for name in [*top, reference] if name in inputs.detail}
-    return _section(
+    return section(
         view,
         "mistakes",
         "Mistakes",
@@ -138,7 +138,7 @@ def risk_checks(view: View) -> Section | None:
     if not students:
         return None
     shown = [name for name in students if name in found][:STUDENTS_COMPARED]
-    return _section(
+    return section(
         view,
         "risks",
         "Risks",
@@ -158,7 +158,7 @@ def contexts(view: View) -> Section:
     """Spread between contexts, target sets, calibration shift, cache fidelity."""
     document, inputs = view.document, view.inputs
     target = inputs.params.baselines[document["reference"]].target_set
-    return _section(
+    return section(
         view,
         "contexts",
         "Contexts",
@@ -184,7 +184,7 @@ def training(view: View) -> Section | None:
     if not inputs.params.students:
         return None
     curves = list(inputs.curves.items())[:MAX_CURVES]
-    return _section(
+    return section(
         view,
         "training",
         "Training",
@@ -199,7 +199,7 @@ def training(view: View) -> Section | None:
 def data(view: View) -> Section:
     """Roles of the sources, quarantine, leaks, template."""
     inputs = view.inputs
-    return _section(
+    return section(
         view,
         "data",
         "Data",
@@ -217,13 +217,13 @@ def reproduce(view: View) -> Section:
     """Digests, fingerprints, versions."""
     params = view.inputs.params
     shown = {"identity": identity(view.inputs), "params": params_text(params), "bootstrap": params.evaluation.bootstrap}
-    return _section(view, "reproduce", "Reproduce", "Reproduce", **shown)
+    return section(view, "reproduce", "Reproduce", "Reproduce", **shown)
 
 
 SECTIONS: list[Builder] = [shows, accuracy, cost, calibration, mistakes, risk_checks, contexts, training, data, reproduce]
 
 
-def _section(view: View, anchor: str, nav: str, heading: str, **values: Any) -> Section:
+def section(view: View, anchor: str, nav: str, heading: str, **values: Any) -> Section:
     """A section from `templates/sections/ANCHOR.html.jinja`."""
     template = view.environment.get_template(f"sections/{anchor}.html.jinja")
 

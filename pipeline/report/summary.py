@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import CorruptError, UsageError
+from pipeline.report.answers import mean_agreement, mean_over_sets
 from pipeline.report.collect import Json
 from pipeline.report.describe import percent
 from pipeline.report.document import best, sets_of
@@ -26,6 +27,14 @@ def print_summary(folder: Path = Path("report"), console: Console | None = None)
     document = _read(folder / "metrics.json")
     terminal = Console()
     out = console or Console(width=min(WIDTH, terminal.width) if terminal.is_terminal else WIDTH, highlight=False)
+    if document.get("answers"):
+        out.print(_answers_table(document))
+        out.print(
+            Text("Percent, means over evaluation sets; keys: same as the teacher's. ", style="dim").append(
+                f"Report: {folder / 'index.html'}"
+            )
+        )
+        return
     out.print(_table(document, min(WIDTH, out.width)))
     out.print(Text("Accuracy in percent; ", style="dim").append("bold: best of a column").append(f". Report: {folder / 'index.html'}"))
 
@@ -57,6 +66,20 @@ def _table(document: Json, width: int) -> Table:
         shares = [entry["agreement"] for entry in method["sets"].values()]
         cells.append(Text("teacher" if name == document["reference"] else percent(sum(shares) / len(shares))))
         table.add_row(*cells)
+    return table
+
+
+def _answers_table(document: Json) -> Table:
+    """The same where answers are free text: means over sets."""
+    table = Table(title="Answers, %", title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for name in ("well formed", "right", *document["keys"], "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, method in document["methods"].items():
+        is_teacher = name == document["reference"]
+        shares = [percent(mean_over_sets(method, what)) for what in ("well_formed", "accuracy")]
+        same = ["teacher" if is_teacher else percent(mean_agreement(method, key)) for key in document["keys"]]
+        table.add_row(name, *shares, *same, f"{mean_over_sets(method, 'tokens') or 0.0:.1f}")
     return table
 
 

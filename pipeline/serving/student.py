@@ -6,6 +6,7 @@ The template and the verbalisers travel with the student, so that no params.yaml
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import UsageError
 from pipeline.models.loading import check_folder, load_tokenizer
 from pipeline.models.provenance import check_provenance
 from pipeline.tasks import Task, TaskTokens
@@ -35,6 +36,11 @@ def open_student(folder: Path) -> Student:
     """
     check_folder(folder)
     provenance = check_provenance(folder)
+    if provenance.task.completion is not None:
+        raise UsageError(
+            f"{folder}: this student answers in free text, and predict, serve, monitor and export are for labels. It is a plain "
+            'transformers folder: docs/using.md, "A student that answers in free text", asks it in three lines.'
+        )
     tokens = TaskTokens(Task(provenance.task), load_tokenizer(folder))
     provenance.check_tokens(tokens)
     identity = provenance.identity

@@ -42,7 +42,7 @@ class Term:
 def pieces(batches: Sequence[Sequence[Example]], size: int | None) -> list[list[list[Example]]]:
     """A step's batches, one for each term, cut into runs of at most `size` examples; each run has a batch, maybe empty, for each term."""
     numbered = [(number, example) for number, batch in enumerate(batches) for example in batch]
-    size = size or max(1, len(numbered))
+    size = size or max(1, len(numbered))  # no term, no batch: a student may learn from a cache alone
     runs = [numbered[start : start + size] for start in range(0, len(numbered), size)]
     return [[[example for n, example in run if n == number] for number in range(len(batches))] for run in runs]
 

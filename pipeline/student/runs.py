@@ -93,6 +93,11 @@ def train_student(
             f"students.{name}.ce_weight: {params.ce_weight} beside `learn_from: {DEMONSTRATIONS}`, where cross-entropy on the "
             "demonstrations is all there is; remove it, or learn from a target set."
         )
+    if task.params.completion is not None and (params.ce_weight or not params.learn_from.startswith("scores/")):
+        raise UsageError(
+            f"students.{name}: learns from {params.learn_from} with ce_weight {params.ce_weight:g}, which are about labels, "
+            "and this task's answers are free text; set `learn_from: scores/NAME` (a teacher) and leave `ce_weight` out."
+        )
     terms, sources, held_back, cached = [], {}, None, None
     if params.learn_from.startswith("scores/"):
         cached, held_back = _cache_term(params, tokens, places)

@@ -17,6 +17,7 @@ from pipeline.hashing import example_id
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, examples, read_table
 from pipeline.tasks import Task
+from pipeline.teacher.fidelity import live_fidelity
 
 
 def capture(
@@ -31,11 +32,12 @@ def capture(
     work: Path,
     threads: int | None,
     runtime: Path | None = None,
+    metrics: Path | None = None,
 ) -> None:
     """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
 
     Rows that the store under `work` holds are not scored again. `runtime` is the file for what the capture took (no output of DVC: it holds
-    seconds). Raises UsageError where a prompt does not fit the model.
+    seconds), `metrics` that for the cache's fidelity. Raises UsageError where a prompt does not fit the model.
     """
     contexts, free, transfer = asked(contexts_file, transfer_file, task)
     queries = free + transfer
@@ -52,6 +54,8 @@ def capture(
         "examples": len(transfer),
     }
     write_cache(output, rows, scorer.fingerprint, about)
+    if metrics is not None:
+        write_json(live_fidelity(scorer, texts, transfer, output, work), metrics)
     if runtime is not None:
         seconds, timed = scorer.seconds(texts, queries)
         prompts = read_cache(output, ["prompt_tokens"]).rows["prompt_tokens"].to_numpy()
