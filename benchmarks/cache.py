@@ -53,7 +53,7 @@ def main(reviews: int = 200, positions: int = 6, loss_positions: int = 1024, out
     real = real_positions(reviews, positions)
     rows = []
     for params in _encodings():
-        rows.append({"encoding": params.encoding, "k": _k(params), **_measure(real, params)})
+        rows.append({"encoding": params.encoding, "k": _k(params, real.teacher.shape[-1]), **_measure(real, params)})
     for name, (size, params) in PUBLISHED.items():
         rows.append({"encoding": name, "k": params.top_k, **_measure(real, params), "bytes_per_position": size, "row_bytes": None})
     _print(rows)
@@ -75,10 +75,9 @@ def _encodings() -> list[CacheParams]:
     return [*found, CacheParams(encoding="full")]
 
 
-def _k(params: CacheParams) -> int | str:
-    return {"sampled": params.samples, "hybrid": f"≤{params.top_k} + {params.samples}·tail", "full": "all"}.get(
-        params.encoding, params.top_k
-    )
+def _k(params: CacheParams, vocabulary: int) -> int:
+    """Entries that are kept at most; for draws, what `samples` is."""
+    return {"sampled": params.samples, "hybrid": params.samples, "full": vocabulary}.get(params.encoding, params.top_k)
 
 
 def _measure(real: Positions, params: CacheParams) -> dict[str, Any]:
@@ -139,6 +138,8 @@ def _loss(how: str, positions: int, logits_at_once: int) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]]) -> None:
     names = {
+        "kept_entries": ("kept", 1),
+        "drawn_entries": ("drawn", 1),
         "bytes_per_position": ("bytes", 1),
         "retained_mass": ("retained mass", 3),
         "truncation_nats": ("truncation", 4),

@@ -37,8 +37,9 @@ def choose_engine(
     answers: Completions | None = None,
 ) -> EngineChoice:
     """Probe with `queries` (a few, with their own `answers` where they have some) behind `context` (the longest there is) and choose."""
-    # What is compared is not rounded to the cache's resolution, whose steps may be larger than the tolerance.
-    exact = replace(reading, cache=reading.cache.model_copy(update={"resolution_nats": None}))
+    # What is compared hangs on no threshold: neither rounded to the cache's resolution, whose steps may be larger than the tolerance, nor
+    # kept or drawn as a probability falls on one side of a number or the other.
+    exact = replace(reading, cache=reading.cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None}))
     expected = GenericEngine(model, exact, token_budget).score(context, queries, answers)
     plain_attention = model.config._attn_implementation or "eager"
     tolerance = TOLERANCE_NATS.get(model.dtype, 1e-4)

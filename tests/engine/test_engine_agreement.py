@@ -63,6 +63,13 @@ def test_generic_path_gives_the_plain_forward_s_numbers(tiny_model, architecture
     assert float((scores.label_logprobs - naive_scores(model, MULTI, context, queries)).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("encoding", ["top_k", "top_k_tail", "sampled", "hybrid", "full"])
+def test_the_fast_path_is_found_right_whatever_is_kept(tiny_model, encoding):
+    context, queries = random_ids(30, 1), queries_of(4, 9, 2)
+    reading = Reading(SINGLE, CacheParams(encoding=encoding, top_k=400, samples=300))
+    assert choose_engine(tiny_model("llama"), reading, 64, context, queries).engine.name == "shared_prefix"
+
+
 def test_batching_does_not_change_the_numbers(tiny_model):
     model = tiny_model("llama")
     context, queries = random_ids(40, 2), queries_of(*range(1, 30))
@@ -152,7 +159,12 @@ def test_bfloat16_agrees_within_its_rounding(tiny_model):
 
 def read(logits, top_k):
     """Single-token labels 1 and 2, one answer position a row."""
-    return read_scores(logits, Reading([[1], [2]], CacheParams(top_k=top_k)), None, [np.zeros(1)] * len(logits))
+    return read_scores(
+        logits,
+        Reading([[1], [2]], CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None)),
+        None,
+        [np.zeros(1)] * len(logits),
+    )
 
 
 def test_head_and_tail_make_the_whole_distribution():

@@ -24,6 +24,7 @@ from pipeline.teacher.capture import capture, content_free_queries
 
 TEMPLATE = "Review: {text}\nSentiment:"
 VERBALISERS = {"negative": " bad", "mixed": " so-so", "positive": " good"}  # the second has several tokens
+KEPT = CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None)
 TASK = Task(TaskParams(template=TEMPLATE, verbalisers=VERBALISERS, content_free=("N/A", "")))
 SHOTS = ["Review: a warm film\nSentiment: good\n\n", "Review: bored\nSentiment: bad\n\nReview: I loved it\nSentiment: good\n\n"]
 TEXTS = ["a warm and funny film", "a dull, lifeless mess", "funny", "strange", "the plot goes nowhere", "cold food", "N/A x", "x", "late x"]
@@ -59,18 +60,7 @@ class World:
         folder = self.artifacts / output
         shutil.rmtree(folder, ignore_errors=True)
         contexts, transfer = self.artifacts / "contexts.parquet", self.artifacts / "transfer.parquet"
-        capture(
-            "few",
-            model or self.model,
-            contexts,
-            transfer,
-            folder,
-            task,
-            CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None),
-            "float32",
-            self.work,
-            1,
-        )
+        capture("few", model or self.model, contexts, transfer, folder, task, KEPT, "float32", self.work, 1)
         return read_cache(folder)
 
     def scored(self):
@@ -148,7 +138,7 @@ def test_the_manifest_says_what_the_scores_belong_to(world, tokenizer):
         "verbalisers": VERBALISERS,
         "completions": [tokenizer(text).input_ids for text in VERBALISERS.values()],
         "dtype": "float32",
-        "cache": CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None).model_dump(mode="json"),
+        "cache": KEPT.model_dump(mode="json"),
         "completion": None,
         "engine_version": ENGINE_VERSION,
         "schema_version": 2,
@@ -311,19 +301,7 @@ def test_what_the_capture_took_is_kept_beside_it_and_is_the_same_for_a_run_that_
     files = [world.artifacts / "first.json", world.artifacts / "second.json"]
     for file in files:
         folder = world.artifacts / "scores"
-        capture(
-            "few",
-            world.model,
-            contexts,
-            transfer,
-            folder,
-            TASK,
-            CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None),
-            "float32",
-            world.work,
-            1,
-            file,
-        )
+        capture("few", world.model, contexts, transfer, folder, TASK, KEPT, "float32", world.work, 1, file)
     first, second = map(read_json, files)
     rows = read_cache(world.artifacts / "scores").rows
     assert first == second
