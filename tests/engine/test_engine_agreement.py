@@ -44,7 +44,7 @@ def naive_scores(model, completions, context, queries):
 
 @pytest.mark.parametrize("completions", [SINGLE, MULTI], ids=["single", "multi"])
 @pytest.mark.parametrize("context_tokens", [0, 1, 70])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "phi3", "smollm3", "olmo2"])
 def test_fast_path_gives_the_plain_forward_s_numbers(tiny_model, architecture, context_tokens, completions):
     model = tiny_model(architecture)
     context, queries = random_ids(context_tokens, 1), queries_of(9, 3, 17, 1, 9)
@@ -90,15 +90,29 @@ def test_a_window_shorter_than_the_prompt_takes_the_generic_path(tiny_model):
     assert float((choice.engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("architecture", ["mamba", "bloom", "gemma2"])
+UNFITTING = {
+    "mamba": ({"state_size": 4}, "was not reached"),
+    "jamba": ({"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1}, "was not reached"),  # attention in some layers
+    "recurrent_gemma": ({"head_dim": 8, "lru_width": 32}, "was not reached"),
+    "lfm2": ({"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2}, "layers have keys"),
+    "bloom": ({"n_head": 4, "n_layer": 4}, "position_ids"),  # a bias by distance
+    "gemma2": ({"num_key_value_heads": 2, "head_dim": 8}, "soft-capped"),
+    "gpt_oss": ({"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
+    "gemma3_text": ({"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}, "a sliding window of 16"),  # in some layers
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, "a sliding window of 16"),  # the same
+}
+
+
+@pytest.mark.parametrize("architecture", UNFITTING)
 def test_architectures_that_do_not_fit_take_the_generic_path_and_are_right(tiny_model, architecture):
-    settings = {"mamba": {"state_size": 4}, "bloom": {"n_head": 4, "n_layer": 4}, "gemma2": {"num_key_value_heads": 2, "head_dim": 8}}
-    model = tiny_model(architecture, **settings[architecture])
+    settings, why = UNFITTING[architecture]
+    model = tiny_model(architecture, **settings)
     context, queries = random_ids(40, 3), queries_of(5, 6)
     expected = naive_scores(model, SINGLE, context, queries)
     choice = choose_engine(model, Reading(SINGLE, CacheParams(top_k=8)), 64, context, queries)
     assert choice.engine.name == "generic", choice.reason
     assert choice.reason.startswith("the shared-prefix path was refused")
+    assert why in choice.reason
     assert float((choice.engine.score(context, queries).label_logprobs - expected).abs().max()) < 1e-4
 
 
