@@ -117,7 +117,7 @@ def _run(engine: str, prompts: dict[str, Any], gguf: Path | None) -> dict[str, A
                 ["benchmarks/llama_cpp_engine.py", str(gguf or gguf_of(MODEL.name)), str(file)],
             )
         elif engine == "profile":
-            command = ["-m", "benchmarks.profile", str(MODEL), str(file)]
+            command = ["-m", "benchmarks.where_time_goes", str(MODEL), str(file)]
         if python is None:
             return None
         quiet = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

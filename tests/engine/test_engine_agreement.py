@@ -93,12 +93,12 @@ def test_a_window_shorter_than_the_prompt_takes_the_generic_path(tiny_model):
 UNFITTING = {
     "mamba": ({"state_size": 4}, "was not reached"),
     "jamba": (
-        {"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+        {"num_key_value_heads": 2, "num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
         "was not reached",
     ),  # attention in some layers
     "recurrent_gemma": ({"head_dim": 8, "lru_width": 32}, "was not reached"),
     "lfm2": ({"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2}, "layers have keys"),
-    "bloom": ({"n_head": 4, "n_layer": 4}, "position_ids"),  # a bias by distance
+    "bloom": ({"n_head": 4, "n_layer": 4}, "was not reached"),  # a bias by distance
     "gemma2": ({"num_key_value_heads": 2, "head_dim": 8}, "soft-capped"),
     "gpt_oss": ({"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
     "gemma3_text": ({"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}, "a sliding window of 16"),  # in some layers

@@ -1,4 +1,4 @@
-"""Where the fast path's time goes: `python -m benchmarks.profile MODEL PROMPTS.json`, seconds by kind of operation to stdout."""
+"""Where the fast path's time goes: `python -m benchmarks.where_time_goes MODEL PROMPTS.json`, seconds by kind of operation to stdout."""
 
 import json
 import sys
