@@ -94,7 +94,7 @@ UNFITTING = {
     "mamba": ({"state_size": 4}, "was not reached"),
     "jamba": (
         {"num_key_value_heads": 2, "num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-        "was not reached",
+        "layers have keys",
     ),  # attention in some layers
     "recurrent_gemma": ({"head_dim": 8, "lru_width": 32}, "was not reached"),
     "lfm2": ({"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2}, "layers have keys"),
