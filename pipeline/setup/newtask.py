@@ -70,9 +70,9 @@ def verbalisers_for(labels: list[str], given: Mapping[str, str]) -> dict[str, st
 def new_params(base: Mapping[str, Any], answers: Answers) -> dict[str, Any]:
     """Raw params for the new task. Raises UsageError where they do not hold."""
     raw: dict[str, Any] = copy.deepcopy(dict(base))
-    # A stage tracks `content_free`, so it has to stand there; what suits another task says nothing about this one.
+    # Stages track `completion` and `content_free`, so they have to stand there; what suits another task says nothing about this one.
     content_free = list(TaskParams.model_fields["content_free"].default)
-    raw["task"] = {"template": answers.template, "verbalisers": dict(answers.verbalisers), "content_free": content_free}
+    raw["task"] = {"template": answers.template, "verbalisers": dict(answers.verbalisers), "completion": None, "content_free": content_free}
 
     def source(path: Path, labelled: bool) -> dict[str, Any]:
         entry: dict[str, Any] = {"origin": {"source": "local", "path": str(path)}, "format": format_of(path)}
