@@ -59,9 +59,9 @@ def _context(tokenizer: PreTrainedTokenizerBase, shots: list[str], tokens: int) 
     """The last `tokens` tokens of joined demonstrations, cut where the text that is left splits into the same tokens."""
     for count in range(1, len(shots) + 1 if tokens else 1):
         ids = tokenizer(SEPARATOR.join(shots[:count]), add_special_tokens=False)["input_ids"][-tokens:]
-        text = tokenizer.decode(ids)
+        text = str(tokenizer.decode(ids))
         if len(ids) == tokens and tokenizer(text, add_special_tokens=False)["input_ids"] == ids:
-            return str(text)
+            return text
     if tokens:
         raise SystemExit(f"the texts make no context of {tokens:,} tokens: ask for a shorter one")
     return ""
