@@ -106,6 +106,11 @@ class TaskParams(Frozen):
         return tuple(dict.fromkeys(names))
 
     @property
+    def answering(self) -> dict[str, Any] | None:
+        """What decides free answers, as JSON: `completion` without the form that judges them; None for labels."""
+        return None if self.completion is None else self.completion.model_dump(mode="json", exclude={"form"})
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels that examples have: of the verbalisers, or the values of a form's label key; none where answers are free text."""
         form = self.completion.form if self.completion is not None else None

@@ -37,7 +37,7 @@ class Fingerprint(BaseModel):
     cache: dict[str, Any]
     """What is kept of each distribution, `params.CacheParams`."""
     completion: dict[str, Any] | None
-    """How free answers come about, `params.CompletionParams` without their form; None for labels."""
+    """How free answers come about, `params.TaskParams.answering`."""
     engine_version: int = ENGINE_VERSION
     schema_version: int = SCHEMA_VERSION
 
@@ -67,5 +67,5 @@ def fingerprint_of(model_folder: Path, tokens: TaskTokens, cache: CacheParams, d
         completions=[list(ids) for ids in tokens.completions],
         dtype=dtype,
         cache=cache.model_dump(mode="json"),
-        completion=None if task.params.completion is None else task.params.completion.model_dump(mode="json", exclude={"form"}),
+        completion=task.params.answering,
     )

@@ -63,10 +63,6 @@ class Generator:
             self.model.set_attn_implementation(attention)
         return found
 
-    def text(self, answer: Sequence[int]) -> str:
-        """An answer as text, without tokens that only end it."""
-        return self.tokenizer.decode(list(answer), skip_special_tokens=True)
-
     def _prefix(self, context: Sequence[int], query: Sequence[int]) -> DynamicCache | None:
         """The context's keys and values, where the model answers the same behind them as behind the whole prompt."""
         if self.shares_context is False:

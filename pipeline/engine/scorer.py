@@ -6,7 +6,7 @@ The teacher's stage, the baselines and the students' evaluation all ask here. Th
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,20 +160,22 @@ class Scorer:
                 )
 
     def _load(self, asked: _Asked) -> EngineChoice:
-        """The engine; the model is loaded and probed at the first call, under the longest context of that call."""
+        """The engine; the model is loaded and probed at the first call, under its longest context, with its longest query and answer.
+
+        What depends on length (a sliding window) shows there, and not in the middle of the work.
+        """
         if self._choice is None:
             model = load_model(self.model_folder, DTYPES[self.dtype], self.device)
             completion = self.tokens.task.params.completion
             probe = sorted(asked.ids.values(), key=lambda query: (len(query), query))
-            step = max(1, len(probe) // PROBE_ROWS)
             budget = token_budget(model, memory_bytes(self.device))
             context = max(asked.prefixes.values(), key=lambda prefix: (len(prefix), prefix))
-            queries = probe[step // 2 :: step][:PROBE_ROWS]
+            queries = [probe[round(number * (len(probe) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
             answers = None
             if completion is not None:
                 if completion.source == "generated":
                     self._generator = Generator(model, self.tokenizer, completion)
-                answers = [query[: self.tokens.longest_answer] for query in queries]  # any text does to compare the engines
+                answers = [list(islice(cycle(query), self.tokens.longest_answer)) for query in queries]  # any text does to compare
             self._choice = choose_engine(model, self.reading, budget, context, queries, answers)
             file = self.store.folder / "engine.json"
             if not file.exists():

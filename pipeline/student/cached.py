@@ -84,12 +84,11 @@ class CachedTeacher:
     def _check(self, tokens: TaskTokens, tokenizer_sha256: str) -> None:
         """Raise MismatchError where the cache is of another task or tokenizer: its token ids would mean something else."""
         found, task = self.manifest["fingerprint"], tokens.task.params
-        answers = None if task.completion is None else task.completion.model_dump(mode="json", exclude={"form"})
         wanted = {
             "tokenizer": tokenizer_sha256,
             "template": task.template,
             "verbalisers": dict(task.verbalisers),
-            "completion": answers,
+            "completion": task.answering,
         }
         different = [
             f"  {key}: the cache has {found[key]!r}, this student {value!r}" for key, value in wanted.items() if found[key] != value

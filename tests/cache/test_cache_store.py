@@ -164,3 +164,13 @@ def test_rows_from_before_times_were_kept_are_not_covered(make_scorer):
     seconds, covered = scorer.seconds(CONTEXTS[:1], queries(6))
     assert covered == 2
     assert seconds > 0
+
+
+def test_a_query_that_alone_passes_a_sliding_window_is_known_before_the_work_begins(model_folder, tmp_path):
+    folder = model_folder("mistral", sliding_window=48)
+    texts = ["short"] * 9 + ["good " * 60]
+    asked = [Query(example_id({"text": f"{text} {number}"}), {"text": f"{text} {number}"}) for number, text in enumerate(texts)]
+    scorer = Scorer(folder, TASK, CacheParams(top_k=4), tmp_path / "work")
+    assert len(scorer.score([""], asked, "test")) == 10
+    assert scorer.engine_report["name"] == "generic"
+    assert "a sliding window of 48" in scorer.engine_report["why"]
