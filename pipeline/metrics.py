@@ -36,7 +36,8 @@ def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: i
 
     `table` follows `schema.PREDICTIONS`; `labels` is the order of its probabilities. Each set has `n` (examples), `accuracy`, `ci95`,
     `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece`, `predicted_shares`, and, where it was scored under several contexts,
-    `contexts` with the accuracies' `mean`, `worst`, `best` and `each`. Shares are fractions; floats have 6 digits.
+    `contexts` with the accuracies' `mean`, `sd` (n - 1), `worst`, `best` and `each`; the seeds of a student
+    of several stand in the place of contexts. Shares are fractions; floats have 6 digits.
 
     Raises CorruptError naming rows whose probabilities are no distribution or whose labels are unknown, and contexts that were not scored
     on the same examples.
@@ -62,7 +63,9 @@ def evaluate_set(frame: pl.DataFrame, labels: Sequence[str], *, where: str, resa
     }
     if len(each) > 1:
         accuracies = [metrics["accuracy"] for metrics in each]
-        result["contexts"] = {"mean": mean["accuracy"], "worst": min(accuracies), "best": max(accuracies), "each": accuracies}
+        spread = float(np.std(accuracies, ddof=1))
+        ends = {"worst": min(accuracies), "best": max(accuracies)}
+        result["contexts"] = {"mean": mean["accuracy"], "sd": spread, **ends, "each": accuracies}
     return rounded(result)
 
 

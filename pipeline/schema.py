@@ -84,7 +84,7 @@ TARGETS = pa.schema(
 PREDICTIONS = pa.schema(
     [
         pa.field("set", pa.string(), nullable=False),  # evaluation set
-        pa.field("context_id", pa.string(), nullable=False),  # "" for a student or an ensemble
+        pa.field("context_id", pa.string(), nullable=False),  # "" for a student or an ensemble; "seed N" for a student of several seeds
         pa.field("example_id", pa.string(), nullable=False),
         pa.field("label", pa.string(), nullable=False),  # gold
         pa.field("predicted", pa.string(), nullable=False),

@@ -10,7 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.params import TaskParams
+from pipeline.params import CompletionParams, TaskParams
+
+TEXT_TOKENS = 512
+"""Tokens that a text read token by token is taken to have at most, where a cache's shards are sized."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,16 @@ class Task:
     def answers_are_given(self) -> bool:
         """Whether answers are free text that stands in the data."""
         return self.params.completion is not None and self.params.completion.source == "given"
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether what is asked for is the input itself, token by token."""
+        return self.params.completion is not None and self.params.completion.source == "text"
+
+    def of_texts(self) -> "Task":
+        """The same inputs, with every token of theirs behind the first as the answer."""
+        text = CompletionParams(source="text", max_tokens=TEXT_TOKENS)
+        return Task(self.params.model_copy(update={"verbalisers": {}, "completion": text}))
 
     def query(self, fields: Mapping[str, str]) -> str:
         """The text of an input, up to the answer position."""

@@ -13,14 +13,14 @@ def main(name: str) -> None:
     """Capture one teacher."""
     params = load_params()
     teacher = pick("teachers", params.teachers, name)
-    artifacts = Path("artifacts")
+    artifacts, task = Path("artifacts"), Task(params.task)
     capture(
         name,
         artifacts / teacher.model,
         artifacts / "data" / "contexts" / f"{teacher.contexts}.parquet",
         artifacts / "data" / "transfer.parquet",
         artifacts / "scores" / name,
-        Task(params.task),
+        task.of_texts() if teacher.reads == "texts" else task,
         teacher.cache,
         teacher.dtype,
         work_folder(),

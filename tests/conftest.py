@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+settings.register_profile("any machine", deadline=None)  # a busy machine fails no property
+settings.load_profile("any machine")
 
 PROJECT = Path(__file__).resolve().parent.parent
 DVC = [sys.executable, "-m", "dvc"]

@@ -24,6 +24,8 @@ from pipeline.schema import SCHEMA_VERSION, SCORES
 
 ROWS_PER_SHARD = MOST_ROWS
 MANIFEST = "manifest.json"
+CACHES = "caches.json"
+"""In a target set: which caches belong to it, by the hash of their manifest."""
 LOCK_SECONDS = 3600
 AGAIN = "run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
 
@@ -109,6 +111,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (found := sha256_json(manifest)) != written:
         raise CorruptError(f"{path}: its contents have sha256 {found}, and were written with {written}; {AGAIN}")
     return manifest
+
+
+def manifest_sha256(folder: Path) -> str:
+    """The hash that names what a cache holds, shards and all. Raises what `read_manifest` raises."""
+    return sha256_json(read_manifest(folder))
 
 
 def shard_fault(folder: Path, shard: Mapping[str, Any]) -> str | None:

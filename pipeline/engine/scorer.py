@@ -58,6 +58,10 @@ class _Asked:
     ids: TokenIds
     answers: TokenIds | None
 
+    def length(self, example: str) -> int:
+        """Tokens of a row behind its context, as far as they are known before an answer is written."""
+        return len(self.ids[example]) + (len(self.answers[example]) - 1 if self.answers else 0)
+
 
 class Scorer:
     """Scores a task's inputs with one model folder, in the number format `dtype` (`models.machine.DTYPES`) or the fast one for `auto`."""
@@ -68,7 +72,7 @@ class Scorer:
         self.model_folder = model_folder
         self.tokenizer = load_tokenizer(model_folder)
         self.tokens = TaskTokens(task, self.tokenizer)
-        self.reading = Reading(self.tokens.completions, cache)
+        self.reading = Reading(self.tokens.completions, cache, task.reads_texts)
         use_machine(threads)
         self.device = default_device()
         self.dtype = fast_dtype(self.device) if dtype == "auto" else dtype
@@ -90,33 +94,40 @@ class Scorer:
         Raises UsageError where a prompt is longer than the model takes.
         """
         prefixes = {context_id(text): self.tokens.prefix_ids(text) for text in contexts}
-        texts = [self.tokens.task.query(query.fields) for query in queries]
-        keys = [query.example_id for query in queries]
-        ids = dict(zip(keys, self.tokens.query_ids(texts), strict=True))
-        answers = None
-        if self.tokens.task.answers_are_given:
-            answers = dict(zip(keys, self.tokens.answer_ids([query.answer or "" for query in queries]), strict=True))
-        asked = _Asked(prefixes, ids, answers)
-        self._check_lengths(prefixes, ids)
-        request = Request(list(prefixes), list(ids))
+        asked = self._asked(prefixes, queries)
+        self._check_lengths(asked)
+        request = Request(list(prefixes), list(asked.ids))
         with self.store.lock():
             self._score_missing(request, asked, title)
         return self.store.read(request, columns)
+
+    def _asked(self, prefixes: TokenIds, queries: Sequence[Query]) -> _Asked:
+        """Raises UsageError where a text that is to be read has one token, behind which nothing is left to predict."""
+        task, keys = self.tokens.task, [query.example_id for query in queries]
+        ids = dict(zip(keys, self.tokens.query_ids([task.query(query.fields) for query in queries]), strict=True))
+        if task.reads_texts:
+            if short := next((key for key in keys if len(ids[key]) < 2), None):
+                raise UsageError(f"example {short[:12]} is one token with its template, and `reads: texts` needs two; leave it out.")
+            return _Asked(prefixes, {key: row[:1] for key, row in ids.items()}, {key: row[1:] for key, row in ids.items()})
+        if not task.answers_are_given:
+            return _Asked(prefixes, ids, None)
+        answers = self.tokens.answer_ids([query.answer or "" for query in queries])
+        return _Asked(prefixes, ids, dict(zip(keys, answers, strict=True)))
 
     def _score_missing(self, request: Request, asked: _Asked, title: str) -> None:
         missing = int(self.store.missing(request).sum())
         if not missing:
             return
-        engine, ids = self._load(asked).engine, asked.ids
+        engine = self._load(asked).engine
         held = len(request) - missing
         cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
         tokens, started = 0, time.monotonic()
         with progress(title, missing, "rows") as meter:
-            for part in self.store.parts(request, lambda keys: _divide(keys, ids, engine.token_budget)):
+            for part in self.store.parts(request, lambda keys: _divide(keys, asked, engine.token_budget)):
                 began = time.perf_counter()
                 rows = _score_part(engine, part, asked, self._generator)
                 self.store.write(part, rows, time.perf_counter() - began)
-                tokens += sum(len(ids[example]) for _, example in part.keys) + len(rows["completion_ids"].combine_chunks().flatten())
+                tokens += sum(len(asked.ids[example]) for _, example in part.keys) + len(rows["completion_ids"].combine_chunks().flatten())
                 meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
 
     def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
@@ -131,13 +142,12 @@ class Scorer:
 
         `answers` are token ids of each query's own answer; None where answers are labels, which have one position.
         """
-        texts = [self.tokens.task.query(query.fields) for query in queries]
-        ids = dict(zip((query.example_id for query in queries), self.tokens.query_ids(texts), strict=True))
         prefix = self.tokens.prefix_ids(context)
-        engine = self._load(_Asked({context_id(context): prefix}, ids, None)).engine
+        asked = self._asked({context_id(context): prefix}, queries)
+        engine = self._load(asked).engine
         kept, engine.reading = engine.reading, replace(engine.reading, cache=CacheParams(encoding="full", resolution_nats=None))
         try:
-            return engine.score(prefix, list(ids.values()), answers).encoded.full_logprobs
+            return engine.score(prefix, list(asked.ids.values()), answers).encoded.full_logprobs
         finally:
             engine.reading = kept
 
@@ -146,15 +156,16 @@ class Scorer:
         """Which engine scored this store's rows, and why it was chosen."""
         return read_json(self.store.folder / "engine.json")
 
-    def _check_lengths(self, prefixes: TokenIds, ids: TokenIds) -> None:
+    def _check_lengths(self, asked: _Asked) -> None:
         limit = context_limit(self.model_folder)
-        branch = self.tokens.longest_answer - 1
-        longest = max(ids, key=lambda example: len(ids[example]))
-        for context, prefix in prefixes.items():
-            needed = len(prefix) + len(ids[longest]) + branch
+        branch = 0 if self.tokens.task.reads_texts else self.tokens.longest_answer - 1
+        lengths = {example: asked.length(example) if self.tokens.task.reads_texts else len(ids) for example, ids in asked.ids.items()}
+        longest = max(lengths, key=lengths.__getitem__)
+        for context, prefix in asked.prefixes.items():
+            needed = len(prefix) + lengths[longest] + branch
             if limit is not None and needed > limit:
                 raise UsageError(
-                    f"context {context[:12]} has {len(prefix)} tokens and example {longest[:12]} {len(ids[longest])}: together with the "
+                    f"context {context[:12]} has {len(prefix)} tokens and example {longest[:12]} {lengths[longest]}: together with the "
                     f"answer {needed}, and {self.model_folder} takes {limit}. Use fewer or shorter demonstrations "
                     "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                 )
@@ -167,15 +178,17 @@ class Scorer:
         if self._choice is None:
             model = load_model(self.model_folder, DTYPES[self.dtype], self.device)
             completion = self.tokens.task.params.completion
-            probe = sorted(asked.ids.values(), key=lambda query: (len(query), query))
+            probe = sorted(asked.ids, key=lambda example: (asked.length(example), asked.ids[example], example))
+            probe = [probe[round(number * (len(probe) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
             budget = token_budget(model, memory_bytes(self.device))
             context = max(asked.prefixes.values(), key=lambda prefix: (len(prefix), prefix))
-            queries = [probe[round(number * (len(probe) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
-            answers = None
+            queries, answers = [asked.ids[example] for example in probe], None
             if completion is not None:
                 if completion.source == "generated":
                     self._generator = Generator(model, self.tokenizer, completion)
                 answers = [list(islice(cycle(query), self.tokens.longest_answer)) for query in queries]  # any text does to compare
+                if self.tokens.task.reads_texts and asked.answers is not None:
+                    answers = [asked.answers[example] for example in probe]
             self._choice = choose_engine(model, self.reading, budget, context, queries, answers)
             file = self.store.folder / "engine.json"
             if not file.exists():
@@ -185,7 +198,7 @@ class Scorer:
 
 
 def _score_part(engine: Engine, part: Part, asked: _Asked, generator: Generator | None) -> pa.Table:
-    """The rows of a part, which lies in one context. Answers in free text are written first, unless they are given."""
+    """The rows of a part, which lies in one context. Answers in free text are written first, unless they are there."""
     context = part.keys[0][0]
     examples = [example for _, example in part.keys]
     prefix, queries = asked.prefixes[context], [asked.ids[example] for example in examples]
@@ -193,17 +206,20 @@ def _score_part(engine: Engine, part: Part, asked: _Asked, generator: Generator 
         answers = generator.answers(prefix, queries)
     else:
         answers = None if asked.answers is None else [asked.answers[example] for example in examples]
-    return _rows(context, examples, prefix, queries, answers, engine.score(prefix, queries, answers))
+    seen: list[Sequence[int]] = queries
+    if engine.reading.texts and answers is not None:
+        seen = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)]
+    return _rows(context, examples, prefix, seen, answers, engine.score(prefix, queries, answers))
 
 
-def _divide(missing: list[Key], ids: TokenIds, budget: int) -> list[list[Key]]:
+def _divide(missing: list[Key], asked: _Asked, budget: int) -> list[list[Key]]:
     """Missing rows as parts: one context each, whole batches of rows of like length."""
     parts: list[list[Key]] = []
     for context in dict.fromkeys(context for context, _ in missing):
         examples = [example for other, example in missing if other == context]
-        examples.sort(key=lambda example: (len(ids[example]), example))
+        examples.sort(key=lambda example: (asked.length(example), example))
         parts.append([])
-        for batch in plan_batches([len(ids[example]) for example in examples], budget):
+        for batch in plan_batches([asked.length(example) for example in examples], budget):
             if len(parts[-1]) >= ROWS_PER_PART:
                 parts.append([])
             parts[-1] += [(context, examples[row]) for row in batch]
@@ -213,7 +229,7 @@ def _divide(missing: list[Key], ids: TokenIds, budget: int) -> list[list[Key]]:
 def _rows(
     context: str, examples: list[str], prefix: Sequence[int], queries: list[Sequence[int]], answers: Completions | None, scores: Scores
 ) -> pa.Table:
-    """Scores as rows of `schema.SCORES`."""
+    """Scores as rows of `schema.SCORES`; `queries` are what the teacher saw behind the context."""
     ends = np.concatenate([[0], scores.positions.cumsum(0).numpy()])
     logprobs = scores.completion_logprobs.cpu().numpy()
     columns: dict[str, Any] = {

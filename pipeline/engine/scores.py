@@ -55,6 +55,8 @@ class Reading:
     labels: Completions = ()
     """Empty where each row has an answer of its own."""
     cache: CacheParams = field(default=LABELS_ALONE)
+    texts: bool = False
+    """Whether rows' answers are texts that begin alike, so that it is the answer that tells one row from another."""
 
     def rows(self, queries: Sequence[Sequence[int]], answers: Completions | None) -> list[Row]:
         """Queries with the branches that continue them, as `models.rows.rows_of` lays them."""
@@ -63,11 +65,12 @@ class Reading:
         return [row for query, answer in zip(queries, answers, strict=True) for row in rows_of([query], [answer])]
 
     def uniforms(self, context: Sequence[int], queries: Sequence[Sequence[int]], answers: Completions | None) -> list[np.ndarray]:
-        """For each row, the random numbers of its positions, from the hash of its prompt alone."""
+        """For each row, the random numbers of its positions, from the hash of its prompt, or of the text that it is."""
         counts = [1] * len(queries) if answers is None else list(map(len, answers))
         if self.cache.encoding not in {"sampled", "hybrid"}:
             return [np.zeros(count) for count in counts]
-        seeds = [int(sha256_ids([*context, *query])[:16], 16) for query in queries]
+        read = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)] if self.texts and answers else queries
+        seeds = [int(sha256_ids([*context, *ids])[:16], 16) for ids in read]
         return [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
 
 

@@ -34,7 +34,8 @@ def break_even(student: str, params: Params, metrics: Path) -> Json:
     missing: list[str] = []
     learn_from = params.students[student].learn_from
     targets = params.targets.get(learn_from.removeprefix("targets/"))
-    capture = {name: _capture_seconds(name, metrics, missing) for name in (targets.teachers if targets else ())}
+    teachers = dict.fromkeys([*(targets.teachers if targets else ()), *params.students[student].also])
+    capture = {name: _capture_seconds(name, metrics, missing) for name in teachers}
     tuned = dict.fromkeys(params.teachers[name].model.removeprefix("tuned/") for name in capture)
     tuning = {name: _training_seconds("tuned", name, metrics, missing) for name in tuned if name in params.tunings}
     training = _training_seconds("student", student, metrics, missing)

@@ -35,7 +35,10 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
     inputs = Inputs.of(task, next(iter(sets.values())), settings.cost_examples, threads)
     calibration = None
     if name in params.students:
-        table = predict_student(name, artifacts / "students" / name, task, sets, work, threads)
+        folder_of = artifacts / "students" / name
+        several = params.students[name].seeds is not None and len(params.students[name].runs) > 1
+        folders = {f"seed {run.seed}" if several else "": folder_of / place for place, run in params.students[name].runs.items()}
+        table = predict_student(name, folders, task, sets, work, threads)
         job = student_job(artifacts / "students" / name, inputs)
     else:
         baseline = params.baselines[name]

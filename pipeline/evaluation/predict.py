@@ -30,18 +30,23 @@ def read_sets(folder: Path, names: Sequence[str], task: Task) -> dict[str, Rows]
     return {name: read_table(folder / f"{name}.parquet", examples(task.fields)).to_pylist() for name in names}
 
 
-def predict_student(name: str, folder: Path, task: Task, sets: Mapping[str, Rows], work: Path, threads: int | None) -> pa.Table:
-    """Predictions of a student with no context.
+def predict_student(
+    name: str, folders: Mapping[str, Path], task: Task, sets: Mapping[str, Rows], work: Path, threads: int | None
+) -> pa.Table:
+    """Predictions of a student with no context; `folders` hold its trainings, by what their rows have as `context_id`.
 
     Raises MismatchError where the student was trained for another template or other verbalisers, or its folder's weights, tokenizer or
     task are not those of its training.
     """
-    provenance = check_provenance(folder)
-    provenance.check_task(task.params)
-    scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
-    provenance.check_tokens(scorer.tokens)
-    scores = _score(scorer, [""], task, sets, f"evaluate {name}")
-    return _table(task, sets, {"": {key: np.exp(normalised(values[0])) for key, values in scores.items()}})
+    probabilities = {}
+    for run, folder in folders.items():
+        provenance = check_provenance(folder)
+        provenance.check_task(task.params)
+        scorer = Scorer(folder, task, LABELS_ALONE, work, threads)
+        provenance.check_tokens(scorer.tokens)
+        scores = _score(scorer, [""], task, sets, f"evaluate {name}" + (f", {run}" if run else ""))
+        probabilities[run] = {key: np.exp(normalised(values[0])) for key, values in scores.items()}
+    return _table(task, sets, probabilities)
 
 
 def predict_baseline(

@@ -11,10 +11,11 @@ from pipeline.params.loading import load_params, parse_params, pick
 from pipeline.params.root import Params
 from pipeline.params.task import CompletionParams, FormParams, TaskParams
 from pipeline.params.teaching import CacheParams, TargetParams, TeacherParams
-from pipeline.params.training import LoraParams, StudentParams, TunedTeacherParams, TuningParams
+from pipeline.params.training import AlsoParams, LoraParams, StudentParams, TunedTeacherParams, TuningParams
 
 __all__ = [
     "DEMONSTRATIONS_FILE",
+    "AlsoParams",
     "BaselineParams",
     "CacheParams",
     "CompletionParams",

@@ -62,16 +62,23 @@ class Params(Frozen):
         for name, teacher in self.teachers.items():
             _known(f"teachers.{name}.model", teacher.model, folders)
             _known(f"teachers.{name}.contexts", teacher.contexts, self.contexts)
+        answering = {name for name, teacher in self.teachers.items() if teacher.reads == "answers"}
         for name, target in self.targets.items():
             for teacher_name in target.teachers:
-                _known(f"targets.{name}.teachers", teacher_name, self.teachers)
+                _known(f"targets.{name}.teachers", teacher_name, answering)
+            for teacher_name in target.caches:
+                _known(f"targets.{name}.caches", teacher_name, self.teachers)
         learnable = {f"targets/{n}" for n in self.targets} | {f"scores/{n}" for n in self.teachers} | {DEMONSTRATIONS_FILE}
         for name, student in self.students.items():
             _known(f"students.{name}.base", student.base, folders)
             _known(f"students.{name}.learn_from", student.learn_from, learnable)
+            kind, _, source = student.learn_from.partition("/")
+            beside = self.targets[source].caches if kind == "targets" else (source,)
+            for teacher_name in student.also:
+                _known(f"students.{name}.also", teacher_name, beside)
         for name, baseline in self.baselines.items():
             free = completion is not None
-            prompts = {f"scores/{n}" for n in self.teachers} | folders if free else {f"targets/{n}" for n in self.targets}
+            prompts = {f"scores/{n}" for n in answering} | folders if free else {f"targets/{n}" for n in self.targets}
             _known(f"baselines.{name}.prompts", baseline.prompts, prompts)
             if free:
                 if baseline.contexts == "ensemble":

@@ -29,8 +29,9 @@ class FormParams(Frozen):
 class CompletionParams(Frozen):
     """Free text as an answer, where no verbalisers are given."""
 
-    source: Literal["generated", "given"] = "generated"
-    """Written by the teacher in its context, or read from the data (`data.sources.*.completion`)."""
+    source: Literal["generated", "given", "text"] = "generated"
+    """Written by the teacher in its context, or read from the data (`data.sources.*.completion`). `text`, the input's own tokens, is what a
+    teacher with `reads: texts` is asked; a task is not."""
     max_tokens: PositiveInt = 64
     stop: tuple[str, ...] = Field(default=("\n",), min_length=1, strict=False)
     """An answer ends with the token that completes one of these texts; the token belongs to it."""
@@ -80,6 +81,8 @@ class TaskParams(Frozen):
 
     @model_validator(mode="after")
     def _one_kind_of_answer(self) -> Self:
+        if self.completion is not None and self.completion.source == "text":
+            raise ValueError("completion.source: `text` is for teachers with `reads: texts`; a task's answers are generated or given")
         if self.completion is None and len(self.verbalisers) < 2:
             raise ValueError(f"verbalisers: {len(self.verbalisers)} given, and a task needs two or more, or `completion` for free answers")
         if self.completion is not None and self.verbalisers:

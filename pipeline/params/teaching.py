@@ -31,6 +31,8 @@ class TeacherParams(Frozen):
     model: str
     """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
     contexts: str
+    reads: Literal["answers", "texts"] = "answers"
+    """What its cache holds distributions of: the answer, or every token of the rendered input, which students may learn `also`."""
     cache: CacheParams = CacheParams()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the forward pass; `auto` takes bfloat16 where there are matrix units for it, else float32."""
@@ -44,3 +46,5 @@ class TargetParams(Frozen):
     calibration: Literal["none", "contextual", "batch"] = "batch"
     average: Literal["probability", "log_probability"] = "probability"
     temperature: PositiveFloat = 1.0
+    caches: tuple[str, ...] = Field(default=(), strict=False)
+    """Teachers whose whole caches belong to what students of this set may learn (`students.*.also`)."""

@@ -12,7 +12,20 @@ from functools import partial
 from pipeline.params import HubOrigin, LocalOrigin, PypiOrigin
 from pipeline.report.cells import DOMAIN_TITLE
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import about, compact, context_sizes, layers, percent, plural, quantity, root_model, scaled, span
+from pipeline.report.describe import (
+    about,
+    beside,
+    compact,
+    context_sizes,
+    gold_weight,
+    layers,
+    percent,
+    plural,
+    quantity,
+    root_model,
+    scaled,
+    span,
+)
 from pipeline.report.slices import weakest
 from pipeline.report.templating import make_environment
 
@@ -79,12 +92,18 @@ def _facts(inputs: Inputs, student: str) -> list[tuple[str, str]]:
         teachers = ", ".join(f"{name} ({params.teachers[name].model})" for name in params.targets[target].teachers)
         facts.append(("distilled from", f"{teachers}; {contexts} contexts, up to {demonstrations} demonstrations in each"))
         facts.append(("transfer examples", quantity(inputs.targets.get(target, {}).get("rows"))))
-        facts.append(("weight of gold labels", f"{entry.ce_weight:g}" + (f" on {labelled} demonstrations" if entry.ce_weight else "")))
+        gold = gold_weight(entry)
+        facts.append(("weight of gold labels", f"{gold:g}" + (f" on {labelled} demonstrations" if gold else "")))
+        if extras := beside(entry):
+            facts.append(("learnt beside the targets", "; ".join(extras)))
     else:
         facts.append(("learnt from", f"{labelled} labelled demonstrations"))
+    seeds = [run.seed for run in entry.runs.values()]
     facts.append(
-        ("training", f"{entry.steps:,} steps of {entry.batch_size}, learning rate {compact(entry.learning_rate)}, seed {entry.seed}")
+        ("training", f"{entry.steps:,} steps of {entry.batch_size}, learning rate {compact(entry.learning_rate)}, seed {seeds[0]}")
     )
+    if len(seeds) > 1:
+        facts.append(("seeds", f"{', '.join(map(str, seeds))}; figures are means over them, this folder is that of the first"))
     return facts
 
 

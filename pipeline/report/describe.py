@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.params import Params
+from pipeline.params import Params, StudentParams
 from pipeline.report.collect import Inputs
 
 DASH = "–"
@@ -76,9 +76,7 @@ def about(inputs: Inputs, method: str) -> str:
         if student.learn_from.startswith("data/"):
             text = "learns from the demonstrations’ labels alone"
         else:
-            text = f"distilled from the targets {source}"
-            if student.ce_weight:
-                text += f", plus {student.ce_weight:g} × the demonstrations’ labels"
+            text = ", plus ".join([f"distilled from the targets {source}", *beside(student)])
         return f"{text}; {layers(inputs, method).partition(' (')[0]}"
     baseline = params.baselines[method]
     target = params.targets[baseline.target_set]
@@ -89,6 +87,21 @@ def about(inputs: Inputs, method: str) -> str:
         return f"prompt {prompts}, {calibration}"
     how = "each context on its own" if baseline.contexts == "each" else f"{several} contexts averaged"
     return f"prompts {prompts}, {calibration}, {how}"
+
+
+def beside(student: StudentParams) -> list[str]:
+    """What a student learns beside its `learn_from`, each with its weight."""
+    labels = {"demonstrations": "the demonstrations’ labels", "targets": "the targets’ most probable labels"}[student.ce_on]
+    parts = [f"{student.ce_weight:g} × {labels}"] if student.ce_weight else []
+    for teacher, also in student.also.items():
+        parts += [f"{also.weight:g} × the distributions of {teacher}"] if also.weight else []
+        parts += [f"{also.hidden_weight:g} × its hidden states ({teacher})"] if also.hidden_weight else []
+    return parts
+
+
+def gold_weight(student: StudentParams) -> float:
+    """Weight of gold labels beside the targets; 0 where none are learnt from."""
+    return student.ce_weight if student.ce_on == "demonstrations" else 0.0
 
 
 def layers(inputs: Inputs, student: str) -> str:

@@ -76,14 +76,15 @@ def _rivals(document: Json, domain: str) -> list[str]:
 
 
 def _contexts(document: Json) -> list[str]:
-    """The widest range between contexts of each baseline that was scored for each context."""
+    """The widest range between contexts, or a student's seeds, of each method that was scored for each."""
     lines = []
     for name, method in document["methods"].items():
         ranges = {s: m["contexts"] for s, m in method["sets"].items() if "contexts" in m}
         if ranges:
             widest = max(ranges, key=lambda s: ranges[s]["best"] - ranges[s]["worst"])
             low, high = percent(ranges[widest]["worst"]), percent(ranges[widest]["best"])
-            lines.append(f"The choice of context alone moves `{name}` between {low} % and {high} % on `{widest}`.")
+            what = "seed" if method["kind"] == "student" else "choice of context"
+            lines.append(f"The {what} alone moves `{name}` between {low} % and {high} % on `{widest}`.")
     return lines
 
 

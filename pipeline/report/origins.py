@@ -2,12 +2,22 @@
 
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table, as_float
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import DASH, compact, layers, percent, quantity, scaled
+from pipeline.report.describe import DASH, beside, compact, gold_weight, layers, percent, quantity, scaled
 
 
 def students(inputs: Inputs) -> Table:
     """How each student was made."""
-    columns = ["Student", "base", "learns from", "layers", "parameters", "steps × batch", "learning rate", "label weight", "final loss"]
+    columns = [
+        "Student",
+        "base",
+        "learns from",
+        "layers",
+        "parameters",
+        "steps × batch",
+        "learning rate",
+        "weight of gold labels",
+        "final loss",
+    ]
     rows = []
     for name, student in inputs.params.students.items():
         found = inputs.training.get(name, {})
@@ -16,12 +26,12 @@ def students(inputs: Inputs) -> Table:
             [
                 Cell(name, code=True),
                 Cell(student.base),
-                Cell("demonstrations’ labels" if from_labels else student.learn_from),
+                Cell("demonstrations’ labels" if from_labels else " + ".join([student.learn_from, *beside(student)])),
                 Cell(layers(inputs, name)),
                 Cell(scaled(found.get("parameters"))),
                 Cell(f"{student.steps:,} × {student.batch_size}"),
                 Cell(compact(student.learning_rate)),
-                Cell("labels alone" if from_labels else f"{student.ce_weight:g}"),
+                Cell("labels alone" if from_labels else f"{gold_weight(student):g}"),
                 Cell(quantity(as_float(found.get("final_loss")), digits=3)),
             ]
         )

@@ -6,7 +6,7 @@ comes from data or params is escaped by jinja2; the charts are the only markup t
 
 from pipeline.report import results
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import context_sizes, listed, plural, root_model, scaled
+from pipeline.report.describe import beside, context_sizes, listed, plural, root_model, scaled
 from pipeline.report.sections import SECTIONS, View
 from pipeline.report.templating import make_environment
 
@@ -44,7 +44,6 @@ def _lead(inputs: Inputs) -> list[str]:
         if student.learn_from.startswith("data/"):
             source = "the demonstrations’ labels alone"
         else:
-            source = f"the targets `{student.learn_from.removeprefix('targets/')}`"
-            source += f" and, with weight {student.ce_weight:g}, the demonstrations’ labels" if student.ce_weight else ""
+            source = " and ".join([f"the targets `{student.learn_from.removeprefix('targets/')}`", *beside(student)])
         lines.append(f"`{name}` is {kept}`{student.base}`{size} and learns from {source}.")
     return lines

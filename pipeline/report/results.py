@@ -24,7 +24,9 @@ def headline(document: Json, inputs: Inputs) -> Table:
         rows = [_headline_row(document, inputs, name, domains) for name, m in document["methods"].items() if m["kind"] == kind]
         if rows:
             bodies.append(Rows(title, rows))
-    caption = "Accuracy in percent, with its 95 % interval below."
+    caption = (
+        "Accuracy in percent, with its 95 % interval below; of a student of several seeds the mean, and the seeds’ standard deviation."
+    )
     return Table("headline", caption, columns, bodies, groups)
 
 
@@ -36,7 +38,8 @@ def _headline_row(document: Json, inputs: Inputs, name: str, domains: Sequence[s
         for member in members:
             found = method["sets"][member]
             top = {k: m["sets"][member]["accuracy"] for k, m in document["methods"].items()}
-            row.append(Cell(percent(found["accuracy"]), span(found["ci95"]), _mark(document, name, top)))
+            seeds = f"; seeds ± {percent(found['contexts']['sd'])}" if method["kind"] == "student" and "contexts" in found else ""
+            row.append(Cell(percent(found["accuracy"]), span(found["ci95"]) + seeds, _mark(document, name, top)))
         if len(members) > 1:
             mean = method["means"][domain]
             top = {k: m["means"][domain]["accuracy"] for k, m in document["methods"].items()}
@@ -79,18 +82,22 @@ def calibration(document: Json, compare: Json | None) -> Table:
 
 
 def spread(document: Json) -> Table | None:
-    """Mean, worst and best context of each baseline scored for each context; None where there is none."""
+    """Mean, deviation, worst and best of methods scored for each context, or each seed; None where there is none."""
     bodies = []
     for name, method in document["methods"].items():
         found = {where: m["contexts"] for where, m in method["sets"].items() if "contexts" in m}
         rows = [
-            [Cell(where, code=True), *(Cell(percent(c[key])) for key in ("mean", "worst", "best")), Cell(percent(c["best"] - c["worst"]))]
+            [
+                Cell(where, code=True),
+                *(Cell(percent(c[key])) for key in ("mean", "sd", "worst", "best")),
+                Cell(percent(c["best"] - c["worst"])),
+            ]
             for where, c in found.items()
         ]
         if rows:
             bodies.append(Rows(name, rows))
-    columns = ["Evaluation set", "mean", "worst", "best", "range"]
-    return Table("spread", "Accuracy by context, percent.", columns, bodies) if bodies else None
+    columns = ["Evaluation set", "mean", "sd", "worst", "best", "range"]
+    return Table("spread", "Accuracy by context, or by seed of a student, percent.", columns, bodies) if bodies else None
 
 
 def comparisons(document: Json, compare: Json | None) -> Table | None:

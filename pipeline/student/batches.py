@@ -37,6 +37,8 @@ class Term:
     weight: float
     batch_size: int
     examples: tuple[Example, ...]
+    label_weight: float = 0.0
+    """Of the cross-entropy on the target's most probable label, on the same examples, beside a divergence."""
 
 
 def pieces(batches: Sequence[Sequence[Example]], size: int | None) -> list[list[list[Example]]]:

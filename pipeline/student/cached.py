@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,14 @@ from transformers import PreTrainedModel
 from pipeline.cache.distributions import Distributions, check_retained, decode, fit_vocabulary
 from pipeline.cache.folder import read_cache
 from pipeline.cache.reader import CacheReader
+from pipeline.engine.hidden import hidden_states
 from pipeline.errors import MismatchError
 from pipeline.models.packed import PackedModel
 from pipeline.models.rows import Row, pack, rows_of
 from pipeline.params import CacheParams
 from pipeline.schema import examples, read_table
 from pipeline.student.forward import packed_if_exact
+from pipeline.student.matching import HiddenLesson, Matching, states_of
 from pipeline.student.objectives.fused import fused_divergence
 from pipeline.student.objectives.vocabulary import Divergence, divergence_nats
 from pipeline.tasks import TaskTokens
@@ -65,9 +66,11 @@ class CacheTerm:
 
     divergence: Divergence
     weight: float
+    """0: hidden states alone are learnt."""
     batch_size: int
     examples: tuple[CachedRow, ...]
     source: "CachedTeacher"
+    hidden: HiddenLesson | None = None
 
 
 class CachedTeacher:
@@ -83,7 +86,8 @@ class CachedTeacher:
 
     def _check(self, tokens: TaskTokens, tokenizer_sha256: str) -> None:
         """Raise MismatchError where the cache is of another task or tokenizer: its token ids would mean something else."""
-        found, task = self.manifest["fingerprint"], tokens.task.params
+        found = self.manifest["fingerprint"]
+        task = (tokens.task.of_texts() if self.reads_texts else tokens.task).params
         wanted = {
             "tokenizer": tokenizer_sha256,
             "template": task.template,
@@ -99,6 +103,11 @@ class CachedTeacher:
                 + "\n".join(different)
                 + "\nA student of another family learns from a target set over the labels (`learn_from: targets/NAME`)."
             )
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether its rows are the inputs themselves, token by token."""
+        return (self.manifest["fingerprint"]["completion"] or {}).get("source") == "text"
 
     def lessons(self, transfer_file: Path, tokens: TaskTokens) -> tuple[CachedRow, ...]:
         """The rows to learn from, in the cache's order.
@@ -116,6 +125,8 @@ class CachedTeacher:
         check_retained(self.distributions(numbers[:POSITIONS_CHECKED]), self.params, self.temperature)
         asked = {keys[n]["example_id"]: tokens.task.query(fields[keys[n]["example_id"]]) for n in numbers}
         prompts = dict(zip(asked, tokens.query_ids(list(asked.values())), strict=True))
+        if self.reads_texts:
+            prompts = {example: ids[:1] for example, ids in prompts.items()}
         prefix = tokens.prefix_ids("")
         return tuple(
             CachedRow(
@@ -123,6 +134,15 @@ class CachedTeacher:
             )
             for number, key in ((n, keys[n]) for n in numbers)
         )
+
+    def hidden(self, rows: Sequence[int]) -> Tensor:
+        """The hidden states at all positions of some rows, [P, kept layers, H] float32."""
+        return states_of(self._reader.take(rows)["hidden_states"].to_pylist(), max(1, len(self.params.hidden_layers)))
+
+    def hidden_lesson(self, weight: float, pairs: Sequence[tuple[int, int]], rows: Sequence[CachedRow], where: str) -> HiddenLesson:
+        """What is to be matched, scaled by a sample of `rows`."""
+        kept, sample = self.params.hidden_layers, [row.row for row in rows[:POSITIONS_CHECKED]]
+        return HiddenLesson.of(weight, pairs, kept, self.hidden(sample) if kept else torch.zeros(1, 1, 1), where)
 
     def distributions(self, rows: Sequence[int]) -> Distributions:
         """The distributions at all positions of some rows, one row's after the other's."""
@@ -135,14 +155,20 @@ class AnswerForward:
     Where the head is a matrix and nothing follows it, logits are never held for all positions at once (`objectives.fused`).
     """
 
-    def __init__(self, model: PreTrainedModel, term: CacheTerm) -> None:
-        self.model, self.term = model, term
+    def __init__(
+        self, model: PreTrainedModel, term: CacheTerm, matching: Matching | None = None, packed: PackedModel | None = None
+    ) -> None:
+        """`packed` is a packed pass of this model that was found exact already; who made it detaches it."""
+        self.model, self.term, self.matching = model, term, matching
         ordered = sorted(term.examples, key=lambda row: (len(row.ids) + len(row.answer), row.example_id))
         probe = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
         with torch.no_grad():
-            expected = _plain_logits(model, probe)
+            expected = _plain(model, probe)[0] if packed is None else self._packed(packed, probe)[0]
         plain_attention = model.config._attn_implementation or "eager"
-        self.packed, why = packed_if_exact(model, lambda packed: float((self._logits(packed, probe) - expected).abs().max()))
+        self._owns = packed is None
+        self.packed, why = packed, "packed rows"
+        if packed is None:
+            self.packed, why = packed_if_exact(model, lambda made: float((self._packed(made, probe)[0] - expected).abs().max()))
         self._plain_attention = plain_attention
         self.fused = self.packed is not None and self._head_is_all(self.packed, probe, expected)
         self.why = f"{why}; {'the head and its loss chunk by chunk' if self.fused else 'logits of all positions'}"
@@ -153,22 +179,36 @@ class AnswerForward:
 
     def detach(self) -> None:
         """Give the model back as it was."""
-        if self.packed is not None:
+        if self.packed is not None and self._owns:
             self.packed.detach()
             self.model.set_attn_implementation(self._plain_attention)
 
     def loss(self, batch: Sequence[CachedRow], positions: int, term: CacheTerm | None = None) -> Tensor:
-        """The term's weight · Σ divergence / `positions`, nats, with a gradient; `positions` are those of the whole step."""
+        """The term's weight · Σ divergence / `positions`, nats, with a gradient; `positions` are those of the whole step.
+
+        Where hidden states are matched, their weight · Σ distance / `positions` is part of it.
+        """
         term = term or self.term
+        layers = term.hidden.student_layers if term.hidden is not None else []
+        if self.fused:
+            assert self.packed is not None
+            given, states = self._hidden(self.packed, batch, layers)
+        else:
+            given, states = _plain(self.model, batch, layers) if self.packed is None else self._packed(self.packed, batch, layers)
+        total = self._divergence(given, batch, positions, term) if term.weight else given.new_zeros(())
+        if states is not None and self.matching is not None and term.hidden is not None:
+            distances = self.matching(states, term.source.hidden([row.row for row in batch]))
+            total = total + term.hidden.weight * distances.sum() / positions
+        return total
+
+    def _divergence(self, given: Tensor, batch: Sequence[CachedRow], positions: int, term: CacheTerm) -> Tensor:
+        """Of the logits at all positions, or where the loss is fused of what the head is given there."""
         distributions = fit_vocabulary(term.source.distributions([row.row for row in batch]), self._vocabulary).to(self.model.device)
         temperature = term.source.temperature
         if not self.fused:
-            logits = _plain_logits(self.model, batch) if self.packed is None else self._logits(self.packed, batch)
-            return term.weight * divergence_nats(term.divergence, distributions, logits, temperature).sum() / positions
-        assert self.packed is not None
-        hidden, head = self._hidden(self.packed, batch), self._head
-        weights = torch.full((len(hidden),), term.weight / positions, device=hidden.device)
-        return fused_divergence(term.divergence, distributions, hidden, head.weight, head.bias, temperature=temperature, weights=weights)[0]
+            return term.weight * divergence_nats(term.divergence, distributions, given, temperature).sum() / positions
+        head, weights = self._head, torch.full((len(given),), term.weight / positions, device=given.device)
+        return fused_divergence(term.divergence, distributions, given, head.weight, head.bias, temperature=temperature, weights=weights)[0]
 
     @property
     def _head(self) -> nn.Linear:
@@ -178,15 +218,19 @@ class AnswerForward:
     def _vocabulary(self) -> int:
         return int(self._head.weight.shape[0])
 
-    def _logits(self, packed: PackedModel, rows: Sequence[CachedRow]) -> Tensor:
-        return packed.logits(pack([row.packed for row in rows], 0, packed.device), [])
+    def _packed(self, packed: PackedModel, rows: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """What follows the last layer at the answer positions, [P, V], and the outputs of `layers` there, side by side."""
+        laid = pack([row.packed for row in rows], 0, packed.device)
+        with hidden_states(self.model, layers) as kept:
+            logits, states = packed.logits(laid, []), kept.at(laid.outputs)
+        return logits, None if states is None else states[0]
 
-    def _hidden(self, packed: PackedModel, rows: Sequence[CachedRow]) -> Tensor:
-        """What the head is given at the answer positions, [P, H]."""
+    def _hidden(self, packed: PackedModel, rows: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """The same, with what the head is given, [P, H], in place of logits."""
         head = self._head
         self.model.set_output_embeddings(nn.Identity())
         try:
-            return self._logits(packed, rows)
+            return self._packed(packed, rows, layers)
         finally:
             self.model.set_output_embeddings(head)
 
@@ -195,19 +239,23 @@ class AnswerForward:
         """Whether logits are hidden · headᵀ (+ bias), with no scale or cap behind."""
         if not isinstance(self._head, nn.Linear):
             return False
-        return bool(((self._head(self._hidden(packed, probe)) - expected).abs().max() <= 1e-3).item())
+        return bool(((self._head(self._hidden(packed, probe)[0]) - expected).abs().max() <= 1e-3).item())
 
 
-def _plain_logits(model: PreTrainedModel, rows: Sequence[CachedRow]) -> Tensor:
-    """Logits at the answer positions by the plain forward, rows of one shape together, [P, V] in the rows' order."""
+def _plain(model: PreTrainedModel, rows: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+    """Logits at the answer positions by the plain forward, rows of one shape together: [P, V] in the rows' order, and `layers`' outputs."""
 
     def shape(number: int) -> tuple[int, int]:
         return len(rows[number].ids), rows[number].positions
 
-    found: dict[int, Any] = {}
+    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
     for (_, positions), group in groupby(sorted(range(len(rows)), key=shape), key=shape):
         numbers = list(group)
         tokens = torch.tensor([[*rows[n].ids, *rows[n].answer[:-1]] for n in numbers], device=model.device)
-        logits = model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits.float()
-        found |= dict(zip(numbers, logits, strict=True))
-    return torch.cat([found[number] for number in range(len(rows))])
+        with hidden_states(model, layers) as kept:
+            found |= dict(zip(numbers, model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits.float(), strict=True))
+            if (own := kept.at(slice(-positions, None))) is not None:
+                states |= dict(zip(numbers, own, strict=True))
+    in_order = range(len(rows))
+    return torch.cat([found[n] for n in in_order]), torch.cat([states[n] for n in in_order]) if states else None

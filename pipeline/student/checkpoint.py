@@ -27,7 +27,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Checkpoint:
     """The checkpoint of one training: `folder`/NAME-FINGERPRINT.safetensors."""
 
-    def __init__(self, folder: Path, name: str, fingerprint: str, seconds_between: float = SECONDS_BETWEEN) -> None:
+    def __init__(
+        self, folder: Path, name: str, fingerprint: str, seconds_between: float = SECONDS_BETWEEN, keeps_end: bool = False
+    ) -> None:
+        self.keeps_end = keeps_end
+        """Whether the state after the last step is saved too: for a training that others follow before its folder is safe."""
         self.path = folder / f"{name}-{fingerprint[:16]}.safetensors"
         self._name = name
         self._fingerprint = fingerprint

@@ -6,6 +6,7 @@ not look.
 
 import csv
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ DIGITS = 6
 """Significant digits of a number in metrics and curves."""
 
 
-def write_curve(trained: Trained, params: TuningParams, file: Path) -> None:
+def write_curve(trained: Mapping[int, Trained], params: TuningParams, file: Path) -> None:
     """One line a step, counted from 1: the loss before its update in nats, and the learning rate of the update.
 
-    Where a part is held back, `held_back_kl` is the mean KL to its targets after the update, at the steps that looked.
+    Where a part is held back, `held_back_kl` is the mean KL to its targets after the update, at the steps that looked. Of several seeds,
+    one follows the other, and `seed` says which.
     """
-    looks = dict(trained.looks)
+    has_looks, has_seeds = any(run.looks for run in trained.values()), len(trained) > 1
     with replacing(file) as temporary, temporary.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(["step", "loss", "learning_rate", *(["held_back_kl"] if looks else [])])
-        for step, loss in enumerate(trained.losses):
-            look = [significant(looks[step + 1]) if step + 1 in looks else ""] if looks else []
-            writer.writerow([step + 1, significant(loss), significant(learning_rate(step, params)), *look])
+        writer.writerow(["step", "loss", "learning_rate", *(["held_back_kl"] if has_looks else []), *(["seed"] if has_seeds else [])])
+        for seed, run in trained.items():
+            looks = dict(run.looks)
+            for step, loss in enumerate(run.losses):
+                look = [significant(looks[step + 1]) if step + 1 in looks else ""] if has_looks else []
+                own = [seed] if has_seeds else []
+                writer.writerow([step + 1, significant(loss), significant(learning_rate(step, params)), *look, *own])
 
 
 def held_back_summary(trained: Trained, examples: int) -> dict[str, Any]:
@@ -50,14 +55,15 @@ def final_loss(losses: list[float]) -> float:
     return significant(math.fsum(last) / len(last))
 
 
-def write_runtime(trained: Trained, threads: int, file: Path) -> None:
-    """What differs from run to run: time, rate, memory, and where an interrupted run was taken up."""
+def write_runtime(trained: Sequence[Trained], threads: int, file: Path) -> None:
+    """What differs from run to run: time, rate, memory, and where an interrupted run was taken up; of all seeds together."""
+    seconds = sum(run.seconds for run in trained)
     values: dict[str, Any] = {
-        "seconds": round(trained.seconds, 3),
-        "tokens_per_second": round(trained.tokens_per_second, 1),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(sum(run.tokens_per_second * run.seconds for run in trained) / seconds, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "threads": threads,
-        "resumed_at_step": trained.resumed_at,
+        "resumed_at_step": sum(run.resumed_at for run in trained),
     }
     write_json(values, file)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UsageError
-from pipeline.files import write_json
+from pipeline.cache.folder import CACHES
+from pipeline.errors import MismatchError, UsageError
+from pipeline.files import read_json, write_json
 from pipeline.hashing import sha256_file, sha256_json
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
@@ -27,7 +28,7 @@ from pipeline.models.machine import use_machine
 from pipeline.models.provenance import FILE, identity_entries
 from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import DEMONSTRATIONS_FILE as DEMONSTRATIONS
-from pipeline.params import StudentParams, TunedTeacherParams, TuningParams
+from pipeline.params import AlsoParams, StudentParams, TunedTeacherParams, TuningParams
 from pipeline.student.batches import Example, Term
 from pipeline.student.cached import CachedRow, CachedTeacher, CacheTerm
 from pipeline.student.checkpoint import SECONDS_BETWEEN, Checkpoint
@@ -37,7 +38,7 @@ from pipeline.student.outputs import final_loss, held_back_summary, write_curve,
 from pipeline.student.training import Trained, train
 from pipeline.tasks import Task, TaskTokens
 
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
 
 
@@ -66,7 +67,7 @@ class Job:
     tokens: TaskTokens
     terms: Sequence[Term]
     held_back: HeldBack | None = None
-    cached: CacheTerm | None = None
+    cached: Sequence[CacheTerm] = ()
 
     @property
     def examples(self) -> list[Example]:
@@ -76,7 +77,18 @@ class Job:
     @property
     def rows(self) -> list[CachedRow]:
         """All cached rows that it reads."""
-        return list(self.cached.examples if self.cached else ()) + list(self.held_back.cached if self.held_back else ())
+        return [row for term in self.cached for row in term.examples] + list(self.held_back.cached if self.held_back else ())
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a training left to be written down."""
+
+    job: Job
+    values: dict[str, Any]
+    trained: Trained
+    threads: int
+    checkpoint: Checkpoint
 
 
 def train_student(
@@ -84,9 +96,20 @@ def train_student(
 ) -> None:
     """Write `artifacts/students/NAME`, `metrics/train/NAME.json`, `metrics/curves/NAME.csv`, `metrics/runtime/student-NAME.json`.
 
-    `seconds_between` checkpoints. Raises UsageError and MismatchError on bad input before training, ShotlessError where it diverges.
+    One training for each of `params.runs`, all in that folder. `seconds_between` checkpoints. Raises UsageError and MismatchError on bad
+    input before training, ShotlessError where it diverges.
     """
     tokens = _tokens(places.artifacts / params.base, task)
+    jobs = {place: _student_job(name, run, tokens, places) for place, run in params.runs.items()}
+    ran = {}
+    for place, job in jobs.items():
+        ran[job.params.seed] = _run(job, places.artifacts / "students" / name / place, places, threads, seconds_between, len(jobs) > 1)
+    _write_metrics(name, ran, places.metrics)
+
+
+def _student_job(name: str, params: StudentParams, tokens: TaskTokens, places: Places) -> Job:
+    """All that one seed's training needs, checked."""
+    task = tokens.task
     from_labels = params.learn_from == DEMONSTRATIONS
     if from_labels and params.ce_weight:
         raise UsageError(
@@ -98,25 +121,30 @@ def train_student(
             f"students.{name}: learns from {params.learn_from} with ce_weight {params.ce_weight:g}, which are about labels, "
             "and this task's answers are free text; set `learn_from: scores/NAME` (a teacher) and leave `ce_weight` out."
         )
-    terms, sources, held_back, cached = [], {}, None, None
+    terms, sources, held_back = [], {}, None
+    cached: list[CacheTerm] = []
     if params.learn_from.startswith("scores/"):
-        cached, held_back = _cache_term(params, tokens, places)
-        sources["scores"] = cached.source.fingerprint
+        main, held_back = _cache_term(params, tokens, places)
+        cached.append(main)
+        sources["scores"] = main.source.fingerprint
     elif not from_labels:
         folder = places.artifacts / params.learn_from
         examples = target_set(folder, places.artifacts / "data" / "transfer.parquet", tokens)
         if params.held_back:
             examples, held = split(examples, params.held_back)
             held_back = HeldBack(held, params.evaluate_every, params.patience)
-        terms.append(Term("cross_entropy" if params.loss == "hard" else params.loss, 1.0, params.batch_size, examples))
+        on_targets = params.ce_weight if params.ce_on == "targets" else 0.0
+        terms.append(Term("cross_entropy" if params.loss == "hard" else params.loss, 1.0, params.batch_size, examples, on_targets))
         sources |= targets_fingerprint(folder)
-    if from_labels or params.ce_weight:
+    for teacher, also in params.also.items():
+        cached.append(_also_term(f"students.{name}.also.{teacher}", params, teacher, also, tokens, places))
+        sources[f"also.{teacher}"] = sha256_json(cached[-1].source.manifest)
+    if from_labels or (params.ce_weight and params.ce_on == "demonstrations"):
         file = places.artifacts / DEMONSTRATIONS
         weight, size = (1.0, params.batch_size) if from_labels else (params.ce_weight, demonstrations_a_step(params.batch_size))
         terms.append(Term("cross_entropy", weight, size, demonstrations(file, tokens)))
         sources["demonstrations"] = sha256_file(file)
-    job = Job("student", name, params, params.base, params.layers, params.learn_from, sources, tokens, terms, held_back, cached)
-    _run(job, places.artifacts / "students" / name, name, places, threads, seconds_between)
+    return Job("student", name, params, params.base, params.layers, params.learn_from, sources, tokens, terms, held_back, cached)
 
 
 def tune_teacher(
@@ -130,7 +158,8 @@ def tune_teacher(
     file = places.artifacts / DEMONSTRATIONS
     terms = [Term("cross_entropy", 1.0, params.batch_size, demonstrations(file, tokens))]
     job = Job("tuned", name, params, params.base, None, DEMONSTRATIONS, {"demonstrations": sha256_file(file)}, tokens, terms)
-    _run(job, places.artifacts / "tuned" / name, f"tuned-{name}", places, threads, seconds_between)
+    ran = _run(job, places.artifacts / "tuned" / name, places, threads, seconds_between)
+    _write_metrics(f"tuned-{name}", {params.seed: ran}, places.metrics)
 
 
 def _cache_term(params: StudentParams, tokens: TaskTokens, places: Places) -> tuple[CacheTerm, HeldBack | None]:
@@ -146,6 +175,29 @@ def _cache_term(params: StudentParams, tokens: TaskTokens, places: Places) -> tu
     return CacheTerm(params.loss, 1.0, params.batch_size, rows, teacher), held_back
 
 
+def _also_term(where: str, params: StudentParams, teacher: str, also: AlsoParams, tokens: TaskTokens, places: Places) -> CacheTerm:
+    """What is learnt of a further cache; what is held back of the transfer set is left out there too.
+
+    Raises MismatchError where the cache is not the one that belonged to the target set.
+    """
+    folder = places.artifacts / "scores" / teacher
+    source = CachedTeacher(folder, places.work, tokens, tokenizer_sha256(places.artifacts / params.base), also.temperature)
+    if params.learn_from.startswith("targets/"):
+        pointers = read_json(places.artifacts / params.learn_from / CACHES)
+        wanted, found = pointers.get(teacher, {}).get("manifest_sha256"), sha256_json(source.manifest)
+        if wanted != found:
+            belongs = "belongs to no cache of that name" if wanted is None else f"was made beside a cache with manifest {wanted[:12]}"
+            raise MismatchError(
+                f"{where}: {params.learn_from} {belongs}, and {folder} has {found[:12]}; "
+                f"run `dvc repro targets@{params.learn_from.removeprefix('targets/')}`."
+            )
+    rows = source.lessons(places.artifacts / "data" / "transfer.parquet", tokens)
+    if params.held_back:
+        rows, _ = split(rows, params.held_back)
+    hidden = source.hidden_lesson(also.hidden_weight, also.layers, rows, where) if also.hidden_weight else None
+    return CacheTerm(also.loss, also.weight, also.batch_size or params.batch_size, rows, source, hidden)
+
+
 def demonstrations_a_step(batch_size: int) -> int:
     """Demonstrations that a step takes beside its batch where `ce_weight` is set: a quarter as many, at least one.
 
@@ -154,19 +206,19 @@ def demonstrations_a_step(batch_size: int) -> int:
     return max(1, batch_size // 4)
 
 
-def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
+def _run(job: Job, output: Path, places: Places, threads: int | None, seconds_between: float, is_one_of_many: bool = False) -> Ran:
+    """Train and write the folder. Of many trainings for one folder of DVC's, each keeps its end until all are done."""
     base = places.artifacts / job.base
     check_lengths(job.examples, job.rows, job.tokens, context_limit(base), base)
     used_threads = use_machine(threads)
     provenance = _provenance(job, base)
-    checkpoint = Checkpoint(
-        places.work / "training", f"{job.kind}-{job.name}", _fingerprint(job, provenance, used_threads), seconds_between
-    )
+    own = f"{job.kind}-{job.name}" + (f"-seed{job.params.seed}" if is_one_of_many else "")
+    checkpoint = Checkpoint(places.work / "training", own, _fingerprint(job, provenance, used_threads), seconds_between, is_one_of_many)
     model = load_model(base)
     if job.layers is not None:
         cut_layers(model, parse_layers(job.layers, model.config.get_text_config().num_hidden_layers))
     adapter = (output / "adapter", job.base) if job.params.adapters == "kept" else None
-    title = f"{job.kind} {job.name}"
+    title = f"{job.kind} {job.name}" + (f", seed {job.params.seed}" if is_one_of_many else "")
     trained = train(
         model,
         job.tokens.completions,
@@ -192,15 +244,21 @@ def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int
     choice = held_back_summary(trained, len(job.held_back.examples) + len(job.held_back.cached)) if job.held_back else {}
     own = identity_entries(output, provenance)
     write_json({**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE)
-    _write_metrics(job, metrics_name, counts | choice, trained, used_threads, places.metrics)
-    checkpoint.remove()
+    return Ran(job, counts | choice | {"final_loss": final_loss(trained.losses)}, trained, used_threads, checkpoint)
 
 
-def _write_metrics(job: Job, metrics_name: str, counts: dict[str, Any], trained: Trained, threads: int, metrics: Path) -> None:
-    values: dict[str, Any] = {**counts, "final_loss": final_loss(trained.losses), "base": job.base, "learn_from": job.learn_from}
-    write_json(values, metrics / "train" / f"{metrics_name}.json")
-    write_curve(trained, job.params, metrics / "curves" / f"{metrics_name}.csv")
-    write_runtime(trained, threads, metrics / "runtime" / f"{job.kind}-{job.name}.json")
+def _write_metrics(name: str, ran: Mapping[int, Ran], metrics: Path) -> None:
+    """Metrics of the first seed, with each seed's loss and choice of step where there are several; then no checkpoint is needed."""
+    first = next(iter(ran.values()))
+    values: dict[str, Any] = {**first.values, "base": first.job.base, "learn_from": first.job.learn_from}
+    if len(ran) > 1:
+        kept = ("steps", "final_loss", "best_step", "held_back_kl_nats")
+        values["seeds"] = {str(seed): {key: run.values[key] for key in kept if key in run.values} for seed, run in ran.items()}
+    write_json(values, metrics / "train" / f"{name}.json")
+    write_curve({seed: run.trained for seed, run in ran.items()}, first.job.params, metrics / "curves" / f"{name}.csv")
+    write_runtime([run.trained for run in ran.values()], first.threads, metrics / "runtime" / f"{first.job.kind}-{first.job.name}.json")
+    for run in ran.values():
+        run.checkpoint.remove()
 
 
 def _tokens(base: Path, task: Task) -> TaskTokens:
@@ -234,11 +292,10 @@ def _provenance(job: Job, base: Path) -> dict[str, Any]:
 def _fingerprint(job: Job, provenance: dict[str, Any], threads: int) -> str:
     """What a checkpoint belongs to. Threads and torch's version count: other ones round otherwise, and the end would be neither's."""
     lessons = [
-        [term.loss, term.weight, term.batch_size, [[e.example_id, list(e.ids), list(e.target)] for e in term.examples]]
+        [term.loss, term.weight, term.label_weight, term.batch_size, [[e.example_id, list(e.ids), list(e.target)] for e in term.examples]]
         for term in job.terms
     ]
-    if job.cached is not None:
-        lessons.append([job.cached.divergence, job.cached.weight, job.cached.batch_size, [row.example_id for row in job.cached.examples]])
+    lessons += [[term.divergence, term.weight, term.batch_size, [row.example_id for row in term.examples]] for term in job.cached]
     held = [[e.example_id, list(e.ids), list(e.target)] for e in job.held_back.examples] if job.held_back else []
     belongs = {"provenance": provenance, "lessons": lessons, "held_back": held, "threads": threads, "torch": torch.__version__}
     return sha256_json(belongs)

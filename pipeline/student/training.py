@@ -26,6 +26,8 @@ from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.early_stopping import Best, HeldBack
 from pipeline.student.forward import Forward, choose_forward, plain_log_probabilities, probe_rows
 from pipeline.student.head import on_stored_vectors
+from pipeline.student.matching import attach as attach_matchings
+from pipeline.student.matching import detach as detach_matchings
 from pipeline.student.objectives import cross_entropy_nats, jensen_shannon_nats, kl_nats, reverse_kl_nats
 from pipeline.student.optimizer import adamw, clip_gradients, learning_rate, set_learning_rate
 from pipeline.student.tuning import Tuning, apply_tuning
@@ -66,38 +68,60 @@ def train(
     params: TuningParams,
     *,
     title: str,
-    cached: CacheTerm | None = None,
+    cached: Sequence[CacheTerm] = (),
     checkpoint: Checkpoint | None = None,
     held_back: HeldBack | None = None,
     adapter: tuple[Path, str] | None = None,
 ) -> Trained:
     """Train `model` in place; it is a plain model of its architecture before and after, whatever `params.tuning` is.
 
-    `completions` are the token ids of each label's verbaliser, in the labels' order, for `terms` over the labels; `cached` is a term over
-    the vocabulary, to which what is held back belongs where there is one; `adapter` is the folder where a LoRA adapter is kept
+    `completions` are the token ids of each label's verbaliser, in the labels' order, for `terms` over the labels; `cached` are terms over
+    the vocabulary or hidden states, to the first of which `held_back.cached` belongs; `adapter` is the folder where a LoRA adapter is kept
     and the base that it belongs to. Raises ShotlessError naming the step and the examples where a loss or gradient is not finite. The
     checkpoint, where given, stays until the caller removes it: the weights are not on disk yet when this returns.
     """
     model.eval()
     started = time.monotonic()
-    if cached is not None:
-        tuning = apply_tuning(model, params)
-        answers = AnswerForward(model, cached)
-        whole = _Vocabulary(completions, None)
-        rows = [example.ids for term in terms for example in term.examples]
-        labels = choose_forward(model, completions, rows, packed=answers.packed) if terms else None
-        try:
-            trained = _Training(model, whole, labels, terms, params, held_back, title, checkpoint, answers).run(tuning, started)
-        finally:
-            if labels is not None:
-                labels.detach()
-            answers.detach()
+    if cached:
+        trained, tuning = _train_on_caches(model, completions, terms, params, title, checkpoint, held_back, cached, started)
     else:
         trained, tuning = _train_on_labels(model, completions, terms, params, title, checkpoint, held_back, started)
     if adapter is not None:
         tuning.save_adapter(*adapter)
     tuning.merge()
     return trained
+
+
+def _train_on_caches(
+    model: PreTrainedModel,
+    completions: Completions,
+    terms: Sequence[Term],
+    params: TuningParams,
+    title: str,
+    checkpoint: Checkpoint | None,
+    held_back: HeldBack | None,
+    cached: Sequence[CacheTerm],
+    started: float,
+) -> tuple[Trained, Tuning]:
+    """Training with terms over the vocabulary or hidden states, which need the whole of it."""
+    tuning = apply_tuning(model, params)
+    matchings = attach_matchings(model, [term.hidden for term in cached], params.seed)
+    answers: list[AnswerForward] = []
+    labels = None
+    try:
+        for term, matching in zip(cached, matchings, strict=True):
+            answers.append(AnswerForward(model, term, matching, answers[0].packed if answers else None))
+        if terms:
+            rows = [example.ids for term in terms for example in term.examples]
+            labels = choose_forward(model, completions, rows, packed=answers[0].packed)
+        whole = _Vocabulary(completions, None)
+        return _Training(model, whole, labels, terms, params, held_back, title, checkpoint, answers).run(tuning, started), tuning
+    finally:
+        if labels is not None:
+            labels.detach()
+        for forward in answers:
+            forward.detach()
+        detach_matchings(model)
 
 
 def _train_on_labels(
@@ -141,14 +165,14 @@ class _Training:
     held_back: HeldBack | None
     title: str
     checkpoint: Checkpoint | None
-    answers: AnswerForward | None = None
-    """For a term over the vocabulary, where there is one."""
+    answers: Sequence[AnswerForward] = ()
+    """For each term over the vocabulary or hidden states."""
 
     def run(self, tuning: Tuning, started: float) -> Trained:
         params, checkpoint = self.params, self.checkpoint
         optimizer = adamw(self.model, params)
         orders = [Order(term, params.seed) for term in self.terms]
-        cached = None if self.answers is None else Order(self.answers.term, params.seed)
+        cached = [Order(forward.term, params.seed) for forward in self.answers]
         losses, saved = checkpoint.load(self.model, optimizer) if checkpoint is not None else ([], {})
         best, resumed_at, done = Best.of(saved), len(losses), 0
         branch_tokens = sum(len(ids) - 1 for ids in self.vocabulary.completions)
@@ -157,7 +181,7 @@ class _Training:
 
         def tokens_of(step: int) -> int:
             tokens = sum(len(example.ids) + branch_tokens for order in orders for example in order.batch(step))
-            return tokens + sum(len(row.ids) + row.positions - 1 for row in (cached.batch(step) if cached else ()))
+            return tokens + sum(len(row.ids) + row.positions - 1 for order in cached for row in order.batch(step))
 
         with progress(self.title, params.steps, "steps") as meter:
             meter.advance(resumed_at, "resumed" if resumed_at else "")
@@ -166,7 +190,7 @@ class _Training:
                     meter.advance(0, f"no better for {self.held_back.patience} looks: stopped early")
                     break
                 set_learning_rate(optimizer, learning_rate(step, params))
-                rows = cached.batch(step) if cached else []
+                rows = [order.batch(step) for order in cached]
                 losses.append(self._step(optimizer, [order.batch(step) for order in orders], rows, step))
                 done += tokens_of(step)
                 meter.advance(1, f"loss {losses[-1]:.4f}, {done / (time.monotonic() - started):,.0f} tokens/s")
@@ -174,6 +198,8 @@ class _Training:
                     best.add(self.model, step + 1, self._agreement(self.held_back, step + 1))
                 if checkpoint is not None and checkpoint.due() and step + 1 < params.steps:
                     checkpoint.save(self.model, optimizer, losses, best.tensors())
+        if checkpoint is not None and checkpoint.keeps_end and len(losses) > resumed_at:
+            checkpoint.save(self.model, optimizer, losses, best.tensors())
         if best.looks:
             best.restore(self.model)
         seconds = time.monotonic() - started
@@ -181,30 +207,32 @@ class _Training:
             losses=losses,
             looks=best.looks,
             best_step=best.looks[best.number][0] if best.looks else len(losses),
-            examples=len(losses) * sum(term.batch_size for term in (*self.terms, *([self.answers.term] if self.answers else []))),
+            examples=len(losses) * sum(term.batch_size for term in (*self.terms, *(forward.term for forward in self.answers))),
             tokens=sum(map(tokens_of, range(len(losses)))),
             trains=tuning.trains,
             trained_parameters=tuning.trained_parameters,
-            forward="; ".join(forward.describe() for forward in (self.answers, self.forward) if forward is not None),
+            forward="; ".join(forward.describe() for forward in (*self.answers, self.forward) if forward is not None),
             resumed_at=resumed_at,
             seconds=seconds,
             tokens_per_second=done / seconds,
         )
 
-    def _step(self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], rows: Sequence[CachedRow], step: int) -> float:
-        """One update, of the gradients of all pieces; returns the loss before it."""
+    def _step(
+        self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], cached: Sequence[Sequence[CachedRow]], step: int
+    ) -> float:
+        """One update, of the gradients of all pieces; returns the loss before it. `cached` are rows for each of `answers`."""
         sizes, value = [len(batch) for batch in batches], 0.0
         for piece in pieces(batches, self.params.micro_batch):
             assert self.forward is not None
             log_probabilities = self.forward.run([self.vocabulary.ids(example.ids) for batch in piece for example in batch])
             value += self._backward(objective(self.terms, piece, log_probabilities, sizes), step, piece)
-        positions = sum(row.positions for row in rows)
-        for start in range(0, len(rows), self.params.micro_batch or max(1, len(rows))):
-            assert self.answers is not None
-            piece = rows[start : start + (self.params.micro_batch or len(rows))]
-            value += self._backward(self.answers.loss(piece, positions), step, [piece])
+        for forward, rows in zip(self.answers, cached, strict=True):
+            positions, size = sum(row.positions for row in rows), self.params.micro_batch or len(rows)
+            for start in range(0, len(rows), size):
+                piece = rows[start : start + size]
+                value += self._backward(forward.loss(piece, positions), step, [piece])
         norm = clip_gradients(optimizer, self.params.max_grad_norm)
-        _check_finite("norm of the gradient", norm, self.title, step, [*batches, rows])
+        _check_finite("norm of the gradient", norm, self.title, step, [*batches, *cached])
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # fresh pages for all gradients would cost 6 % of a step in page faults
         return value
@@ -219,8 +247,8 @@ class _Training:
     def _agreement(self, held_back: HeldBack, steps_done: int) -> float:
         """Mean KL to the targets of what is held back, nats."""
         size = self.params.micro_batch or self.params.batch_size
-        if self.answers is not None:
-            return self._answers_agreement(self.answers, held_back, size, steps_done)
+        if held_back.cached:
+            return self._answers_agreement(self.answers[0], held_back, size, steps_done)
         assert self.forward is not None
         ordered = sorted(held_back.examples, key=lambda example: (len(example.ids), example.example_id))
         total = 0.0
@@ -234,7 +262,7 @@ class _Training:
 
     def _answers_agreement(self, answers: AnswerForward, held_back: HeldBack, size: int, steps_done: int) -> float:
         """The same over the positions of cached answers."""
-        measure = replace(answers.term, divergence="kl", weight=1.0)
+        measure = replace(answers.term, divergence="kl", weight=1.0, hidden=None)
         ordered = sorted(held_back.cached, key=lambda row: (len(row.ids) + row.positions, row.example_id))
         positions, total = sum(row.positions for row in ordered), 0.0
         for start in range(0, len(ordered), size):
@@ -260,6 +288,8 @@ def objective(
             loss = cross_entropy_nats([example.label for example in batch], part)
         else:
             loss = DIVERGENCES[term.loss](_targets(batch, part), part)
+            if term.label_weight:
+                total = total + term.label_weight * (cross_entropy_nats([example.label for example in batch], part).sum() / size)
         total = total + term.weight * (loss.sum() / size)
     return total
 

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UsageError
 from pipeline.models.loading import parameter_counts
+from pipeline.models.packed import decoder_layers
 from pipeline.params import LoraParams, TuningParams
 
 
@@ -78,6 +79,9 @@ def apply_tuning(model: PreTrainedModel, params: TuningParams) -> Tuning:
         trains = _bitfit(model)
     else:
         trains = _head(model)
+    if params.freeze_layers:
+        trains += f", in the layers from {params.freeze_layers} on"
+        _freeze_lowest(model, params.freeze_layers)
     return Tuning(trains, parameter_counts(model)[1], adapter)
 
 
@@ -139,6 +143,15 @@ def _bitfit(model: PreTrainedModel) -> str:
     for parameter in chosen.values():
         parameter.requires_grad_(True)
     return "biases" if biases else "weights of norms, as the architecture has no biases"
+
+
+def _freeze_lowest(model: PreTrainedModel, layers: int) -> None:
+    """Leave the embeddings (and a head tied to them) and the lowest layers as they are."""
+    found = decoder_layers(model)
+    if layers >= len(found):
+        raise UsageError(f"freeze_layers: {layers}, and the student has {len(found)}, so that none would learn; freeze fewer.")
+    for module in [*found[:layers], *(m for m in model.modules() if isinstance(m, nn.Embedding))]:
+        module.requires_grad_(False)
 
 
 def _head(model: PreTrainedModel) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cache.folder import ScoreCache, read_cache
+from pipeline.cache.folder import CACHES, ScoreCache, manifest_sha256, read_cache
 from pipeline.ensemble import Combination, learn_offsets, normalised
 from pipeline.errors import MismatchError
 from pipeline.files import write_json
@@ -46,7 +46,10 @@ def build_targets(
     output: Path,
     metrics: Path,
 ) -> None:
-    """Write `targets.parquet` and `calibration.json` to `output`, and the metrics of the target set to `metrics`.
+    """Write `targets.parquet`, `calibration.json` and `caches.json` to `output`, and the metrics of the target set to `metrics`.
+
+    `caches.json` names the caches that students of this set may learn whole, by the hash of what they hold: a student that depends on the
+    target set depends on them, though their shards stay where they are.
 
     Raises MismatchError where a cache was captured for another task or lacks a transfer example.
     """
@@ -73,6 +76,8 @@ def build_targets(
     )
     write_table(table, output / "targets.parquet")
     write_json(_calibration(name, params, teachers, task, caches, contexts, combination), output / "calibration.json")
+    pointers = {teacher: {"manifest_sha256": manifest_sha256(scores / teacher)} for teacher in params.caches}
+    write_json(pointers, output / CACHES)
     write_json(_metrics(task, caches, contexts, combination, raw, each, target, agreement), metrics)
 
 

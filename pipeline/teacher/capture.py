@@ -36,6 +36,8 @@ def capture(
 ) -> None:
     """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
 
+    A task `of_texts` is read token by token, for the distributions at each.
+
     Rows that the store under `work` holds are not scored again. `runtime` is the file for what the capture took (no output of DVC: it holds
     seconds), `metrics` that for the cache's fidelity. Raises UsageError where a prompt does not fit the model.
     """

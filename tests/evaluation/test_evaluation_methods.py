@@ -91,7 +91,7 @@ class World:
         return read_sets(self.artifacts / "data" / "evaluation", list(SETS), self.task)
 
     def student(self, task=None):
-        return predict_student("cd", self.artifacts / "students" / "cd", task or self.task, self.sets(), self.work, 1)
+        return predict_student("cd", {"": self.artifacts / "students" / "cd"}, task or self.task, self.sets(), self.work, 1)
 
     def baseline(self, targets, ensemble):
         return predict_baseline("base", self.calibration(targets), ensemble, self.task, self.sets(), self.artifacts, self.work, 1)

@@ -63,7 +63,7 @@ def test_a_changed_file_is_refused_by_everything_that_asks_a_student_and_alone_i
 def evaluate(folder, work):
     """With params.yaml's template changed along with the folder's, so that it is the folder itself that is held against its hashes."""
     template = json.loads((folder / "provenance.json").read_text("utf-8"))["template"]
-    return predict_student("cd", folder, Task(TASK.model_copy(update={"template": template})), {}, work, 1)
+    return predict_student("cd", {"": folder}, Task(TASK.model_copy(update={"template": template})), {}, work, 1)
 
 
 def test_all_that_differs_is_named_at_once(folder):

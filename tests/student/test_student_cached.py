@@ -1,86 +1,23 @@
 """Students that learn a teacher's distributions from its score cache, against full distributions of live models, token by token."""
 
-import shutil
-
-import pyarrow as pa
 import pytest
 import torch
+from cached_world import CONTEXTS_OF_TWO, FREE, LABELS, TEMPLATE, TEXTS, World
 
 from pipeline.cache.folder import read_cache
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import read_json
 from pipeline.hashing import context_id, example_id
-from pipeline.models.identity import tokenizer_sha256
 from pipeline.models.loading import load_model, load_tokenizer
-from pipeline.params import CacheParams, CompletionParams, StudentParams, TaskParams
-from pipeline.schema import CONTEXTS, examples, write_table
+from pipeline.params import CacheParams, CompletionParams
 from pipeline.student import training
-from pipeline.student.cached import AnswerForward, CachedTeacher, CacheTerm
+from pipeline.student.cached import AnswerForward
 from pipeline.student.checkpoint import Checkpoint
-from pipeline.student.runs import Places, train_student
-from pipeline.tasks import Task, TaskTokens
-from pipeline.teacher.capture import capture
-
-TEMPLATE = "Review: {text}\nSentiment:"
-FREE = Task(TaskParams(template=TEMPLATE, completion=CompletionParams(max_tokens=6)))
-LABELS = Task(TaskParams(template=TEMPLATE, verbalisers={"negative": " bad", "positive": " good"}))
-CONTEXTS_OF_TWO = ["Review: a warm film\nSentiment: a good one\n\n", "Review: bored\nSentiment: bad\n\nReview: cold\nSentiment: so-so\n\n"]
-TEXTS = [
-    "a warm film", "a dull, lifeless mess", "the plot goes nowhere", "I loved every minute of it", "strange little picture",
-    "the actors seem bored and so was I", "funny", "terrible service, cold food, late", "every minute of this", "late",
-]  # fmt: skip
-GOLD = [("warm and funny", "positive"), ("bored", "negative"), ("I loved this little film", "positive"), ("cold mess", "negative")]
+from pipeline.tasks import Task
 
 
 class Killed(BaseException):
     """Stands for a signal: nothing in the pipeline may catch it."""
-
-
-class World:
-    """A teacher in two contexts, the transfer set, and a student of another seed."""
-
-    def __init__(self, root, teacher, student, task=FREE, cache=None):
-        self.root, self.task = root, task
-        self.places = Places(root / "artifacts", root / "metrics", root / "work")
-        artifacts = self.places.artifacts
-        self.teacher, self.base, self.scores = artifacts / "models" / "large", artifacts / "models" / "tiny", artifacts / "scores" / "few"
-        shutil.copytree(teacher, self.teacher)
-        shutil.copytree(student, self.base)
-        contexts = [
-            {"context_id": context_id(text), "name": f"few/{n}", "text": text, "example_ids": [], "tokens": 1}
-            for n, text in enumerate(CONTEXTS_OF_TWO)
-        ]
-        write_table(pa.Table.from_pylist(contexts, CONTEXTS), artifacts / "data" / "contexts" / "few.parquet")
-        self.write("transfer", [(text, None) for text in TEXTS])
-        self.write("demonstrations", GOLD)
-        self.capture(cache or CacheParams(encoding="full", resolution_nats=None))
-
-    def write(self, name, rows):
-        made = [
-            {"example_id": example_id({"text": text}), "label": label, "completion": None, "source": "s", "line": n, "text": text}
-            for n, (text, label) in enumerate(rows)
-        ]
-        write_table(pa.Table.from_pylist(made, examples(("text",))), self.places.artifacts / "data" / f"{name}.parquet")
-
-    def capture(self, cache):
-        data = self.places.artifacts / "data"
-        contexts, transfer = data / "contexts" / "few.parquet", data / "transfer.parquet"
-        capture("few", self.teacher, contexts, transfer, self.scores, self.task, cache, "float32", self.places.work, 1)
-
-    def source(self, temperature=1.0, task=None, tokenizer=None):
-        tokens = TaskTokens(task or self.task, load_tokenizer(self.base))
-        return CachedTeacher(self.scores, self.places.work, tokens, tokenizer or tokenizer_sha256(self.base), temperature), tokens
-
-    def term(self, divergence="kl", temperature=1.0):
-        source, tokens = self.source(temperature)
-        return CacheTerm(divergence, 1.0, 4, source.lessons(self.places.artifacts / "data" / "transfer.parquet", tokens), source)
-
-    def train(self, name="cd", **changes):
-        values = {"base": "models/tiny", "learn_from": "scores/few", "steps": 12, "batch_size": 4, "learning_rate": 3e-3} | changes
-        train_student(name, StudentParams(**values), self.task, self.places, threads=1)
-
-    def weights(self, name="cd"):
-        return (self.places.artifacts / "students" / name / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
