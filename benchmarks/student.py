@@ -3,8 +3,8 @@
 Every row is measured in a process that does nothing else, on the same examples, model, batch size, steps and threads, in turns over several
 rounds, so that a slow minute of the machine hits all alike; the medians are reported. `limit_*` is what the matrix products alone must
 take: 6 operations for each learnt weight and token, 4 for each frozen one, at the rate at which this machine multiplies matrices of the
-model's shapes, in the library for products that the training itself uses. Only the layers' matrices count: the embeddings are looked up, and
-the head sees one position of each row. The last layer's queries and MLP see that position alone too, so the limit is a little generous.
+model's shapes, in the library for products that the training itself uses. Only the layers' matrices count: the embeddings are looked up,
+and the head sees one position of each row. The last layer's queries and MLP see that position alone too, so the limit is a little generous.
 
 `--only` measures some of the rows and leaves the others in the JSON as they are, so that a run can be made in parts; rows of another model,
 batch size or number of steps are not mixed in.

@@ -75,7 +75,7 @@ def steps_ended() -> list[float]:
 
 
 def own(name: str, model: PreTrainedModel, lesson: dict[str, Any], steps: int, batch_size: int) -> list[int]:
-    """This project's training; tokens of each step."""
+    """Run the project's training; tokens of each step."""
     from pipeline.params import TuningParams
     from pipeline.student.batches import Example, Order, Term
     from pipeline.student.training import train

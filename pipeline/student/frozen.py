@@ -11,6 +11,7 @@ The trade-off is memory: a vector of the model's width for each token, 2,304 byt
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def on_stored_states(forward: Forward, completions: Completions, rows: Rows, exp
 
 
 def _in_full(forward: Forward, layers: int, why: str) -> Forward:
-    return Forward(forward.name, f"{forward.why}; the lowest {layers} layers in every step: {why}", forward.run, forward.detach, forward.packed)
+    return replace(forward, why=f"{forward.why}; the lowest {layers} layers in every step: {why}")
 
 
 class _StatesReached(Exception):  # noqa: N818  leaving a pass early is no error
