@@ -9,6 +9,7 @@ resident set above what the process held once the model's weights were in memory
 one that this project chooses (`pipeline/models/machine.py`); `trainer_same_products` and `sft_same_products` are given that choice too.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -32,6 +33,8 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"tuning": "bitfit"},
     "head": {"tuning": "head"},
 }
+IMPORTS = {"own": ("pipeline.student.training", "peft"), "trainer_padded": (), "sft_trainer": ("datasets", "trl")}
+"""What a row's code loads by itself, loaded before memory is looked at: it is no memory of the training."""
 SAME_PRODUCTS = {"trainer_same_products": "trainer_padded", "sft_same_products": "sft_trainer"}
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LEARNING_RATE = 1e-5
@@ -161,6 +164,8 @@ def measure(name: str, folder: str, lesson: dict[str, Any], steps: int, batch_si
         from pipeline.models.machine import use_machine
 
         use_machine(THREADS)
+    for module in IMPORTS["own" if name in TUNINGS else SAME_PRODUCTS.get(name, name)]:
+        importlib.import_module(module)
     model, ends = load(folder), steps_ended()
     with peak_rss() as peak:
         started = time.monotonic()
