@@ -101,7 +101,9 @@ class StoredStates:
             hook.remove()
 
 
-def on_stored_states(forward: Forward, completions: Completions, rows: Rows, expected: Tensor, layers: int) -> Forward:
+def on_stored_states(
+    forward: Forward, completions: Completions, rows: Rows, expected: Tensor, layers: int, *, memory_bytes: int = MEMORY_BYTES
+) -> Forward:
     """The packed forward over `rows` and no others, with the lowest `layers` layers run once for each.
 
     `expected` are the plain forward's numbers for the first of `rows`. Where the forward is not packed, something below is learnt, or the
@@ -111,7 +113,7 @@ def on_stored_states(forward: Forward, completions: Completions, rows: Rows, exp
     if packed is None:
         return _in_full(forward, layers, "the forward pass is not packed")
     try:
-        stored = StoredStates(packed, rows_of(rows, completions), layers)
+        stored = StoredStates(packed, rows_of(rows, completions), layers, memory_bytes=memory_bytes)
     except StatesUnusableError as error:
         return _in_full(forward, layers, str(error))
 

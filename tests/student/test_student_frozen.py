@@ -24,10 +24,10 @@ def freeze(model, layers):
     return model
 
 
-def stored(model, completions, layers):
+def stored(model, completions, layers, **budget):
     expected = plain_log_probabilities(model, completions, ROWS[:3])
     forward = choose_forward(model, completions, ROWS, None)
-    return forward, on_stored_states(forward, completions, [*ROWS[:3], *ROWS], expected, layers)
+    return forward, on_stored_states(forward, completions, [*ROWS[:3], *ROWS], expected, layers, **budget)
 
 
 def gradients(model, values):
@@ -127,9 +127,8 @@ def test_a_layer_must_be_left_above_and_one_below(tiny_model, layers):
 def test_states_over_the_budget_lie_in_a_file_without_a_name(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SHOTLESS_WORK", str(tmp_path / "work"))
     model = freeze(copy.deepcopy(tiny_model("llama")), 2)
-    in_memory = stored(model, SINGLE, 2)[1].run(ROWS)
-    monkeypatch.setattr(frozen_module.StoredStates.__init__, "__kwdefaults__", {"memory_bytes": 100})
-    _, short = stored(model, SINGLE, 2)
+    in_memory = stored(copy.deepcopy(model), SINGLE, 2)[1].run(ROWS)
+    _, short = stored(model, SINGLE, 2, memory_bytes=100)
     assert "their states in a file" in short.why
     assert torch.equal(short.run(ROWS), in_memory)
     assert list((tmp_path / "work").iterdir()) == []
