@@ -1,22 +1,29 @@
 """`python -m benchmarks.student_rows ROW MODEL LESSON STEPS BATCH`: one measurement of benchmarks.student, printed as a line of JSON.
 
-The clock runs over the training alone, not over loading. Memory is the peak of the resident set above what the process held once the
-model's weights were in memory.
+Every row takes each example of the lesson once, in an order of its own. The clock runs from the end of the last warm-up step to the end of
+the last step, so that neither loading nor what is done once a training counts: a lesson has a dozen steps, a training hundreds. What is
+done once is in `seconds_in_all`. Head-only training does its work before its first step, so there all is counted. Memory is the peak of the
+resident set above what the process held once the model's weights were in memory.
+
+`trainer_padded` and `sft_trainer` run as their users run them, which on some processors is a slower library for matrix products than the
+one that this project chooses (`pipeline/models/machine.py`); `trainer_same_products` and `sft_same_products` are given that choice too.
 """
 
+import importlib
 import json
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
 
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -26,7 +33,13 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"tuning": "bitfit"},
     "head": {"tuning": "head"},
 }
+IMPORTS = {"own": ("pipeline.student.training", "peft"), "trainer_padded": (), "sft_trainer": ("datasets", "trl")}
+"""What a row's code loads by itself, loaded before memory is looked at: it is no memory of the training."""
+SAME_PRODUCTS = {"trainer_same_products": "trainer_padded", "sft_same_products": "sft_trainer"}
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 LEARNING_RATE = 1e-5
+WARM_UP_STEPS = 2
+"""Before the clock starts: page faults of gradients and moments, and the matrix library's first look at each shape."""
 
 
 @contextmanager
@@ -57,10 +70,17 @@ def load(folder: str) -> PreTrainedModel:
     return model
 
 
-def own(name: str, model: PreTrainedModel, lesson: dict[str, Any], steps: int, batch_size: int) -> tuple[int, float]:
-    """Tokens and seconds of this project's training."""
+def steps_ended() -> list[float]:
+    """A list that grows by the time at the end of each step of any optimizer."""
+    ends: list[float] = []
+    register_optimizer_step_post_hook(lambda *_: ends.append(time.monotonic()))
+    return ends
+
+
+def own(name: str, model: PreTrainedModel, lesson: dict[str, Any], steps: int, batch_size: int) -> list[int]:
+    """Run the project's training; tokens of each step."""
     from pipeline.params import TuningParams
-    from pipeline.student.batches import Example, Term
+    from pipeline.student.batches import Example, Order, Term
     from pipeline.student.training import train
 
     made = [
@@ -68,12 +88,16 @@ def own(name: str, model: PreTrainedModel, lesson: dict[str, Any], steps: int, b
         for number, row in enumerate(lesson["rows"])
     ]
     params = TuningParams(steps=steps, batch_size=batch_size, learning_rate=LEARNING_RATE, **TUNINGS[name])
-    trained = train(model, lesson["completions"], [Term("kl", 1.0, batch_size, tuple(made))], params, title=name)
-    return trained.tokens, trained.seconds
+    term = Term("kl", 1.0, batch_size, tuple(made))
+    trained = train(model, lesson["completions"], [term], params, title=name)
+    order = Order(term, params.seed)
+    tokens = [sum(len(example.ids) for example in order.batch(step)) for step in range(steps)]
+    assert sum(tokens) == trained.tokens
+    return tokens
 
 
 def count_tokens(model: PreTrainedModel) -> list[int]:
-    """A list that grows by each batch's query tokens: what is read and is no padding, without the answers."""
+    """A list that grows by each step's query tokens: what is read and is no padding, without the answers."""
     counted: list[int] = []
 
     def hook(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
@@ -100,7 +124,7 @@ def settings(steps: int, batch_size: int, folder: str) -> dict[str, Any]:
     }
 
 
-def trainer_padded(model: PreTrainedModel, folder: str, lesson: dict[str, Any], steps: int, batch_size: int) -> tuple[int, float]:
+def trainer_padded(model: PreTrainedModel, folder: str, lesson: dict[str, Any], steps: int, batch_size: int) -> list[int]:
     """The Trainer of transformers with its own loss on the answer's token, batches padded to their longest row."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -112,10 +136,12 @@ def trainer_padded(model: PreTrainedModel, folder: str, lesson: dict[str, Any], 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(**settings(steps, batch_size, scratch))
         trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))  # type: ignore[arg-type]
-        return timed(trainer.train, model)
+        counted = count_tokens(model)
+        trainer.train()
+    return counted
 
 
-def sft_trainer(model: PreTrainedModel, folder: str, lesson: dict[str, Any], steps: int, batch_size: int) -> tuple[int, float]:
+def sft_trainer(model: PreTrainedModel, folder: str, lesson: dict[str, Any], steps: int, batch_size: int) -> list[int]:
     """TRL's SFTTrainer on prompts and completions; without gradient checkpointing, which it turns on by itself and which costs time."""
     from datasets import Dataset  # type: ignore[import-not-found]
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
@@ -125,27 +151,48 @@ def sft_trainer(model: PreTrainedModel, folder: str, lesson: dict[str, Any], ste
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(**settings(steps, batch_size, scratch), gradient_checkpointing=False)
         trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
-        return timed(trainer.train, model)
+        counted = count_tokens(model)
+        trainer.train()
+    return counted
 
 
-def timed(run: Callable[[], Any], model: PreTrainedModel) -> tuple[int, float]:
-    """Tokens and seconds of a trainer."""
-    counted = count_tokens(model)
-    started = time.monotonic()
-    run()
-    return sum(counted), time.monotonic() - started
+def measure(name: str, folder: str, lesson: dict[str, Any], steps: int, batch_size: int) -> dict[str, Any]:
+    """One row, as it stands in the JSON."""
+    same_products = name in TUNINGS or name in SAME_PRODUCTS
+    torch.set_num_threads(THREADS)
+    if same_products:
+        from pipeline.models.machine import use_machine
+
+        use_machine(THREADS)
+    for module in IMPORTS["own" if name in TUNINGS else SAME_PRODUCTS.get(name, name)]:
+        importlib.import_module(module)
+    model, ends = load(folder), steps_ended()
+    with peak_rss() as peak:
+        started = time.monotonic()
+        if name in TUNINGS:
+            tokens = own(name, model, lesson, steps, batch_size)
+        else:
+            run = trainer_padded if SAME_PRODUCTS.get(name, name) == "trainer_padded" else sft_trainer
+            tokens = run(model, folder, lesson, steps, batch_size)
+        in_all = time.monotonic() - started
+    if len(ends) != steps or len(tokens) != steps:
+        raise SystemExit(f"{name}: {len(ends)} updates and {len(tokens)} batches in {steps} steps")
+    counted, seconds = sum(tokens), in_all
+    if name != "head":
+        counted, seconds = sum(tokens[WARM_UP_STEPS:]), ends[-1] - ends[WARM_UP_STEPS - 1]
+    return {
+        "tokens_per_s": counted / seconds,
+        "peak_rss_above_model_bytes": peak["bytes"],
+        "tokens": sum(tokens),
+        "seconds_in_all": in_all,
+        "products": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main(name: str, folder: str, lesson_file: str, steps: int, batch_size: int) -> None:
-    """Measure one row."""
-    lesson = json.loads(Path(lesson_file).read_text("utf-8"))
-    model = load(folder)
-    with peak_rss() as peak:
-        if name in TUNINGS:
-            tokens, seconds = own(name, model, lesson, steps, batch_size)
-        else:
-            tokens, seconds = {"trainer_padded": trainer_padded, "sft_trainer": sft_trainer}[name](model, folder, lesson, steps, batch_size)
-    print(json.dumps({"tokens_per_s": tokens / seconds, "peak_rss_above_model_bytes": peak["bytes"], "tokens": tokens, "seconds": seconds}))
+    """Measure one row and print it."""
+    print(json.dumps(measure(name, folder, json.loads(Path(lesson_file).read_text("utf-8")), steps, batch_size)))
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ class PackedModel:
         self.model = model
         self.answers_only = answers_only
         self.layers = decoder_layers(model)
+        self.first_layer = 0
+        """Layers below are passed by: whoever sets this gives the states that enter it (`pipeline.student.frozen`)."""
         try:
             model.set_attn_implementation(ATTENTION)
         except ValueError as error:
@@ -182,7 +184,7 @@ class PackedModel:
         with _active(_Pass(prefix, longest, packed, answers_at=last if self.answers_only else None)) as current:
             keep = 0 if self.answers_only else packed.outputs
             out = self.model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, logits_to_keep=keep)
-        if len(current.reached) != len(self.layers):
+        if len(current.reached) != len(self.layers) - self.first_layer:
             raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
         logits = out.logits[0]
         if logits.shape[0] != packed.outputs.shape[0]:

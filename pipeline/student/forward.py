@@ -33,6 +33,8 @@ class Forward:
     """Rows of token ids → [B, L] log-probabilities among the labels."""
     detach: Callable[[], None]
     """Give the model back as it was."""
+    packed: PackedModel | None = None
+    """The packed pass behind it, where there is one."""
 
     def describe(self) -> str:
         """The two in a line."""
@@ -50,7 +52,7 @@ def choose_forward(
     probe = probe_rows(rows)
     plain_attention = model.config._attn_implementation or "eager"
     if packed is not None:
-        return Forward("packed", "packed rows", lambda rows: _packed(packed, completions, rows), lambda: None)
+        return Forward("packed", "packed rows", lambda rows: _packed(packed, completions, rows), lambda: None, packed)
     if expected is None:
         expected = plain_log_probabilities(model, completions, probe)
     packed, why = packed_if_exact(model, lambda packed: float((_packed(packed, completions, probe) - expected).abs().max()))
@@ -103,7 +105,7 @@ def _packed_forward(model: PreTrainedModel, packed: PackedModel, completions: Co
         packed.detach()
         model.set_attn_implementation(plain_attention)
 
-    return Forward("packed", why, lambda rows: _packed(packed, completions, rows), detach)
+    return Forward("packed", why, lambda rows: _packed(packed, completions, rows), detach, packed)
 
 
 def _packed(model: PackedModel, completions: Completions, rows: Rows) -> Tensor:

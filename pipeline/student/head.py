@@ -7,8 +7,8 @@ alone, so that an interrupted run computes the same vectors again.
 The trade-off: the vectors stay in memory, one of the model's width for each answer position: 2 MB for 800 examples of SmolLM2-135M.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from pipeline.student.forward import TOLERANCE_NATS, Forward, Rows
 from pipeline.student.objectives import label_log_probabilities, positions_per_row
 
 TOKENS_A_PASS = 2048
+Item = TypeVar("Item")
 
 
 def on_stored_vectors(model: PreTrainedModel, forward: Forward, completions: Completions, rows: Rows, expected: Tensor) -> Forward:
@@ -51,7 +52,7 @@ def _vectors(model: PreTrainedModel, forward: Forward, rows: Rows, positions: in
     head: Any = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     try:
-        for batch in _batches(sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))):
+        for batch in token_batches(sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row)), len):
             given.clear()
             forward.run(batch)
             vectors |= zip(batch, given[0].flatten(0, -2).reshape(len(batch), positions, -1).clone(), strict=True)
@@ -60,14 +61,14 @@ def _vectors(model: PreTrainedModel, forward: Forward, rows: Rows, positions: in
     return vectors
 
 
-def _batches(rows: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+def token_batches(rows: Sequence[Item], length: Callable[[Item], int]) -> list[list[Item]]:
     """Rows in runs of at most `TOKENS_A_PASS` tokens, or one row where it is longer."""
-    batches: list[list[tuple[int, ...]]] = []
+    batches: list[list[Item]] = []
     tokens = 0
     for row in rows:
-        if not batches or tokens + len(row) > TOKENS_A_PASS:
+        if not batches or tokens + length(row) > TOKENS_A_PASS:
             batches.append([])
             tokens = 0
         batches[-1].append(row)
-        tokens += len(row)
+        tokens += length(row)
     return batches

@@ -16,17 +16,43 @@ LESSON = {
 }
 
 
+QUERY_TOKENS = sum(len(row["ids"]) for row in LESSON["rows"])
+
+
 @pytest.mark.parametrize("name", student_rows.TUNINGS)
-def test_own_rows_count_the_query_tokens(model_folder, name):
-    tokens, seconds = student_rows.own(name, load_model(model_folder()), LESSON, 2, 4)
-    assert tokens == 2 * sum(len(row["ids"]) for row in LESSON["rows"])
-    assert seconds > 0
+def test_own_rows_count_the_query_tokens_of_each_step(model_folder, name):
+    tokens = student_rows.own(name, load_model(model_folder()), LESSON, 2, 2)
+    assert len(tokens) == 2
+    assert sum(tokens) == QUERY_TOKENS
 
 
 @pytest.mark.filterwarnings("ignore")  # the Trainer's own
 def test_the_padded_trainer_counts_the_same_tokens(model_folder):
-    tokens, _ = student_rows.trainer_padded(load_model(model_folder()), str(model_folder()), LESSON, 2, 4)
-    assert tokens == 2 * sum(len(row["ids"]) for row in LESSON["rows"])
+    tokens = student_rows.trainer_padded(load_model(model_folder()), str(model_folder()), LESSON, 2, 2)
+    assert len(tokens) == 2
+    assert sum(tokens) == QUERY_TOKENS
+
+
+def test_the_ends_of_steps_are_noted_for_any_optimizer():
+    ends = student_rows.steps_ended()
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    optimizer.step()
+    assert len(ends) == 2
+    assert ends == sorted(ends)
+
+
+def test_parts_of_a_run_are_put_together(tmp_path):
+    file, about = tmp_path / "student.json", {"model": "m", "steps": 12, "rounds": 2}
+    first = [{"name": "full", "tokens_per_s": 1.0}, {"name": "lora", "tokens_per_s": 2.0}]
+    file.write_text(json.dumps(benchmark.merged(first, about | {"matrix_operations_per_s": 7.0}, file, ("model", "steps"))))
+    later = benchmark.merged([{"name": "lora", "tokens_per_s": 3.0}], about | {"rounds": 1}, file, ("model", "steps"))
+    assert [(row["name"], row["tokens_per_s"]) for row in later["rows"]] == [("full", 1.0), ("lora", 3.0)]
+    assert later["matrix_operations_per_s"] == 7.0
+    other = benchmark.merged([{"name": "lora", "tokens_per_s": 3.0}], about | {"steps": 6}, file, ("model", "steps"))
+    assert [row["name"] for row in other["rows"]] == ["lora"]
 
 
 def test_the_peak_is_that_of_the_block():

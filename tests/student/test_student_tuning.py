@@ -16,7 +16,7 @@ from pipeline.models.truncation import cut_layers
 from pipeline.student import head as head_module
 from pipeline.student import training
 from pipeline.student.batches import Order
-from pipeline.student.head import TOKENS_A_PASS, _batches
+from pipeline.student.head import TOKENS_A_PASS, token_batches
 from pipeline.student.training import train
 from pipeline.student.tuning import apply_tuning, trained_weights
 
@@ -246,7 +246,7 @@ def test_a_model_that_changes_its_logits_after_the_head_runs_whole(tiny_model, m
 
 def test_rows_are_read_in_runs_of_bounded_length():
     rows = [(1,) * length for length in (5, 1000, 1000, 1000, 5000, 3)]
-    runs = _batches(rows)
+    runs = token_batches(rows, len)
     assert [row for run in runs for row in run] == rows
     assert all(sum(map(len, run)) <= TOKENS_A_PASS or len(run) == 1 for run in runs)
     assert len(runs) == 4
