@@ -46,8 +46,9 @@ class StoredStates:
         self._places: dict[Key, slice] = {}
         found = {_key(row): row for row in rows}
         batches = token_batches([found[key] for key in sorted(found, key=lambda key: (found[key].length, key))], lambda row: row.length)
-        if batches and self._read(batches[0][:1]).requires_grad:
-            raise StatesUnusableError(f"something below layer {layer} is learnt")
+        with torch.enable_grad():
+            if batches and self._read(batches[0][:1]).requires_grad:
+                raise StatesUnusableError(f"something below layer {layer} is learnt")
         states, place = None, 0
         for batch in batches:
             with torch.no_grad():

@@ -25,6 +25,7 @@ from pipeline.student.cached import AnswerForward, CachedRow, CacheTerm
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.early_stopping import Best, HeldBack
 from pipeline.student.forward import Forward, choose_forward, plain_log_probabilities, probe_rows
+from pipeline.student.frozen import on_stored_states
 from pipeline.student.head import on_stored_vectors
 from pipeline.student.matching import attach as attach_matchings
 from pipeline.student.matching import detach as detach_matchings
@@ -146,6 +147,9 @@ def _train_on_labels(
         if params.tuning == "head":
             taken = [small.ids(example.ids) for example in _taken(terms, params, held_back)]
             forward = on_stored_vectors(model, forward, small.completions, probe + taken, expected)
+        elif params.freeze_layers:
+            taken = [small.ids(example.ids) for example in _taken(terms, params, held_back)]
+            forward = on_stored_states(forward, small.completions, probe + taken, expected, params.freeze_layers)
         return _Training(model, small, forward, terms, params, held_back, title, checkpoint).run(tuning, started), tuning
     finally:
         forward.detach()

@@ -280,3 +280,36 @@ def test_combinations_that_make_no_sense_are_refused(changes, message):
 def test_freezing_every_layer_is_refused_before_training(make):
     with pytest.raises(UsageError, match="freeze_layers: 4, and the student has 4"):
         make().train(learn_from="targets/mix", freeze_layers=4)
+
+
+def test_states_below_frozen_layers_are_computed_once_and_change_nothing(make, monkeypatch):
+    stored, plain = make("stored"), make("plain")
+    stored.train(learn_from="targets/mix", freeze_layers=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.student.training.on_stored_states", lambda forward, *_: forward)
+        plain.train(learn_from="targets/mix", freeze_layers=2)
+    said = [read_json(world.places.artifacts / "students" / "cd" / "provenance.json")["forward"] for world in (stored, plain)]
+    assert "the lowest 2 layers once for each example" in said[0]
+    assert "once for each" not in said[1]
+    one, other = (load_model(world.places.artifacts / "students" / "cd").state_dict() for world in (stored, plain))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-4)
+
+
+def test_a_killed_training_above_frozen_layers_ends_with_the_bytes_of_an_unbroken_one(make, monkeypatch):
+    world, other = make("one"), make("two")
+    changes = {"learn_from": "targets/mix", "steps": 8, "freeze_layers": 2}
+    other.train(**changes)
+    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    original = Checkpoint.save
+
+    def dying(self, *args):
+        original(self, *args)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", dying)
+        with pytest.raises(Killed):
+            world.train(**changes)
+    world.train(**changes)
+    assert world.weights() == other.weights()
