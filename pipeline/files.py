@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.errors import ShotlessError
 
@@ -55,10 +55,23 @@ def disk_full(path: Path) -> Iterator[None]:
 def write_json(value: Any, path: Path) -> None:
     """Write JSON that a person can read and that is byte-identical for equal values."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+class Readable(Protocol):
+    """A path, or what stands for one in a remote store (`pipeline.places`)."""
+
+    def read_text(self, encoding: str) -> str:
+        """The whole file."""
+        ...
+
+
+def read_json(path: Readable) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 

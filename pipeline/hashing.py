@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def sha256_bytes(data: bytes) -> str:
+def sha256_bytes(data: bytes | memoryview) -> str:
     """Hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
 

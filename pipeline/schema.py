@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing
+from pipeline.places import Place, Remote
 
 SCHEMA_VERSION = 2
 
@@ -111,14 +112,14 @@ def write_table(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary, compression="zstd", write_statistics=True)
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+def read_table(path: Place, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and check its columns against `schema`.
 
     Raises UsageError where there is no such file, CorruptError naming the first column that differs.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file; `dvc repro` runs the stage that writes it.")
-    table = pq.read_table(path)
+    table = pq.read_table(pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path)
     for field in schema:
         if field.name not in table.schema.names:
             raise CorruptError(f"{path}: no column {field.name!r}; written by another version? Run the stage that writes it again.")

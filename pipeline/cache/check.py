@@ -6,17 +6,17 @@ rows of a damaged shard are known without reading it, since shards hold a reques
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.fingerprint import Fingerprint
-from pipeline.cache.folder import MANIFEST, read_manifest, shard_fault
+from pipeline.cache.folder import MANIFEST, read_manifest, read_shard, shard_fault
 from pipeline.cache.keys import Key, digests, keys_of
 from pipeline.cache.rows import read_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError
+from pipeline.places import Place, Remote
 from pipeline.schema import SCORES
 
 ALIKE = (("topk_ids", "topk_logprobs"), ("sampled_ids", "sampled_logprobs", "sampled_counts"))
@@ -38,7 +38,7 @@ class Findings:
     """A cache's faults, and what is in order of it."""
 
     faults: list[Fault] = field(default_factory=list)
-    intact: list[Path] = field(default_factory=list)
+    intact: list[Place] = field(default_factory=list)
     """Shards that are what the manifest says, of the fingerprint asked about."""
     manifest: dict[str, Any] | None = None
     """None where it is damaged or belongs to another teacher."""
@@ -49,7 +49,7 @@ class Findings:
         return list(dict.fromkeys(key for fault in self.faults for key in fault.keys))
 
 
-def check_cache(folder: Path, request: Sequence[Key] | None, fingerprint: Fingerprint | None) -> Findings:
+def check_cache(folder: Place, request: Sequence[Key] | None, fingerprint: Fingerprint | None) -> Findings:
     """Check a cache against its manifest, against the rows that this run's data ask for, and against this run's fingerprint.
 
     None leaves a comparison out: where data or model are not there, bytes are checked all the same.
@@ -75,7 +75,7 @@ def check_cache(folder: Path, request: Sequence[Key] | None, fingerprint: Finger
     return found
 
 
-def _check_shards(folder: Path, manifest: dict[str, Any], request: Sequence[Key] | None, found: Findings) -> None:
+def _check_shards(folder: Place, manifest: dict[str, Any], request: Sequence[Key] | None, found: Findings) -> None:
     rows = sum(shard["rows"] for shard in manifest["shards"])
     in_order = request is not None and rows == len(request)  # else data have changed since, and shards are matched by their keys
     held, start = [np.empty((0, 2), dtype=np.uint64)], 0
@@ -101,13 +101,16 @@ def _check_shards(folder: Path, manifest: dict[str, Any], request: Sequence[Key]
 
 
 def _shard_faults(
-    folder: Path, path: Path, shard: dict[str, Any], expected: list[Key] | None, manifest: dict[str, Any], held: list[np.ndarray]
+    folder: Place, path: Place, shard: dict[str, Any], expected: list[Key] | None, manifest: dict[str, Any], held: list[np.ndarray]
 ) -> list[str]:
     """What is wrong with one shard; the digests of its keys go to `held` where it can be read."""
-    if fault := shard_fault(folder, shard):
-        return [fault]
     try:
-        rows = read_rows(path, SCORES)
+        if isinstance(path, Remote):
+            rows = read_shard(folder, shard)
+        elif fault := shard_fault(folder, shard):
+            return [fault]
+        else:
+            rows = read_rows(path, SCORES)
     except CorruptError as error:
         return [str(error)]
     keys = keys_of(rows)

@@ -13,6 +13,7 @@ from pipeline.errors import MismatchError
 from pipeline.hashing import sha256_json
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.params import CacheParams
+from pipeline.places import Place
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.tasks import TaskTokens
 
@@ -46,7 +47,7 @@ class Fingerprint(BaseModel):
         """Hash of all parts."""
         return sha256_json(self.model_dump())
 
-    def check(self, found: dict[str, Any], where: Path) -> None:
+    def check(self, found: dict[str, Any], where: Place) -> None:
         """Raise MismatchError naming every part in which `found`, read from `where`, differs."""
         expected = self.model_dump()
         different = [name for name in expected if name not in found or found[name] != expected[name]]

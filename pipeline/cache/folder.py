@@ -8,7 +8,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.cache.fingerprint import Fingerprint
-from pipeline.cache.rows import MOST_ROWS, read_rows, rows_per_shard, write_rows
+from pipeline.cache.rows import MOST_ROWS, pieces_of, ranges_of, read_rows, rows_per_shard, with_pieces, write_rows
 from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import read_json, write_json
-from pipeline.hashing import sha256_file, sha256_json
+from pipeline.files import json_text, read_json
+from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
+from pipeline.places import Place, Remote, write_bytes
 from pipeline.schema import SCHEMA_VERSION, SCORES
 
 ROWS_PER_SHARD = MOST_ROWS
@@ -38,20 +39,24 @@ class ScoreCache:
     manifest: dict[str, Any]
 
 
-def write_cache(folder: Path, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
+def write_cache(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
     """Write shards of the rows of `tables` in their order, then the manifest with `about` in it. Memory holds one shard.
 
-    The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first.
+    The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first;
+    a remote store has no lock, and of two writers there one may end with a cache that is refused when it is read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _one_writer(folder):
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _one_writer(folder) if isinstance(folder, Path) else nullcontext():
         (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
         shards: list[dict[str, Any]] = []
         for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
             path = folder / f"part-{number:05d}.parquet"
-            write_rows(rows, path)
-            shards.append({"file": path.name, "rows": len(rows), "sha256": sha256_file(path), "bytes": path.stat().st_size})
-        for other in set(folder.glob("part-*.parquet")) - {folder / shard["file"] for shard in shards}:
+            data = write_rows(rows, path)
+            about_it = {"file": path.name, "rows": len(rows), "sha256": sha256_bytes(data), "bytes": len(data)}
+            shards.append(about_it | {"pieces": pieces_of(data)})
+        named = {shard["file"] for shard in shards}
+        for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
             other.unlink()
         manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -61,7 +66,7 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], fingerprint: Fingerpri
             "shards": shards,
             "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
         }
-        write_json(manifest | {"manifest_sha256": sha256_json(manifest)}, folder / MANIFEST)
+        write_bytes(json_text(manifest | {"manifest_sha256": sha256_json(manifest)}).encode(), folder / MANIFEST)
 
 
 def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -92,16 +97,16 @@ def _one_writer(folder: Path) -> Iterator[None]:
     raise ShotlessError(f"{folder}: another run has been writing it for {LOCK_SECONDS} s; wait for it, or end it and run again.")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Place) -> dict[str, Any]:
     """The manifest of a cache.
 
     Raises ShotlessError where it is missing: the capture did not end. Raises CorruptError where it is not what was written.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise ShotlessError(f"{path}: missing, so this capture did not end; `dvc repro` goes on with it.")
     try:
         manifest = read_json(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise ShotlessError(f"{path}: missing, so this capture did not end; `dvc repro` goes on with it.") from None
     except ValueError as error:
         raise CorruptError(f"{path}: not valid JSON ({error}); {AGAIN}") from None
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
@@ -113,41 +118,80 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def manifest_sha256(folder: Path) -> str:
+def manifest_sha256(folder: Place) -> str:
     """The hash that names what a cache holds, shards and all. Raises what `read_manifest` raises."""
     return sha256_json(read_manifest(folder))
 
 
-def shard_fault(folder: Path, shard: Mapping[str, Any]) -> str | None:
+def shard_fault(folder: Place, shard: Mapping[str, Any]) -> str | None:
     """What is wrong with the bytes of a shard that a manifest names; None where nothing is."""
     path = folder / shard["file"]
-    if not path.is_file():
-        return f"{path}: the manifest names this shard, and it is missing"
     try:
+        if isinstance(path, Remote):
+            return _fault_of(path, path.read_bytes(), shard)
+        if not path.is_file():
+            return f"{path}: the manifest names this shard, and it is missing"
         size, found = path.stat().st_size, sha256_file(path)
+    except FileNotFoundError:
+        return f"{path}: the manifest names this shard, and it is missing"
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror or error}"
+    return _difference(path, size, found, shard)
+
+
+def _fault_of(path: Place, data: bytes, shard: Mapping[str, Any]) -> str | None:
+    return _difference(path, len(data), sha256_bytes(data), shard)
+
+
+def _difference(path: Place, size: int, found: str, shard: Mapping[str, Any]) -> str | None:
     if found == shard["sha256"]:
         return None
     length = "" if size == shard["bytes"] else f" and {size:,} bytes are not {shard['bytes']:,}"
     return f"{path}: sha256 {found} is not the manifest's {shard['sha256']}{length}"
 
 
-def read_shard(folder: Path, shard: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
+def read_shard(folder: Place, shard: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard, checked against the manifest before it is read.
+
+    Of a remote one each byte is fetched once: all of them, or where `columns` are asked for these and the footer.
 
     Raises CorruptError naming the shard and what is wrong with it.
     """
-    if fault := shard_fault(folder, shard):
+    path = folder / shard["file"]
+    if isinstance(path, Remote):
+        source = _fetched(path, shard, columns)
+    elif fault := shard_fault(folder, shard):
         raise CorruptError(f"{fault}; {AGAIN}")
+    else:
+        source = path
     schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
-    table = read_rows(folder / shard["file"], schema)
+    table = read_rows(source, schema)
     if len(table) != shard["rows"]:
         raise CorruptError(f"{folder / shard['file']}: {len(table)} rows, the manifest says {shard['rows']}; {AGAIN}")
     return table
 
 
-def read_cache(folder: Path, columns: Sequence[str] | None = None) -> ScoreCache:
+def _fetched(path: Remote, shard: Mapping[str, Any], columns: Sequence[str] | None) -> bytes | bytearray:
+    """A remote shard's bytes, checked; zeros stand for columns that were not asked for, where the manifest has its pieces."""
+    pieces = shard.get("pieces")
+    try:
+        if pieces is None or columns is None or len(columns) == len(SCORES):
+            data = path.read_bytes()
+            fault = _fault_of(path, data, shard)
+        else:
+            numbers = [*sorted(SCORES.get_field_index(name) for name in columns), len(SCORES)]
+            data, fault = with_pieces(shard["bytes"], pieces, path.read_ranges(ranges_of(pieces, numbers)), numbers), None
+    except FileNotFoundError:
+        fault = f"{path}: the manifest names this shard, and it is missing"
+    except (OSError, CorruptError) as error:
+        fault = f"{path}: {error}"
+    else:
+        if fault is None:
+            return data
+    raise CorruptError(f"{fault}; {AGAIN}")
+
+
+def read_cache(folder: Place, columns: Sequence[str] | None = None) -> ScoreCache:
     """All rows of a cache, or some columns of them, in memory: for label scores. `CacheReader` reads distributions.
 
     Raises CorruptError naming the shard and what is wrong with it.

@@ -22,6 +22,7 @@ from pipeline.cache.folder import MANIFEST, read_manifest, read_shard
 from pipeline.cache.keys import KEY, Key, KeyIndex, keys_of
 from pipeline.errors import UsageError
 from pipeline.files import disk_full
+from pipeline.places import Place
 from pipeline.schema import SCORES
 
 MAPPED_BYTES = 32 << 20
@@ -45,7 +46,7 @@ class CacheReader:
     Raises what `read_manifest` raises, and MismatchError where the fingerprint differs.
     """
 
-    def __init__(self, folder: Path, work: Path, columns: Sequence[str] | None = None, fingerprint: Fingerprint | None = None) -> None:
+    def __init__(self, folder: Place, work: Path, columns: Sequence[str] | None = None, fingerprint: Fingerprint | None = None) -> None:
         self.folder, self.work = folder, work
         self.manifest: dict[str, Any] = read_manifest(folder)
         if fingerprint is not None:

@@ -6,6 +6,7 @@ Parquet format), which readers other than this project can verify.
 """
 
 import hashlib
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pyarrow.parquet as pq
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.errors import CorruptError
 from pipeline.files import replacing
+from pipeline.hashing import sha256_bytes
+from pipeline.places import Place, Remote, write_bytes
 
 MOST_ROWS = 16_384
 """Rows of a shard, where its bytes allow."""
@@ -79,20 +82,72 @@ def parquet_bytes(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def write_rows(rows: pa.Table, path: Path) -> None:
-    """Write rows of `schema.SCORES` as one Parquet file, whole or not at all, whose bytes depend on the rows alone."""
+def write_rows(rows: pa.Table, path: Place) -> memoryview:
+    """Write rows of `schema.SCORES` as one Parquet file of one row group, whole or not at all, and return its bytes: they depend on the
+    rows alone.
+    """
+    how: dict[str, Any] = {"row_group_size": len(rows), **settings(rows.schema, SHARD_LEVEL)}
+    if isinstance(path, Remote):
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows.combine_chunks(), sink, **how)
+        data = sink.getvalue().to_pybytes()
+        write_bytes(data, path)
+        return memoryview(data)
     with replacing(path) as temporary:
-        pq.write_table(rows.combine_chunks(), temporary, row_group_size=len(rows), **settings(rows.schema, SHARD_LEVEL))
+        pq.write_table(rows.combine_chunks(), temporary, **how)
+        return memoryview(temporary.read_bytes())
 
 
-def read_rows(source: Path | bytes, schema: pa.Schema) -> pa.Table:
+def pieces_of(shard: memoryview) -> list[str]:
+    """A shard cut at the ends of its columns, in the schema's order, and the footer: of each piece "BYTES SHA256", of the hash one half.
+
+    With them in the manifest, some columns can be fetched from a remote store and be known for what was written, without the others.
+    """
+    with pq.ParquetFile(pa.BufferReader(pa.py_buffer(shard))) as file:
+        group = file.metadata.row_group(0)
+        columns = [group.column(number) for number in range(group.num_columns)]
+    starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
+    ends = [start + column.total_compressed_size for start, column in zip(starts, columns, strict=True)]
+    return [_piece(shard[start:end]) for start, end in pairwise([0, *ends, len(shard)])]
+
+
+def _piece(data: bytes | memoryview) -> str:
+    return f"{len(data)} {sha256_bytes(data)[:32]}"
+
+
+def with_pieces(size: int, pieces: list[str], wanted: list[bytes], numbers: list[int]) -> bytearray:
+    """A shard of `size` bytes in which the `wanted` pieces stand in their places, and zeros elsewhere.
+
+    Raises CorruptError where one is not what `pieces` says.
+    """
+    ends = _ends(pieces)
+    shard = bytearray(size)
+    for number, data in zip(numbers, wanted, strict=True):
+        if _piece(data) != pieces[number]:
+            raise CorruptError(f"piece {number} has {_piece(data)} (bytes and sha256), the manifest says {pieces[number]}")
+        shard[ends[number] - len(data) : ends[number]] = data
+    return shard
+
+
+def ranges_of(pieces: list[str], numbers: list[int]) -> list[tuple[int, int]]:
+    """First byte of each piece, and the one behind its last."""
+    ends = [0, *_ends(pieces)]
+    return [(ends[number], ends[number + 1]) for number in numbers]
+
+
+def _ends(pieces: list[str]) -> list[int]:
+    return list(accumulate(int(piece.split()[0]) for piece in pieces))
+
+
+def read_rows(source: Place | bytes | bytearray, schema: pa.Schema) -> pa.Table:
     """The columns of `schema` from a Parquet file or its bytes, with every page's checksum verified.
 
     Raises CorruptError naming the column that is missing or of another type, or the page that is damaged.
     """
-    name = source if isinstance(source, Path) else "a part of the store"
+    name = "rows that were read" if isinstance(source, bytes | bytearray) else source
     try:
-        with pq.ParquetFile(source if isinstance(source, Path) else pa.BufferReader(source), page_checksum_verification=True) as file:
+        data = source.read_bytes() if isinstance(source, Remote) else source
+        with pq.ParquetFile(data if isinstance(data, Path) else pa.BufferReader(data), page_checksum_verification=True) as file:
             for field in schema:
                 place = file.schema_arrow.get_field_index(field.name)
                 found = None if place < 0 else file.schema_arrow.field(place).type

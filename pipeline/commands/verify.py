@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from pipeline.cache.check import Findings
     from pipeline.cache.fingerprint import Fingerprint
     from pipeline.cache.keys import Key, Request
+    from pipeline.places import Place
 
 ARTIFACTS = Path("artifacts")
 
 
 def verify(
-    names: Annotated[list[str] | None, typer.Argument(help="Teachers; default: all of params.yaml.", show_default=False)] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Teachers, or URLs of caches; default: all of params.yaml.", show_default=False)
+    ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Have damaged rows again: from the store, or scored anew.")] = False,
     rows: Annotated[Path | None, typer.Option(help="Write the keys of all damaged rows to this CSV file.")] = None,
 ) -> None:
@@ -29,7 +32,7 @@ def verify(
 
     quiet_libraries()
     params = load_params()
-    cases = [_Case(name, pick("teachers", params.teachers, name), params) for name in names or params.teachers]
+    cases = [_case(name, params) for name in names or params.teachers]
     for case in cases:
         case.check()
     store_faults = _check_stores(cases)
@@ -53,6 +56,15 @@ def verify(
             raise CorruptError(f"{case.folder}: still not in order; delete it and run `dvc repro teacher@{case.name}`.")
 
 
+def _case(name: str, params: Params) -> "_Case":
+    """A teacher's cache under artifacts, or one that lies at a URL in a folder of the teacher's name."""
+    from pipeline.places import place
+
+    where = place(name) if "://" in name else None
+    teacher = name if where is None else where.name
+    return _Case(teacher, pick("teachers", params.teachers, teacher), params, where)
+
+
 @dataclass
 class _Case:
     """One teacher's cache."""
@@ -60,6 +72,8 @@ class _Case:
     name: str
     teacher: TeacherParams
     params: Params
+    place: "Place | None" = None
+    """Where its cache lies, if not under artifacts."""
     notes: list[str] = field(default_factory=list)
     findings: "Findings" = field(init=False)
     request: "Request | None" = None
@@ -68,8 +82,8 @@ class _Case:
     """Damaged rows that the store holds."""
 
     @property
-    def folder(self) -> Path:
-        return ARTIFACTS / "scores" / self.name
+    def folder(self) -> "Place":
+        return self.place or ARTIFACTS / "scores" / self.name
 
     @property
     def model(self) -> Path:
@@ -137,6 +151,8 @@ class _Case:
         from pipeline.teacher.capture import capture
         from pipeline.work import work_folder
 
+        if not isinstance(self.folder, Path):
+            raise UsageError(f"{self.folder}: --repair writes under {ARTIFACTS}; repair the cache there, then copy it to the URL.")
         if self.request is None or self.fingerprint is None:
             raise UsageError(f"{self.folder}: cannot be repaired here: {'; '.join(self.notes)}")
         task, manifest, work, threads = Task(self.params.task), self.findings.manifest, work_folder(), self.params.runtime.threads

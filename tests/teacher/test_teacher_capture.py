@@ -259,7 +259,7 @@ def test_a_capture_killed_while_it_writes_is_no_cache_and_is_written_again_witho
         if done:
             raise Killed
         done.append(path)
-        original(rows, path)
+        return original(rows, path)
 
     with monkeypatch.context() as patched:
         patched.setattr(cache_module, "write_rows", dying)
