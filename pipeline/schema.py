@@ -3,7 +3,9 @@
 Files are zstd-compressed and byte-identical when written again from the same rows. Token ids are 32-bit: vocabularies pass 131,072.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +16,8 @@ from pipeline.files import replacing
 from pipeline.places import Place, Remote
 
 SCHEMA_VERSION = 2
-
+ROWS_PER_GROUP = 16_384
+"""Rows of a Parquet row group, but in the score cache: what is read at once of a file that is read as it is needed."""
 
 SLICE = "slice."
 """Begins the name of a slice's column; no field's does, since a field is an identifier."""
@@ -109,7 +112,7 @@ ANSWERS = pa.schema(
 def write_table(table: pa.Table, path: Path) -> None:
     """Write one Parquet file, whole or not at all, whose bytes depend on the rows alone; parents are made."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_statistics=True)
+        pq.write_table(table, temporary, compression="zstd", write_statistics=True, row_group_size=ROWS_PER_GROUP)
 
 
 def read_table(path: Place, schema: pa.Schema) -> pa.Table:
@@ -117,13 +120,57 @@ def read_table(path: Place, schema: pa.Schema) -> pa.Table:
 
     Raises UsageError where there is no such file, CorruptError naming the first column that differs.
     """
+    _check_file(path)
+    table = pq.read_table(pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path)
+    _check_columns(path, table.schema, schema)
+    return table.select(schema.names).cast(schema)
+
+
+class TableFile:
+    """A Parquet file with `schema`'s columns whose rows are read as they are asked for; memory holds the last row group.
+
+    Raises what `read_table` raises.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        _check_file(path)
+        self._path, self._schema = path, schema
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow, schema)
+            groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._ends = list(accumulate(groups))
+        self._held: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def rows(self, start: int, stop: int) -> pa.Table:
+        """The rows from `start` up to `stop`."""
+        found = [self._schema.empty_table()]
+        for group in range(bisect_right(self._ends, start), len(self._ends)):
+            first = self._ends[group - 1] if group else 0
+            if first >= stop:
+                break
+            found.append(self._group(group)[max(start - first, 0) : stop - first])
+        return pa.concat_tables(found)
+
+    def _group(self, number: int) -> pa.Table:
+        if self._held is None or self._held[0] != number:
+            self._held = None  # frees the old one before the new one is read
+            with pq.ParquetFile(self._path) as file:
+                self._held = number, file.read_row_group(number, self._schema.names).select(self._schema.names).cast(self._schema)
+        return self._held[1]
+
+
+def _check_file(path: Place) -> None:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; `dvc repro` runs the stage that writes it.")
-    table = pq.read_table(pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path)
+
+
+def _check_columns(path: Place, found: pa.Schema, schema: pa.Schema) -> None:
     for field in schema:
-        if field.name not in table.schema.names:
+        if field.name not in found.names:
             raise CorruptError(f"{path}: no column {field.name!r}; written by another version? Run the stage that writes it again.")
-        if table.schema.field(field.name).type != field.type:
-            found = table.schema.field(field.name).type
-            raise CorruptError(f"{path}: column {field.name!r} is {found}, expected {field.type}; run the stage that writes it again.")
-    return table.select(schema.names).cast(schema)
+        if found.field(field.name).type != field.type:
+            kind = found.field(field.name).type
+            raise CorruptError(f"{path}: column {field.name!r} is {kind}, expected {field.type}; run the stage that writes it again.")

@@ -1,7 +1,7 @@
 """Keys of rows: a request for them, their digests, and an index that finds them among the files of a store.
 
-A request for a million rows, or an index of them, is kept in few bytes a row: a request as the two lists whose product it is, an index as
-128-bit digests in sorted arrays.
+A request for a million rows, or an index of them, is kept in few bytes a row: a request as the contexts and examples whose product it is,
+an example's id as the 32 bytes that its hex digits stand for, an index as 128-bit digests in sorted arrays.
 """
 
 import hashlib
@@ -16,11 +16,53 @@ Key = tuple[str, str]
 KEY = ["context_id", "example_id"]
 
 
+class ExampleIds(Sequence[str]):
+    """Ids of examples, hex sha256, in 36 bytes each."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        data = bytearray()
+        for example in ids:
+            data += bytes.fromhex(example)
+        self._ids = np.frombuffer(bytes(data), dtype="S32")
+        self.order: np.ndarray = np.argsort(self._ids, kind="stable").astype(np.int32)
+        """Places in rising order of the ids."""
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[row] for row in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self._ids[place : place + 1 or None].tobytes().hex()  # a scalar of numpy would lose zero bytes at its end
+
+    def find(self, ids: Iterable[str]) -> np.ndarray:
+        """The place of each id, -1 where it is none of these, [N] int64; of equal ones the first."""
+        wanted = np.frombuffer(b"".join(map(bytes.fromhex, ids)), dtype="S32")
+        if not len(self):
+            return np.full(len(wanted), -1)
+        at = np.searchsorted(self._ids, wanted, sorter=self.order).clip(max=len(self) - 1)
+        places = self.order[at].astype(np.int64)
+        return np.where(self._ids[places] == wanted, places, -1)
+
+    @property
+    def all_different(self) -> bool:
+        """Whether no id stands here twice."""
+        rising = self._ids[self.order]
+        return not bool((rising[1:] == rising[:-1]).any())
+
+
 class Request(Sequence[Key]):
     """The product of contexts and examples, contexts outermost."""
 
-    def __init__(self, contexts: Sequence[str], examples: Sequence[str]) -> None:
-        self.contexts, self.examples = contexts, examples
+    def __init__(self, contexts: Sequence[str], examples: Iterable[str]) -> None:
+        self.contexts = contexts
+        self.examples = examples if isinstance(examples, ExampleIds) else ExampleIds(examples)
 
     def __len__(self) -> int:
         return len(self.contexts) * len(self.examples)
@@ -36,6 +78,11 @@ class Request(Sequence[Key]):
             raise IndexError(place)
         context, example = divmod(place % len(self), len(self.examples))
         return self.contexts[context], self.examples[example]
+
+    def holds(self, keys: Sequence[Key]) -> np.ndarray:
+        """Which of some keys it asks for, [N] bool."""
+        contexts = set(self.contexts)
+        return np.array([context in contexts for context, _ in keys], dtype=bool) & (self.examples.find(key for _, key in keys) >= 0)
 
 
 def blocks(request: Sequence[Key], rows: int) -> Iterator[list[Key]]:

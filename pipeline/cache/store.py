@@ -88,10 +88,9 @@ class Store:
 
         Damaged parts come first, as they were planned. `divide` turns missing keys of a block into parts, and is asked once for a block.
         """
-        contexts, examples = set(request.contexts), set(request.examples)
         for stem in sorted(self._damaged):
             keys = self._planned(stem)
-            if all(context in contexts and example in examples for context, example in keys) and (self._index.find(keys)[:, 0] < 0).any():
+            if request.holds(keys).all() and (self._index.find(keys)[:, 0] < 0).any():
                 yield Part(stem, keys)
         missing = self.missing(request)
         for number, block in enumerate(blocks(request, self.rows_per_block)):
@@ -120,7 +119,6 @@ class Store:
 
     def seconds(self, request: Request) -> tuple[float, int]:
         """The seconds that scoring the rows of a request took, whenever that was, and how many of the rows these seconds cover."""
-        contexts, examples = set(request.contexts), set(request.examples)
         if not self._files:
             with self.lock():
                 pass
@@ -129,7 +127,7 @@ class Store:
             time = self._time_of(sealed_stem(file))
             if time.is_file():
                 held = keys_of(read_rows(file, KEYS))
-                found = sum(context in contexts and example in examples for context, example in held)
+                found = int(request.holds(held).sum())
                 covered += found
                 total += read_json(time)["seconds"] * found / len(held)
         return total, covered

@@ -101,11 +101,12 @@ class _Case:
         from pipeline.models.loading import check_folder, load_tokenizer
         from pipeline.tasks import Task, TaskTokens
         from pipeline.teacher.capture import asked
+        from pipeline.teacher.transfer import Joined
 
         self.notes, task = [], Task(self.params.task)
         try:
             contexts, free, transfer = asked(*self.inputs, task)
-            self.request = Request([row["context_id"] for row in contexts], [query.example_id for query in free + transfer])
+            self.request = Request([row["context_id"] for row in contexts], (query.example_id for query in Joined(free, transfer)))
         except UsageError as error:
             self.notes.append(f"rows are not compared with this run's data: {error}")
         try:

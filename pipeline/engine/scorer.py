@@ -4,8 +4,8 @@ The teacher's stage, the baselines and the students' evaluation all ask here. Th
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pipeline.cache.encodings import columns_of
 from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
 from pipeline.cache.keys import Key, Request
 from pipeline.cache.store import Part, Store
+from pipeline.engine.asked import Asked, Query
 from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
 from pipeline.engine.generation import Generator
@@ -33,34 +34,9 @@ from pipeline.progress import progress
 from pipeline.schema import SCORES
 from pipeline.tasks import Task, TaskTokens
 
-TokenIds = Mapping[str, Sequence[int]]
-"""Token ids by context_id or example_id."""
 ROWS_PER_PART = 256
 """Rows between two writes: what a kill costs at most."""
 PROBE_ROWS = 3
-
-
-@dataclass(frozen=True)
-class Query:
-    """One input to be scored."""
-
-    example_id: str
-    fields: Mapping[str, str]
-    answer: str | None = None
-    """Its answer in free text, where answers are given."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Token ids of a request's contexts and queries, and of the answers that are given."""
-
-    prefixes: TokenIds
-    ids: TokenIds
-    answers: TokenIds | None
-
-    def length(self, example: str) -> int:
-        """Tokens of a row behind its context, as far as they are known before an answer is written."""
-        return len(self.ids[example]) + (len(self.answers[example]) - 1 if self.answers else 0)
 
 
 class Scorer:
@@ -90,31 +66,18 @@ class Scorer:
     ) -> Iterator[pa.Table]:
         """Rows for every context (rendered text) and query, contexts outermost, with the columns of `schema.SCORES` or some of them.
 
-        What is missing is scored at the call; the rows are then read block by block, so that memory holds a block of them at most.
-        Raises UsageError where a prompt is longer than the model takes.
+        What is missing is scored at the call; the rows are then read block by block, so that memory holds a block of them at most. No query
+        may stand there twice. Raises UsageError where a prompt is longer than the model takes.
         """
         prefixes = {context_id(text): self.tokens.prefix_ids(text) for text in contexts}
-        asked = self._asked(prefixes, queries)
+        asked = Asked(self.tokens, prefixes, queries)
         self._check_lengths(asked)
-        request = Request(list(prefixes), list(asked.ids))
+        request = Request(list(prefixes), asked.examples)
         with self.store.lock():
             self._score_missing(request, asked, title)
         return self.store.read(request, columns)
 
-    def _asked(self, prefixes: TokenIds, queries: Sequence[Query]) -> _Asked:
-        """Raises UsageError where a text that is to be read has one token, behind which nothing is left to predict."""
-        task, keys = self.tokens.task, [query.example_id for query in queries]
-        ids = dict(zip(keys, self.tokens.query_ids([task.query(query.fields) for query in queries]), strict=True))
-        if task.reads_texts:
-            if short := next((key for key in keys if len(ids[key]) < 2), None):
-                raise UsageError(f"example {short[:12]} is one token with its template, and `reads: texts` needs two; leave it out.")
-            return _Asked(prefixes, {key: row[:1] for key, row in ids.items()}, {key: row[1:] for key, row in ids.items()})
-        if not task.answers_are_given:
-            return _Asked(prefixes, ids, None)
-        answers = self.tokens.answer_ids([query.answer or "" for query in queries])
-        return _Asked(prefixes, ids, dict(zip(keys, answers, strict=True)))
-
-    def _score_missing(self, request: Request, asked: _Asked, title: str) -> None:
+    def _score_missing(self, request: Request, asked: Asked, title: str) -> None:
         missing = int(self.store.missing(request).sum())
         if not missing:
             return
@@ -127,7 +90,9 @@ class Scorer:
                 began = time.perf_counter()
                 rows = _score_part(engine, part, asked, self._generator)
                 self.store.write(part, rows, time.perf_counter() - began)
-                tokens += sum(len(asked.ids[example]) for _, example in part.keys) + len(rows["completion_ids"].combine_chunks().flatten())
+                tokens += sum(asked.lengths_of([example for _, example in part.keys]))
+                if not self.reading.texts:
+                    tokens += len(rows["completion_ids"].combine_chunks().flatten())
                 meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
 
     def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
@@ -135,7 +100,7 @@ class Scorer:
 
         Model work alone: loading the model and choosing the engine are not counted. Rows of a store from before times were kept have none.
         """
-        return self.store.seconds(Request([context_id(text) for text in contexts], [query.example_id for query in queries]))
+        return self.store.seconds(Request([context_id(text) for text in contexts], (query.example_id for query in queries)))
 
     def distributions(self, context: str, queries: Sequence[Query], answers: Completions | None) -> torch.Tensor:
         """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32: computed now, not read from the store.
@@ -143,11 +108,11 @@ class Scorer:
         `answers` are token ids of each query's own answer; None where answers are labels, which have one position.
         """
         prefix = self.tokens.prefix_ids(context)
-        asked = self._asked({context_id(context): prefix}, queries)
+        asked = Asked(self.tokens, {context_id(context): prefix}, queries)
         engine = self._load(asked).engine
         kept, engine.reading = engine.reading, replace(engine.reading, cache=CacheParams(encoding="full", resolution_nats=None))
         try:
-            return engine.score(prefix, list(asked.ids.values()), answers).encoded.full_logprobs
+            return engine.score(prefix, asked.rows(asked.examples)[0], answers).encoded.full_logprobs
         finally:
             engine.reading = kept
 
@@ -156,21 +121,21 @@ class Scorer:
         """Which engine scored this store's rows, and why it was chosen."""
         return read_json(self.store.folder / "engine.json")
 
-    def _check_lengths(self, asked: _Asked) -> None:
+    def _check_lengths(self, asked: Asked) -> None:
         limit = context_limit(self.model_folder)
-        branch = 0 if self.tokens.task.reads_texts else self.tokens.longest_answer - 1
-        lengths = {example: asked.length(example) if self.tokens.task.reads_texts else len(ids) for example, ids in asked.ids.items()}
-        longest = max(lengths, key=lengths.__getitem__)
+        branch = 0 if self.reading.texts else self.tokens.longest_answer - 1
+        place = asked.longest()
+        longest, tokens = asked.examples[place], int(asked.lengths[place])
         for context, prefix in asked.prefixes.items():
-            needed = len(prefix) + lengths[longest] + branch
+            needed = len(prefix) + tokens + branch
             if limit is not None and needed > limit:
                 raise UsageError(
-                    f"context {context[:12]} has {len(prefix)} tokens and example {longest[:12]} {lengths[longest]}: together with the "
+                    f"context {context[:12]} has {len(prefix)} tokens and example {longest[:12]} {tokens}: together with the "
                     f"answer {needed}, and {self.model_folder} takes {limit}. Use fewer or shorter demonstrations "
                     "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                 )
 
-    def _load(self, asked: _Asked) -> EngineChoice:
+    def _load(self, asked: Asked) -> EngineChoice:
         """The engine; the model is loaded and probed at the first call, under its longest context, with its longest query and answer.
 
         What depends on length (a sliding window) shows there, and not in the middle of the work.
@@ -178,17 +143,15 @@ class Scorer:
         if self._choice is None:
             model = load_model(self.model_folder, DTYPES[self.dtype], self.device)
             completion = self.tokens.task.params.completion
-            probe = sorted(asked.ids, key=lambda example: (asked.length(example), asked.ids[example], example))
-            probe = [probe[round(number * (len(probe) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
             budget = token_budget(model, memory_bytes(self.device))
             context = max(asked.prefixes.values(), key=lambda prefix: (len(prefix), prefix))
-            queries, answers = [asked.ids[example] for example in probe], None
+            queries, own = asked.rows(asked.spread(PROBE_ROWS))
+            answers = None
             if completion is not None:
                 if completion.source == "generated":
                     self._generator = Generator(model, self.tokenizer, completion)
-                answers = [list(islice(cycle(query), self.tokens.longest_answer)) for query in queries]  # any text does to compare
-                if self.tokens.task.reads_texts and asked.answers is not None:
-                    answers = [asked.answers[example] for example in probe]
+                any_text = [list(islice(cycle(query), self.tokens.longest_answer)) for query in queries]  # does to compare
+                answers = own if self.reading.texts else any_text
             self._choice = choose_engine(model, self.reading, budget, context, queries, answers)
             file = self.store.folder / "engine.json"
             if not file.exists():
@@ -197,37 +160,35 @@ class Scorer:
         return self._choice
 
 
-def _score_part(engine: Engine, part: Part, asked: _Asked, generator: Generator | None) -> pa.Table:
+def _score_part(engine: Engine, part: Part, asked: Asked, generator: Generator | None) -> pa.Table:
     """The rows of a part, which lies in one context. Answers in free text are written first, unless they are there."""
     context = part.keys[0][0]
     examples = [example for _, example in part.keys]
-    prefix, queries = asked.prefixes[context], [asked.ids[example] for example in examples]
+    prefix, (queries, answers) = asked.prefixes[context], asked.rows(examples)
     if generator is not None:
         answers = generator.answers(prefix, queries)
-    else:
-        answers = None if asked.answers is None else [asked.answers[example] for example in examples]
-    seen: list[Sequence[int]] = queries
+    seen = queries
     if engine.reading.texts and answers is not None:
         seen = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)]
     return _rows(context, examples, prefix, seen, answers, engine.score(prefix, queries, answers))
 
 
-def _divide(missing: list[Key], asked: _Asked, budget: int) -> list[list[Key]]:
+def _divide(missing: list[Key], asked: Asked, budget: int) -> list[list[Key]]:
     """Missing rows as parts: one context each, whole batches of rows of like length."""
     parts: list[list[Key]] = []
     for context in dict.fromkeys(context for context, _ in missing):
         examples = [example for other, example in missing if other == context]
-        examples.sort(key=lambda example: (asked.length(example), example))
+        rows = sorted(zip(asked.lengths_of(examples), examples, strict=True))
         parts.append([])
-        for batch in plan_batches([asked.length(example) for example in examples], budget):
+        for batch in plan_batches([length for length, _ in rows], budget):
             if len(parts[-1]) >= ROWS_PER_PART:
                 parts.append([])
-            parts[-1] += [(context, examples[row]) for row in batch]
+            parts[-1] += [(context, rows[row][1]) for row in batch]
     return parts
 
 
 def _rows(
-    context: str, examples: list[str], prefix: Sequence[int], queries: list[Sequence[int]], answers: Completions | None, scores: Scores
+    context: str, examples: list[str], prefix: Sequence[int], queries: list[list[int]], answers: Completions | None, scores: Scores
 ) -> pa.Table:
     """Scores as rows of `schema.SCORES`; `queries` are what the teacher saw behind the context."""
     ends = np.concatenate([[0], scores.positions.cumsum(0).numpy()])

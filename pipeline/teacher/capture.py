@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.folder import read_cache, write_cache
+from pipeline.cache.keys import ExampleIds
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import UsageError
 from pipeline.files import write_json
 from pipeline.hashing import example_id
 from pipeline.params import CacheParams
-from pipeline.schema import CONTEXTS, examples, read_table
+from pipeline.schema import CONTEXTS, read_table
 from pipeline.tasks import Task
 from pipeline.teacher.fidelity import live_fidelity
+from pipeline.teacher.transfer import Joined, TransferSet
 
 
 def capture(
@@ -42,7 +44,7 @@ def capture(
     seconds), `metrics` that for the cache's fidelity. Raises UsageError where a prompt does not fit the model.
     """
     contexts, free, transfer = asked(contexts_file, transfer_file, task)
-    queries = free + transfer
+    queries = Joined(free, transfer)
     scorer = Scorer(model_folder, task, cache, work, threads, dtype)
     texts = [context["text"] for context in contexts]
     rows = scorer.tables(texts, queries, f"teacher {name}")
@@ -65,19 +67,15 @@ def capture(
         write_json({"seconds": round(seconds, 3), "rows": len(prompts), "rows_timed": timed, "prompt_tokens": tokens}, runtime)
 
 
-def asked(contexts_file: Path, transfer_file: Path, task: Task) -> tuple[list[dict[str, Any]], list[Query], list[Query]]:
+def asked(contexts_file: Path, transfer_file: Path, task: Task) -> tuple[list[dict[str, Any]], list[Query], TransferSet]:
     """What a capture asks: contexts as rows of `schema.CONTEXTS`, inputs without content, the transfer set.
 
     A cache's rows are each context × (inputs without content, then the transfer set), in this order. Raises UsageError where an example
     would be asked twice.
     """
     contexts = read_table(contexts_file, CONTEXTS).to_pylist()
-    transfer = [
-        Query(row["example_id"], {field: row[field] for field in task.fields}, row["completion"])
-        for row in read_table(transfer_file, examples(task.fields)).to_pylist()
-    ]
-    free = content_free_queries(task)
-    if len({query.example_id for query in free + transfer}) != len(free) + len(transfer):
+    transfer, free = TransferSet(transfer_file, task.fields), content_free_queries(task)
+    if not ExampleIds(query.example_id for query in Joined(free, transfer)).all_different:
         raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
     return contexts, free, transfer
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 
 from pipeline.cache.distributions import decode
 from pipeline.cache.fidelity import fidelity
-from pipeline.cache.folder import read_cache, read_manifest
+from pipeline.cache.folder import read_manifest, read_shard
+from pipeline.cache.keys import ExampleIds
 from pipeline.cache.reader import CacheReader
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.hashing import context_id
@@ -27,8 +27,8 @@ def live_fidelity(scorer: Scorer, contexts: Sequence[str], queries: Sequence[Que
     """Figures of a cache that `scorer` wrote: of `ROWS_A_CONTEXT` examples in the first contexts, those of `cache.fidelity.fidelity`, and
     bytes a row and a position of the whole cache.
     """
-    chosen = sorted(queries, key=lambda query: query.example_id)
-    chosen = chosen[:: max(1, len(chosen) // ROWS_A_CONTEXT)][:ROWS_A_CONTEXT]
+    rising = ExampleIds(query.example_id for query in queries).order.tolist()
+    chosen = [queries[place] for place in rising[:: max(1, len(rising) // ROWS_A_CONTEXT)][:ROWS_A_CONTEXT]]
     params = scorer.reading.cache
     with CacheReader(folder, work) as reader:
         keys = [(context_id(text), query.example_id) for text in contexts[:CONTEXTS] for query in chosen]
@@ -41,8 +41,10 @@ def live_fidelity(scorer: Scorer, contexts: Sequence[str], queries: Sequence[Que
         live.append(scorer.distributions(text, chosen, given))
         students.append(scorer.distributions("", chosen, given) if any(contexts) else torch.zeros_like(live[-1]))
     figures = fidelity(torch.cat(live), decode(rows, params), torch.cat(students), params.resolution_nats)
-    positions = int(pc.sum(pc.list_value_length(read_cache(folder, ["tail_mass"]).rows["tail_mass"])).as_py())  # type: ignore[attr-defined]
-    totals = read_manifest(folder)["totals"]
+    manifest = read_manifest(folder)
+    totals = manifest["totals"]
+    lists = (read_shard(folder, shard, ["tail_mass"])["tail_mass"] for shard in manifest["shards"])
+    positions = sum(len(column.combine_chunks().flatten()) for column in lists)
     sizes = {"bytes_per_row": totals["bytes"] / totals["rows"], "bytes_per_position": totals["bytes"] / positions}
     return rounded({"rows": totals["rows"], "positions": positions, "scored_again": len(rows), **sizes, **_without_count(figures)})
 

@@ -28,7 +28,7 @@ def test_a_misspelt_key_is_named_with_the_choices_and_ends_with_2(folder):
         yaml.dump(params, file)
     result = run(folder, "-c", "from pipeline.cli import app; app()", "check")
     assert result.returncode == 2
-    assert "students.cd.learning_rte: unknown key; there are: adapters, base, batch_size" in result.stderr
+    assert "students.cd.learning_rte: unknown key; there are: adapters, also, base, batch_size" in result.stderr
     assert "Traceback" not in result.stderr
 
 
