@@ -26,7 +26,8 @@ def local_faults(origin: LocalOrigin, is_model: bool) -> list[str]:
     """What keeps a local origin from being used; empty where nothing does."""
     path = local_path(origin)
     if not path.exists():
-        return [f"{origin.path!r} does not exist; give a path from the project's folder, or an absolute one."]
+        obtain = f" To have it: {origin.obtain.strip()}" if origin.obtain else ""
+        return [f"{origin.path!r} does not exist; give a path from the project's folder, or an absolute one.{obtain}"]
     if path.is_dir():
         return _folder_faults(origin, path, is_model)
     if is_model and path.suffix != ".gguf":

@@ -53,6 +53,8 @@ class LocalOrigin(Frozen):
     sha256: Sha256 | None = None
     """Of the file, where it must not change unnoticed."""
     licence: str = "the user's own"
+    obtain: str = ""
+    """What to fetch and from where, for the message where there is no such file."""
 
 
 Origin = Annotated[PypiOrigin | HubOrigin | LocalOrigin, Field(discriminator="source")]
