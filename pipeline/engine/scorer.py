@@ -26,6 +26,7 @@ from pipeline.engine.scores import Engine, Reading, Scores
 from pipeline.errors import UsageError
 from pipeline.files import read_json, write_json
 from pipeline.hashing import context_id, sha256_ids
+from pipeline.memory import give_back_memory
 from pipeline.models.loading import context_limit, load_model, load_tokenizer
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, memory_bytes, use_machine
 from pipeline.models.rows import Completions
@@ -90,6 +91,7 @@ class Scorer:
                 began = time.perf_counter()
                 rows = _score_part(engine, part, asked, self._generator)
                 self.store.write(part, rows, time.perf_counter() - began)
+                give_back_memory()
                 tokens += sum(asked.lengths_of([example for _, example in part.keys]))
                 if not self.reading.texts:
                     tokens += len(rows["completion_ids"].combine_chunks().flatten())

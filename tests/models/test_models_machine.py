@@ -1,5 +1,7 @@
 """Threads, number formats and products as this machine has them; fused modules against the ones they stand for."""
 
+import os
+
 import pytest
 import torch
 
@@ -19,6 +21,15 @@ def settings():
 def test_threads_are_those_asked_for_or_the_cores_there_are(settings):
     assert machine.use_machine(3) == torch.get_num_threads() == 3
     assert 1 <= machine.use_machine(None) == torch.get_num_threads()
+
+
+def test_kernels_are_kept_for_few_lengths_and_a_user_s_own_number_stands(settings, monkeypatch):
+    first, second = machine.KERNELS_KEPT
+    monkeypatch.delenv(first, raising=False)
+    monkeypatch.setenv(second, "7")
+    machine.use_machine(None)
+    assert os.environ[first] == machine.KERNELS_KEPT[first]
+    assert os.environ[second] == "7"
 
 
 @pytest.mark.parametrize("holds_back", [True, False])
