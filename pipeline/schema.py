@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing
+from pipeline.sealing import check_seal, write_sealed_table
 
 SCHEMA_VERSION = 2
 
@@ -108,17 +109,21 @@ ANSWERS = pa.schema(
 def write_table(table: pa.Table, path: Path) -> None:
     """Write one Parquet file, whole or not at all, whose bytes depend on the rows alone; parents are made."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_statistics=True)
+        write_sealed_table(table, temporary)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and check its columns against `schema`.
 
-    Raises UsageError where there is no such file, CorruptError naming the first column that differs.
+    Raises UsageError where there is no such file, CorruptError where its bytes are not those that were written, or a column differs.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file; `dvc repro` runs the stage that writes it.")
-    table = pq.read_table(path)
+    check_seal(path)
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptError(f"{path}: not readable as Parquet: {error}; run the stage that writes it again.") from error
     for field in schema:
         if field.name not in table.schema.names:
             raise CorruptError(f"{path}: no column {field.name!r}; written by another version? Run the stage that writes it again.")

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.rows import MOST_ROWS, read_rows, rows_per_shard, write_rows
 from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import read_json, write_json
+from pipeline.files import make_folder, read_json, remove_leftovers, write_json
 from pipeline.hashing import sha256_file, sha256_json
 from pipeline.schema import SCHEMA_VERSION, SCORES
 
@@ -41,7 +41,7 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], fingerprint: Fingerpri
 
     The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with _one_writer(folder):
         (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
         shards: list[dict[str, Any]] = []
@@ -51,6 +51,8 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], fingerprint: Fingerpri
             shards.append({"file": path.name, "rows": len(rows), "sha256": sha256_file(path), "bytes": path.stat().st_size})
         for other in set(folder.glob("part-*.parquet")) - {folder / shard["file"] for shard in shards}:
             other.unlink()
+        for left in folder.glob(".*.tmp"):
+            remove_leftovers(folder / left.name[1:].rpartition(".")[0].rpartition(".")[0])
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": fingerprint.model_dump(),

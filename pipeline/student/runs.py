@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UsageError
-from pipeline.files import write_json
+from pipeline.files import make_folder, write_json, write_sealed_json
 from pipeline.hashing import sha256_file, sha256_json
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
@@ -178,7 +178,7 @@ def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int
         held_back=job.held_back,
         adapter=adapter,
     )
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     model.config._name_or_path = ""
     save_model(model, load_tokenizer(base), output)
     counts = {
@@ -191,7 +191,9 @@ def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int
     }
     choice = held_back_summary(trained, len(job.held_back.examples) + len(job.held_back.cached)) if job.held_back else {}
     own = identity_entries(output, provenance)
-    write_json({**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE)
+    write_sealed_json(
+        {**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE
+    )
     _write_metrics(job, metrics_name, counts | choice, trained, used_threads, places.metrics)
     checkpoint.remove()
 
