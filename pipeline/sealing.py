@@ -1,4 +1,4 @@
-"""Parquet files that carry the sha256 of their own bytes, so that a flipped bit anywhere in them is found before a row is read.
+"""Parquet files that carry the sha256 of their own bytes and their own name: a flipped bit or a swap is found before a row is read.
 
 The hash stands in the file's metadata, where every Parquet reader shows it and none minds it, and is taken with its own digits as zeros.
 Page checksums, which the format has, leave out the footer and the pages' headers. The trade-off: a file is read twice.
@@ -19,11 +19,11 @@ BLANK = MARK + b"0" * 64
 AGAIN = "run the stage that writes it again."
 
 
-def write_sealed_table(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file whose bytes depend on the rows alone."""
+def write_sealed_table(table: pa.Table, path: Path, final: Path) -> None:
+    """Write one Parquet file, to be renamed to `final`, whose bytes depend on the rows and on that name alone."""
     with pq.ParquetWriter(path, table.schema, compression="zstd", write_statistics=True, write_page_checksum=True) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({KEY: BLANK.decode()})
+        writer.add_key_value_metadata({KEY: (BLANK + _place(final)).decode()})
     size = path.stat().st_size
     with path.open("r+b") as file:
         start, footer = _footer(path, size)
@@ -43,8 +43,17 @@ def check_seal(path: Path) -> None:
         found = _digest(path, start + place)
     except (ValueError, struct.error):
         raise CorruptError(f"{path}: {size:,} bytes without a seal, so it is damaged or of another version; {AGAIN}") from None
+    if found == written and not footer[place + len(BLANK) :].startswith(_place(path)):
+        stands = footer[place + len(BLANK) :].split(b"\n")[0].decode(errors="backslashreplace")
+        raise CorruptError(f"{path}: was written as {stands.strip()}, so it was put in another's place; {AGAIN}")
     if found != written:
         raise CorruptError(f"{path}: its bytes have sha256 {found[:12]}…, and were sealed with {written[:12]}…; {AGAIN}")
+
+
+def _place(path: Path) -> bytes:
+    """What a file is called, with its folder: one run's files cannot stand for each other."""
+    path = path.absolute()
+    return f" {path.parent.name}/{path.name}\n".encode(errors="backslashreplace")
 
 
 def _footer(path: Path, size: int) -> tuple[int, bytes]:

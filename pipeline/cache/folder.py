@@ -41,27 +41,31 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], fingerprint: Fingerpri
 
     The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first.
     """
-    make_folder(folder)
-    with _one_writer(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
-        shards: list[dict[str, Any]] = []
-        for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
-            path = folder / f"part-{number:05d}.parquet"
-            write_rows(rows, path)
-            shards.append({"file": path.name, "rows": len(rows), "sha256": sha256_file(path), "bytes": path.stat().st_size})
-        for other in set(folder.glob("part-*.parquet")) - {folder / shard["file"] for shard in shards}:
-            other.unlink()
-        for left in folder.glob(".*.tmp"):
-            remove_leftovers(folder / left.name[1:].rpartition(".")[0].rpartition(".")[0])
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": fingerprint.model_dump(),
-            "fingerprint_sha256": fingerprint.sha256,
-            **about,
-            "shards": shards,
-            "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
-        }
-        write_json(manifest | {"manifest_sha256": sha256_json(manifest)}, folder / MANIFEST)
+    with one_writer(folder):
+        write_shards(folder, tables, fingerprint, about)
+
+
+def write_shards(folder: Path, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
+    """The same for whoever is the folder's one writer, and stays it for longer."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
+    shards: list[dict[str, Any]] = []
+    for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
+        path = folder / f"part-{number:05d}.parquet"
+        write_rows(rows, path)
+        shards.append({"file": path.name, "rows": len(rows), "sha256": sha256_file(path), "bytes": path.stat().st_size})
+    for other in set(folder.glob("part-*.parquet")) - {folder / shard["file"] for shard in shards}:
+        other.unlink()
+    for left in folder.glob(".*.tmp"):
+        remove_leftovers(folder / left.name[1:].rpartition(".")[0].rpartition(".")[0])
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint.model_dump(),
+        "fingerprint_sha256": fingerprint.sha256,
+        **about,
+        "shards": shards,
+        "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
+    }
+    write_json(manifest | {"manifest_sha256": sha256_json(manifest)}, folder / MANIFEST)
 
 
 def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -76,9 +80,10 @@ def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _one_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder itself: a lock file in it would become part of the artifact. DVC may have put another folder in its place."""
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder itself, which is made: a lock file in it would become part of the artifact. DVC may put another in its place."""
     for _ in range(LOCK_SECONDS * 10):
+        make_folder(folder)
         handle = os.open(folder, os.O_RDONLY)
         try:
             with suppress(BlockingIOError):

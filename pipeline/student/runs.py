@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from pipeline.errors import UsageError
 from pipeline.files import make_folder, write_json, write_sealed_json
-from pipeline.hashing import sha256_file, sha256_json
+from pipeline.hashing import sha256_file, sha256_json, sha256_text
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
     check_folder,
@@ -155,6 +156,14 @@ def demonstrations_a_step(batch_size: int) -> int:
 
 
 def _run(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
+    """One run at a time writes `output`: a second one waits, and then trains to the same bytes."""
+    folder = places.work / "training"
+    make_folder(folder)
+    with FileLock(folder / f"{sha256_text(str(output.resolve()))[:16]}.lock"):
+        _train_and_save(job, output, metrics_name, places, threads, seconds_between)
+
+
+def _train_and_save(job: Job, output: Path, metrics_name: str, places: Places, threads: int | None, seconds_between: float) -> None:
     base = places.artifacts / job.base
     check_lengths(job.examples, job.rows, job.tokens, context_limit(base), base)
     used_threads = use_machine(threads)
