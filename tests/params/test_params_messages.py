@@ -57,7 +57,7 @@ def test_names_that_are_also_keys_or_kinds_of_origin_keep_their_place(raw_params
     raw_params["data"]["sources"]["hub"] = {**raw_params["data"]["sources"]["movie"], "lr": 1}
     raw_params["teachers"]["model"] = {"model": "models/smollm2", "contexts": "none", "lr": 1}
     found = message(raw_params)
-    assert "models.local.lr: unknown key; there are: licence, path, sha256, source" in found
+    assert "models.local.lr: unknown key; there are: licence, obtain, path, sha256, source" in found
     assert "data.sources.hub.lr: unknown key; there are: columns, completion, fields" in found
     assert "teachers.model.lr: unknown key; there are: cache, contexts, dtype, model" in found
 

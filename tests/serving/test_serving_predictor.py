@@ -73,7 +73,7 @@ def test_answers_and_states_are_those_of_plain_transformers(tmp_path, model_fold
 def test_answers_are_those_of_the_evaluation_stage(tmp_path, student, predictor):
     task = Task(TaskParams(template=TEMPLATE, verbalisers=VERBALISERS))
     rows = [{"example_id": example_id({"text": text}), "text": text, "label": "positive"} for text in TEXTS]
-    table = predict_student("cd", student, task, {"test": rows}, tmp_path / "work", 1)
+    table = predict_student("cd", {"": student}, task, {"test": rows}, tmp_path / "work", 1)
     found = predictor.predict(TEXTS)
     assert [p.label for p in found] == table["predicted"].to_pylist()
     assert shares_of(found) == pytest.approx(np.array(table["probabilities"].to_pylist()), abs=1e-6)
