@@ -13,10 +13,11 @@ from pipeline.hashing import sha256_text
 from pipeline.report import sections
 from pipeline.report.cells import Cell, Rows, Table
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import DASH, percent, plural, quantity, root_model, span
+from pipeline.report.describe import root_model
 from pipeline.report.disagreements import shortened
 from pipeline.report.sections import Builder, Section, View
 from pipeline.report.templating import make_environment
+from pipeline.wording import DASH, percent, plural, quantity, span
 
 SAMPLES = 12
 

@@ -12,22 +12,10 @@ from functools import partial
 from pipeline.params import HubOrigin, LocalOrigin, PypiOrigin
 from pipeline.report.cells import DOMAIN_TITLE
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import (
-    about,
-    beside,
-    compact,
-    context_sizes,
-    gold_weight,
-    layers,
-    percent,
-    plural,
-    quantity,
-    root_model,
-    scaled,
-    span,
-)
+from pipeline.report.describe import about, beside, context_sizes, gold_weight, layers, root_model
 from pipeline.report.slices import weakest
 from pipeline.report.templating import make_environment
+from pipeline.wording import compact, percent, plural, quantity, scaled, span
 
 
 def render_card(document: Json, inputs: Inputs, student: str) -> str:

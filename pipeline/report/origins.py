@@ -2,7 +2,8 @@
 
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table, as_float
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import DASH, beside, compact, gold_weight, layers, percent, quantity, scaled
+from pipeline.report.describe import beside, gold_weight, layers
+from pipeline.wording import DASH, compact, percent, quantity, scaled
 
 
 def students(inputs: Inputs) -> Table:
@@ -152,7 +153,7 @@ def roles(document: Json, inputs: Inputs) -> Table:
     rows = []
     for part, key, source in (
         ("demonstrations", "demonstrations", data.demonstrations.source),
-        ("transfer set", "transfer", data.transfer.source),
+        ("transfer set", "transfer", ", ".join(data.transfer.limits)),
     ):
         found = counted.get(key, {})
         copies = found.get("copies_of_evaluation_removed")

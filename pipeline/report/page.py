@@ -6,9 +6,10 @@ comes from data or params is escaped by jinja2; the charts are the only markup t
 
 from pipeline.report import results
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import beside, context_sizes, listed, plural, root_model, scaled
+from pipeline.report.describe import beside, context_sizes, root_model
 from pipeline.report.sections import SECTIONS, View
 from pipeline.report.templating import make_environment
+from pipeline.wording import listed, plural, scaled
 
 
 def render_page(document: Json, inputs: Inputs) -> str:

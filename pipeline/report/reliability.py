@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table
 from pipeline.report.collect import Json
-from pipeline.report.describe import percent
 from pipeline.report.document import sets_of
 from pipeline.report.drawing import data, svg, ticks
+from pipeline.wording import percent
 
 SIZE = 190
 MOST_LABELS = 12

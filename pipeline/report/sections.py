@@ -14,11 +14,11 @@ from markupsafe import Markup
 from pipeline.report import charts, costs, origins, reliability, results, risks, slices, tradeoffs
 from pipeline.report.cells import DOMAIN_TITLE
 from pipeline.report.collect import Inputs, Json, stage_of
-from pipeline.report.describe import listed, plural
 from pipeline.report.disagreements import attributions, disagreements, voters
 from pipeline.report.document import ranked_students
 from pipeline.report.findings import findings
 from pipeline.report.identity import identity, params_text
+from pipeline.wording import listed, plural
 
 MAX_CURVES = 12
 STUDENTS_COMPARED = 3

@@ -44,18 +44,26 @@ def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
+def _blocks(params: Params, method: str) -> list[str]:
+    """The `context_id`s of a method's rows: contexts that are answered in each, or the seeds of a student."""
+    if method in params.baselines:
+        return [sha256_text(f"orders/{context}") for context in range(4)] if params.baselines[method].contexts == "each" else [""]
+    seeds = params.students[method].seeds or ()
+    return [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else [""]
+
+
 def prediction_rows(params: Params, method: str, examples: int = EXAMPLES) -> list[dict[str, Any]]:
     """Rows of one method: right with the chosen chance, wrong on the same hard examples as the other methods where it can be."""
     labels = list(params.task.verbalisers)
-    each = method in params.baselines and params.baselines[method].contexts == "each"
+    blocks = _blocks(params, method)
     rows = []
     for s, name in enumerate(params.data.evaluation):
         accuracy = ACCURACY.get(method, (0.75,) * 4)[s % 4]
         rng = np.random.default_rng(s)
         gold, hardness = rng.integers(len(labels), size=examples), rng.random(examples)
         own = np.random.default_rng([s, len(method), *method.encode()])
-        for context in range(4 if each else 1):
-            level = np.clip(accuracy + (0.04 * (context - 1.5) if each else 0), 0, 1)
+        for b, block in enumerate(blocks):
+            level = np.clip(accuracy + 0.04 * (b - (len(blocks) - 1) / 2), 0, 1)
             right = 0.6 * hardness + 0.4 * own.random(examples)
             right = right <= np.quantile(right, level)
             for i in range(examples):
@@ -68,7 +76,7 @@ def prediction_rows(params: Params, method: str, examples: int = EXAMPLES) -> li
                 rows.append(
                     {
                         "set": name,
-                        "context_id": sha256_text(f"orders/{context}") if each else "",
+                        "context_id": block,
                         "example_id": sha256_text(f"{name}/{i}"),
                         "label": labels[gold[i]],
                         "predicted": labels[answer],

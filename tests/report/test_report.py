@@ -17,9 +17,9 @@ from pipeline.errors import CorruptError, UsageError
 from pipeline.hashing import sha256_file
 from pipeline.params import Params, parse_params
 from pipeline.report.build import build_report
-from pipeline.report.describe import percent, points, scaled
 from pipeline.report.findings import findings
 from pipeline.report.summary import print_summary
+from pipeline.wording import percent, points, scaled
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "line", "rect"}
 
@@ -257,6 +257,24 @@ def test_other_shapes_of_runs_have_a_report_too(raw_params: dict[str, Any], tmp_
     console = Console(width=100, record=True, highlight=False)
     print_summary(tmp_path / "report", console)
     assert max(map(len, console.export_text().splitlines())) <= 100
+
+
+def test_a_student_of_several_seeds_has_their_mean_and_deviation(raw_params: dict[str, Any], tmp_path: Path) -> None:
+    raw_params["evaluation"]["bootstrap"] = 20
+    raw_params["students"]["cd"]["seeds"] = [0, 1, 7]
+    params = parse_params(raw_params)
+    write_run(params, tmp_path, examples=40)
+    build_report(params, tmp_path)
+    rows = pq.read_table(tmp_path / "artifacts" / "predictions" / "cd.parquet").to_pylist()
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    headline = page.split('id="headline"')[1].split("</table>")[0].split("<code>cd</code>")[1].split("</tr>")[0]
+    for name in params.data.evaluation:
+        of_set = [row for row in rows if row["set"] == name]
+        accuracies = [
+            np.mean([row["label"] == row["predicted"] for row in of_set if row["context_id"] == f"seed {seed}"]) for seed in (0, 1, 7)
+        ]
+        assert f"{percent(float(np.mean(accuracies)))}<small>" in headline
+        assert f"seeds ± {percent(float(np.std(accuracies, ddof=1)))}" in headline
 
 
 def test_the_summary_shows_methods_and_sets_within_100_columns(run: Path, document: dict[str, Any]) -> None:
