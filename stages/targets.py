@@ -21,7 +21,7 @@ def main(name: str) -> None:
         settings,
         params.teachers,
         task,
-        transfer["example_id"].to_pylist(),
+        transfer,
         artifacts / "scores",
         artifacts / "targets" / name,
         Path("metrics") / "targets" / f"{name}.json",

@@ -82,7 +82,7 @@ def raw_file(artifacts: Path, source: str) -> Path:
 
 def _used_sources(data: DataParams) -> list[str]:
     """Sources that some role draws from, in the order of the params; others are not read."""
-    used = {data.demonstrations.source, data.transfer.source, *(entry.source for entry in data.evaluation.values())}
+    used = {data.demonstrations.source, *data.transfer.limits, *(entry.source for entry in data.evaluation.values())}
     return [name for name in data.sources if name in used]
 
 
@@ -148,7 +148,8 @@ def _print_counts(counts: Mapping[str, Any], data: DataParams) -> None:
         )
     roles = counts["roles"]
     removed = [f"{sum(roles[role]['copies_of_evaluation_removed'].values())} from {role}" for role in ("demonstrations", "transfer")]
-    limit = f" (limit {data.transfer.limit:,})" if data.transfer.limit is not None else ""
+    limits = [f"{source} {limit:,}" for source, limit in data.transfer.limits.items() if limit is not None]
+    limit = f" (limits {', '.join(limits)})" if len(data.transfer.limits) > 1 else f" (limit {data.transfer.limit:,})" if limits else ""
     sets = ", ".join(f"{name} {entry['drawn']:,}" for name, entry in roles["evaluation"].items())
     print(
         f"drawn: {roles['demonstrations']['drawn']} demonstrations, {roles['transfer']['drawn']:,} for transfer{limit}; evaluation: {sets}"

@@ -60,7 +60,7 @@ def assign(params: DataParams, labels: Sequence[str], sources: Mapping[str, Sour
         used |= {example.example_id: role for example in drawn}
 
     held_out = [(name, example) for name, drawn in roles.evaluation.items() for example in drawn]
-    learnt_from = dict.fromkeys((params.demonstrations.source, params.transfer.source))
+    learnt_from = dict.fromkeys((params.demonstrations.source, *params.transfer.limits))
     leaks: dict[str, str] = {}  # example_id → evaluation set
     for source in (sources[name] for name in learnt_from):
         free = [example for example in source.examples if example.example_id not in used]
@@ -75,22 +75,28 @@ def assign(params: DataParams, labels: Sequence[str], sources: Mapping[str, Sour
     if wanted.max_words is not None:
         limit = wanted.max_words
         pool.keep([e for e in pool.examples if len(text_of(e).split()) <= limit], f"longer than max_words ({limit})")
-    roles.demonstrations = _draw_balanced(pool, params.seed, labels, wanted.per_label)
+    seed = params.seed if wanted.seed is None else wanted.seed
+    roles.demonstrations = _draw_balanced(pool, seed, labels, wanted.per_label)
     used |= {example.example_id: "demonstrations" for example in roles.demonstrations}
 
-    pool = _Pool("transfer", sources[params.transfer.source])
-    pool.remove_used(used)
-    roles.copies["transfer"] = pool.remove_leaks(leaks, list(params.evaluation))
-    found = _find(pool.examples, [("demonstrations", example) for example in roles.demonstrations], params.near_copy)
-    copied = {candidate.example_id for candidate, _, _, _ in found}
-    roles.copies_of_demonstrations = len(found)
-    roles.quarantined += [_entry(sources[pool.source].file, "copy of a demonstration, kept out of the transfer set", *hit) for hit in found]
-    pool.keep([e for e in pool.examples if e.example_id not in copied], "copies of demonstrations")
-    roles.transfer = _smallest(pool.examples, params.transfer.limit, params.seed, "transfer")
-    if not roles.transfer:
-        raise UsageError(
-            f"data.transfer: no example is left in source {pool.source!r}{pool.story()}. Name another source, or add rows to it."
-        )
+    removed: Counter[str] = Counter(dict.fromkeys(params.evaluation, 0))
+    for source, limit in params.transfer.limits.items():
+        pool = _Pool("transfer", sources[source])
+        pool.remove_used(used)
+        removed.update(pool.remove_leaks(leaks, list(params.evaluation)))
+        found = _find(pool.examples, [("demonstrations", example) for example in roles.demonstrations], params.near_copy)
+        copied = {candidate.example_id for candidate, _, _, _ in found}
+        roles.copies_of_demonstrations += len(found)
+        roles.quarantined += [_entry(sources[source].file, "copy of a demonstration, kept out of the transfer set", *hit) for hit in found]
+        pool.keep([e for e in pool.examples if e.example_id not in copied], "copies of demonstrations")
+        drawn = _smallest(pool.examples, limit, params.seed, "transfer")
+        if not drawn:
+            raise UsageError(
+                f"data.transfer: no example is left in source {pool.source!r}{pool.story()}. Name another source, or add rows to it."
+            )
+        roles.transfer += drawn
+        used |= {example.example_id: "transfer" for example in drawn}
+    roles.copies["transfer"] = dict(removed)
     return roles
 
 

@@ -78,10 +78,10 @@ def predict_baseline(
         scores = _score(scorer, [context["text"] for context in contexts], task, sets, f"evaluate {name}: {teacher}")
         for key, values in scores.items():
             by_set[key] += list(values)
-    combination = combination_of(calibration)
+    combinations = {key: combination_of(calibration, rows[0]["source"]) for key, rows in sets.items()}
     if ensemble:
-        return _table(task, sets, {"": {key: combination.ensemble(np.stack(values)) for key, values in by_set.items()}})
-    each = {key: combination.each(np.stack(values)) for key, values in by_set.items()}
+        return _table(task, sets, {"": {key: combinations[key].ensemble(np.stack(values)) for key, values in by_set.items()}})
+    each = {key: combinations[key].each(np.stack(values)) for key, values in by_set.items()}
     ids = [context["context_id"] for context in calibration["contexts"]]
     if len(set(ids)) < len(ids):
         raise UsageError(
@@ -101,11 +101,14 @@ def teacher_contexts(calibration: Mapping[str, Any], teacher: str, artifacts: Pa
     return [by_id[context] for context in wanted]
 
 
-def combination_of(calibration: Mapping[str, Any]) -> Combination:
-    """The combination that a `calibration.json` describes; its contexts are listed teacher by teacher."""
+def combination_of(calibration: Mapping[str, Any], source: str) -> Combination:
+    """The combination that a `calibration.json` describes for inputs of a source; its contexts are listed teacher by teacher.
+
+    The offsets are those of that source where there are any (`calibrate_by: source`), else those of the whole transfer set.
+    """
     contexts = calibration["contexts"]
     return Combination(
-        offsets=np.array([context["offsets_nats"] for context in contexts]),
+        offsets=np.array(calibration["by_source"].get(source, [context["offsets_nats"] for context in contexts])),
         weights=np.array([context["weight"] for context in contexts]),
         average=calibration["average"],
         temperature=calibration["temperature"],

@@ -111,6 +111,8 @@ class DemonstrationParams(Frozen):
     per_label: PositiveInt
     max_words: PositiveInt | None = None
     """Longer examples are not drawn: contexts stay short."""
+    seed: int | None = None
+    """Of this draw alone: others are drawn, and the evaluation sets stay what they are. Null: `data.seed`."""
 
 
 class TransferParams(Frozen):
@@ -118,6 +120,13 @@ class TransferParams(Frozen):
 
     source: str
     limit: PositiveInt | None = None
+    beside: dict[str, PositiveInt | None] = Field(default={})
+    """Further sources of unlabelled examples, each with its limit (null: all there are): texts from where the student will be used."""
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """Every source that is drawn from, with its limit."""
+        return {self.source: self.limit} | self.beside
 
 
 class EvaluationSetParams(Frozen):

@@ -40,13 +40,18 @@ class Params(Frozen):
                 continue
             if role != "transfer" and sources[entry.source].label is None:
                 raise ValueError(f"data.{role}: source {entry.source!r} has no labels (`label: null`), and this role needs them")
+        for source in self.data.transfer.beside:
+            _known("data.transfer.beside", source, sources)
+            if source == self.data.transfer.source:
+                raise ValueError(f"data.transfer.beside: {source!r} is data.transfer.source itself; set its `limit`")
         completion = self.task.completion
         if completion is not None:
             needs = {"transfer"} if completion.source == "given" else set()
             needs |= {"demonstrations"} if any(context.demonstrations for context in self.contexts.values()) else set()
             for role in sorted(needs):
-                if sources[roles[role].source].completion is None:
-                    raise ValueError(f"data.sources.{roles[role].source}.completion: not set, and data.{role} takes its answers from it")
+                drawn = self.data.transfer.limits if role == "transfer" else (roles[role].source,)
+                if lacking := [source for source in drawn if sources[source].completion is None]:
+                    raise ValueError(f"data.sources.{lacking[0]}.completion: not set, and data.{role} takes its answers from it")
         folders = {f"models/{n}" for n in self.models} | {f"tuned/{n}" for n in self.tunings} | {f"students/{n}" for n in self.students}
         for name, context in self.contexts.items():
             # Contexts are made before anything is trained, so only fetched models can count their tokens.
@@ -66,6 +71,8 @@ class Params(Frozen):
         for name, target in self.targets.items():
             for teacher_name in target.teachers:
                 _known(f"targets.{name}.teachers", teacher_name, answering)
+            for source in target.sources or ():
+                _known(f"targets.{name}.sources", source, self.data.transfer.limits)
             for teacher_name in target.caches:
                 _known(f"targets.{name}.caches", teacher_name, self.teachers)
         learnable = {f"targets/{n}" for n in self.targets} | {f"scores/{n}" for n in self.teachers} | {DEMONSTRATIONS_FILE}

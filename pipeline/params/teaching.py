@@ -1,8 +1,8 @@
 """Teachers, what their caches keep, and the target sets that are made of them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from pipeline.params.base import Frozen
 
@@ -44,7 +44,18 @@ class TargetParams(Frozen):
     teachers: dict[str, PositiveFloat] = Field(min_length=1)
     """Teacher → weight. A teacher's contexts share its weight."""
     calibration: Literal["none", "contextual", "batch"] = "batch"
+    calibrate_by: Literal["set", "source"] = "set"
+    """Batch calibration over the whole transfer set, or within each of its sources (`data.transfer.beside`): a context shifts the answers
+    of one domain otherwise than another's. A baseline on an evaluation set takes the shift of that set's source, where it has one."""
     average: Literal["probability", "log_probability"] = "probability"
     temperature: PositiveFloat = 1.0
+    sources: tuple[str, ...] | None = Field(default=None, strict=False, min_length=1)
+    """The sources of the transfer set that it is made of; null: all that are drawn from."""
     caches: tuple[str, ...] = Field(default=(), strict=False)
     """Teachers whose whole caches belong to what students of this set may learn (`students.*.also`)."""
+
+    @model_validator(mode="after")
+    def _sources_are_for_batch(self) -> Self:
+        if self.calibrate_by == "source" and self.calibration != "batch":
+            raise ValueError(f"`calibrate_by: source` is for `calibration: batch`, and calibration is {self.calibration!r}; leave it out")
+        return self

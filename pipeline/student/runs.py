@@ -29,6 +29,7 @@ from pipeline.models.provenance import FILE, identity_entries
 from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import DEMONSTRATIONS_FILE as DEMONSTRATIONS
 from pipeline.params import AlsoParams, StudentParams, TunedTeacherParams, TuningParams
+from pipeline.schema import TARGETS, read_table
 from pipeline.student.batches import Example, Term
 from pipeline.student.cached import CachedRow, CachedTeacher, CacheTerm
 from pipeline.student.checkpoint import SECONDS_BETWEEN, Checkpoint
@@ -176,7 +177,7 @@ def _cache_term(params: StudentParams, tokens: TaskTokens, places: Places) -> tu
 
 
 def _also_term(where: str, params: StudentParams, teacher: str, also: AlsoParams, tokens: TaskTokens, places: Places) -> CacheTerm:
-    """What is learnt of a further cache; what is held back of the transfer set is left out there too.
+    """What is learnt of a further cache; what is held back of the transfer set, or not among the targets, is left out there too.
 
     Raises MismatchError where the cache is not the one that belonged to the target set.
     """
@@ -192,6 +193,10 @@ def _also_term(where: str, params: StudentParams, teacher: str, also: AlsoParams
                 f"run `dvc repro targets@{params.learn_from.removeprefix('targets/')}`."
             )
     rows = source.lessons(places.artifacts / "data" / "transfer.parquet", tokens)
+    if params.learn_from.startswith("targets/"):
+        targets = places.artifacts / params.learn_from / "targets.parquet"
+        learnt = set(read_table(targets, TARGETS)["example_id"].to_pylist())
+        rows = tuple(row for row in rows if row.example_id.rpartition(":")[2] in learnt)
     if params.held_back:
         rows, _ = split(rows, params.held_back)
     hidden = source.hidden_lesson(also.hidden_weight, also.layers, rows, where) if also.hidden_weight else None

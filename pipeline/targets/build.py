@@ -41,7 +41,7 @@ def build_targets(
     params: TargetParams,
     teachers: dict[str, TeacherParams],
     task: Task,
-    transfer_ids: list[str],
+    transfer: pa.Table,
     scores: Path,
     output: Path,
     metrics: Path,
@@ -51,19 +51,26 @@ def build_targets(
     `caches.json` names the caches that students of this set may learn whole, by the hash of what they hold: a student that depends on the
     target set depends on them, though their shards stay where they are.
 
-    Raises MismatchError where a cache was captured for another task or lacks a transfer example.
+    `transfer` has the columns `example_id` and `source`. Raises MismatchError where a cache was captured for another task or lacks a
+    transfer example.
     """
+    if params.sources is not None:
+        transfer = transfer.filter(pa.array([source in params.sources for source in transfer["source"].to_pylist()]))
+    transfer_ids, sources = transfer["example_id"].to_pylist(), transfer["source"].to_numpy()
     caches = {teacher: read_cache(scores / teacher, COLUMNS) for teacher in params.teachers}
     contexts = [
         context
         for teacher, cache in caches.items()
         for context in _contexts(teacher, teachers[teacher], cache, params, task, transfer_ids, scores)
     ]
-    offsets = np.stack([learn_offsets(params.calibration, normalised(c.transfer), normalised(c.content_free)) for c in contexts])
-    weights = np.array([context.weight for context in contexts])
-    combination = Combination(offsets, weights / weights.sum(), params.average, params.temperature)
+    everywhere = np.arange(len(transfer_ids))
+    combination = _combination(params, contexts, everywhere)
+    parts = {source: np.flatnonzero(sources == source) for source in dict.fromkeys(sources)}
+    by_source = {key: _combination(params, contexts, rows) for key, rows in parts.items()} if params.calibrate_by == "source" else {}
     raw = np.stack([context.transfer for context in contexts])
-    each, target = combination.each(raw), combination.ensemble(raw)
+    each, target = np.empty_like(raw), np.empty(raw.shape[1:])
+    for one, rows in [(by_source[key], parts[key]) for key in by_source] or [(combination, everywhere)]:
+        each[:, rows], target[rows] = one.each(raw[:, rows]), one.ensemble(raw[:, rows])
     agreement = combination.weights @ (each.argmax(-1) == target.argmax(-1))
     output.mkdir(parents=True, exist_ok=True)
     table = pa.table(
@@ -75,10 +82,24 @@ def build_targets(
         schema=TARGETS,
     )
     write_table(table, output / "targets.parquet")
-    write_json(_calibration(name, params, teachers, task, caches, contexts, combination), output / "calibration.json")
+    calibration = _calibration(name, params, teachers, task, caches, contexts, combination)
+    calibration["by_source"] = {key: _listed(one.offsets) for key, one in by_source.items()}
+    write_json(calibration, output / "calibration.json")
     pointers = {teacher: {"manifest_sha256": manifest_sha256(scores / teacher)} for teacher in params.caches}
     write_json(pointers, output / CACHES)
     write_json(_metrics(task, caches, contexts, combination, raw, each, target, agreement), metrics)
+
+
+def _combination(params: TargetParams, contexts: list[ContextScores], rows: np.ndarray) -> Combination:
+    """How the contexts' scores are combined, calibrated on some rows of the transfer set."""
+    offsets = [learn_offsets(params.calibration, normalised(c.transfer[rows]), normalised(c.content_free)) for c in contexts]
+    weights = np.array([context.weight for context in contexts])
+    return Combination(np.stack(offsets), weights / weights.sum(), params.average, params.temperature)
+
+
+def _listed(offsets: np.ndarray) -> list[list[float]]:
+    """[C, L] as JSON has it."""
+    return [[round(float(value), 9) for value in row] for row in offsets]
 
 
 def _contexts(
@@ -133,7 +154,6 @@ def _calibration(
     contexts: list[ContextScores],
     combination: Combination,
 ) -> dict[str, Any]:
-    offsets = [[round(float(value), 9) for value in row] for row in combination.offsets]
     return {
         "targets": name,
         "labels": list(task.labels),
@@ -159,7 +179,7 @@ def _calibration(
                 "weight": float(weight),
                 "offsets_nats": offset,
             }
-            for context, weight, offset in zip(contexts, combination.weights, offsets, strict=True)
+            for context, weight, offset in zip(contexts, combination.weights, _listed(combination.offsets), strict=True)
         ],
     }
 

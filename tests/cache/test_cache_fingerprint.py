@@ -18,6 +18,7 @@ from pipeline.models import identity
 from pipeline.models.identity import weights_sha256
 from pipeline.models.loading import load_tokenizer
 from pipeline.params import CacheParams, TargetParams, TaskParams, load_params
+from pipeline.schema import examples
 from pipeline.targets.build import build_targets
 from pipeline.tasks import Task, TaskTokens
 
@@ -94,7 +95,16 @@ def test_targets_are_not_made_of_a_cache_captured_otherwise(tmp_path, raw_params
     teachers = {TEACHER: params.teachers[TEACHER].model_copy(update=change)}
     target = TargetParams(teachers={TEACHER: 1.0})
     with pytest.raises(MismatchError, match=message):
-        build_targets("few", target, teachers, Task(params.task), [], world.scores.parent, tmp_path / "targets", tmp_path / "metrics.json")
+        build_targets(
+            "few",
+            target,
+            teachers,
+            Task(params.task),
+            examples(["text"]).empty_table(),
+            world.scores.parent,
+            tmp_path / "targets",
+            tmp_path / "metrics.json",
+        )
 
 
 def counted(monkeypatch):

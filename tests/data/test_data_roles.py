@@ -130,6 +130,29 @@ def test_copies_of_demonstrations_stay_out_of_the_transfer_set() -> None:
     assert roles.copies_of_demonstrations > 0
 
 
+def test_sources_beside_the_transfer_set_s_own_are_drawn_from_under_the_same_rules() -> None:
+    """Up to their limits, behind what was drawn before, without what another role has or a copy of an evaluation text."""
+    copied = source("b", [*unlike(20, seed=1), text_of(assign(data(), LABELS, SOURCES).evaluation["a"][0]) + "!"])
+    alone = assign(data(evaluation={"a": data().evaluation["a"].model_dump()}), LABELS, SOURCES)
+    roles = assign(
+        data(
+            transfer={"source": "a", "limit": 10, "beside": {"b": None}},
+            evaluation={
+                "a": {"source": "a", "domain": "in", "per_label": 5},
+                "b": {"source": "b", "domain": "out", "per_label": 4},
+            },
+        ),
+        LABELS,
+        {"a": SOURCES["a"], "b": copied},
+    )
+    assert ids(roles.transfer[:10]) == ids(alone.transfer)
+    assert {example.source for example in roles.transfer[10:]} == {"b"}
+    assert len(roles.transfer) == 10 + 21 - 8 - 1
+    assert roles.copies["transfer"]["a"] == 1
+    everyone = [example for members in every_role(roles) for example in members]
+    assert len(set(ids(everyone))) == len(everyone)
+
+
 def test_long_examples_are_not_demonstrations_but_are_learnt_from() -> None:
     texts = [text + (" and so on and on" if i >= 20 else "") for i, text in enumerate(unlike(60))]
     params = data(

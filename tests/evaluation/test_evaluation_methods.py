@@ -78,10 +78,10 @@ class World:
             contexts = self.artifacts / "data" / "contexts" / f"{teacher.contexts}.parquet"
             scores = self.artifacts / "scores" / name
             capture(name, self.artifacts / teacher.model, contexts, transfer, scores, self.task, teacher.cache, "float32", self.work, 1)
-        ids = [example_id({"text": text}) for text in TRANSFER]
+        texts = read_table(transfer, examples(["text"]))
         for name, target in params.targets.items():
             output, metrics = self.artifacts / "targets" / name, self.metrics / f"{name}.json"
-            build_targets(name, target, params.teachers, self.task, ids, self.artifacts / "scores", output, metrics)
+            build_targets(name, target, params.teachers, self.task, texts, self.artifacts / "scores", output, metrics)
         train_student("cd", params.students["cd"], self.task, places, 1)
 
     def calibration(self, name):
@@ -345,12 +345,14 @@ def test_the_combination_is_what_the_calibration_says():
         "average": "log_probability",
         "temperature": 0.5,
         "contexts": [{"offsets_nats": [0.25, -0.25], "weight": 0.75}, {"offsets_nats": [0.0, 0.0], "weight": 0.25}],
+        "by_source": {"tweets": [[1.0, -1.0], [0.5, -0.5]]},
     }
-    found = combination_of(calibration)
+    found = combination_of(calibration, "movie")
     assert isinstance(found, Combination)
     assert found.offsets.tolist() == [[0.25, -0.25], [0.0, 0.0]]
     assert found.weights.tolist() == [0.75, 0.25]
     assert (found.average, found.temperature) == ("log_probability", 0.5)
+    assert combination_of(calibration, "tweets").offsets.tolist() == [[1.0, -1.0], [0.5, -0.5]]
 
 
 def subject_of(world, tokenizer, asked, texts):

@@ -14,7 +14,7 @@ from pipeline.files import read_json, write_json
 from pipeline.hashing import example_id
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.params import CacheParams, StudentParams
-from pipeline.schema import TARGETS, write_table
+from pipeline.schema import TARGETS, read_table, write_table
 from pipeline.student import runs
 from pipeline.student.cached import AnswerForward, CachedTeacher, CacheTerm
 from pipeline.student.checkpoint import Checkpoint
@@ -186,6 +186,23 @@ def test_what_is_held_back_is_learnt_from_no_cache(make, monkeypatch):
     held = read_json(world.places.artifacts / "students" / "cd" / "provenance.json")["held_back_examples"]
     assert held > 0
     assert len(seen) == len(TEXTS) - held
+
+
+def test_what_is_not_among_the_targets_is_learnt_from_no_cache(make, monkeypatch):
+    """A target set may be made of some of the transfer set's sources, while the caches hold all of them."""
+    world, seen = make(), set()
+    file = world.places.artifacts / "targets" / "mix" / "targets.parquet"
+    kept = read_table(file, TARGETS).slice(0, 4)
+    write_table(kept, file)
+    original = AnswerForward.loss
+
+    def spied(self, batch, positions, term=None):
+        seen.update(row.example_id.rpartition(":")[2] for row in batch)
+        return original(self, batch, positions, term)
+
+    monkeypatch.setattr(AnswerForward, "loss", spied)
+    world.train(learn_from="targets/mix", steps=20, also={"few": {"hidden_weight": 0.5}, "reader": {}})
+    assert seen == set(kept["example_id"].to_pylist())
 
 
 def test_a_killed_training_with_all_summands_ends_with_the_bytes_of_an_unbroken_one(make, monkeypatch):

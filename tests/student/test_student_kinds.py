@@ -245,10 +245,10 @@ def test_a_student_of_another_family_with_another_tokenizer_learns_a_llama_s_ans
         1,
     )
     teacher = TeacherParams(model="models/tiny", contexts="shots", cache=CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None))
-    ids = pa.parquet.read_table(transfer)["example_id"].to_pylist()
+    texts = pa.parquet.read_table(transfer)
     params = TargetParams(teachers={"few": 1.0})
     build_targets(
-        "mix", params, {"few": teacher}, TASK, ids, artifacts / "scores", artifacts / "targets/mix", world.root / "metrics/t.json"
+        "mix", params, {"few": teacher}, TASK, texts, artifacts / "scores", artifacts / "targets/mix", world.root / "metrics/t.json"
     )
     base = artifacts / "models" / "other"
     tiny_model(architecture, vocab_size=len(other_tokenizer)).save_pretrained(base)
