@@ -8,11 +8,12 @@ WORKSPACE := $(if $(PRESET),runs/$(PRESET),.)
 ON_PATH = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test setup lint bench-teacher bench-student bench-cache bench-reads clean
+.PHONY: help run study test setup lint bench-teacher bench-student bench-cache bench-reads clean
 
 help:
 	@echo "make run              set up, fetch model and data, run the pipeline, print what was gained"
 	@echo "make run PRESET=NAME  the same with presets/NAME.yaml laid over params.yaml, in runs/NAME"
+	@echo "make study            many runs of the pipeline, hours in all, in parts -> docs/results.md (PARTS=... for some of them)"
 	@echo "make test             set up, lint, check types, run the tests"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
 	@echo "make bench-reads      writing and reading a cache of a million rows: rows/s and memory"
@@ -27,6 +28,17 @@ run: setup
 	@cd "$(WORKSPACE)" && { "$(BIN)/shotless" fresh || $(ON_PATH) dvc repro --quiet --force --single-item fetch; }
 	@cd "$(WORKSPACE)" && $(ON_PATH) dvc repro
 	@cd "$(WORKSPACE)" && "$(BIN)/shotless" summary
+
+# Parts that were run before cost seconds; a part that was stopped goes on. PARTS="sentiment-0 sst2-1" runs some of them.
+PARTS ?=
+study: export SHOTLESS_WORK ?= $(CURDIR)/.work
+study: setup
+	@set -e; for part in $(or $(PARTS),$$("$(BIN)/shotless" study parts)); do \
+		workspace=$$("$(BIN)/shotless" study workspace $$part); echo "$$workspace"; start=$$(date +%s); \
+		(cd "$$workspace" && "$(BIN)/shotless" check && $(ON_PATH) dvc repro compare); \
+		echo $$(( $$(date +%s) - start )) >> "$$workspace/seconds.txt"; \
+	done
+	@"$(BIN)/shotless" study results
 
 test: setup lint
 	@$(ON_PATH) python -m pytest

@@ -11,6 +11,7 @@ from pipeline.commands.init import init
 from pipeline.commands.monitor import monitor
 from pipeline.commands.predict import predict
 from pipeline.commands.serve import serve
+from pipeline.commands.study import study
 from pipeline.commands.verify import verify
 from pipeline.data.fetch import changed_local_files
 from pipeline.errors import ShotlessError
@@ -62,6 +63,7 @@ commands.command()(doctor)
 commands.command()(export)
 commands.command()(init)
 commands.command()(verify)
+commands.add_typer(study, name="study")
 
 
 def app() -> None:

@@ -52,10 +52,15 @@ def disk_full(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_text(text: str, path: Path) -> None:
+    """Write a file of UTF-8 text."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(value: Any, path: Path) -> None:
     """Write JSON that a person can read and that is byte-identical for equal values."""
-    with replacing(path) as temporary:
-        temporary.write_text(json_text(value), encoding="utf-8")
+    write_text(json_text(value), path)
 
 
 def json_text(value: Any) -> str:

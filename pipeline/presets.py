@@ -38,10 +38,14 @@ def make_workspace(name: str, project: Path) -> Path:
         raise UsageError(f"presets: no {name!r}; choose one of: {choices(presets)}")
     yaml = YAML(typ="safe", pure=True)
     raw = merge(yaml.load((project / "params.yaml").read_text("utf-8")), yaml.load(presets[name].read_text("utf-8")))
+    parse_params(raw, presets[name])
+    return write_workspace(raw, project / "runs" / name, project)
+
+
+def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path:
+    """Write or bring up to date a workspace whose params are `raw`, and return it; paths of local files are made absolute in `raw`."""
     for origin in _local_origins(raw):
         origin["path"] = str((project / origin["path"]).resolve())
-    parse_params(raw, presets[name])
-    workspace = project / "runs" / name
     workspace.mkdir(parents=True, exist_ok=True)
     for item in COPIED:
         source, target = project / item, workspace / item
@@ -50,6 +54,8 @@ def make_workspace(name: str, project: Path) -> Path:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, target)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.sort_base_mapping_type_on_output = False  # methods and sets are shown in the order in which they were written
     yaml.dump(raw, workspace / "params.yaml")
     (workspace / ".dvc").mkdir(exist_ok=True)
     settings = (project / ".dvc" / "config").read_text("utf-8")

@@ -1,0 +1,150 @@
+"""What the study runs: groups of runs that differ in their draw of demonstrations, and the curves that are drawn through groups.
+
+`presets/study/plan.yaml` names, for each group, the params files that are laid over params.yaml one after the other, and its draws. A part
+is one draw of one group: a run of the pipeline in a workspace of its own, whose demonstrations are drawn with the draw's number, and whose
+students are trained with it as their seed. The evaluation sets of a group are the same in every draw, so that methods and draws are
+compared on the same examples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+
+from pipeline.errors import UsageError, choices
+from pipeline.params import parse_params
+from pipeline.params.base import Frozen, Name
+from pipeline.presets import merge, write_workspace
+
+PLAN = Path("presets/study/plan.yaml")
+WORKSPACES = Path("runs/study")
+
+
+class GroupParams(Frozen):
+    """Runs that differ in nothing but their draw."""
+
+    title: str
+    layers: tuple[str, ...] = Field(default=(), strict=False)
+    """Files under presets/, without `.yaml`, each laid over what came before."""
+    set: dict[str, Any] = Field(default={})
+    """Laid over all of them."""
+    draws: tuple[int, ...] = Field(min_length=1, strict=False)
+    pairs: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field(default=(), strict=False)
+    """Methods whose difference in accuracy is given, the first minus the second, on the same examples."""
+    table: bool = True
+    """Whether the group has a table of its own, or is there for a curve."""
+
+
+class CurveParams(Frozen):
+    """Accuracy against something that was varied."""
+
+    title: str
+    x: str
+    """What was varied, with its unit: the axis' title."""
+    log: bool = False
+    lines: dict[str, dict[int | float, str]]
+    """Line → where on the axis → group/method."""
+
+
+class StudyPlan(Frozen):
+    """All of plan.yaml."""
+
+    groups: dict[Name, GroupParams]
+    curves: dict[Name, CurveParams] = Field(default={})
+
+    @model_validator(mode="after")
+    def _points_are_known(self) -> Self:
+        for name, curve in self.curves.items():
+            for line, points in curve.lines.items():
+                for point in points.values():
+                    if point.count("/") != 1 or point.split("/")[0] not in self.groups:
+                        raise ValueError(f"curves.{name}.lines.{line}: {point!r} is not GROUP/METHOD; groups are {choices(self.groups)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Part:
+    """One draw of one group."""
+
+    group: str
+    draw: int
+
+    @property
+    def name(self) -> str:
+        """How it is called, and its workspace's folder."""
+        return f"{self.group}-{self.draw}"
+
+
+def load_plan(path: Path = PLAN) -> StudyPlan:
+    """Read and check the plan. Raises UsageError with every fault."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; run from the project's folder.")
+    try:
+        return StudyPlan.model_validate(_read(path))
+    except ValidationError as error:
+        faults = [f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise UsageError("\n".join(faults)) from None
+
+
+def parts(plan: StudyPlan) -> list[Part]:
+    """Every part, the first draw of every group before the second of any: a study that is cut off has seen all its groups."""
+    last = max(len(group.draws) for group in plan.groups.values())
+    return [Part(name, group.draws[n]) for n in range(last) for name, group in plan.groups.items() if n < len(group.draws)]
+
+
+def part_named(plan: StudyPlan, name: str) -> Part:
+    """Raises UsageError naming the choices."""
+    known = {part.name: part for part in parts(plan)}
+    if name not in known:
+        raise UsageError(f"study: no part {name!r}; choose one of: {choices(known)}")
+    return known[name]
+
+
+def part_params(plan: StudyPlan, part: Part, project: Path) -> dict[str, Any]:
+    """The params of one part, not yet parsed.
+
+    Raises UsageError where a layer's file is not there.
+    """
+    group = plan.groups[part.group]
+    raw = _read(project / "params.yaml")
+    for layer in group.layers:
+        file = project / "presets" / f"{layer}.yaml"
+        if not file.is_file():
+            raise UsageError(f"{PLAN}: groups.{part.group}.layers: no presets/{layer}.yaml.")
+        raw = merge(raw, _read(file))
+    raw = merge(raw, group.set)
+    raw = merge(raw, {"data": {"demonstrations": {"seed": part.draw}}})
+    return raw | {"students": {name: entry | {"seed": part.draw} for name, entry in raw["students"].items()}}
+
+
+def make_part(plan: StudyPlan, part: Part, project: Path) -> Path:
+    """Write a part's workspace, or bring it up to date, and return its folder; what it has made before stays.
+
+    Raises UsageError where its params do not hold.
+    """
+    raw = part_params(plan, part, project)
+    parse_params(raw, project / PLAN)
+    return write_workspace(raw, project / WORKSPACES / part.name, project)
+
+
+def _read(path: Path) -> Any:
+    return YAML(typ="safe", pure=True).load(path.read_text("utf-8"))
+
+
+def check_methods(plan: StudyPlan, methods: Mapping[str, object]) -> None:
+    """Refuse pairs and points of curves that name a method which its group does not have; `methods` maps a group to its methods."""
+    for name, group in plan.groups.items():
+        for method in (method for pair in group.pairs for method in pair):
+            _known(f"groups.{name}.pairs", method, methods[name])
+    for name, curve in plan.curves.items():
+        for point in (point for points in curve.lines.values() for point in points.values()):
+            group, method = point.split("/")
+            _known(f"curves.{name}: {group}", method, methods[group])
+
+
+def _known(where: str, name: str, names: Any) -> None:
+    if name not in names:
+        raise UsageError(f"{PLAN}: {where}: no method {name!r}; choose one of: {choices(names)}")
