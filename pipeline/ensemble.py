@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 from scipy.special import log_softmax, logsumexp, softmax
 
-Calibration = Literal["none", "contextual", "batch"]
+from pipeline.params.teaching import Calibration
+
 Average = Literal["probability", "log_probability"]
 
 

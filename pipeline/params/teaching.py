@@ -4,7 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from pipeline.errors import choices
 from pipeline.params.base import Frozen
+
+Calibration = Literal["none", "contextual", "batch"]
 
 
 class CacheParams(Frozen):
@@ -43,7 +46,9 @@ class TargetParams(Frozen):
 
     teachers: dict[str, PositiveFloat] = Field(min_length=1)
     """Teacher → weight. A teacher's contexts share its weight."""
-    calibration: Literal["none", "contextual", "batch"] = "batch"
+    calibration: Calibration = "batch"
+    calibrations: dict[str, Calibration] = Field(default={})
+    """Teachers that are calibrated otherwise than `calibration` says: a zero-shot prompt may lean less than the data of one domain do."""
     calibrate_by: Literal["set", "source"] = "set"
     """Batch calibration over the whole transfer set, or within each of its sources (`data.transfer.beside`): a context shifts the answers
     of one domain otherwise than another's. A baseline on an evaluation set takes the shift of that set's source, where it has one."""
@@ -55,7 +60,10 @@ class TargetParams(Frozen):
     """Teachers whose whole caches belong to what students of this set may learn (`students.*.also`)."""
 
     @model_validator(mode="after")
-    def _sources_are_for_batch(self) -> Self:
-        if self.calibrate_by == "source" and self.calibration != "batch":
+    def _calibrations_have_a_use(self) -> Self:
+        kinds = {self.calibrations.get(teacher, self.calibration) for teacher in self.teachers}
+        if self.calibrate_by == "source" and "batch" not in kinds:
             raise ValueError(f"`calibrate_by: source` is for `calibration: batch`, and calibration is {self.calibration!r}; leave it out")
+        if unknown := set(self.calibrations) - set(self.teachers):
+            raise ValueError(f"calibrations: {choices(unknown)} is none of its teachers; choose of: {choices(self.teachers)}")
         return self

@@ -1,6 +1,6 @@
 """What methods, students and targets are, in words taken from params and from training's own record."""
 
-from pipeline.params import Params, StudentParams
+from pipeline.params import Params, StudentParams, TargetParams
 from pipeline.report.collect import Inputs
 
 
@@ -28,12 +28,19 @@ def about(inputs: Inputs, method: str) -> str:
     baseline = params.baselines[method]
     target = params.targets[baseline.target_set]
     prompts = " + ".join(target.teachers)
-    calibration = {"none": "uncalibrated", "batch": "batch-calibrated", "contextual": "contextually calibrated"}[target.calibration]
+    calibration = calibrated(target)
     several = sum(params.contexts[params.teachers[name].contexts].count for name in target.teachers)
     if several == 1:
         return f"prompt {prompts}, {calibration}"
     how = "each context on its own" if baseline.contexts == "each" else f"{several} contexts averaged"
     return f"prompts {prompts}, {calibration}, {how}"
+
+
+def calibrated(target: TargetParams) -> str:
+    """How a target set is calibrated."""
+    words = {"none": "uncalibrated", "batch": "batch-calibrated", "contextual": "contextually calibrated"}
+    text = words[target.calibration] + (" within each source" if target.calibrate_by == "source" else "")
+    return text + "".join(f", {teacher} {words[kind]}" for teacher, kind in target.calibrations.items())
 
 
 def beside(student: StudentParams) -> list[str]:

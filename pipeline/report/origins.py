@@ -2,7 +2,7 @@
 
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table, as_float
 from pipeline.report.collect import Inputs, Json
-from pipeline.report.describe import beside, gold_weight, layers
+from pipeline.report.describe import beside, calibrated, gold_weight, layers
 from pipeline.wording import DASH, compact, percent, quantity, scaled
 
 
@@ -49,7 +49,7 @@ def target_sets(inputs: Inputs) -> Table:
             [
                 Cell(name, code=True),
                 Cell(" + ".join(f"{teacher} × {weight:g}" for teacher, weight in target.teachers.items())),
-                Cell(target.calibration),
+                Cell(calibrated(target)),
                 Cell(target.average.replace("_", " ")),
                 Cell(f"{target.temperature:g}"),
                 Cell(quantity(found.get("rows"))),

@@ -92,7 +92,9 @@ def build_targets(
 
 def _combination(params: TargetParams, contexts: list[ContextScores], rows: np.ndarray) -> Combination:
     """How the contexts' scores are combined, calibrated on some rows of the transfer set."""
-    offsets = [learn_offsets(params.calibration, normalised(c.transfer[rows]), normalised(c.content_free)) for c in contexts]
+    kinds = [params.calibrations.get(context.teacher, params.calibration) for context in contexts]
+    scores = [(normalised(context.transfer[rows]), normalised(context.content_free)) for context in contexts]
+    offsets = [learn_offsets(kind, *of_context) for kind, of_context in zip(kinds, scores, strict=True)]
     weights = np.array([context.weight for context in contexts])
     return Combination(np.stack(offsets), weights / weights.sum(), params.average, params.temperature)
 
@@ -160,6 +162,7 @@ def _calibration(
         "template": task.params.template,
         "verbalisers": dict(task.params.verbalisers),
         "calibration": params.calibration,
+        "calibrations": dict(params.calibrations),
         "average": params.average,
         "temperature": params.temperature,
         "teachers": {

@@ -92,6 +92,20 @@ def test_a_baseline_takes_the_shift_of_its_set_s_source_where_there_is_one(captu
     assert not np.allclose(combination_of(calibration, "films").offsets, pooled, atol=1e-4)
 
 
+def test_a_teacher_may_be_calibrated_otherwise_than_the_others(captured):
+    _, own = built(captured, "own", calibration="batch", calibrations={"few": "none"})
+    assert np.array_equal([context["offsets_nats"] for context in own["contexts"]], np.zeros((2, 2)))
+    plain, _ = built(captured, "plain", calibration="none")
+    table, _ = built(captured, "own", calibration="batch", calibrations={"few": "none"})
+    assert table.equals(plain)
+
+
+def test_calibrations_of_teachers_that_are_not_there_are_refused(raw_params):
+    raw_params["targets"]["mix"]["calibrations"] = {"tuned": "none"}
+    with pytest.raises(UsageError, match=r"targets\.mix: calibrations: tuned is none of its teachers; choose of: few_shot, zero_shot"):
+        parse_params(raw_params)
+
+
 def test_calibration_by_source_without_batch_calibration_is_refused(raw_params):
     raw_params["targets"]["few_shot_raw"]["calibrate_by"] = "source"
     with pytest.raises(UsageError, match=r"targets\.few_shot_raw: `calibrate_by: source` is for `calibration: batch`.*'none'"):
