@@ -1,5 +1,6 @@
 """Reaching Ray, and how its machines are divided among workers."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,11 @@ def connect(workers: int | None) -> Any:
     if ray.is_initialized():
         return ray
     address = os.environ.get("RAY_ADDRESS")
-    here: dict[str, Any] = {"num_cpus": max(use_machine(None), workers or 1), "object_store_memory": LOCAL_STORE_BYTES}
+    how: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        how |= {"num_cpus": max(use_machine(None), workers or 1), "object_store_memory": LOCAL_STORE_BYTES}
     try:
-        ray.init(
-            address=address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", **({} if address else here)
-        )
+        ray.init(address=address or "local", **how)
     except ConnectionError as error:
         raise UsageError(f"$RAY_ADDRESS is {address!r}, and no Ray answers there: {error}") from None
     return ray

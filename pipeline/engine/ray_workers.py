@@ -81,7 +81,7 @@ class ScoringWorker:
     def distributions(self, sheet: Sheet, answers: Completions | None) -> torch.Tensor:
         """What `Scorer.distributions` gives, [P, V] float32."""
         (prefix,) = sheet.prefixes.values()
-        return self._scorer._full(sheet, prefix, sheet.queries, answers).cpu()
+        return self._scorer._full(sheet, prefix, sheet.queries, answers)
 
 
 class Workers:

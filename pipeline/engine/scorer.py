@@ -130,7 +130,7 @@ class Scorer:
         engine = self._load(probe).engine
         kept, engine.reading = engine.reading, replace(engine.reading, cache=CacheParams(encoding="full", resolution_nats=None))
         try:
-            return engine.score(prefix, queries, answers).encoded.full_logprobs
+            return engine.score(prefix, queries, answers).encoded.full_logprobs.cpu()
         finally:
             engine.reading = kept
 

@@ -25,7 +25,7 @@ from pipeline.models.loading import (
     parameter_counts,
     save_model,
 )
-from pipeline.models.machine import use_machine
+from pipeline.models.machine import default_device, use_machine
 from pipeline.models.provenance import FILE, identity_entries
 from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import DEMONSTRATIONS_FILE as DEMONSTRATIONS
@@ -234,7 +234,7 @@ def _run(
     own = f"{job.kind}-{job.name}" + (f"-seed{job.params.seed}" if is_one_of_many else "")
     fingerprint = _fingerprint(job, provenance, used_threads, processes.count)
     checkpoint = Checkpoint(places.work / "training", own, fingerprint, seconds_between, is_one_of_many)
-    model = load_model(base)
+    model = load_model(base, device=default_device())
     if job.layers is not None:
         cut_layers(model, parse_layers(job.layers, model.config.get_text_config().num_hidden_layers))
     adapter = (output / "adapter", job.base) if job.params.adapters == "kept" else None
