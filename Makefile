@@ -8,14 +8,17 @@ WORKSPACE := $(if $(PRESET),runs/$(PRESET),.)
 ON_PATH = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help run study test setup lint bench-teacher bench-student bench-cache bench-reads clean
+.PHONY: help run study test test-ray setup lint bench-teacher bench-ray bench-student bench-cache bench-reads bench-scale clean
 
 help:
 	@echo "make run              set up, fetch model and data, run the pipeline, print what was gained"
 	@echo "make run PRESET=NAME  the same with presets/NAME.yaml laid over params.yaml, in runs/NAME"
 	@echo "make study            many runs of the pipeline, hours in all, in parts -> docs/results.md (PARTS=... for some of them)"
 	@echo "make test             set up, lint, check types, run the tests"
+	@echo "make test-ray         every way in which a worker of Ray may fail; make test has one of them"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
+	@echo "make bench-ray        the teacher with one and with two workers of Ray at one thread each"
+	@echo "make bench-scale      a plan of 10^5, 10^6 and 10^7 rows, made, written, read and shuffled: seconds and memory"
 	@echo "make bench-reads      writing and reading a cache of a million rows: rows/s and memory"
 	@echo "make bench-student    training speed and memory beside Trainer, SFTTrainer and the limit (after make run)"
 	@echo "make bench-cache      bytes of the score cache against what it loses; the loss's time and memory (after make run)"
@@ -43,6 +46,10 @@ study: setup
 test: setup lint
 	@$(ON_PATH) python -m pytest
 
+test-ray: export SHOTLESS_RAY = 1
+test-ray: setup
+	@$(ON_PATH) python -m pytest tests/teacher/test_teacher_ray.py
+
 lint: setup
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
@@ -50,6 +57,12 @@ lint: setup
 
 bench-teacher: setup
 	@$(ON_PATH) python -m benchmarks.teacher $(BENCH_ARGS)
+
+bench-ray: setup
+	@$(ON_PATH) python -m benchmarks.ray_teacher $(BENCH_ARGS)
+
+bench-scale: setup
+	@$(ON_PATH) python -m benchmarks.scale $(BENCH_ARGS)
 
 bench-reads: setup
 	@$(ON_PATH) python -m benchmarks.cache_reads

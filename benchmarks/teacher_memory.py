@@ -22,7 +22,7 @@ from benchmarks.machine import about
 from benchmarks.prompts import build
 from benchmarks.teacher import MODEL, QUERY_TOKENS
 from pipeline.cache.folder import write_cache
-from pipeline.engine.asked import Asked, Query
+from pipeline.engine.asked import Given, Query
 from pipeline.engine.choice import EngineChoice
 from pipeline.engine.scorer import Scorer
 from pipeline.engine.scores import Reading, Scores, read_scores
@@ -62,7 +62,7 @@ class MadeUpEngine:
 class MadeUpScorer(Scorer):
     """A scorer whose model costs nothing."""
 
-    def _load(self, asked: Asked) -> EngineChoice:  # noqa: ARG002
+    def _load(self, asked: Given) -> EngineChoice:  # noqa: ARG002
         return EngineChoice(MadeUpEngine(self.reading), "for a benchmark of what is around it")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.files import replacing
+from pipeline.hashing import sha256_bytes, sha256_file
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ def _filesystem(scheme: str, bucket: str) -> tuple[Any, str]:
         except (ImportError, ValueError) as error:
             raise UsageError(f"{url}: no filesystem for it here; pyarrow says: {refused}; fsspec says: {error}.") from error
         return fs.PyFileSystem(fs.FSSpecHandler(other)), root.rstrip("/")
+
+
+def sha256_of(where: Place) -> str:
+    """Hex sha256 of a file's bytes; a remote one is fetched for it."""
+    return sha256_bytes(where.read_bytes()) if isinstance(where, Remote) else sha256_file(where)
 
 
 def write_bytes(data: bytes | memoryview, where: Place) -> None:

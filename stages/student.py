@@ -1,8 +1,12 @@
-"""`python -m stages.student NAME`: a student learns from a target set or from the demonstrations' labels → artifacts/students/NAME."""
+"""`python -m stages.student NAME`: a student learns from a target set or from the demonstrations' labels → artifacts/students/NAME.
+
+`torchrun --nproc-per-node 2 -m stages.student NAME` trains the same student on two processes (docs/scale.md).
+"""
 
 from pathlib import Path
 
 from pipeline.params import load_params, pick
+from pipeline.student.processes import joined
 from pipeline.student.runs import Places, train_student
 from pipeline.tasks import Task
 from pipeline.work import work_folder
@@ -13,7 +17,9 @@ def main(name: str) -> None:
     """Train one student."""
     params = load_params()
     places = Places(Path("artifacts"), Path("metrics"), work_folder())
-    train_student(name, pick("students", params.students, name), Task(params.task), places, params.runtime.threads)
+    student = pick("students", params.students, name)
+    with joined() as processes:
+        train_student(name, student, Task(params.task), places, params.runtime.threads, processes=processes)
 
 
 if __name__ == "__main__":

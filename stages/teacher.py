@@ -27,6 +27,8 @@ def main(name: str) -> None:
         params.runtime.threads,
         Path("metrics") / "runtime" / f"teacher-{name}.json",
         Path("metrics") / "fidelity" / f"{name}.json",
+        on_ray=params.runtime.engine == "ray",
+        workers=params.runtime.workers,
     )
 
 

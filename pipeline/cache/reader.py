@@ -8,6 +8,8 @@ which keeps them in its cache for as long as nothing else needs the room.
 """
 
 import mmap
+import resource
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ MAPPED_BYTES = 32 << 20
 """Pages of the maps that stay in memory at most."""
 FAULT_BYTES = 64 << 10
 """What the kernel maps around a page that is touched."""
+SPARE_HANDLES = 512
+"""Open files of everything else in the process."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class CacheReader:
             fingerprint.check(self.manifest["fingerprint"], folder / MANIFEST)
         self.schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
         self._ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]], dtype=np.int64)
+        _allow_handles(len(self._ends), folder)
         self._mapped: dict[int, _Mapped] = {}
         self._index: KeyIndex | None = None
         self._touched = 0
@@ -123,7 +128,29 @@ def _mapped(rows: pa.Table, work: Path) -> _Mapped:
         with pa.ipc.new_file(pa.PythonFile(file, mode="w"), rows.schema) as writer:
             writer.write_table(rows)
         file.flush()
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        pages = _map(file.fileno())
     del rows
     pa.default_memory_pool().release_unused()
     return _Mapped(pages, pa.ipc.open_file(pa.py_buffer(pages)).get_batch(0))
+
+
+def _map(handle: int) -> mmap.mmap:
+    """A read-only map of an open file that outlives its handle."""
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(handle, 0, access=mmap.ACCESS_READ, trackfd=False)
+    return mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+
+
+def _allow_handles(maps: int, folder: Place) -> None:
+    """Let this process have a file open for each map, as far as the system lets it.
+
+    Python keeps a handle of its own for each map, which it can be told not to since 3.13. A cache of 10⁷ rows has 610 shards, and 1,024
+    handles are what many systems begin with. Raises UsageError where the system does not allow as many.
+    """
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = maps + SPARE_HANDLES
+    if sys.version_info >= (3, 13) or allowed >= needed:
+        return
+    if 0 <= most < needed:
+        raise UsageError(f"{folder}: has {maps:,} shards, and this process may have {most:,} files open; raise `ulimit -Hn` to {needed:,}.")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))

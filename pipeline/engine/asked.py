@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Protocol
 
 import numpy as np
 
@@ -33,6 +34,23 @@ class Query:
     fields: Mapping[str, str]
     answer: str | None = None
     """Its answer in free text, where answers are given."""
+
+
+class Given(Protocol):
+    """What an engine is given of a request, wherever its token ids come from."""
+
+    @property
+    def prefixes(self) -> TokenIds:
+        """Contexts by context_id."""
+        ...
+
+    def rows(self, examples: Sequence[str]) -> tuple[list[list[int]], list[list[int]] | None]:
+        """Token ids of some inputs, and of their answers where these are there."""
+        ...
+
+    def spread(self, count: int) -> list[str]:
+        """Some inputs, from the shortest to the longest."""
+        ...
 
 
 class Asked:

@@ -6,7 +6,11 @@ from itertools import accumulate, takewhile
 from transformers import PreTrainedModel
 
 LARGEST_BUDGET = 1024
-"""Tokens a pass: enough for matrix products to run at full rate; with more, results leave the caches (measured on SmolLM2-135M)."""
+"""Tokens a pass on a CPU: enough for products to run at full rate; with more, results leave the caches (measured on SmolLM2-135M)."""
+LARGEST_GPU_BUDGET = 4096
+"""Tokens a pass on a GPU, whose products need far more rows to run at full rate. Not measured."""
+ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30
+"""Bytes that a pass may take for what it computes, at most."""
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -39,7 +43,9 @@ def shared_head(queries: Sequence[Sequence[int]]) -> int:
 
 
 def token_budget(model: PreTrainedModel, memory_bytes: int) -> int:
-    """Tokens a pass may have for its activations to stay within an eighth of `memory_bytes`, and under 512 MB.
+    """Tokens a pass may have for its activations to stay within an eighth of `memory_bytes`, half of what the weights leave, and under
+    512 MB (4 GB on a GPU). It follows from the device and the model alone, not from what else runs there: batches, and so a row's last
+    bits, follow from it.
 
     Counted for each token: about ten vectors of the hidden size and four of the inner size, and the logits of one answer position in 16
     tokens, twice.
@@ -48,4 +54,6 @@ def token_budget(model: PreTrainedModel, memory_bytes: int) -> int:
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden)
     per_token = (10 * hidden + 4 * inner) * model.dtype.itemsize + 2 * 4 * int(config.vocab_size) // 16
-    return max(64, min(LARGEST_BUDGET, min(memory_bytes // 8, 512 << 20) // per_token))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    largest, most = (LARGEST_BUDGET, ACTIVATIONS) if model.device.type == "cpu" else (LARGEST_GPU_BUDGET, GPU_ACTIVATIONS)
+    return max(64, min(largest, min(memory_bytes // 8, max(0, memory_bytes - weights) // 2, most) // per_token))

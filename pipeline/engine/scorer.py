@@ -18,7 +18,7 @@ from pipeline.cache.encodings import columns_of
 from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
 from pipeline.cache.keys import Key, Request
 from pipeline.cache.store import Part, Store
-from pipeline.engine.asked import Asked, Query
+from pipeline.engine.asked import Asked, Given, Query
 from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
 from pipeline.engine.generation import Generator
@@ -37,6 +37,8 @@ from pipeline.tasks import Task, TaskTokens
 
 ROWS_PER_PART = 256
 """Rows between two writes: what a kill costs at most."""
+Scored = tuple[Part, pa.Table, float]
+"""A part, its rows (`schema.SCORES`), and the seconds that scoring took."""
 PROBE_ROWS = 3
 
 
@@ -82,20 +84,31 @@ class Scorer:
         missing = int(self.store.missing(request).sum())
         if not missing:
             return
-        engine = self._load(asked).engine
+        scored = self._scored(request, asked)
         held = len(request) - missing
         cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
         tokens, started = 0, time.monotonic()
         with progress(title, missing, "rows") as meter:
-            for part in self.store.parts(request, lambda keys: _divide(keys, asked, engine.token_budget)):
-                began = time.perf_counter()
-                rows = _score_part(engine, part, asked, self._generator)
-                self.store.write(part, rows, time.perf_counter() - began)
+            for part, rows, seconds in scored:
+                self.store.write(part, rows, seconds)
                 give_back_memory()
                 tokens += sum(asked.lengths_of([example for _, example in part.keys]))
                 if not self.reading.texts:
                     tokens += len(rows["completion_ids"].combine_chunks().flatten())
                 meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
+
+    def _scored(self, request: Request, asked: Asked) -> Iterator[Scored]:
+        """The parts that the store lacks, scored one after the other; the model is loaded at the call."""
+        engine = self._load(asked).engine
+        return (self._score(engine, part, asked) for part in self._parts(request, asked, engine.token_budget))
+
+    def _parts(self, request: Request, asked: Asked, token_budget: int) -> Iterator[Part]:
+        return self.store.parts(request, lambda keys: _divide(keys, asked, token_budget))
+
+    def _score(self, engine: Engine, part: Part, asked: Given) -> Scored:
+        began = time.perf_counter()
+        rows = _score_part(engine, part, asked, self._generator)
+        return part, rows, time.perf_counter() - began
 
     def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
         """Seconds that scoring these rows took, in this run or an earlier one, and how many of the rows they cover.
@@ -111,10 +124,13 @@ class Scorer:
         """
         prefix = self.tokens.prefix_ids(context)
         asked = Asked(self.tokens, {context_id(context): prefix}, queries)
-        engine = self._load(asked).engine
+        return self._full(asked, prefix, asked.rows(asked.examples)[0], answers)
+
+    def _full(self, probe: Given, prefix: Sequence[int], queries: list[list[int]], answers: Completions | None) -> torch.Tensor:
+        engine = self._load(probe).engine
         kept, engine.reading = engine.reading, replace(engine.reading, cache=CacheParams(encoding="full", resolution_nats=None))
         try:
-            return engine.score(prefix, asked.rows(asked.examples)[0], answers).encoded.full_logprobs
+            return engine.score(prefix, queries, answers).encoded.full_logprobs.cpu()
         finally:
             engine.reading = kept
 
@@ -137,7 +153,7 @@ class Scorer:
                     "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                 )
 
-    def _load(self, asked: Asked) -> EngineChoice:
+    def _load(self, asked: Given) -> EngineChoice:
         """The engine; the model is loaded and probed at the first call, under its longest context, with its longest query and answer.
 
         What depends on length (a sliding window) shows there, and not in the middle of the work.
@@ -155,14 +171,17 @@ class Scorer:
                 any_text = [list(islice(cycle(query), self.tokens.longest_answer)) for query in queries]  # does to compare
                 answers = own if self.reading.texts else any_text
             self._choice = choose_engine(model, self.reading, budget, context, queries, answers)
-            file = self.store.folder / "engine.json"
-            if not file.exists():
-                report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
-                write_json(report, file)
+            report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
+            self._note_engine(report)
         return self._choice
 
+    def _note_engine(self, report: dict[str, Any]) -> None:
+        file = self.store.folder / "engine.json"
+        if not file.exists():
+            write_json(report, file)
 
-def _score_part(engine: Engine, part: Part, asked: Asked, generator: Generator | None) -> pa.Table:
+
+def _score_part(engine: Engine, part: Part, asked: Given, generator: Generator | None) -> pa.Table:
     """The rows of a part, which lies in one context. Answers in free text are written first, unless they are there."""
     context = part.keys[0][0]
     examples = [example for _, example in part.keys]

@@ -28,7 +28,7 @@ from pipeline.files import read_json, write_json
 from pipeline.hashing import sha256_json
 from pipeline.memory import peak_rss_bytes
 from pipeline.models.loading import load_model, parameter_counts
-from pipeline.models.machine import default_device, memory_bytes, use_machine
+from pipeline.models.machine import memory_bytes, use_machine
 
 PROBES = 3
 COST_VERSION = 2
@@ -139,7 +139,7 @@ def _throughput(job: Job, loaded: dict[str, Any]) -> dict[str, Any] | None:
     for weights, model in loaded.items():
         own = [part for prompts, part in zip(job.models, packed, strict=True) if prompts.weights == weights]
         prefixes = [prefix for part in own for prefix in part.prefixes]
-        budget = token_budget(model, memory_bytes(default_device()))
+        budget = token_budget(model, memory_bytes(model.device))
         queries = own[0].queries
         engine = choose_engine(model, Reading(own[0].completions), budget, max(prefixes, key=len), queries[:PROBES]).engine
         names.append(engine.name)
@@ -154,7 +154,7 @@ def _throughput(job: Job, loaded: dict[str, Any]) -> dict[str, Any] | None:
 @torch.inference_mode()
 def _answer(model: Any, prompts: Sequence[Sequence[int]]) -> None:
     for prompt in prompts:
-        model(input_ids=torch.tensor([list(prompt)]), use_cache=False, logits_to_keep=1)
+        model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False, logits_to_keep=1)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,16 @@ class RuntimeParams(Frozen):
 
     threads: PositiveInt | None = None
     """Threads of the matrix products; null takes the cores there are."""
+    engine: Literal["local", "ray"] = "local"
+    """Where teachers run: in the stage's own process, or on the workers of Ray (docs/scale.md)."""
+    workers: PositiveInt | None = None
+    """Of Ray; null takes one for each GPU, or one for each machine where there is none."""
+
+    @model_validator(mode="after")
+    def _workers_are_ray_s(self) -> Self:
+        if self.workers is not None and self.engine != "ray":
+            raise ValueError(f"`workers` is for `engine: ray`, and the engine is {self.engine!r}; leave it out, or change the engine")
+        return self
 
 
 class MonitorParams(Frozen):

@@ -5,12 +5,14 @@ random generator's state or on the process, so a run that goes on after an inter
 the order without shuffling the rest. Batches run across the ends of epochs, so that every step has the same size.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from json.encoder import encode_basestring
 from typing import Generic, Literal, Protocol, TypeVar
 
-from pipeline.hashing import sha256_json
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,16 @@ def pieces(batches: Sequence[Sequence[Example]], size: int | None) -> list[list[
     return [[[example for n, example in run if n == number] for number in range(len(batches))] for run in runs]
 
 
-def permutation(example_ids: Sequence[str], seed: int, epoch: int) -> list[int]:
-    """Numbers of the examples in the order of an epoch."""
-    return sorted(range(len(example_ids)), key=lambda number: sha256_json([seed, epoch, example_ids[number]]))
+def permutation(example_ids: Sequence[str], seed: int, epoch: int) -> np.ndarray:
+    """Numbers of the examples in the order of an epoch, [N] int64.
+
+    They are ordered by the first 64 bits of sha256_json([seed, epoch, example_id]), which numpy sorts at 8 bytes an example; of 10⁷
+    examples two have the same with a chance of 3 in a million, and stand in their own order then.
+    """
+    front = f"[{seed},{epoch},"
+    hashes = (hashlib.sha256(f"{front}{encode_basestring(example)}]".encode()).digest()[:8] for example in example_ids)
+    digests = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)
+    return np.argsort(digests, kind="stable")
 
 
 class Identified(Protocol):
@@ -92,4 +101,4 @@ class Order(Generic[Item]):
         """The examples of a step, counted from 0."""
         examples, size = self._term.examples, self._term.batch_size
         places = range(step * size, (step + 1) * size)
-        return [examples[self._epoch(place // len(examples))[place % len(examples)]] for place in places]
+        return [examples[int(self._epoch(place // len(examples))[place % len(examples)])] for place in places]

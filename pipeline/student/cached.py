@@ -25,6 +25,7 @@ from pipeline.errors import MismatchError
 from pipeline.models.packed import PackedModel
 from pipeline.models.rows import Row, pack, rows_of
 from pipeline.params import CacheParams
+from pipeline.places import Place
 from pipeline.schema import examples, read_table
 from pipeline.student.forward import packed_if_exact
 from pipeline.student.matching import HiddenLesson, Matching, states_of
@@ -76,7 +77,7 @@ class CacheTerm:
 class CachedTeacher:
     """The distributions of one score cache, as a student of this task and tokenizer may learn them."""
 
-    def __init__(self, folder: Path, work: Path, tokens: TaskTokens, tokenizer_sha256: str, temperature: float) -> None:
+    def __init__(self, folder: Place, work: Path, tokens: TaskTokens, tokenizer_sha256: str, temperature: float) -> None:
         self._reader = CacheReader(folder, work)
         self.manifest = self._reader.manifest
         self.folder, self.temperature = folder, temperature

@@ -76,7 +76,7 @@ class Checkpoint:
                 others = {key.removeprefix("other."): file.get_tensor(key) for key in file.keys() if key.startswith("other.")}  # noqa: SIM118
                 for name, parameter in trained_weights(model).items():
                     parameter.copy_(file.get_tensor(f"weight.{name}"))
-                    state: dict[str, torch.Tensor] = {"step": torch.tensor(float(len(losses)))}
+                    state: dict[str, torch.Tensor] = {"step": torch.tensor(float(len(losses)), device=parameter.device)}
                     for moment in MOMENTS:
                         state[moment] = torch.empty_like(parameter).copy_(file.get_tensor(f"{moment}.{name}"))
                     optimizer.state[parameter] = state

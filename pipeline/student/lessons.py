@@ -5,15 +5,18 @@ A student's prompt has no demonstrations: its ids are the beginning-of-text toke
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import MismatchError, UsageError, choices
 from pipeline.files import read_json
-from pipeline.hashing import sha256_file, sha256_json
+from pipeline.hashing import sha256_json
+from pipeline.places import Place, Remote, sha256_of
 from pipeline.schema import TARGETS, examples, read_table
 from pipeline.student.batches import Example
 from pipeline.student.cached import CachedRow
 from pipeline.tasks import TaskTokens
+
+Where = TypeVar("Where", Path, Remote)
 
 
 def demonstrations(file: Path, tokens: TaskTokens) -> tuple[Example, ...]:
@@ -33,8 +36,8 @@ def demonstrations(file: Path, tokens: TaskTokens) -> tuple[Example, ...]:
     return _examples(file, rows, one_hot, tokens)
 
 
-def target_set(folder: Path, transfer_file: Path, tokens: TaskTokens) -> tuple[Example, ...]:
-    """The examples of a target set, in its order, with their target distributions in the order of the task's labels.
+def target_set(folder: Place, transfer_file: Path, tokens: TaskTokens) -> tuple[Example, ...]:
+    """The examples of a target set, here or at a URL (`places.place`), in its order, with target distributions in the task's labels' order.
 
     Raises MismatchError where the targets were made for another template, verbalisers or labels, or have an example that the transfer set
     lacks.
@@ -62,10 +65,10 @@ def target_set(folder: Path, transfer_file: Path, tokens: TaskTokens) -> tuple[E
     return _examples(targets_file, rows, distributions, tokens)
 
 
-def targets_fingerprint(folder: Path) -> dict[str, str]:
+def targets_fingerprint(folder: Place) -> dict[str, str]:
     """Hashes of a target set: of its rows, and of what says how they were made."""
     return {
-        "targets": sha256_file(folder / "targets.parquet"),
+        "targets": sha256_of(folder / "targets.parquet"),
         "calibration": sha256_json(read_json(folder / "calibration.json")),
     }
 
@@ -82,7 +85,7 @@ def check_lengths(lessons: Sequence[Example], cached: Sequence[CachedRow], token
         )
 
 
-def _examples(file: Path, rows: Sequence[dict[str, Any]], targets: Sequence[tuple[float, ...]], tokens: TaskTokens) -> tuple[Example, ...]:
+def _examples(file: Place, rows: Sequence[dict[str, Any]], targets: Sequence[tuple[float, ...]], tokens: TaskTokens) -> tuple[Example, ...]:
     if not rows:
         raise MismatchError(f"{file}: no rows; a student needs at least one example to learn from.")
     prefix = tokens.prefix_ids("")
@@ -91,7 +94,7 @@ def _examples(file: Path, rows: Sequence[dict[str, Any]], targets: Sequence[tupl
     return tuple(Example(row["example_id"], (*prefix, *query), target) for row, query, target in triples)
 
 
-def _there(file: Path) -> Path:
+def _there(file: Where) -> Where:
     if not file.is_file():
         raise UsageError(f"{file}: no such file; `dvc repro` makes it.")
     return file

@@ -101,7 +101,7 @@ def attach(model: PreTrainedModel, lessons: Sequence[HiddenLesson | None], seed:
         if wrong := [layer for layer in lesson.student_layers if not -depth <= layer < depth]:
             raise UsageError(f"students.*.also.*.layers: the student has no layer {wrong[0]}; it has {depth}, 0 to {depth - 1}.")
     made = [None if lesson is None else Matching(lesson, config.hidden_size, seed) for lesson in lessons]
-    model.add_module(MODULE, nn.ModuleList(filter(None, made)))
+    model.add_module(MODULE, nn.ModuleList(filter(None, made)).to(model.device))  # made on the CPU: its numbers are the seed's everywhere
     return made
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.cache.folder import CACHES
 from pipeline.errors import MismatchError, UsageError
@@ -24,7 +25,7 @@ from pipeline.models.loading import (
     parameter_counts,
     save_model,
 )
-from pipeline.models.machine import use_machine
+from pipeline.models.machine import default_device, use_machine
 from pipeline.models.provenance import FILE, identity_entries
 from pipeline.models.truncation import cut_layers, parse_layers
 from pipeline.params import DEMONSTRATIONS_FILE as DEMONSTRATIONS
@@ -36,7 +37,8 @@ from pipeline.student.checkpoint import SECONDS_BETWEEN, Checkpoint
 from pipeline.student.early_stopping import HeldBack, split
 from pipeline.student.lessons import check_lengths, demonstrations, target_set, targets_fingerprint
 from pipeline.student.outputs import final_loss, held_back_summary, write_curve, write_runtime
-from pipeline.student.training import Trained, train
+from pipeline.student.processes import Processes
+from pipeline.student.training import ALONE, Trained, train
 from pipeline.tasks import Task, TaskTokens
 
 TRAINING_VERSION = 2
@@ -93,19 +95,28 @@ class Ran:
 
 
 def train_student(
-    name: str, params: StudentParams, task: Task, places: Places, threads: int | None = None, seconds_between: float = SECONDS_BETWEEN
+    name: str,
+    params: StudentParams,
+    task: Task,
+    places: Places,
+    threads: int | None = None,
+    seconds_between: float = SECONDS_BETWEEN,
+    processes: Processes = ALONE,
 ) -> None:
     """Write `artifacts/students/NAME`, `metrics/train/NAME.json`, `metrics/curves/NAME.csv`, `metrics/runtime/student-NAME.json`.
 
-    One training for each of `params.runs`, all in that folder. `seconds_between` checkpoints. Raises UsageError and MismatchError on bad
-    input before training, ShotlessError where it diverges.
+    One training for each of `params.runs`, all in that folder. `seconds_between` checkpoints. Of several `processes` each calls this, and
+    the first one writes. Raises UsageError and MismatchError on bad input before training, ShotlessError where it diverges.
     """
     tokens = _tokens(places.artifacts / params.base, task)
     jobs = {place: _student_job(name, run, tokens, places) for place, run in params.runs.items()}
     ran = {}
     for place, job in jobs.items():
-        ran[job.params.seed] = _run(job, places.artifacts / "students" / name / place, places, threads, seconds_between, len(jobs) > 1)
-    _write_metrics(name, ran, places.metrics)
+        ran[job.params.seed] = _run(
+            job, places.artifacts / "students" / name / place, places, threads, seconds_between, len(jobs) > 1, processes
+        )
+    if processes.first:
+        _write_metrics(name, ran, places.metrics)
 
 
 def _student_job(name: str, params: StudentParams, tokens: TaskTokens, places: Places) -> Job:
@@ -211,15 +222,24 @@ def demonstrations_a_step(batch_size: int) -> int:
     return max(1, batch_size // 4)
 
 
-def _run(job: Job, output: Path, places: Places, threads: int | None, seconds_between: float, is_one_of_many: bool = False) -> Ran:
+def _run(
+    job: Job,
+    output: Path,
+    places: Places,
+    threads: int | None,
+    seconds_between: float,
+    is_one_of_many: bool = False,
+    processes: Processes = ALONE,
+) -> Ran:
     """Train and write the folder. Of many trainings for one folder of DVC's, each keeps its end until all are done."""
     base = places.artifacts / job.base
     check_lengths(job.examples, job.rows, job.tokens, context_limit(base), base)
     used_threads = use_machine(threads)
     provenance = _provenance(job, base)
     own = f"{job.kind}-{job.name}" + (f"-seed{job.params.seed}" if is_one_of_many else "")
-    checkpoint = Checkpoint(places.work / "training", own, _fingerprint(job, provenance, used_threads), seconds_between, is_one_of_many)
-    model = load_model(base)
+    fingerprint = _fingerprint(job, provenance, used_threads, processes.count)
+    checkpoint = Checkpoint(places.work / "training", own, fingerprint, seconds_between, is_one_of_many)
+    model = load_model(base, device=default_device())
     if job.layers is not None:
         cut_layers(model, parse_layers(job.layers, model.config.get_text_config().num_hidden_layers))
     adapter = (output / "adapter", job.base) if job.params.adapters == "kept" else None
@@ -234,10 +254,10 @@ def _run(job: Job, output: Path, places: Places, threads: int | None, seconds_be
         checkpoint=checkpoint,
         held_back=job.held_back,
         adapter=adapter,
+        processes=processes,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    model.config._name_or_path = ""
-    save_model(model, load_tokenizer(base), output)
+    if processes.first:
+        _write_model(model, base, output)
     counts = {
         "steps": len(trained.losses),
         "examples": trained.examples,
@@ -247,9 +267,16 @@ def _run(job: Job, output: Path, places: Places, threads: int | None, seconds_be
         "layers": int(model.config.get_text_config().num_hidden_layers),
     }
     choice = held_back_summary(trained, len(job.held_back.examples) + len(job.held_back.cached)) if job.held_back else {}
-    own = identity_entries(output, provenance)
-    write_json({**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE)
+    if processes.first:
+        own = identity_entries(output, provenance)
+        write_json({**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE)
     return Ran(job, counts | choice | {"final_loss": final_loss(trained.losses)}, trained, used_threads, checkpoint)
+
+
+def _write_model(model: PreTrainedModel, base: Path, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    model.config._name_or_path = ""
+    save_model(model, load_tokenizer(base), output)
 
 
 def _write_metrics(name: str, ran: Mapping[int, Ran], metrics: Path) -> None:
@@ -294,8 +321,8 @@ def _provenance(job: Job, base: Path) -> dict[str, Any]:
     }
 
 
-def _fingerprint(job: Job, provenance: dict[str, Any], threads: int) -> str:
-    """What a checkpoint belongs to. Threads and torch's version count: other ones round otherwise, and the end would be neither's."""
+def _fingerprint(job: Job, provenance: dict[str, Any], threads: int, processes: int) -> str:
+    """What a checkpoint belongs to. Threads, processes, torch's version count: others round otherwise, and the end would be neither's."""
     lessons = [
         [term.loss, term.weight, term.label_weight, term.batch_size, [[e.example_id, list(e.ids), list(e.target)] for e in term.examples]]
         for term in job.terms
@@ -303,4 +330,4 @@ def _fingerprint(job: Job, provenance: dict[str, Any], threads: int) -> str:
     lessons += [[term.divergence, term.weight, term.batch_size, [row.example_id for row in term.examples]] for term in job.cached]
     held = [[e.example_id, list(e.ids), list(e.target)] for e in job.held_back.examples] if job.held_back else []
     belongs = {"provenance": provenance, "lessons": lessons, "held_back": held, "threads": threads, "torch": torch.__version__}
-    return sha256_json(belongs)
+    return sha256_json(belongs | ({"processes": processes} if processes > 1 else {}))

@@ -4,6 +4,8 @@ Inputs without content are scored along with the transfer set, a row for each co
 next to nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +37,54 @@ def capture(
     threads: int | None,
     runtime: Path | None = None,
     metrics: Path | None = None,
+    *,
+    on_ray: bool = False,
+    workers: int | None = None,
 ) -> None:
     """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
 
     A task `of_texts` is read token by token, for the distributions at each.
 
     Rows that the store under `work` holds are not scored again. `runtime` is the file for what the capture took (no output of DVC: it holds
-    seconds), `metrics` that for the cache's fidelity. Raises UsageError where a prompt does not fit the model.
+    seconds), `metrics` that for the cache's fidelity. `on_ray`, the model is loaded and asked by so many `workers` of Ray, to the same
+    bytes. Raises UsageError where a prompt does not fit the model.
     """
     contexts, free, transfer = asked(contexts_file, transfer_file, task)
+    with _scorer(model_folder, task, cache, work, threads, dtype, on_ray, workers) as scorer:
+        _capture(scorer, name, (contexts, free, transfer), output, work, runtime, metrics)
+
+
+@contextmanager
+def _scorer(
+    folder: Path, task: Task, cache: CacheParams, work: Path, threads: int | None, dtype: str, on_ray: bool, workers: int | None
+) -> Iterator[Scorer]:
+    if not on_ray:
+        yield Scorer(folder, task, cache, work, threads, dtype)
+        return
+    from pipeline.engine.ray_scorer import RayScorer
+
+    with closing(RayScorer(folder, task, cache, work, threads, dtype, workers)) as scorer:
+        yield scorer
+
+
+def _capture(
+    scorer: Scorer,
+    name: str,
+    questions: tuple[list[dict[str, Any]], list[Query], TransferSet],
+    output: Path,
+    work: Path,
+    runtime: Path | None,
+    metrics: Path | None,
+) -> None:
+    contexts, free, transfer = questions
     queries = Joined(free, transfer)
-    scorer = Scorer(model_folder, task, cache, work, threads, dtype)
     texts = [context["text"] for context in contexts]
     rows = scorer.tables(texts, queries, f"teacher {name}")
     about = {
         "teacher": name,
-        "model": str(model_folder.relative_to(model_folder.parent.parent)),
+        "model": "/".join(scorer.model_folder.parts[-2:]),
         "engine": scorer.engine_report,
-        "labels": list(task.labels),
+        "labels": list(scorer.tokens.task.labels),
         "contexts": [{key: context[key] for key in ("context_id", "name", "tokens")} for context in contexts],
         "content_free": [query.example_id for query in free],
         "examples": len(transfer),

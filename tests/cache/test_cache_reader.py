@@ -2,8 +2,10 @@
 
 import gc
 import os
+import resource
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from cache_rows import FINGERPRINT, rows
@@ -50,6 +52,26 @@ def test_what_was_taken_outlives_the_reader(cache, tmp_path):
     del opened
     gc.collect()
     assert taken.equals(read_cache(cache).rows.take(pa.array([3, 20])))
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.cache.rows.MOST_ROWS", 1)
+    monkeypatch.setattr(reader_module, "SPARE_HANDLES", psutil.Process().num_fds() + 8)
+    write_cache(tmp_path / "cache", [rows(COUNT)], FINGERPRINT, {})
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (reader_module.SPARE_HANDLES, allowed[1]))
+        with CacheReader(tmp_path / "cache", tmp_path / "work") as opened:
+            assert opened.take(list(range(COUNT))).equals(read_cache(tmp_path / "cache").rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+
+
+def test_a_cache_of_more_shards_than_the_system_allows_files_is_refused(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader_module.resource, "getrlimit", lambda _: (100, 100))
+    monkeypatch.setattr(reader_module.sys, "version_info", (3, 12))
+    with pytest.raises(UsageError, match=r"has 6 shards, and this process may have 100 files open; raise `ulimit -Hn` to 518"):
+        CacheReader(cache, tmp_path / "work")
 
 
 def test_some_columns_alone_are_decoded(cache, tmp_path):

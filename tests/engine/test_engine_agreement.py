@@ -228,3 +228,5 @@ def test_the_last_two_batches_are_as_even_as_their_rows_allow(lengths, budget):
 def test_the_token_budget_follows_the_memory(tiny_model):
     model = tiny_model("llama")
     assert token_budget(model, 1 << 40) >= token_budget(model, 1 << 20) >= 64
+    assert token_budget(model.to("meta"), 1 << 40) == 4 * token_budget(tiny_model("llama"), 1 << 40)  # the meta device stands for a GPU
+    assert token_budget(model, sum(p.numel() * p.element_size() for p in model.parameters())) == 64

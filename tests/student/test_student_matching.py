@@ -56,6 +56,13 @@ def test_a_projection_is_learnt_only_where_widths_differ_and_is_gone_afterwards(
     assert dict(model.named_parameters()).keys() == before.keys()
 
 
+def test_projections_lie_where_the_model_does(tiny_model):
+    """The meta device stands for a GPU: what is left behind on the CPU is an error."""
+    (matching,) = attach(tiny_model("llama", hidden_size=48).to("meta"), [lesson()], 7)
+    assert {parameter.device.type for parameter in matching.parameters()} == {"meta"}
+    assert matching(torch.zeros(5, 96, device="meta"), STATES[:5]).device.type == "meta"
+
+
 def test_projections_depend_on_the_seed_alone(tiny_model):
     models = [tiny_model("llama", hidden_size=48) for _ in range(3)]
     first, again, other = (attach(model, [lesson()], seed)[0] for model, seed in zip(models, (1, 1, 2), strict=True))

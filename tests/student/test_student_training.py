@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 from student_naive import MULTI, SINGLE, gold_term, kl_term, make_examples, naive_training, tuning
 
 from pipeline.errors import ShotlessError
+from pipeline.hashing import sha256_json
 from pipeline.student import training
 from pipeline.student.batches import Order, Term, permutation
 from pipeline.student.objectives import label_log_probabilities
 from pipeline.student.optimizer import adamw, clip_gradients, learning_rate
 from pipeline.student.training import objective, train
+
+
+@given(st.lists(st.text(max_size=8), unique=True, max_size=40), st.integers(0, 9), st.integers(0, 9))
+def test_the_order_of_an_epoch_is_that_of_hashes(ids, seed, epoch):
+    assert permutation(ids, seed, epoch).tolist() == sorted(range(len(ids)), key=lambda n: sha256_json([seed, epoch, ids[n]]))
 
 
 @pytest.mark.parametrize("completions", [SINGLE, MULTI], ids=["single", "multi"])
