@@ -5,6 +5,7 @@ which together read and write four times the bytes of all weights in every step.
 a step over the old gradient, and adds later ones in the product itself. The trade-off: hooks on these weights' gradients are not called.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,22 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models.packed import decoder_layers
-
 
 class MatrixGradients:
-    """The trained float32 matrices of the decoder's plain linear layers. `detach` gives the layers back as they were."""
+    """The trained float32 matrices of plain linear layers, but for the head. `detach` gives the layers back as they were."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        head = model.get_output_embeddings()  # often the embeddings themselves, whose gradient autograd adds up
+        self._modules = [module for module in model.modules() if _is_trained(module) and module is not head]
         self._old: set[nn.Parameter] = set()
         """Those whose gradient is still that of the step before."""
-        self._modules = [module for module in decoder_layers(model).modules() if _is_trained(module)]
+        self._hooks = []
         for module in self._modules:
             module.forward = self._forward_of(module)
+            self._hooks.append(module.weight.register_hook(self._met_by_autograd(module.weight)))
 
-    def forget(self) -> None:
-        """Begin a step: what the gradients hold now is of the step before."""
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Begin a step: what the gradients hold now is of the step before. Those of other `parameters` become zero."""
         self._old = {module.weight for module in self._modules if module.weight.grad is not None}
+        for parameter in parameters:
+            if parameter.grad is not None and parameter not in self._old:
+                parameter.grad.zero_()
 
     def settle(self) -> None:
         """End a step: a matrix that no pass of it came by has a gradient of zero."""
@@ -48,8 +53,20 @@ class MatrixGradients:
 
     def detach(self) -> None:
         """Give the model its own forwards back."""
-        for module in self._modules:
+        for module, hook in zip(self._modules, self._hooks, strict=True):
             del module.forward
+            hook.remove()
+
+    def _met_by_autograd(self, weight: nn.Parameter) -> Callable[[Tensor], None]:
+        """For a weight that a model also uses outside its layer's forward: autograd is about to add to its gradient."""
+
+        def hook(_: Tensor) -> None:
+            if weight in self._old:
+                assert weight.grad is not None
+                weight.grad.zero_()
+                self._old.discard(weight)
+
+        return hook
 
     def _forward_of(self, module: nn.Linear) -> Any:
         def forward(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.early_stopping import Best, HeldBack
 from pipeline.student.forward import Forward, choose_forward, plain_log_probabilities, probe_rows
 from pipeline.student.frozen import on_stored_states
+from pipeline.student.gradients import MatrixGradients
 from pipeline.student.head import on_stored_vectors
 from pipeline.student.matching import attach as attach_matchings
 from pipeline.student.matching import detach as detach_matchings
@@ -177,6 +178,13 @@ class _Training:
     """For each term over the vocabulary or hidden states."""
 
     def run(self, tuning: Tuning) -> Trained:
+        matrices = MatrixGradients(self.model)
+        try:
+            return self._run(tuning, matrices)
+        finally:
+            matrices.detach()
+
+    def _run(self, tuning: Tuning, matrices: MatrixGradients) -> Trained:
         plan, params, held_back = self.plan, self.plan.params, self.plan.held_back
         checkpoint, started, first = plan.checkpoint, plan.started, plan.processes.first
         optimizer = adamw(self.model, params)
@@ -201,7 +209,7 @@ class _Training:
                     break
                 set_learning_rate(optimizer, learning_rate(step, params))
                 rows = [order.batch(step) for order in cached]
-                losses.append(self._step(optimizer, [order.batch(step) for order in orders], rows, step))
+                losses.append(self._step(optimizer, matrices, [order.batch(step) for order in orders], rows, step))
                 done += tokens_of(step)
                 meter.advance(1, f"loss {losses[-1]:.4f}, {done / (time.monotonic() - started):,.0f} tokens/s")
                 if held_back is not None and ((step + 1) % held_back.evaluate_every == 0 or step + 1 == params.steps):
@@ -228,10 +236,17 @@ class _Training:
         )
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], cached: Sequence[Sequence[CachedRow]], step: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        matrices: MatrixGradients,
+        batches: Sequence[Sequence[Example]],
+        cached: Sequence[Sequence[CachedRow]],
+        step: int,
     ) -> float:
         """One update, of the gradients of all pieces; returns the loss before it. `cached` are rows for each of `answers`."""
         plan, processes = self.plan, self.plan.processes
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        matrices.forget(trained)  # kept, not freed: fresh pages for all gradients would cost 6 % of a step in page faults
         sizes, value = [len(batch) for batch in batches], 0.0
         for piece in pieces([processes.share(batch) for batch in batches], plan.params.micro_batch):
             assert self.forward is not None
@@ -243,11 +258,11 @@ class _Training:
             for start in range(0, len(own), size):
                 piece = own[start : start + size]
                 value += self._backward(forward.loss(piece, positions), step, [piece])
-        processes.add_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
+        matrices.settle()
+        processes.add_gradients(trained)
         norm = clip_gradients(optimizer, plan.params.max_grad_norm)
         _check_finite("norm of the gradient", norm, plan.title, step, [*batches, *cached])
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # fresh pages for all gradients would cost 6 % of a step in page faults
         return processes.total(value)
 
     def _backward(self, loss: Tensor, step: int, examples: Sequence[Sequence[Example | CachedRow]]) -> float:
