@@ -28,6 +28,10 @@ def headline(document: Json, inputs: Inputs) -> Table:
     caption = (
         "Accuracy in percent, with its 95 % interval below; of a student of several seeds the mean, and the seeds’ standard deviation."
     )
+    if seen := [
+        name for name in sets_of(document, "out") if inputs.params.data.evaluation[name].source in inputs.params.data.transfer.limits
+    ]:
+        caption += f" Unlabelled texts like those of {', '.join(seen)} are in the transfer set; labels are of the one domain alone."
     return Table("headline", caption, columns, bodies, groups)
 
 

@@ -132,5 +132,5 @@ def test_a_method_that_is_not_there_is_named(tmp_path: Path) -> None:
     finish(tmp_path, Part("main", 0))
     raw: dict[str, Any] = PLAN.model_dump()
     raw["groups"]["main"]["pairs"] = (("cd", "nothing"),)
-    with pytest.raises(UsageError, match=r"groups\.main\.pairs: no method 'nothing'; choose one of: zero_shot, icl"):
+    with pytest.raises(UsageError, match=r"groups\.main\.pairs: no method 'nothing'; choose one of: cd, icl"):
         write_results(StudyPlan.model_validate(raw), tmp_path, "2 cores", tmp_path / "results.md")

@@ -1,5 +1,7 @@
 """Target sets on disk against the definition, from a cache of a small random model."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -39,7 +41,8 @@ def captured(model_folder, tmp_path_factory):
         ),
         contexts,
     )
-    capture("few", model_folder("llama"), contexts, transfer, root / "scores/few", TASK, CacheParams(), "float32", root / "work", 1)
+    shutil.copytree(model_folder("llama"), root / "models/llama")
+    capture("few", root / "models/llama", contexts, transfer, root / "scores/few", TASK, CacheParams(), "float32", root / "work", 1)
     return root
 
 
@@ -114,7 +117,7 @@ def test_calibration_by_source_without_batch_calibration_is_refused(raw_params):
 
 def test_sources_beside_are_known_ones_and_others(raw_params):
     raw_params["data"]["transfer"]["beside"] = {"blogs": 10}
-    with pytest.raises(UsageError, match=r"data\.transfer\.beside: no 'blogs'; choose one of: movie, amazon"):
+    with pytest.raises(UsageError, match=r"data\.transfer\.beside: no 'blogs'; choose one of: amazon, editorials, movie"):
         parse_params(raw_params)
     raw_params["data"]["transfer"]["beside"] = {"tweets": 10}
     raw_params["targets"]["mix"]["sources"] = ["amazon"]
