@@ -55,7 +55,8 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
         else:
             shutil.copyfile(source, target)
     yaml = YAML(typ="safe", pure=True)
-    yaml.sort_base_mapping_type_on_output = False  # methods and sets are shown in the order in which they were written
+    # methods and sets are shown in the order in which they were written
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.dump(raw, workspace / "params.yaml")
     (workspace / ".dvc").mkdir(exist_ok=True)
     settings = (project / ".dvc" / "config").read_text("utf-8")

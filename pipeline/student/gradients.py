@@ -19,8 +19,10 @@ class MatrixGradients:
 
     def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()  # often the embeddings themselves, whose gradient autograd adds up
-        self._modules = [module for module in model.modules() if _is_trained(module) and module is not head]
-        self._old: set[nn.Parameter] = set()
+        self._modules = [
+            module for module in model.modules() if isinstance(module, nn.Linear) and _is_trained(module) and module is not head
+        ]
+        self._old: set[Tensor] = set()
         """Those whose gradient is still that of the step before."""
         self._hooks = []
         for module in self._modules:
@@ -57,7 +59,7 @@ class MatrixGradients:
             del module.forward
             hook.remove()
 
-    def _met_by_autograd(self, weight: nn.Parameter) -> Callable[[Tensor], None]:
+    def _met_by_autograd(self, weight: Tensor) -> Callable[[Tensor], None]:
         """For a weight that a model also uses outside its layer's forward: autograd is about to add to its gradient."""
 
         def hook(_: Tensor) -> None:
@@ -77,7 +79,7 @@ class MatrixGradients:
         return forward
 
 
-def _is_trained(module: Any) -> bool:
+def _is_trained(module: nn.Linear) -> bool:
     plain = type(module) is nn.Linear and "forward" not in vars(module)
     return plain and module.weight.requires_grad and module.weight.dtype == torch.float32
 

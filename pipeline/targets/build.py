@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.folder import CACHES, ScoreCache, manifest_sha256, read_cache
-from pipeline.ensemble import Combination, learn_offsets, normalised
+from pipeline.ensemble import Calibration, Combination, learn_offsets, normalised
 from pipeline.errors import MismatchError
 from pipeline.files import write_json
 from pipeline.params import TargetParams, TeacherParams
@@ -92,7 +92,7 @@ def build_targets(
 
 def _combination(params: TargetParams, contexts: list[ContextScores], rows: np.ndarray) -> Combination:
     """How the contexts' scores are combined, calibrated on some rows of the transfer set."""
-    kinds = [params.calibrations.get(context.teacher, params.calibration) for context in contexts]
+    kinds: list[Calibration] = [params.calibrations.get(context.teacher, params.calibration) for context in contexts]
     scores = [(normalised(context.transfer[rows]), normalised(context.content_free)) for context in contexts]
     offsets = [learn_offsets(kind, *of_context) for kind, of_context in zip(kinds, scores, strict=True)]
     weights = np.array([context.weight for context in contexts])

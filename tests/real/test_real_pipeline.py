@@ -22,7 +22,7 @@ pytestmark = pytest.mark.real
 SLICE = {
     "data": {
         "demonstrations": {"per_label": 4},
-        "transfer": {"limit": 32, "beside": {"amazon": None, "tweets": None, "editorials": 16}},
+        "transfer": {"limit": 48},
         "evaluation": {
             "movie": {"per_label": 8},
             "editorials": {"per_label": 8},
