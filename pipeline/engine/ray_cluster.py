@@ -35,6 +35,7 @@ def connect(workers: int | None) -> Any:
         ) from None
     if ray.is_initialized():
         return ray
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports on its users
     address = os.environ.get("RAY_ADDRESS")
     how: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
@@ -51,7 +52,7 @@ def shape_of(nodes: Sequence[Mapping[str, Any]], workers: int | None, threads: i
 
     Each has `threads` of one machine, or as many as leave room for all. Raises UsageError where they do not fit.
     """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]  # a head may give none
     cores = [int(resources.get("CPU", 0)) for resources in alive]
     gpus = sum(int(resources.get("GPU", 0)) for resources in alive)
     workers = workers or gpus or len(alive)

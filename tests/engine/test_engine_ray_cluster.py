@@ -24,6 +24,7 @@ def node(cores, gpus=0, alive=True):
         ([node(16), node(16)], None, 4, Shape(2, 4, 0)),
         ([node(64, 8), node(64, 8), node(4)], None, None, Shape(16, 8, 1)),
         ([node(8), node(8, alive=False)], None, None, Shape(1, 8, 0)),
+        ([node(0), node(8), node(8)], None, None, Shape(2, 8, 0)),
     ],
 )
 def test_workers_share_the_cores_of_their_machines(nodes, workers, threads, expected):
