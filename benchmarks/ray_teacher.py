@@ -28,7 +28,7 @@ from pipeline.tasks import Task
 
 MODEL = Path("artifacts/models/smollm2")
 TASK = Task(TaskParams(template="{text}", verbalisers={"negative": " negative", "positive": " positive"}))
-CONTEXT_TOKENS, QUERY_TOKENS, ROWS, ROWS_PER_PART = 640, 40, 768, 48
+CONTEXT_TOKENS, QUERY_TOKENS, ROWS, ROWS_PER_PART = 640, 40, 256, 16
 THREADS = 1
 
 
