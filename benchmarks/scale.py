@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from pipeline.student.batches import permutation
 
 RESULTS = Path("benchmarks/results/scale.json")
 ROWS = (10**5, 10**6, 10**7)
-STEPS = ("plan", "write", "open", "cache", "read", "shuffle")
+STEPS: tuple[str, ...] = ("plan", "write", "open", "cache", "read", "shuffle")
 PARAMS = CacheParams(encoding="top_k_tail", top_k=1)
 ROWS_A_PART, BATCH, SHUFFLED = 256, 64, 20_000
 FINGERPRINT = Fingerprint(
@@ -52,6 +52,7 @@ FINGERPRINT = Fingerprint(
     completion=None,
 )
 CONTEXT = "c" * 64
+Step = Callable[[Path, int], dict[str, Any]]
 
 
 def examples(rows: int) -> Iterator[str]:
@@ -153,7 +154,7 @@ def main(arguments: list[str]) -> None:
     """The parent starts one child a step, `STEP FOLDER ROWS`; numbers alone are the sizes to measure."""
     if arguments and arguments[0] in STEPS:
         step, folder, rows = arguments
-        steps = dict(zip(STEPS, (plan, write, reopen, cache, read, shuffle), strict=True))
+        steps: dict[str, Step] = dict(zip(STEPS, (plan, write, reopen, cache, read, shuffle), strict=True))
         before, started, worked = peak_rss_bytes(), time.perf_counter(), time.process_time()
         found = steps[step](Path(folder), int(rows))
         print(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import UsageError
-from pipeline.models.machine import use_machine
+from pipeline.models.machine import cores
 
 LOCAL_STORE_BYTES = 256 << 20
 """Ray's shared memory for results on their way, where Ray is started here."""
@@ -35,10 +35,11 @@ def connect(workers: int | None) -> Any:
         ) from None
     if ray.is_initialized():
         return ray
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports on its users
     address = os.environ.get("RAY_ADDRESS")
     how: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        how |= {"num_cpus": max(use_machine(None), workers or 1), "object_store_memory": LOCAL_STORE_BYTES}
+        how |= {"num_cpus": max(cores(), workers or 1), "object_store_memory": LOCAL_STORE_BYTES}
     try:
         ray.init(address=address or "local", **how)
     except ConnectionError as error:
@@ -51,14 +52,14 @@ def shape_of(nodes: Sequence[Mapping[str, Any]], workers: int | None, threads: i
 
     Each has `threads` of one machine, or as many as leave room for all. Raises UsageError where they do not fit.
     """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    cores = [int(resources.get("CPU", 0)) for resources in alive]
+    alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]  # a head may give none
+    free = [int(resources.get("CPU", 0)) for resources in alive]
     gpus = sum(int(resources.get("GPU", 0)) for resources in alive)
     workers = workers or gpus or len(alive)
-    fitting = [each for each in range(1, max(cores, default=0) + 1) if sum(count // each for count in cores) >= workers]
+    fitting = [each for each in range(1, max(free, default=0) + 1) if sum(count // each for count in free) >= workers]
     if not fitting or (threads or 1) > fitting[-1]:
         asked = f"{workers} workers" + (f" of {threads} threads" if threads else "")
-        raise UsageError(f"runtime.workers: {asked} do not fit Ray's machines, which have {cores} cores; lower it, or add machines.")
+        raise UsageError(f"runtime.workers: {asked} do not fit Ray's machines, which have {free} cores; lower it, or add machines.")
     if gpus and workers > gpus:
         raise UsageError(f"runtime.workers: {workers} workers need a GPU each, and Ray's machines have {gpus}; lower it to {gpus}.")
     return Shape(workers, threads or fitting[-1], 1 if gpus else 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cache.keys import Request
+from pipeline.cache.store import Part
 from pipeline.engine.asked import Asked, Query
 from pipeline.engine.ray_workers import Setup, Workers
 from pipeline.engine.scorer import PROBE_ROWS, Scored, Scorer
@@ -40,7 +41,7 @@ class RayScorer(Scorer):
         self._note_engine({key: workers.report[key] for key in ("name", "why", "token_budget", "device")})
         return workers.score(self._jobs(request, asked, workers.report["token_budget"]))
 
-    def _jobs(self, request: Request, asked: Asked, token_budget: int) -> Iterator:
+    def _jobs(self, request: Request, asked: Asked, token_budget: int) -> Iterator[tuple[Part, Sheet]]:
         """Parts with what a worker needs of them. A damaged part that is under way is not missing: the store plans it twice."""
         sent = set()
         for part in self._parts(request, asked, token_budget):

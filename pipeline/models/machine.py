@@ -23,12 +23,17 @@ def use_machine(threads: int | None) -> int:
     """Set torch up for products on this machine: `threads`, or as many as there are cores for this process; returns the number."""
     for name, count in KERNELS_KEPT.items():  # read at the first product, so that torch may have been imported before
         os.environ.setdefault(name, count)
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(logical=False) or 1
-    chosen = threads or min(available, psutil.cpu_count(logical=False) or available)
+    chosen = threads or cores()
     torch.set_num_threads(chosen)
     if _mkl_holds_back() and _medium_is_float32():
         torch.set_float32_matmul_precision("medium")
     return chosen
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(logical=False) or 1
+    return min(available, psutil.cpu_count(logical=False) or available)
 
 
 def _mkl_holds_back() -> bool:

@@ -5,18 +5,16 @@ A student's prompt has no demonstrations: its ids are the beginning-of-text toke
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.errors import MismatchError, UsageError, choices
 from pipeline.files import read_json
 from pipeline.hashing import sha256_json
-from pipeline.places import Place, Remote, sha256_of
+from pipeline.places import Place, sha256_of
 from pipeline.schema import TARGETS, examples, read_table
 from pipeline.student.batches import Example
 from pipeline.student.cached import CachedRow
 from pipeline.tasks import TaskTokens
-
-Where = TypeVar("Where", Path, Remote)
 
 
 def demonstrations(file: Path, tokens: TaskTokens) -> tuple[Example, ...]:
@@ -94,7 +92,7 @@ def _examples(file: Place, rows: Sequence[dict[str, Any]], targets: Sequence[tup
     return tuple(Example(row["example_id"], (*prefix, *query), target) for row, query, target in triples)
 
 
-def _there(file: Where) -> Where:
+def _there(file: Place) -> Place:
     if not file.is_file():
         raise UsageError(f"{file}: no such file; `dvc repro` makes it.")
     return file

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import ShotlessError
+from pipeline.models.machine import cores
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=2)
@@ -29,11 +30,17 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    here: int = 1
+    """How many of them run on this machine."""
 
     @property
     def first(self) -> bool:
         """Whether it is this one that writes."""
         return self.rank == 0
+
+    def threads(self, asked: int | None) -> int:
+        """Threads of each: those `asked` for, or this machine's cores divided among those that share it."""
+        return asked or max(1, cores() // self.here)
 
     def share(self, items: Sequence[Item]) -> list[Item]:
         """Every n-th of some items; all processes' shares together are all of them."""
@@ -91,7 +98,7 @@ def joined() -> Iterator[Processes]:
     except (ValueError, RuntimeError, dist.DistError) as error:
         raise ShotlessError(f"$WORLD_SIZE is {count}, and the processes do not find each other: {error}") from error
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ The two differ in what they learn from and in whether layers are cut; the rest i
 training: names, lengths, labels, targets that belong to the task.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,7 +235,7 @@ def _run(
     """Train and write the folder. Of many trainings for one folder of DVC's, each keeps its end until all are done."""
     base = places.artifacts / job.base
     check_lengths(job.examples, job.rows, job.tokens, context_limit(base), base)
-    used_threads = use_machine(threads)
+    used_threads = use_machine(processes.threads(threads))
     provenance = _provenance(job, base)
     own = f"{job.kind}-{job.name}" + (f"-seed{job.params.seed}" if is_one_of_many else "")
     fingerprint = _fingerprint(job, provenance, used_threads, processes.count)
@@ -323,11 +324,10 @@ def _provenance(job: Job, base: Path) -> dict[str, Any]:
 
 def _fingerprint(job: Job, provenance: dict[str, Any], threads: int, processes: int) -> str:
     """What a checkpoint belongs to. Threads, processes, torch's version count: others round otherwise, and the end would be neither's."""
-    lessons = [
-        [term.loss, term.weight, term.label_weight, term.batch_size, [[e.example_id, list(e.ids), list(e.target)] for e in term.examples]]
-        for term in job.terms
-    ]
-    lessons += [[term.divergence, term.weight, term.batch_size, [row.example_id for row in term.examples]] for term in job.cached]
-    held = [[e.example_id, list(e.ids), list(e.target)] for e in job.held_back.examples] if job.held_back else []
-    belongs = {"provenance": provenance, "lessons": lessons, "held_back": held, "threads": threads, "torch": torch.__version__}
-    return sha256_json(belongs | ({"processes": processes} if processes > 1 else {}))
+    terms = [[term.loss, term.weight, term.label_weight, term.batch_size, len(term.examples)] for term in job.terms]
+    terms += [[term.divergence, term.weight, term.batch_size, [row.example_id for row in term.examples]] for term in job.cached]
+    belongs = {"provenance": provenance, "terms": terms, "threads": threads, "processes": processes, "torch": torch.__version__}
+    digest = hashlib.sha256(sha256_json(belongs).encode())
+    for example in job.examples:  # one by one: as one JSON text a million of them would take a gigabyte
+        digest.update(sha256_json([example.example_id, example.ids, example.target]).encode())
+    return digest.hexdigest()

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engine.ray_cluster import Shape, connect, shape_of
-from pipeline.errors import UsageError
+from pipeline.engine.ray_workers import Workers
+from pipeline.errors import ShotlessError, UsageError
 from pipeline.params.evaluation import RuntimeParams
 
 
@@ -24,6 +25,7 @@ def node(cores, gpus=0, alive=True):
         ([node(16), node(16)], None, 4, Shape(2, 4, 0)),
         ([node(64, 8), node(64, 8), node(4)], None, None, Shape(16, 8, 1)),
         ([node(8), node(8, alive=False)], None, None, Shape(1, 8, 0)),
+        ([node(0), node(8), node(8)], None, None, Shape(2, 8, 0)),
     ],
 )
 def test_workers_share_the_cores_of_their_machines(nodes, workers, threads, expected):
@@ -44,6 +46,21 @@ def test_all_workers_fit_and_with_one_thread_more_they_would_not(cores, workers)
 def test_more_workers_than_gpus_are_refused():
     with pytest.raises(UsageError, match="3 workers need a GPU each, and Ray's machines have 2"):
         shape_of([node(16, 2)], 3, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("token_budget", 64), ("torch", "1.0"), ("threads", 7), ("name", "generic"), ("device", "cuda:0")]
+)
+def test_a_worker_unlike_the_first_is_refused(key, other):
+    """On machines that differ, which no test here has: what the pool does with their reports."""
+    first = {"name": "shared_prefix", "token_budget": 1024, "device": "cpu", "torch": "2.0", "transformers": "5.0", "threads": 1}
+    pool = object.__new__(Workers)
+    pool.report, pool._starting, pool._who, pool.pids = None, set(), {}, {}
+    pool._ready("a", {**first, "host": "one", "pid": 1})
+    pool._ready("b", {**first, "host": "two", "pid": 2})
+    with pytest.raises(ShotlessError, match=f"worker 3 on three has {key} {other!r}, and the first one {first[key]!r}"):
+        pool._ready("c", {**first, "host": "three", "pid": 3, key: other})
+    assert pool.pids == {"a": 1, "b": 2}
 
 
 def test_without_ray_the_message_says_how_to_install_it(monkeypatch):

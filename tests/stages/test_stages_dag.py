@@ -121,7 +121,7 @@ def test_student_code_is_no_dependency_of_the_teacher(stages):
 
 
 def test_runtime_knobs_are_tracked_by_no_stage(stages):
-    assert not affected(stages, "runtime.threads")
+    assert not any(affected(stages, f"runtime.{knob}") for knob in ("threads", "engine", "workers"))
 
 
 def test_a_new_student_is_one_more_entry(tmp_path):

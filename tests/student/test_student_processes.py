@@ -101,6 +101,12 @@ def test_shares_are_all_of_a_batch_and_nothing_twice(count):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("pipeline.student.processes.cores", lambda: 8)
+    assert [Processes(0, 6, here).threads(None) for here in (1, 3, 6, 16)] == [8, 2, 1, 1]
+    assert Processes(0, 6, 3).threads(5) == 5
+
+
 def test_one_process_needs_no_others(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined() as processes:
