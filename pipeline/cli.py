@@ -1,6 +1,5 @@
 """The `shotless` command line: what a user asks outside the DAG."""
 
-import sys
 from pathlib import Path
 
 import typer
@@ -13,7 +12,7 @@ from pipeline.commands.predict import predict
 from pipeline.commands.serve import serve
 from pipeline.commands.verify import verify
 from pipeline.data.fetch import changed_local_files
-from pipeline.errors import ShotlessError
+from pipeline.ending import ending_well
 from pipeline.params import load_params
 from pipeline.presets import make_workspace
 from pipeline.report.summary import print_summary
@@ -66,8 +65,5 @@ commands.command()(verify)
 
 def app() -> None:
     """Run the command line; an error ends with its message and its exit code."""
-    try:
+    with ending_well():
         commands()
-    except ShotlessError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

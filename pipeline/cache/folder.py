@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.rows import MOST_ROWS, pieces_of, ranges_of, read_rows, rows_per_shard, with_pieces, write_rows
 from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import json_text, read_json
+from pipeline.files import json_text, make_folder, read_json, remove_leftovers
 from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
 from pipeline.places import Place, Remote, write_bytes
 from pipeline.schema import SCHEMA_VERSION, SCORES
@@ -46,7 +46,7 @@ def write_cache(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerpr
     a remote store has no lock, and of two writers there one may end with a cache that is refused when it is read.
     """
     if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     with _one_writer(folder) if isinstance(folder, Path) else nullcontext():
         (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
         shards: list[dict[str, Any]] = []
@@ -58,6 +58,8 @@ def write_cache(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerpr
         named = {shard["file"] for shard in shards}
         for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
             other.unlink()
+        for left in folder.glob(".*.tmp") if isinstance(folder, Path) else ():
+            remove_leftovers(folder / left.name[1:].rpartition(".")[0].rpartition(".")[0])
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": fingerprint.model_dump(),

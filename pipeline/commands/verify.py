@@ -147,7 +147,7 @@ class _Case:
     def repair(self) -> None:
         """Give the store what intact shards hold, then capture: that scores the rows that neither has, and writes all shards again."""
         from pipeline.engine.scorer import Scorer
-        from pipeline.files import write_json
+        from pipeline.files import write_sealed_json
         from pipeline.tasks import Task
         from pipeline.teacher.capture import capture
         from pipeline.work import work_folder
@@ -164,7 +164,7 @@ class _Case:
                     scorer.store.adopt(self.folder / shard["file"], shard["sha256"])
             engine = scorer.store.folder / "engine.json"
             if manifest and not engine.is_file():
-                write_json(manifest["engine"], engine)
+                write_sealed_json(manifest["engine"], engine)
             missing = int(scorer.store.missing(self.request).sum())
         if missing and any(fault.error is MismatchError for fault in self.findings.faults):
             raise MismatchError(
@@ -216,12 +216,15 @@ def _check_stores(cases: list[_Case], set_aside: bool = False) -> list[str]:
                 lines = "".join(f"\n  {line}" for line in _rows_in_words(tuple(keys), "when next asked for"))
                 faults.append(f"{error}{lines or ': its rows are scored again when next asked for'}")
         faults += store.damaged_plans()
+        notes = store.damaged_notes()
+        faults += [str(error) for _, error in notes]
         for case in cases:
             if case.fingerprint == Fingerprint.model_validate(read_json(folder / "fingerprint.json")):
                 case.in_store = int((index.find(case.findings.keys)[:, 0] >= 0).sum())
         if set_aside:
             with store.lock():
-                pass
+                for note, _ in notes:
+                    note.unlink()
     return faults
 
 

@@ -15,7 +15,7 @@ from pipeline.data.archives import extract
 from pipeline.data.local import RECORD, copy_model, local_faults, local_path, local_sha256
 from pipeline.data.releases import download_release
 from pipeline.errors import UsageError
-from pipeline.files import read_json, write_json
+from pipeline.files import make_folder, read_json, sync, sync_tree, write_json
 from pipeline.hashing import sha256_file
 from pipeline.params import HubOrigin, LocalOrigin, Origin, Params, PypiOrigin
 
@@ -156,8 +156,10 @@ def _content_sha256(origin: Origin) -> str | None:
 def _replace(built: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
+    sync_tree(built)
     built.rename(target)
+    sync(target.parent)
 
 
 def _remove_unnamed(artifacts: Path, wanted: Mapping[str, Origin]) -> None:

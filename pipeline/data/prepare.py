@@ -20,6 +20,7 @@ from pipeline.data.quarantine import write_quarantine
 from pipeline.data.roles import Roles, assign
 from pipeline.errors import CorruptError, ShotlessError, UsageError
 from pipeline.files import read_json, write_json
+from pipeline.hashing import sha256_file
 from pipeline.params import DataParams, Params
 from pipeline.schema import SLICE, read_table, write_table
 from pipeline.schema import examples as examples_schema
@@ -77,6 +78,10 @@ def raw_file(artifacts: Path, source: str) -> Path:
     files = list(read_json(record)["files"])
     if len(files) != 1 or not (folder / files[0]).is_file():
         raise CorruptError(f"{record}: names {files}, and the folder does not hold just that; run `dvc repro --force fetch`.")
+    if (found := sha256_file(folder / files[0])) != (written := read_json(record)["files"][files[0]]):
+        raise CorruptError(
+            f"{folder / files[0]}: has sha256 {found[:12]}…, and was fetched with {str(written)[:12]}…; run `dvc repro --force fetch`."
+        )
     return folder / files[0]
 
 

@@ -3,6 +3,7 @@
 The teacher's stage, the baselines and the students' evaluation all ask here. The model is loaded only if a row is missing.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,8 +24,8 @@ from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
 from pipeline.engine.generation import Generator
 from pipeline.engine.scores import Engine, Reading, Scores
-from pipeline.errors import UsageError
-from pipeline.files import read_json, write_json
+from pipeline.errors import CorruptError, UsageError
+from pipeline.files import read_sealed_json, write_sealed_json
 from pipeline.hashing import context_id, sha256_ids
 from pipeline.memory import give_back_memory
 from pipeline.models.loading import context_limit, load_model, load_tokenizer
@@ -81,6 +82,8 @@ class Scorer:
     def _score_missing(self, request: Request, asked: Asked, title: str) -> None:
         missing = int(self.store.missing(request).sum())
         if not missing:
+            if self._engine_fault():
+                self._load(asked)  # the same probe, so the same report
             return
         engine = self._load(asked).engine
         held = len(request) - missing
@@ -121,7 +124,17 @@ class Scorer:
     @property
     def engine_report(self) -> dict[str, str]:
         """Which engine scored this store's rows, and why it was chosen."""
-        return read_json(self.store.folder / "engine.json")
+        return read_sealed_json(self.store.folder / "engine.json")
+
+    def _engine_fault(self) -> bool:
+        """Whether nothing, or nothing that can be relied on, says which engine scored this store's rows."""
+        try:
+            return not self.engine_report
+        except FileNotFoundError:
+            return True
+        except CorruptError as error:
+            print(f"{error}; the engine is chosen again", file=sys.stderr)
+            return True
 
     def _check_lengths(self, asked: Asked) -> None:
         limit = context_limit(self.model_folder)
@@ -156,9 +169,9 @@ class Scorer:
                 answers = own if self.reading.texts else any_text
             self._choice = choose_engine(model, self.reading, budget, context, queries, answers)
             file = self.store.folder / "engine.json"
-            if not file.exists():
+            if self._engine_fault():
                 report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
-                write_json(report, file)
+                write_sealed_json(report, file)
         return self._choice
 
 

@@ -11,7 +11,7 @@ from pipeline.evaluation.cost import measure
 from pipeline.evaluation.detail import detail, membership
 from pipeline.evaluation.jobs import Inputs, baseline_job, by_demonstrations, student_job
 from pipeline.evaluation.predict import predict_baseline, predict_student, read_sets
-from pipeline.files import read_json, write_json
+from pipeline.files import read_sealed_json, write_json
 from pipeline.metrics import evaluate_predictions, summary
 from pipeline.params import Params, pick
 from pipeline.schema import write_table
@@ -42,7 +42,7 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
         job = student_job(artifacts / "students" / name, inputs)
     else:
         baseline = params.baselines[name]
-        calibration = read_json(artifacts / baseline.prompts / "calibration.json")
+        calibration = read_sealed_json(artifacts / baseline.prompts / "calibration.json")
         ensemble = baseline.contexts == "ensemble"
         table = predict_baseline(name, calibration, ensemble, task, sets, artifacts, work, threads)
         job = baseline_job(calibration, ensemble, inputs, artifacts)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MismatchError, UsageError, choices
-from pipeline.files import read_json
+from pipeline.files import read_sealed_json
 from pipeline.hashing import sha256_file, sha256_json
 from pipeline.schema import TARGETS, examples, read_table
 from pipeline.student.batches import Example
@@ -40,7 +40,7 @@ def target_set(folder: Path, transfer_file: Path, tokens: TaskTokens) -> tuple[E
     lacks.
     """
     calibration_file, targets_file = folder / "calibration.json", folder / "targets.parquet"
-    calibration = read_json(_there(calibration_file))
+    calibration = read_sealed_json(_there(calibration_file))
     task = tokens.task
     present = {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}
     again = f"run `dvc repro targets@{folder.name}`."
@@ -66,7 +66,7 @@ def targets_fingerprint(folder: Path) -> dict[str, str]:
     """Hashes of a target set: of its rows, and of what says how they were made."""
     return {
         "targets": sha256_file(folder / "targets.parquet"),
-        "calibration": sha256_json(read_json(folder / "calibration.json")),
+        "calibration": sha256_json(read_sealed_json(folder / "calibration.json")),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.cache.folder import CACHES
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import read_json, write_json
+from pipeline.files import make_folder, read_sealed_json, write_json, write_sealed_json
 from pipeline.hashing import sha256_file, sha256_json
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
@@ -183,7 +183,7 @@ def _also_term(where: str, params: StudentParams, teacher: str, also: AlsoParams
     folder = places.artifacts / "scores" / teacher
     source = CachedTeacher(folder, places.work, tokens, tokenizer_sha256(places.artifacts / params.base), also.temperature)
     if params.learn_from.startswith("targets/"):
-        pointers = read_json(places.artifacts / params.learn_from / CACHES)
+        pointers = read_sealed_json(places.artifacts / params.learn_from / CACHES)
         wanted, found = pointers.get(teacher, {}).get("manifest_sha256"), sha256_json(source.manifest)
         if wanted != found:
             belongs = "belongs to no cache of that name" if wanted is None else f"was made beside a cache with manifest {wanted[:12]}"
@@ -230,7 +230,7 @@ def _run(job: Job, output: Path, places: Places, threads: int | None, seconds_be
         held_back=job.held_back,
         adapter=adapter,
     )
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     model.config._name_or_path = ""
     save_model(model, load_tokenizer(base), output)
     counts = {
@@ -243,7 +243,9 @@ def _run(job: Job, output: Path, places: Places, threads: int | None, seconds_be
     }
     choice = held_back_summary(trained, len(job.held_back.examples) + len(job.held_back.cached)) if job.held_back else {}
     own = identity_entries(output, provenance)
-    write_json({**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE)
+    write_sealed_json(
+        {**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE
+    )
     return Ran(job, counts | choice | {"final_loss": final_loss(trained.losses)}, trained, used_threads, checkpoint)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipeline.cache.folder import CACHES, ScoreCache, manifest_sha256, read_cache
 from pipeline.ensemble import Combination, learn_offsets, normalised
 from pipeline.errors import MismatchError
-from pipeline.files import write_json
+from pipeline.files import write_json, write_sealed_json
 from pipeline.params import TargetParams, TeacherParams
 from pipeline.schema import TARGETS, write_table
 from pipeline.targets.fidelity import cache_fidelity
@@ -65,7 +65,6 @@ def build_targets(
     raw = np.stack([context.transfer for context in contexts])
     each, target = combination.each(raw), combination.ensemble(raw)
     agreement = combination.weights @ (each.argmax(-1) == target.argmax(-1))
-    output.mkdir(parents=True, exist_ok=True)
     table = pa.table(
         {
             "example_id": transfer_ids,
@@ -75,9 +74,9 @@ def build_targets(
         schema=TARGETS,
     )
     write_table(table, output / "targets.parquet")
-    write_json(_calibration(name, params, teachers, task, caches, contexts, combination), output / "calibration.json")
+    write_sealed_json(_calibration(name, params, teachers, task, caches, contexts, combination), output / "calibration.json")
     pointers = {teacher: {"manifest_sha256": manifest_sha256(scores / teacher)} for teacher in params.caches}
-    write_json(pointers, output / CACHES)
+    write_sealed_json(pointers, output / CACHES)
     write_json(_metrics(task, caches, contexts, combination, raw, each, target, agreement), metrics)
 
 
