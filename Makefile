@@ -8,12 +8,13 @@ WORKSPACE := $(if $(PRESET),runs/$(PRESET),.)
 ON_PATH = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help run test setup lint bench-teacher bench-student bench-cache bench-reads clean
+.PHONY: help run test test-faults setup lint bench-teacher bench-student bench-cache bench-reads clean
 
 help:
 	@echo "make run              set up, fetch model and data, run the pipeline, print what was gained"
 	@echo "make run PRESET=NAME  the same with presets/NAME.yaml laid over params.yaml, in runs/NAME"
 	@echo "make test             set up, lint, check types, run the tests"
+	@echo "make test-faults      bad input and damage, ten times as much as in make test; prints what became of each fault"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
 	@echo "make bench-reads      writing and reading a cache of a million rows: rows/s and memory"
 	@echo "make bench-student    training speed and memory beside Trainer, SFTTrainer and the limit (after make run)"
@@ -30,6 +31,11 @@ run: setup
 
 test: setup lint
 	@$(ON_PATH) python -m pytest
+
+test-faults: export SHOTLESS_FAULTS ?= 10
+test-faults: export OMP_NUM_THREADS ?= 1
+test-faults: setup
+	@$(ON_PATH) nice -n 19 python -m pytest tests/faults
 
 lint: setup
 	@"$(BIN)/ruff" check .
