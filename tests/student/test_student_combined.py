@@ -10,7 +10,7 @@ from cached_world import LABELS, TEXTS, World
 
 from pipeline.cache.folder import CACHES, manifest_sha256, read_cache
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import read_json, write_json, write_sealed_json
+from pipeline.files import read_json, write_sealed_json
 from pipeline.hashing import example_id
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.params import CacheParams, StudentParams
