@@ -9,12 +9,15 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
+
+from safetensors import SafetensorError
 
 from pipeline.errors import CorruptError, NotJsonError, ShotlessError, of_system
 from pipeline.hashing import sha256_json
@@ -71,7 +74,8 @@ def remove_leftovers(path: Path) -> None:
 def disk_full(path: Path) -> Iterator[None]:
     """Turn what the system refuses while `path` is written into a ShotlessError that says where, and that nothing is lost."""
     try:
-        yield
+        with _system_errors():
+            yield
     except OSError as error:
         there = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -83,6 +87,16 @@ def disk_full(path: Path) -> Iterator[None]:
         if (said := of_system(error)) is None:
             raise
         raise ShotlessError(f"{path}: cannot be written: {said}") from error
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """An error of safetensors that stands for one of the system, as an OSError: its message has the number, its attributes nothing."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise (error if number is None else OSError(int(number[1]), str(error))) from error
 
 
 def make_folder(folder: Path) -> None:

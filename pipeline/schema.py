@@ -113,9 +113,9 @@ ANSWERS = pa.schema(
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file, whole or not at all, whose bytes depend on the rows alone; parents are made."""
+    """Write one Parquet file, whole or not at all, whose bytes depend on the rows and its name alone; parents are made."""
     with replacing(path) as temporary:
-        write_sealed_table(table, temporary, ROWS_PER_GROUP)
+        write_sealed_table(table, temporary, path, ROWS_PER_GROUP)
 
 
 def read_table(path: Place, schema: pa.Schema) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Parquet files that carry the sha256 of their own bytes, so that a flipped bit anywhere in them is found before a row is read.
+"""Parquet files that carry the sha256 of their own bytes and their own name: a flipped bit or a swap is found before a row is read.
 
 The hash stands in the file's metadata, where every Parquet reader shows it and none minds it, and is taken with its own digits as zeros.
 Page checksums, which the format has, leave out the footer and the pages' headers. The trade-off: a file is read twice.
@@ -22,11 +22,11 @@ BLANK = MARK + b"0" * 64
 AGAIN = "run the stage that writes it again."
 
 
-def write_sealed_table(table: pa.Table, path: Path, rows_per_group: int) -> None:
-    """Write one Parquet file whose bytes depend on the rows alone."""
+def write_sealed_table(table: pa.Table, path: Path, final: Path, rows_per_group: int) -> None:
+    """Write one Parquet file, to be renamed to `final`, whose bytes depend on the rows and on that name alone."""
     with pq.ParquetWriter(path, table.schema, compression="zstd", write_statistics=True, write_page_checksum=True) as writer:
         writer.write_table(table, rows_per_group)
-        writer.add_key_value_metadata({KEY: BLANK.decode()})
+        writer.add_key_value_metadata({KEY: (BLANK + _place(final)).decode()})
     with path.open("r+b") as file:
         start, footer = _footer(file)
         place = start + footer.index(BLANK)
@@ -45,8 +45,17 @@ def check_seal(file: BinaryIO, path: Place) -> None:
     except (ValueError, struct.error):
         size = file.seek(0, os.SEEK_END)
         raise CorruptError(f"{path}: {size:,} bytes without a seal, so it is damaged or of another version; {AGAIN}") from None
+    if found == written and not footer[place + len(BLANK) :].startswith(_place(path)):
+        stands = footer[place + len(BLANK) :].split(b"\n")[0].decode(errors="backslashreplace")
+        raise CorruptError(f"{path}: was written as {stands.strip()}, so it was put in another's place; {AGAIN}")
     if found != written:
         raise CorruptError(f"{path}: its bytes have sha256 {found[:12]}…, and were sealed with {written[:12]}…; {AGAIN}")
+
+
+def _place(path: Place) -> bytes:
+    """What a file is called, with its folder: one run's files cannot stand for each other."""
+    folder, name = str(path.absolute() if isinstance(path, Path) else path).split("/")[-2:]
+    return f" {folder}/{name}\n".encode(errors="backslashreplace")
 
 
 def _footer(file: BinaryIO) -> tuple[int, bytes]:

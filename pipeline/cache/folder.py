@@ -45,30 +45,33 @@ def write_cache(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerpr
     The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first;
     a remote store has no lock, and of two writers there one may end with a cache that is refused when it is read.
     """
-    if isinstance(folder, Path):
-        make_folder(folder)
-    with _one_writer(folder) if isinstance(folder, Path) else nullcontext():
-        (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
-        shards: list[dict[str, Any]] = []
-        for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
-            path = folder / f"part-{number:05d}.parquet"
-            data = write_rows(rows, path)
-            about_it = {"file": path.name, "rows": len(rows), "sha256": sha256_bytes(data), "bytes": len(data)}
-            shards.append(about_it | {"pieces": pieces_of(data)})
-        named = {shard["file"] for shard in shards}
-        for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
-            other.unlink()
-        for left in folder.glob(".*.tmp") if isinstance(folder, Path) else ():
-            remove_leftovers(folder / left.name[1:].rpartition(".")[0].rpartition(".")[0])
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": fingerprint.model_dump(),
-            "fingerprint_sha256": fingerprint.sha256,
-            **about,
-            "shards": shards,
-            "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
-        }
-        write_bytes(json_text(manifest | {"manifest_sha256": sha256_json(manifest)}).encode(), folder / MANIFEST)
+    with one_writer(folder) if isinstance(folder, Path) else nullcontext():
+        write_shards(folder, tables, fingerprint, about)
+
+
+def write_shards(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
+    """The same for whoever is the folder's one writer, and stays it for longer."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
+    shards: list[dict[str, Any]] = []
+    for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
+        path = folder / f"part-{number:05d}.parquet"
+        data = write_rows(rows, path)
+        about_it = {"file": path.name, "rows": len(rows), "sha256": sha256_bytes(data), "bytes": len(data)}
+        shards.append(about_it | {"pieces": pieces_of(data)})
+    named = {shard["file"] for shard in shards}
+    for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
+        other.unlink()
+    for left in folder.glob(".*.tmp") if isinstance(folder, Path) else ():
+        remove_leftovers(folder / left.name[1:].rpartition(".")[0].rpartition(".")[0])
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint.model_dump(),
+        "fingerprint_sha256": fingerprint.sha256,
+        **about,
+        "shards": shards,
+        "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
+    }
+    write_bytes(json_text(manifest | {"manifest_sha256": sha256_json(manifest)}).encode(), folder / MANIFEST)
 
 
 def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -83,9 +86,10 @@ def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _one_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder itself: a lock file in it would become part of the artifact. DVC may have put another folder in its place."""
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder itself, which is made: a lock file in it would become part of the artifact. DVC may put another in its place."""
     for _ in range(LOCK_SECONDS * 10):
+        make_folder(folder)
         handle = os.open(folder, os.O_RDONLY)
         try:
             with suppress(BlockingIOError):

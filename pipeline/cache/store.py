@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.keys import KEY, Key, KeyIndex, Request, blocks, digest, keys_of
 from pipeline.cache.rows import read_rows, read_sealed, rows_per_shard, sealed_stem, write_sealed
-from pipeline.errors import CorruptError, ShotlessError
+from pipeline.errors import CorruptError, NotJsonError, ShotlessError
 from pipeline.files import make_folder, read_json, read_sealed_json, replacing, write_json, write_sealed_json
 from pipeline.schema import SCORES
 
@@ -54,14 +55,26 @@ class Store:
         about = self.folder / "fingerprint.json"
         try:
             found = read_json(about)
-        except (FileNotFoundError, ValueError):  # new, or damaged: the folder's own name says what belongs in it
-            found = fingerprint.model_dump()
-            write_json(found, about)
-        fingerprint.check(found, about)
+        except (FileNotFoundError, NotJsonError):
+            found = None
+        if found != fingerprint.model_dump():  # new, or damaged: the folder's own name says what belongs in it
+            write_json(fingerprint.model_dump(), about)
         self._files: list[Path] = []  # by number in the index
         self._stems: set[str] = set()
         self._damaged: dict[str, list[Path]] = {}
         self._index = KeyIndex()
+
+    @classmethod
+    def at(cls, folder: Path) -> "Store":
+        """The store in a folder. Raises CorruptError where its fingerprint.json is not what the folder is named after."""
+        about = folder / "fingerprint.json"
+        try:
+            fingerprint = Fingerprint.model_validate(read_json(about))
+        except (FileNotFoundError, ValidationError) as error:
+            raise CorruptError(f"{about}: cannot be read as a fingerprint ({error}); the teacher's next run writes it again.") from None
+        if fingerprint.sha256[:32] != folder.name:
+            raise CorruptError(f"{about}: is not what its folder is named after; the teacher's next run writes it again.")
+        return cls(folder.parents[1], fingerprint)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from pipeline.models.loading import context_limit, load_model, load_tokenizer
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, memory_bytes, use_machine
 from pipeline.models.rows import Completions
 from pipeline.params import CacheParams
-from pipeline.progress import progress
+from pipeline.progress import progress, rate
 from pipeline.schema import SCORES
 from pipeline.tasks import Task, TaskTokens
 
@@ -98,7 +98,7 @@ class Scorer:
                 tokens += sum(asked.lengths_of([example for _, example in part.keys]))
                 if not self.reading.texts:
                     tokens += len(rows["completion_ids"].combine_chunks().flatten())
-                meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
+                meter.advance(len(part.keys), f"{rate(tokens, time.monotonic() - started):,.0f} tokens/s{cached}")
 
     def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
         """Seconds that scoring these rows took, in this run or an earlier one, and how many of the rows they cover.

@@ -1,6 +1,5 @@
 """What a model folder is, by content: hashes of its weights and of its tokenizer. Without torch, so that asking is quick."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,8 @@ def tokenizer_sha256(folder: Path) -> str:
     files: dict[str, Any] = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        entries = json.loads(settings.read_text(encoding="utf-8"))
+        entries = read_json(settings)
+        if not isinstance(entries, dict):
+            raise CorruptError(f"{settings}: is no object; make the folder again.")
         files[settings.name] = {key: value for key, value in entries.items() if key not in PLACE_KEYS}
     return sha256_json(files)

@@ -5,14 +5,12 @@ a folder is known by the hash of its weights and of its tokenizer, not by its na
 """
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import ShotlessError, UsageError
@@ -114,11 +112,7 @@ def context_limit(folder: Path) -> int | None:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a plain transformers folder."""
     with disk_full(folder / "model.safetensors"):
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:  # its message has the system's number, its attributes nothing
-            number = re.search(r"code: (\d+)", str(error))
-            raise (error if number is None else OSError(int(number[1]), str(error))) from error
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     sync_tree(folder)
 

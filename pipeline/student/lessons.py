@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MismatchError, UsageError, choices
+from pipeline.errors import CorruptError, MismatchError, UsageError, choices
 from pipeline.files import read_sealed_json
 from pipeline.hashing import sha256_file, sha256_json
 from pipeline.schema import TARGETS, examples, read_table
@@ -51,6 +51,9 @@ def target_set(folder: Path, transfer_file: Path, tokens: TaskTokens) -> tuple[E
         raise MismatchError(
             f"{calibration_file}: made for the labels {choices(calibration['labels'])}, not {choices(task.labels)}; {again}"
         )
+    written = calibration.get("targets_sha256")
+    if written is not None and sha256_file(_there(targets_file)) != written:
+        raise CorruptError(f"{targets_file}: is not the one that {calibration_file.name} was written with; {again}")
     columns = [calibration["labels"].index(label) for label in task.labels]
     fields = {row["example_id"]: row for row in read_table(_there(transfer_file), examples(task.fields)).to_pylist()}
     rows, distributions = [], []

@@ -4,17 +4,19 @@ The two differ in what they learn from and in whether layers are cut; the rest i
 training: names, lengths, labels, targets that belong to the task.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from pipeline.cache.folder import CACHES
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import make_folder, read_sealed_json, write_json, write_sealed_json
-from pipeline.hashing import sha256_file, sha256_json
+from pipeline.hashing import sha256_file, sha256_json, sha256_text
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
     check_folder,
@@ -101,10 +103,10 @@ def train_student(
     """
     tokens = _tokens(places.artifacts / params.base, task)
     jobs = {place: _student_job(name, run, tokens, places) for place, run in params.runs.items()}
-    ran = {}
-    for place, job in jobs.items():
-        ran[job.params.seed] = _run(job, places.artifacts / "students" / name / place, places, threads, seconds_between, len(jobs) > 1)
-    _write_metrics(name, ran, places.metrics)
+    output = places.artifacts / "students" / name
+    with _one_run(output, places.work):
+        ran = {job.params.seed: _run(job, output / place, places, threads, seconds_between, len(jobs) > 1) for place, job in jobs.items()}
+        _write_metrics(name, ran, places.metrics)
 
 
 def _student_job(name: str, params: StudentParams, tokens: TaskTokens, places: Places) -> Job:
@@ -158,8 +160,10 @@ def tune_teacher(
     file = places.artifacts / DEMONSTRATIONS
     terms = [Term("cross_entropy", 1.0, params.batch_size, demonstrations(file, tokens))]
     job = Job("tuned", name, params, params.base, None, DEMONSTRATIONS, {"demonstrations": sha256_file(file)}, tokens, terms)
-    ran = _run(job, places.artifacts / "tuned" / name, places, threads, seconds_between)
-    _write_metrics(f"tuned-{name}", {params.seed: ran}, places.metrics)
+    output = places.artifacts / "tuned" / name
+    with _one_run(output, places.work):
+        ran = _run(job, output, places, threads, seconds_between)
+        _write_metrics(f"tuned-{name}", {params.seed: ran}, places.metrics)
 
 
 def _cache_term(params: StudentParams, tokens: TaskTokens, places: Places) -> tuple[CacheTerm, HeldBack | None]:
@@ -204,6 +208,15 @@ def demonstrations_a_step(batch_size: int) -> int:
     They are few and come round often; more of them would cost time and not say more.
     """
     return max(1, batch_size // 4)
+
+
+@contextmanager
+def _one_run(output: Path, work: Path) -> Iterator[None]:
+    """One run at a time trains for `output`: a second one waits, and then trains to the same bytes."""
+    folder = work / "training"
+    make_folder(folder)
+    with FileLock(folder / f"{sha256_text(str(output.resolve()))[:16]}.lock"):
+        yield
 
 
 def _run(job: Job, output: Path, places: Places, threads: int | None, seconds_between: float, is_one_of_many: bool = False) -> Ran:

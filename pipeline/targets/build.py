@@ -15,6 +15,7 @@ from pipeline.cache.folder import CACHES, ScoreCache, manifest_sha256, read_cach
 from pipeline.ensemble import Combination, learn_offsets, normalised
 from pipeline.errors import MismatchError
 from pipeline.files import write_json, write_sealed_json
+from pipeline.hashing import sha256_file
 from pipeline.params import TargetParams, TeacherParams
 from pipeline.schema import TARGETS, write_table
 from pipeline.targets.fidelity import cache_fidelity
@@ -74,7 +75,8 @@ def build_targets(
         schema=TARGETS,
     )
     write_table(table, output / "targets.parquet")
-    write_sealed_json(_calibration(name, params, teachers, task, caches, contexts, combination), output / "calibration.json")
+    described = _calibration(name, params, teachers, task, caches, contexts, combination)
+    write_sealed_json(described | {"targets_sha256": sha256_file(output / "targets.parquet")}, output / "calibration.json")
     pointers = {teacher: {"manifest_sha256": manifest_sha256(scores / teacher)} for teacher in params.caches}
     write_sealed_json(pointers, output / CACHES)
     write_json(_metrics(task, caches, contexts, combination, raw, each, target, agreement), metrics)

@@ -146,13 +146,14 @@ def serve():
         if child == 0:
             run(job)
         while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
+            ended, status, usage = os.wait4(child, os.WNOHANG)
             if ended:
                 break
             if time.monotonic() - began > job.get("seconds", 120):
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.002)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began}), flush=True)
+        code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - began
+        print(json.dumps({"code": code, "seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024}), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT
 from faults_world import SEED
+from report_files import shipped_params, write_metrics, write_predictions
 from small_project import make_project
 
 KILLED = -9
@@ -26,6 +27,7 @@ class Ended:
     err: str
     seconds: float
     steps: int | None
+    peak_bytes: int
 
     @property
     def message(self) -> str:
@@ -52,6 +54,11 @@ class Stages:
         )
         assert self._said() == "ready"
 
+    @property
+    def err_file(self) -> Path:
+        """What the present or the last stage says on standard error."""
+        return self._scratch / "err"
+
     def _said(self) -> str:
         assert self._process.stdout is not None
         said = self._process.stdout.readline().strip()
@@ -71,7 +78,7 @@ class Stages:
         done = json.loads(self._said())
         out, err = (Path(files[key]).read_text(encoding="utf-8", errors="replace") for key in ("out", "err"))
         steps = int(Path(files["count_file"]).read_text()) if Path(files["count_file"]).exists() else None
-        return Ended(done["code"], out, err, done["seconds"], steps)
+        return Ended(done["code"], out, err, done["seconds"], steps, done["peak_bytes"])
 
     def good(self, folder: Path, *argv: str, **job) -> Ended:
         """The same; the stage has to end well."""
@@ -161,4 +168,15 @@ def trained(tmp_path_factory, captured, stages):
     """The same after its student."""
     folder = copy(captured, tmp_path_factory.mktemp("trained") / "project")
     stages.good(folder, "stages.student", "cd")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory):
+    """The shipped params with made-up predictions and metrics of every method: all that a report is made of."""
+    folder, params = tmp_path_factory.mktemp("evaluated") / "project", shipped_params(20)
+    write_predictions(params, folder, 12)
+    write_metrics(params, folder)
+    text = (PROJECT / "params.yaml").read_text("utf-8").replace("bootstrap: 2000", "bootstrap: 20")
+    (folder / "params.yaml").write_text(text, "utf-8")
     return folder

@@ -1,5 +1,6 @@
 """`kill -9` and power cuts at random points of every long stage: what is there is whole, and the next run ends with the same bytes."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ from faults_world import LARGER, WORKED, count, dice
 from stage_world import KILLED, bytes_of, copy
 
 from pipeline.cache.folder import read_cache
-from pipeline.errors import ShotlessError
+from pipeline.errors import ShotlessError, UsageError
 from pipeline.serving.student import open_student
 
 POINTS = 2 * LARGER
@@ -23,6 +24,12 @@ class Case:
         return bytes_of(*(folder / output for output in self.outputs))
 
 
+def whole(file):
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    return file.read_text("utf-8")
+
+
 def read_student(folder):
     return open_student(folder / "artifacts/students/cd").weights_sha256
 
@@ -35,6 +42,7 @@ CASES = {
         lambda folder: read_cache(folder / "artifacts/scores/few_shot").rows.to_pylist(),
     ),
     "student": Case(("stages.student", "cd"), "captured", ("artifacts/students/cd", "metrics/train", "metrics/curves"), read_student),
+    "report": Case(("stages.report",), "evaluated", ("report",), lambda folder: json.loads(whole(folder / "report/metrics.json"))),
 }
 
 
