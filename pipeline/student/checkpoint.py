@@ -71,6 +71,7 @@ class Checkpoint:
         """
         if not self.path.is_file():
             return [], {}
+        tensors: dict[str, Tensor] = {}
         try:
             with safe_open(self.path, framework="pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
@@ -108,5 +109,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
