@@ -1,5 +1,6 @@
 """Clients that connect and say nothing, or a letter at a time: they are let go, and others are answered meanwhile."""
 
+import http.client
 import json
 import socket
 import threading
@@ -64,9 +65,13 @@ def test_clients_that_bring_no_request_are_let_go_while_others_are_answered(addr
 
 
 def test_a_connection_that_is_used_on_and_off_stays(address):
-    with socket.create_connection(address, timeout=30) as client:
-        for _ in range(6):
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b"200 OK" in client.recv(4096)
-            time.sleep(SECONDS * 0.3)
+    connection = http.client.HTTPConnection(*address, timeout=30)
+    connection.connect()
+    first = connection.sock
+    for _ in range(6):
+        connection.request("GET", "/health")
+        assert json.loads(connection.getresponse().read())["status"] == "ok"
+        assert connection.sock is first
+        time.sleep(SECONDS * 0.3)
+    connection.close()
     count("clients of `serve` that bring no request", WORKED)
