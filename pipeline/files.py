@@ -11,7 +11,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 from pipeline.errors import CorruptError, NotJsonError, ShotlessError, of_system
 from pipeline.hashing import sha256_json
 
+LOCK_SECONDS = 3600
 SEAL = "sealed_sha256"
 """The entry of a sealed JSON object that holds the hash of the others."""
 
@@ -97,6 +100,29 @@ def _system_errors() -> Iterator[None]:
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise (error if number is None else OSError(int(number[1]), str(error))) from error
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Be the only run that writes a folder, which is made; a second one waits.
+
+    The folder itself is held: a lock file in it would become part of an artifact. DVC may put another folder in its place.
+    """
+    for turn in range(LOCK_SECONDS * 10):
+        make_folder(folder)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(handle).st_ino == folder.stat().st_ino:
+                    yield
+                    return
+        finally:
+            os.close(handle)
+        if turn == 0:
+            print(f"{folder}: another run is writing it; waiting for its end", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+    raise ShotlessError(f"{folder}: another run has been writing it for {LOCK_SECONDS} s; wait for it, or end it and run again.")
 
 
 def make_folder(folder: Path) -> None:

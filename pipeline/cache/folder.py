@@ -4,11 +4,8 @@ The manifest is written last, so its presence means done, and carries a hash of 
 the fingerprint against the run's own: a cache is used only where it belongs. Whatever there is of it, memory holds one shard.
 """
 
-import fcntl
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pyarrow as pa
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.rows import MOST_ROWS, pieces_of, ranges_of, read_rows, rows_per_shard, with_pieces, write_rows
 from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import json_text, make_folder, read_json, remove_leftovers
+from pipeline.files import json_text, one_writer, read_json, remove_leftovers
 from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
 from pipeline.places import Place, Remote, write_bytes
 from pipeline.schema import SCHEMA_VERSION, SCORES
@@ -27,7 +24,6 @@ ROWS_PER_SHARD = MOST_ROWS
 MANIFEST = "manifest.json"
 CACHES = "caches.json"
 """In a target set: which caches belong to it, by the hash of their manifest."""
-LOCK_SECONDS = 3600
 AGAIN = "run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
 
 
@@ -83,24 +79,6 @@ def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
             held = held.slice(size)
     if len(held):
         yield held
-
-
-@contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder itself, which is made: a lock file in it would become part of the artifact. DVC may put another in its place."""
-    for _ in range(LOCK_SECONDS * 10):
-        make_folder(folder)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(handle).st_ino == folder.stat().st_ino:
-                    yield
-                    return
-        finally:
-            os.close(handle)
-        time.sleep(0.1)
-    raise ShotlessError(f"{folder}: another run has been writing it for {LOCK_SECONDS} s; wait for it, or end it and run again.")
 
 
 def read_manifest(folder: Place) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
 from pipeline.errors import UsageError, choices
 from pipeline.params.data import HubOrigin, LocalOrigin, Origin, PypiOrigin
 from pipeline.params.root import Params

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.folder import one_writer, read_cache, write_shards
+from pipeline.cache.folder import read_cache, write_shards
 from pipeline.cache.keys import ExampleIds
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import UsageError
-from pipeline.files import write_json
+from pipeline.files import one_writer, write_json
 from pipeline.hashing import example_id
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, read_table

@@ -1,8 +1,8 @@
 """Runs stages in processes of their own, as DVC does, without the seconds that each would spend on importing torch.
 
 One process imports everything and waits; each job is a fork of it that changes into its folder, runs, and ends as the stage would. A job
-may be told to die: at its n-th step (a file opened, renamed, removed, synced, a folder made), by SIGKILL or by a power cut, or after some
-seconds. Jobs come as JSON lines on standard input, what became of them goes to standard output.
+may be told to die: at its n-th step (a file opened, renamed, removed, synced, a folder made), by SIGKILL or by a power cut, after some
+seconds, or when a file appears. Jobs come as JSON lines on standard input, what became of them goes to standard output.
 """
 
 import importlib
@@ -149,7 +149,7 @@ def serve():
             ended, status, usage = os.wait4(child, os.WNOHANG)
             if ended:
                 break
-            if time.monotonic() - began > job.get("seconds", 120):
+            if time.monotonic() - began > job.get("seconds", 120) or ("die_when" in job and Path(job["die_when"]).exists()):
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.002)
         code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - began

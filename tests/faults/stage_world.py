@@ -144,21 +144,42 @@ def stages(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory, model_folder, stages):
-    """A small project whose data are fetched and prepared."""
-    folder = tmp_path_factory.mktemp("prepared") / "project"
+def made(tmp_path_factory, model_folder):
+    """A small project of which nothing is run."""
+    folder = tmp_path_factory.mktemp("made") / "project"
     folder.mkdir()
     make_project(folder, model_folder("llama"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fetched(tmp_path_factory, made, stages):
+    """The same with its model and data."""
+    folder = copy(made, tmp_path_factory.mktemp("fetched") / "project")
     stages.good(folder, "stages.fetch")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, fetched, stages):
+    """The same with its data prepared."""
+    folder = copy(fetched, tmp_path_factory.mktemp("prepared") / "project")
     stages.good(folder, "stages.prepare")
     return folder
 
 
 @pytest.fixture(scope="session")
-def captured(tmp_path_factory, prepared, stages):
-    """The same after its teacher and its targets."""
-    folder = copy(prepared, tmp_path_factory.mktemp("captured") / "project")
+def scored(tmp_path_factory, prepared, stages):
+    """The same after its teacher."""
+    folder = copy(prepared, tmp_path_factory.mktemp("scored") / "project")
     stages.good(folder, "stages.teacher", "few_shot")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def captured(tmp_path_factory, scored, stages):
+    """The same after its targets."""
+    folder = copy(scored, tmp_path_factory.mktemp("captured") / "project")
     stages.good(folder, "stages.targets", "few_shot")
     return folder
 
@@ -168,6 +189,20 @@ def trained(tmp_path_factory, captured, stages):
     """The same after its student."""
     folder = copy(captured, tmp_path_factory.mktemp("trained") / "project")
     stages.good(folder, "stages.student", "cd")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def timed(tmp_path_factory, trained, stages):
+    """The same where the student's cost is known and nothing else of its evaluation: measuring takes a process, and no two times agree."""
+    folder = copy(trained, tmp_path_factory.mktemp("timed") / "project")
+    stages.good(folder, "stages.evaluate", "cd")
+    [cost] = (folder / ".work/cost").iterdir()
+    kept = cost.read_bytes()
+    for place in ("artifacts/predictions", ".work", "metrics"):
+        shutil.rmtree(folder / place)
+    cost.parent.mkdir(parents=True)
+    cost.write_bytes(kept)
     return folder
 
 

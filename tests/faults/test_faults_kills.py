@@ -1,4 +1,4 @@
-"""`kill -9` and power cuts at random points of every long stage: what is there is whole, and the next run ends with the same bytes."""
+"""`kill -9` and power cuts at random points of every stage: what is there is whole, and the next run ends with the same bytes."""
 
 import json
 import shutil
@@ -8,10 +8,14 @@ from faults_world import LARGER, WORKED, count, dice
 from stage_world import KILLED, bytes_of, copy
 
 from pipeline.cache.folder import read_cache
+from pipeline.data.prepare import raw_file
 from pipeline.errors import ShotlessError, UsageError
+from pipeline.files import read_sealed_json
+from pipeline.models.identity import check_fetched, weights_sha256
+from pipeline.schema import CONTEXTS, PREDICTIONS, TARGETS, examples, read_table
 from pipeline.serving.student import open_student
 
-POINTS = 2 * LARGER
+POINTS = LARGER
 
 
 class Case:
@@ -34,14 +38,48 @@ def read_student(folder):
     return open_student(folder / "artifacts/students/cd").weights_sha256
 
 
+def read_fetched(folder):
+    """A model or data file that is there is the one that was fetched."""
+    model, raw = folder / "artifacts/models/tiny", folder / "artifacts/raw"
+    found = []
+    if model.exists():
+        found.append(weights_sha256(model))
+        check_fetched(model, found[0])
+    found += [raw_file(folder / "artifacts", name.name).read_bytes() for name in (sorted(raw.iterdir()) if raw.exists() else ())]
+    if len(found) < 3:
+        raise UsageError(f"{folder}: not all was fetched")
+    return found
+
+
+def read_prepared(folder):
+    data, fields = folder / "artifacts/data", examples(("text",))
+    names = ("demonstrations", "transfer", "evaluation/test")
+    return [read_table(data / f"{name}.parquet", fields) for name in names] + [read_table(data / "contexts/orders.parquet", CONTEXTS)]
+
+
+def read_targets(folder):
+    calibration = folder / "artifacts/targets/few_shot/calibration.json"
+    whole(calibration)
+    return read_table(folder / "artifacts/targets/few_shot/targets.parquet", TARGETS), read_sealed_json(calibration)
+
+
 CASES = {
+    "fetch": Case(("stages.fetch",), "made", ("artifacts/models", "artifacts/raw"), read_fetched),
+    "prepare": Case(("stages.prepare",), "fetched", ("artifacts/data", "metrics"), read_prepared),
     "teacher": Case(
         ("stages.teacher", "few_shot"),
         "prepared",
         ("artifacts/scores/few_shot",),
         lambda folder: read_cache(folder / "artifacts/scores/few_shot").rows.to_pylist(),
     ),
+    "targets": Case(("stages.targets", "few_shot"), "scored", ("artifacts/targets", "metrics/targets"), read_targets),
     "student": Case(("stages.student", "cd"), "captured", ("artifacts/students/cd", "metrics/train", "metrics/curves"), read_student),
+    "evaluate": Case(
+        ("stages.evaluate", "cd"),
+        "timed",
+        ("artifacts/predictions", "metrics"),
+        lambda folder: read_table(folder / "artifacts/predictions/cd.parquet", PREDICTIONS),
+    ),
     "report": Case(("stages.report",), "evaluated", ("report",), lambda folder: json.loads(whole(folder / "report/metrics.json"))),
 }
 
@@ -69,7 +107,7 @@ def go_on(case, folder, stages, random):
         shutil.rmtree(folder / case.outputs[0], ignore_errors=True)
     stages.good(folder, *case.argv)
     assert case.result(folder) == case.bytes
-    assert not list(folder.rglob("*.tmp"))
+    assert not [*folder.rglob("*.tmp"), *folder.rglob(".fetch-*")]
 
 
 def test_killed_at_a_random_step_it_goes_on_to_the_same_bytes(case, stages, tmp_path):

@@ -106,20 +106,40 @@ def test_a_vanished_model_ends_with_a_message_that_names_it(stage, stages, unbro
     count("vanished model", REFUSED)
 
 
-def test_two_runs_at_once_leave_what_one_leaves(stage, stages, unbroken, tmp_path):
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """A second runner of stages."""
+    second = Stages(tmp_path_factory.mktemp("second"))
+    yield second
+    second.close()
+
+
+def test_two_runs_at_once_leave_what_one_leaves(stage, stages, second, unbroken, tmp_path):
     name, argv, start, result = stage
-    second = Stages(tmp_path / "second")
-    try:
-        for _ in range(LARGER):
-            folder = copy(start, tmp_path / "project")
-            with ThreadPoolExecutor(2) as both:
-                started = [both.submit(server.run, folder, *argv) for server in (stages, second)]
-            for run in started:
-                assert run.result().code == 0, run.result().err
-            assert result(folder) == unbroken(name)
-            count(f"two runs of the {name} at once", WORKED)
-    finally:
-        second.close()
+    for _ in range(LARGER):
+        folder = copy(start, tmp_path / "project")
+        with ThreadPoolExecutor(2) as both:
+            started = [both.submit(server.run, folder, *argv) for server in (stages, second)]
+        for run in started:
+            assert run.result().code == 0, run.result().err
+        assert result(folder) == unbroken(name)
+        count(f"two runs of the {name} at once", WORKED)
+
+
+@pytest.mark.parametrize(("kind", "start", "output"), [("fetch", "made", ""), ("prepare", "fetched", "data")])
+def test_two_runs_of_a_stage_without_a_model_leave_what_one_leaves(request, stages, second, tmp_path, kind, start, output):
+    folder = copy(request.getfixturevalue(start), tmp_path / "project")
+    stages.good(folder, f"stages.{kind}")
+    one = bytes_of(folder / "artifacts" / output)
+    for again in range(3 * LARGER):
+        if again % 2:
+            shutil.rmtree(folder / "artifacts" / output)
+        with ThreadPoolExecutor(2) as both:
+            started = [both.submit(server.run, folder, f"stages.{kind}") for server in (stages, second)]
+        for run in started:
+            assert run.result().code == 0, run.result().err
+        assert bytes_of(folder / "artifacts" / output) == one
+        count(f"two runs of {kind} at once", WORKED)
 
 
 @pytest.mark.parametrize("clock", ["jumps", "stands"])
