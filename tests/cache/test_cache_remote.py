@@ -176,7 +176,7 @@ def test_targets_are_read_in_one_piece(server, tmp_path):
     assert read_table(remote, TARGETS).equals(table)
     assert server.bytes_of(".parquet") == file.stat().st_size
     write_bytes(file.read_bytes()[:-9] + b"damaged!!", remote)
-    with pytest.raises(CorruptError, match="s3://bucket/targets/mix/targets.parquet"):
+    with pytest.raises(CorruptError, match=r"s3://bucket/targets/mix/targets\.parquet"):
         read_table(remote, TARGETS)
     with pytest.raises(UsageError, match="s3://bucket/nowhere: no such file"):
         read_table(place("s3://bucket/nowhere"), TARGETS)

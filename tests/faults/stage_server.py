@@ -94,7 +94,8 @@ def run(job):
         os.environ.update(job.get("environment", {}))
         encoding = job.get("encoding", "utf-8")
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), encoding, write_through=True) for number in (1, 2))
-        small_pieces()
+        if not job.get("large_pieces"):
+            small_pieces()
         steps = Steps(folder, job)
         if job.get("clock") == "jumps":
             jumping_clock(job["seed"])

@@ -134,7 +134,7 @@ def project(tmp_path, model_folder, index):
     return folder
 
 
-def fetched(folder):
+def lying(folder):
     """What lies under artifacts/, hidden names too."""
     return bytes_of(folder / "artifacts", leave_out=())
 
@@ -144,7 +144,7 @@ def whole(stages, project, index):
     index.way = "whole"
     stages.good(project, "stages.fetch", environment=index.environment)
     assert (project / "artifacts/raw/pile/pile.jsonl").read_text("utf-8") == BODY
-    found = fetched(project)
+    found = lying(project)
     assert not any(part.startswith(".") for name in found for part in Path(name).parts)
     return found
 
@@ -159,7 +159,7 @@ def test_a_bad_download_is_refused_and_the_next_one_is_whole(stages, project, in
     message = stages.run(project, "stages.fetch", environment=index.environment).message
     assert (BAD | RARE)[way] in message
     assert "rows 1.0" in message
-    kept = fetched(project)
+    kept = lying(project)
     assert any(name.startswith("artifacts/models/tiny/") for name in kept), "what was whole before it stays"
     assert not any("pile" in name for name in kept)
     assert not list((project / "artifacts").glob(".*"))
@@ -172,7 +172,7 @@ def test_a_bad_download_leaves_what_an_earlier_fetch_brought(stages, project, in
     before = whole(stages, project, index)
     index.way = "cut"
     assert "rows 1.0" in stages.run(project, "stages.fetch", environment=index.environment).message
-    assert fetched(project) == before
+    assert lying(project) == before
     count(AREA, REFUSED)
 
 
