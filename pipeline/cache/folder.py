@@ -58,7 +58,7 @@ def write_shards(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerp
     for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
         other.unlink()
     for left in folder.glob(".*.tmp") if isinstance(folder, Path) else ():
-        remove_leftovers(folder / left.name[1:].rpartition(".")[0].rpartition(".")[0])
+        remove_leftovers(left.with_name(left.name[1:].rpartition(".")[0].rpartition(".")[0]))
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint.model_dump(),
