@@ -149,8 +149,8 @@ def whole(stages, project, index):
     return found
 
 
-BAD = {"cut": "rows 1.0", "shorter": "sha256", "a flipped bit": "sha256"}
-RARE = {"nothing of it": "rows 1.0", "longer": "rows 1.0", "another page": "rows 1.0", "404": "rows 1.0", "500": "rows 1.0", "a stall": ""}
+BAD = {"cut": "a cut download", "shorter": "sha256", "a flipped bit": "sha256"}
+RARE = {"nothing of it": "sha256", "longer": "sha256", "another page": "sha256", "404": "404", "500": "500", "a stall": "index"}
 
 
 @pytest.mark.parametrize("way", [*BAD, *(RARE if LARGER > 1 else ())])
