@@ -15,6 +15,8 @@ from pipeline.errors import ShotlessError
 LARGER = int(os.environ.get("SHOTLESS_FAULTS", "1"))
 """How many times the usual number of faults: `make test-faults` sets it."""
 SEED = int(os.environ.get("SHOTLESS_FAULTS_SEED", "0"))
+IS_QUICK = LARGER == 1
+"""Whether this is the part that belongs to the ordinary suite: of what takes seconds, one case of each kind."""
 WORKED, REFUSED = "it worked", "a message"
 COUNTS: Counter[tuple[str, str]] = Counter()
 """(kind of fault, ending) → times, over the whole run."""

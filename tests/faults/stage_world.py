@@ -193,20 +193,6 @@ def trained(tmp_path_factory, captured, stages):
 
 
 @pytest.fixture(scope="session")
-def timed(tmp_path_factory, trained, stages):
-    """The same where the student's cost is known and nothing else of its evaluation: measuring takes a process, and no two times agree."""
-    folder = copy(trained, tmp_path_factory.mktemp("timed") / "project")
-    stages.good(folder, "stages.evaluate", "cd")
-    [cost] = (folder / ".work/cost").iterdir()
-    kept = cost.read_bytes()
-    for place in ("artifacts/predictions", ".work", "metrics"):
-        shutil.rmtree(folder / place)
-    cost.parent.mkdir(parents=True)
-    cost.write_bytes(kept)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def evaluated(tmp_path_factory):
     """The shipped params with made-up predictions and metrics of every method: all that a report is made of."""
     folder, params = tmp_path_factory.mktemp("evaluated") / "project", shipped_params(20)

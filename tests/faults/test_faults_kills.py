@@ -76,7 +76,7 @@ CASES = {
     "student": Case(("stages.student", "cd"), "captured", ("artifacts/students/cd", "metrics/train", "metrics/curves"), read_student),
     "evaluate": Case(
         ("stages.evaluate", "cd"),
-        "timed",
+        "trained",
         ("artifacts/predictions", "metrics"),
         lambda folder: read_table(folder / "artifacts/predictions/cd.parquet", PREDICTIONS),
     ),
@@ -122,13 +122,12 @@ def test_killed_at_a_random_step_it_goes_on_to_the_same_bytes(case, stages, tmp_
 
 def test_killed_after_a_random_time_it_goes_on_to_the_same_bytes(case, stages, tmp_path):
     random = dice(f"time {case.name}")
-    killed = 0
     for _ in range(POINTS):
-        folder = copy(case.start_folder, tmp_path / "project")
-        killed += stages.run(folder, *case.argv, seconds=random.uniform(0.02, case.seconds * 0.9)).code == KILLED
+        folder, seconds = copy(case.start_folder, tmp_path / "project"), random.uniform(0.02, case.seconds * 0.9)
+        while stages.run(folder, *case.argv, seconds=seconds).code != KILLED:  # it was done before: the machine is quicker now
+            folder, seconds = copy(case.start_folder, tmp_path / "project"), seconds / 2
         go_on(case, folder, stages, random)
         count(f"`kill -9` of the {case.name} at a moment", WORKED)
-    assert killed
 
 
 @pytest.mark.parametrize("worst", [True, False], ids=["all unsynced lost", "some unsynced lost"])

@@ -31,7 +31,7 @@ def write_rows(file, count):
 def test_predict_over_ten_times_the_rows_takes_the_same_memory_and_keeps_their_order(stages, trained, tmp_path):
     folder, peaks = copy(trained, tmp_path / "project"), []
     command = ["shotless", "predict", "--student", "cd", "-i", "rows.jsonl", "-o", "out.jsonl", "--keep", "id", "--window", "64"]
-    for rows in (200 * LARGER, 2_000 * LARGER):
+    for rows in (100 * LARGER, 1_000 * LARGER):
         write_rows(folder / "rows.jsonl", rows)
         peaks.append(stages.good(folder, *command, seconds=3600, large_pieces=True).peak_bytes)
         with (folder / "out.jsonl").open(encoding="utf-8") as lines:
