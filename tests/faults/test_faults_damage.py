@@ -81,7 +81,7 @@ def test_a_damaged_file_is_refused_or_reads_as_before(trained, tmp_path, place, 
         whole, before = file.read_bytes(), read(file)
         damage(file, kind, random)
         found = []
-        said = met(f"{kind} in a file of a run", lambda file=file, found=found: found.append(read(file)))
+        said = met("a damaged file of a run", lambda file=file, found=found: found.append(read(file)))
         if said is None:
             assert same(found[0], before), f"{file} was damaged, and was read as something else"
             assert file.suffix == ".json", f"{file} was damaged, and was read"  # a changed space, or what nothing is taken from
@@ -102,7 +102,7 @@ def test_damaged_predictions_reach_no_report(tmp_path, kind):
         with pytest.raises(ShotlessError, match=file.name):
             build_report(params, tmp_path)
         file.write_bytes(whole)
-        count(f"{kind} in a file of a run", REFUSED)
+        count("a damaged file of a run", REFUSED)
     assert not (tmp_path / "report").exists()
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_leaves_the_model_as_it_is(tiny_model, tmp_path, ki
         assert (losses, others) == ([], {})
         assert all(torch.equal(one, two) for one, two in zip(loaded.parameters(), fresh.parameters(), strict=True))
         assert "training starts again" in capsys.readouterr().err or kind == "flipped bit"  # in the fingerprint: another training's
-        count(f"{kind} in a checkpoint", WORKED)
+        count("a damaged checkpoint", WORKED)
         file.write_bytes(whole)
 
 
