@@ -8,7 +8,7 @@ WORKSPACE := $(if $(PRESET),runs/$(PRESET),.)
 ON_PATH = PATH="$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help run study test test-ray setup lint bench-teacher bench-ray bench-student bench-cache bench-reads bench-scale clean
+.PHONY: help run study test test-faults test-ray setup lint bench-teacher bench-ray bench-student bench-cache bench-reads bench-scale clean
 
 help:
 	@echo "make run              set up, fetch model and data, run the pipeline, print what was gained"
@@ -16,6 +16,7 @@ help:
 	@echo "make study            many runs of the pipeline, hours in all, in parts -> docs/results.md (PARTS=... for some of them)"
 	@echo "make test             set up, lint, check types, run the tests"
 	@echo "make test-ray         every way in which a worker of Ray may fail; make test has one of them"
+	@echo "make test-faults      bad input and damage, ten times as much as in make test; prints what became of each fault"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
 	@echo "make bench-ray        the teacher with one and with two workers of Ray at one thread each"
 	@echo "make bench-scale      a plan of 10^5, 10^6 and 10^7 rows, made, written, read and shuffled: seconds and memory"
@@ -49,6 +50,11 @@ test: setup lint
 test-ray: export SHOTLESS_RAY = 1
 test-ray: setup
 	@$(ON_PATH) python -m pytest tests/teacher/test_teacher_ray.py
+
+test-faults: export SHOTLESS_FAULTS ?= 10
+test-faults: export OMP_NUM_THREADS ?= 1
+test-faults: setup
+	@$(ON_PATH) nice -n 19 python -m pytest tests/faults
 
 lint: setup
 	@"$(BIN)/ruff" check .

@@ -1,6 +1,5 @@
 """The `shotless` command line: what a user asks outside the DAG."""
 
-import sys
 from pathlib import Path
 
 import typer
@@ -14,7 +13,7 @@ from pipeline.commands.serve import serve
 from pipeline.commands.study import study
 from pipeline.commands.verify import verify
 from pipeline.data.fetch import changed_local_files
-from pipeline.errors import ShotlessError
+from pipeline.ending import ending_well
 from pipeline.params import load_params
 from pipeline.presets import make_workspace
 from pipeline.report.summary import print_summary
@@ -68,8 +67,5 @@ commands.add_typer(study, name="study")
 
 def app() -> None:
     """Run the command line; an error ends with its message and its exit code."""
-    try:
+    with ending_well():
         commands()
-    except ShotlessError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

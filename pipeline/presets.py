@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from pipeline.errors import UsageError, choices
 from pipeline.params import parse_params
+from pipeline.yaml_file import read_yaml
 
 COPIED = ("dvc.yaml", ".dvcignore", "pipeline", "stages")
 
@@ -28,6 +29,14 @@ def merge(base: Any, changes: Any) -> Any:
     return merged
 
 
+def _merged(base: Any, changes: Any, preset: Path) -> Any:
+    """`merge`, where a preset that holds itself is refused."""
+    try:
+        return merge(base, changes)
+    except RecursionError:
+        raise UsageError(f"{preset}: an entry of it holds itself, or is nested deeper than can be read; write it out.") from None
+
+
 def make_workspace(name: str, project: Path) -> Path:
     """Write `runs/NAME/` for a preset and return it; what it has made before stays.
 
@@ -36,8 +45,10 @@ def make_workspace(name: str, project: Path) -> Path:
     presets = {file.stem: file for file in sorted((project / "presets").glob("*.yaml"))}
     if name not in presets:
         raise UsageError(f"presets: no {name!r}; choose one of: {choices(presets)}")
-    yaml = YAML(typ="safe", pure=True)
-    raw = merge(yaml.load((project / "params.yaml").read_text("utf-8")), yaml.load(presets[name].read_text("utf-8")))
+    changes = read_yaml(presets[name])
+    if not isinstance(changes, dict):
+        raise UsageError(f"{presets[name]}: expected a mapping of what differs from params.yaml, found {type(changes).__name__}.")
+    raw = _merged(read_yaml(project / "params.yaml"), changes, presets[name])
     parse_params(raw, presets[name])
     return write_workspace(raw, project / "runs" / name, project)
 

@@ -15,6 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_SECONDS_BETWEEN_LINES = 10.0
 
 
+def rate(count: float, seconds: float) -> float:
+    """`count` a second; 0 where the clock stood still or went back."""
+    return count / seconds if seconds > 0 else 0.0
+
+
 @dataclass
 class Meter:
     """Counts units of work; `advance(n, note)` after each piece. `note` is free text behind the numbers."""
@@ -31,13 +36,13 @@ class Meter:
         """`count` more units are done."""
         self.done += count
         elapsed = time.monotonic() - self._started
-        rate = self.done / elapsed if elapsed > 0 else 0.0
+        speed = rate(self.done, elapsed)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done, note=f"{rate:,.1f} {self.unit}/s  {note}")
+            self._bar.update(self._bar.task_ids[0], completed=self.done, note=f"{speed:,.1f} {self.unit}/s  {note}")
         elif time.monotonic() - self._printed >= PLAIN_SECONDS_BETWEEN_LINES or self.done == self.total:
             self._printed = time.monotonic()
-            left = (self.total - self.done) / rate if rate else 0.0
-            line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {left:,.0f} s left  {note}".rstrip()
+            left = (self.total - self.done) / speed if speed else 0.0
+            line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {speed:,.1f}/s, {left:,.0f} s left  {note}".rstrip()
             print(line, file=sys.stderr, flush=True)
 
 

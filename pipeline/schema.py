@@ -4,7 +4,9 @@ Files are zstd-compressed and byte-identical when written again from the same ro
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing
 from pipeline.places import Place, Remote
+from pipeline.sealing import check_seal, write_sealed_table
 
 SCHEMA_VERSION = 2
 ROWS_PER_GROUP = 16_384
@@ -110,18 +113,19 @@ ANSWERS = pa.schema(
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file, whole or not at all, whose bytes depend on the rows alone; parents are made."""
+    """Write one Parquet file, whole or not at all, whose bytes depend on the rows and its name alone; parents are made."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_statistics=True, row_group_size=ROWS_PER_GROUP)
+        write_sealed_table(table, temporary, path, ROWS_PER_GROUP)
 
 
 def read_table(path: Place, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and check its columns against `schema`.
 
-    Raises UsageError where there is no such file, CorruptError naming the first column that differs.
+    Raises UsageError where there is no such file, CorruptError where its bytes are not those that were written, or a column differs.
     """
-    _check_file(path)
-    table = pq.read_table(pa.BufferReader(path.read_bytes()) if isinstance(path, Remote) else path)
+    source = _checked(path)
+    with _reading(path):
+        table = pq.read_table(source, page_checksum_verification=True)
     _check_columns(path, table.schema, schema)
     return table.select(schema.names).cast(schema)
 
@@ -133,9 +137,9 @@ class TableFile:
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        _check_file(path)
+        _checked(path)
         self._path, self._schema = path, schema
-        with pq.ParquetFile(path) as file:
+        with _reading(path), pq.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow, schema)
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._ends = list(accumulate(groups))
@@ -157,14 +161,30 @@ class TableFile:
     def _group(self, number: int) -> pa.Table:
         if self._held is None or self._held[0] != number:
             self._held = None  # frees the old one before the new one is read
-            with pq.ParquetFile(self._path) as file:
+            with _reading(self._path), pq.ParquetFile(self._path, page_checksum_verification=True) as file:
                 self._held = number, file.read_row_group(number, self._schema.names).select(self._schema.names).cast(self._schema)
         return self._held[1]
 
 
-def _check_file(path: Place) -> None:
+def _checked(path: Place) -> Path | pa.BufferReader:
+    """What to read of a file that is there and holds what was written: of a remote one its bytes, which are fetched once."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file; `dvc repro` runs the stage that writes it.")
+    if isinstance(path, Remote):
+        data = path.read_bytes()
+        check_seal(BytesIO(data), path)
+        return pa.BufferReader(data)
+    with path.open("rb") as file:
+        check_seal(file, path)
+    return path
+
+
+@contextmanager
+def _reading(path: Place) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptError(f"{path}: not readable as Parquet: {error}; run the stage that writes it again.") from error
 
 
 def _check_columns(path: Place, found: pa.Schema, schema: pa.Schema) -> None:

@@ -2,6 +2,9 @@
 
 A prompt is `context + query`; the teacher's has demonstrations in its context, the student's context is empty. Context and query are
 tokenised apart and joined as ids, so that a context's ids are the same in front of every query and its keys and values can be shared.
+
+A control token of the model (`<|im_end|>`) that somebody's text spells out is tokenised as the characters it is, so that no input ends its
+own prompt or speaks as another voice. A template that uses control tokens itself has them; a text that spells one then has a fault.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,6 +76,9 @@ class TaskTokens:
     def __init__(self, task: Task, tokenizer: Any) -> None:
         self.task = task
         self._tokenizer = tokenizer
+        self._control_tokens = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._own_text = _own_text(task.params)
+        self._has_control_tokens = any(token in self._own_text for token in self._control_tokens)
         # What the tokenizer puts before every text (a beginning-of-text token, or nothing); an end token is not part of a prompt.
         special = tokenizer("").input_ids if tokenizer.bos_token_id is not None else []
         self.bos: list[int] = [i for i in special if i == tokenizer.bos_token_id][:1]
@@ -104,8 +110,19 @@ class TaskTokens:
             )
         return ids
 
+    def fault_of(self, query: str) -> str | None:
+        """Why a rendered query cannot be told from the template's own text; None where it can."""
+        if not self._has_control_tokens:
+            return None
+        blank = self.task.query(dict.fromkeys(self.task.fields, ""))
+        spelt = next((token for token in self._control_tokens if query.count(token) != blank.count(token)), None)
+        return None if spelt is None else f"holds {spelt}, a control token of this model, and the task's template uses such tokens itself"
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=not self._has_control_tokens).input_ids
+
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False).input_ids
+        return self._ids([text])[0]
 
     def _completion(self, verbaliser: str) -> list[int]:
         """Ids of a verbaliser where it stands after a query; encoded alone where the boundary merges."""
@@ -134,4 +151,11 @@ class TaskTokens:
 
     def query_ids(self, queries: Sequence[str]) -> list[list[int]]:
         """Ids of rendered queries, which follow any context's ids. One batched call: fast tokenizers use all cores."""
-        return self._tokenizer(list(queries), add_special_tokens=False).input_ids if queries else []
+        return self._ids(list(queries)) if queries else []
+
+
+def _own_text(params: TaskParams) -> str:
+    """All that a task's author wrote of a prompt, to look for control tokens in."""
+    completion = params.completion
+    answers = params.verbalisers.values() if completion is None else [completion.lead, *completion.stop]
+    return "\n".join([params.template, params.separator, *answers])

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+pytest_plugins = ["stage_world"]  # fixtures of tests/faults; a conftest.py there would be imported in place of this one
 settings.register_profile("any machine", deadline=None)  # a busy machine fails no property
 settings.load_profile("any machine")
 
@@ -99,3 +100,12 @@ def model_folder(
 def raw_params() -> dict[str, Any]:
     """The shipped params.yaml as plain dicts and lists, to be changed and given to `parse_params`."""
     return YAML(typ="safe", pure=True).load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of faults and how they ended. Here, since a conftest.py in tests/faults would be imported in place of this one."""
+    world = sys.modules.get("faults_world")
+    if world is not None and world.COUNTS:
+        terminalreporter.section(f"faults and how they ended (SHOTLESS_FAULTS={world.LARGER})")
+        for line in world.table():
+            terminalreporter.write_line(line)

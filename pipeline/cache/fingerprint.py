@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import MismatchError
 from pipeline.hashing import sha256_json
-from pipeline.models.identity import tokenizer_sha256, weights_sha256
+from pipeline.models.identity import check_fetched, tokenizer_sha256, weights_sha256
 from pipeline.params import CacheParams
 from pipeline.places import Place
 from pipeline.schema import SCHEMA_VERSION
@@ -58,10 +58,15 @@ class Fingerprint(BaseModel):
 
 
 def fingerprint_of(model_folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str, remembered: Path | None = None) -> Fingerprint:
-    """The fingerprint of scores that a model folder gives for a task; hashes of large files may be `remembered` in a folder."""
+    """The fingerprint of scores that a model folder gives for a task; hashes of large files may be `remembered` in a folder.
+
+    Raises CorruptError where the model is not the one that was fetched.
+    """
     task = tokens.task
+    weights = weights_sha256(model_folder, remembered)
+    check_fetched(model_folder, weights)
     return Fingerprint(
-        weights=weights_sha256(model_folder, remembered),
+        weights=weights,
         tokenizer=tokenizer_sha256(model_folder),
         template=task.params.template,
         verbalisers=dict(task.params.verbalisers),

@@ -4,11 +4,8 @@ The manifest is written last, so its presence means done, and carries a hash of 
 the fingerprint against the run's own: a cache is used only where it belongs. Whatever there is of it, memory holds one shard.
 """
 
-import fcntl
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pyarrow as pa
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.rows import MOST_ROWS, pieces_of, ranges_of, read_rows, rows_per_shard, with_pieces, write_rows
 from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import json_text, read_json
+from pipeline.files import json_text, one_writer, read_json, remove_leftovers
 from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
 from pipeline.places import Place, Remote, write_bytes
 from pipeline.schema import SCHEMA_VERSION, SCORES
@@ -27,7 +24,6 @@ ROWS_PER_SHARD = MOST_ROWS
 MANIFEST = "manifest.json"
 CACHES = "caches.json"
 """In a target set: which caches belong to it, by the hash of their manifest."""
-LOCK_SECONDS = 3600
 AGAIN = "run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
 
 
@@ -45,28 +41,33 @@ def write_cache(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerpr
     The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first;
     a remote store has no lock, and of two writers there one may end with a cache that is refused when it is read.
     """
-    if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _one_writer(folder) if isinstance(folder, Path) else nullcontext():
-        (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
-        shards: list[dict[str, Any]] = []
-        for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
-            path = folder / f"part-{number:05d}.parquet"
-            data = write_rows(rows, path)
-            about_it = {"file": path.name, "rows": len(rows), "sha256": sha256_bytes(data), "bytes": len(data)}
-            shards.append(about_it | {"pieces": pieces_of(data)})
-        named = {shard["file"] for shard in shards}
-        for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
-            other.unlink()
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": fingerprint.model_dump(),
-            "fingerprint_sha256": fingerprint.sha256,
-            **about,
-            "shards": shards,
-            "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
-        }
-        write_bytes(json_text(manifest | {"manifest_sha256": sha256_json(manifest)}).encode(), folder / MANIFEST)
+    with one_writer(folder) if isinstance(folder, Path) else nullcontext():
+        write_shards(folder, tables, fingerprint, about)
+
+
+def write_shards(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
+    """The same for whoever is the folder's one writer, and stays it for longer."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
+    shards: list[dict[str, Any]] = []
+    for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
+        path = folder / f"part-{number:05d}.parquet"
+        data = write_rows(rows, path)
+        about_it = {"file": path.name, "rows": len(rows), "sha256": sha256_bytes(data), "bytes": len(data)}
+        shards.append(about_it | {"pieces": pieces_of(data)})
+    named = {shard["file"] for shard in shards}
+    for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
+        other.unlink()
+    for left in folder.glob(".*.tmp") if isinstance(folder, Path) else ():
+        remove_leftovers(left.with_name(left.name[1:].rpartition(".")[0].rpartition(".")[0]))
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint.model_dump(),
+        "fingerprint_sha256": fingerprint.sha256,
+        **about,
+        "shards": shards,
+        "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
+    }
+    write_bytes(json_text(manifest | {"manifest_sha256": sha256_json(manifest)}).encode(), folder / MANIFEST)
 
 
 def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -78,23 +79,6 @@ def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
             held = held.slice(size)
     if len(held):
         yield held
-
-
-@contextmanager
-def _one_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder itself: a lock file in it would become part of the artifact. DVC may have put another folder in its place."""
-    for _ in range(LOCK_SECONDS * 10):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(handle).st_ino == folder.stat().st_ino:
-                    yield
-                    return
-        finally:
-            os.close(handle)
-        time.sleep(0.1)
-    raise ShotlessError(f"{folder}: another run has been writing it for {LOCK_SECONDS} s; wait for it, or end it and run again.")
 
 
 def read_manifest(folder: Place) -> dict[str, Any]:

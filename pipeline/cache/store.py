@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.keys import KEY, Key, KeyIndex, Request, blocks, digest, keys_of
 from pipeline.cache.rows import read_rows, read_sealed, rows_per_shard, sealed_stem, write_sealed
-from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import read_json, replacing, write_json
+from pipeline.errors import CorruptError, NotJsonError, ShotlessError
+from pipeline.files import make_folder, read_json, read_sealed_json, replacing, write_json, write_sealed_json
 from pipeline.schema import SCORES
 
 LOCK_SECONDS = 3600
@@ -49,19 +50,31 @@ class Store:
     def __init__(self, root: Path, fingerprint: Fingerprint) -> None:
         self.folder = root / "scores" / fingerprint.sha256[:32]
         self.plans = self.folder / "plans"
-        self.plans.mkdir(parents=True, exist_ok=True)
+        make_folder(self.plans)
         self.rows_per_block = rows_per_shard(fingerprint)
         about = self.folder / "fingerprint.json"
         try:
             found = read_json(about)
-        except (FileNotFoundError, ValueError):  # new, or damaged: the folder's own name says what belongs in it
-            found = fingerprint.model_dump()
-            write_json(found, about)
-        fingerprint.check(found, about)
+        except (FileNotFoundError, NotJsonError):
+            found = None
+        if found != fingerprint.model_dump():  # new, or damaged: the folder's own name says what belongs in it
+            write_json(fingerprint.model_dump(), about)
         self._files: list[Path] = []  # by number in the index
         self._stems: set[str] = set()
         self._damaged: dict[str, list[Path]] = {}
         self._index = KeyIndex()
+
+    @classmethod
+    def at(cls, folder: Path) -> "Store":
+        """The store in a folder. Raises CorruptError where its fingerprint.json is not what the folder is named after."""
+        about = folder / "fingerprint.json"
+        try:
+            fingerprint = Fingerprint.model_validate(read_json(about))
+        except (FileNotFoundError, ValidationError) as error:
+            raise CorruptError(f"{about}: cannot be read as a fingerprint ({error}); the teacher's next run writes it again.") from None
+        if fingerprint.sha256[:32] != folder.name:
+            raise CorruptError(f"{about}: is not what its folder is named after; the teacher's next run writes it again.")
+        return cls(folder.parents[1], fingerprint)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -101,7 +114,7 @@ class Store:
     def write(self, part: Part, rows: pa.Table, seconds: float | None = None) -> None:
         """Write the rows of one part, whole or not at all, and beside them the `seconds` that scoring took, where they are known."""
         if seconds is not None:
-            write_json({"seconds": round(seconds, 4)}, self._time_of(part.stem))
+            write_sealed_json({"seconds": round(seconds, 4)}, self._time_of(part.stem))
         self._add(write_sealed(rows, self.folder, part.stem), part.keys)
         for damaged in self._damaged.pop(part.stem, []):
             _discard(damaged)
@@ -125,11 +138,12 @@ class Store:
         total, covered = 0.0, 0
         for file in self._files:
             time = self._time_of(sealed_stem(file))
-            if time.is_file():
+            with suppress(FileNotFoundError, CorruptError):  # no time, or a damaged one: its rows count as not covered
+                taken = read_sealed_json(time)["seconds"]
                 held = keys_of(read_rows(file, KEYS))
                 found = int(request.holds(held).sum())
                 covered += found
-                total += read_json(time)["seconds"] * found / len(held)
+                total += taken * found / len(held)
         return total, covered
 
     def _time_of(self, stem: str) -> Path:
@@ -152,6 +166,16 @@ class Store:
             except CorruptError as error:
                 faults.append(str(error))
         return faults
+
+    def damaged_notes(self) -> list[tuple[Path, CorruptError]]:
+        """What stands beside the rows and is not what was written: times, and the engine's report. No row hangs on them."""
+        found = []
+        for note in [*sorted((self.folder / "times").glob("*.json")), *self.folder.glob("engine.json")]:
+            try:
+                read_sealed_json(note)
+            except CorruptError as error:
+                found.append((note, error))
+        return found
 
     def read(self, request: Sequence[Key], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows of a request in its order, block by block, with the columns of `schema.SCORES` or some of them.

@@ -17,7 +17,7 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
     max_rows: Annotated[int, typer.Option(min=1, help="Inputs of a request.")] = 256,
     max_chars: Annotated[int, typer.Option(min=1, help="Characters of a field.")] = 10_000,
-    body_seconds: Annotated[float, typer.Option(min=0.001, help="What a client may take to send its body.")] = 30.0,
+    body_seconds: Annotated[float, typer.Option(min=0.001, help="What a client may take for a request's head, and for its body.")] = 30.0,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows of concurrent requests that share a pass.")] = 64,
     waiting_rows: Annotated[int, typer.Option(min=1, help="Rows that may wait before requests are refused with 503.")] = 1024,
     log: Annotated[Path | None, typer.Option(help="Append to this predictions log, for `shotless monitor`.")] = None,
@@ -30,6 +30,7 @@ def serve(
     import uvicorn
 
     from pipeline.prediction_log import PredictionLog
+    from pipeline.serving.deadline import with_deadline
     from pipeline.serving.predictor import Predictor
     from pipeline.serving.server import Limits, make_app
 
@@ -39,7 +40,8 @@ def serve(
     journal = PredictionLog(log, predictor.student.weights_sha256) if log else None
     limits = Limits(max_body_bytes, max_rows, max_chars, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.engine.name}", file=sys.stderr, flush=True)
-    uvicorn.run(make_app(predictor, limits, journal), host=host, port=port, log_level="info", access_log=False)
+    http = with_deadline(body_seconds)
+    uvicorn.run(make_app(predictor, limits, journal), host=host, port=port, log_level="info", access_log=False, http=http)
 
 
 def _is_loopback(host: str) -> bool:

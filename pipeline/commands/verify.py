@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
+from pipeline.errors import CorruptError, MismatchError, NotJsonError, ShotlessError, UsageError
 from pipeline.params import Params, TeacherParams, load_params, pick
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class _Case:
     def repair(self) -> None:
         """Give the store what intact shards hold, then capture: that scores the rows that neither has, and writes all shards again."""
         from pipeline.engine.scorer import Scorer
-        from pipeline.files import write_json
+        from pipeline.files import write_sealed_json
         from pipeline.tasks import Task
         from pipeline.teacher.capture import capture
         from pipeline.work import work_folder
@@ -164,7 +164,7 @@ class _Case:
                     scorer.store.adopt(self.folder / shard["file"], shard["sha256"])
             engine = scorer.store.folder / "engine.json"
             if manifest and not engine.is_file():
-                write_json(manifest["engine"], engine)
+                write_sealed_json(manifest["engine"], engine)
             missing = int(scorer.store.missing(self.request).sum())
         if missing and any(fault.error is MismatchError for fault in self.findings.faults):
             raise MismatchError(
@@ -193,8 +193,6 @@ class _Case:
 
 def _check_stores(cases: list[_Case], set_aside: bool = False) -> list[str]:
     """What is wrong in the row store, all fingerprints; counts the damaged rows of each cache that it holds."""
-    from pydantic import ValidationError
-
     from pipeline.cache.fingerprint import Fingerprint
     from pipeline.cache.keys import KeyIndex
     from pipeline.cache.store import Store
@@ -204,9 +202,9 @@ def _check_stores(cases: list[_Case], set_aside: bool = False) -> list[str]:
     faults = []
     for folder in sorted(work_folder().glob("scores/*")):
         try:
-            store = Store(work_folder(), Fingerprint.model_validate(read_json(folder / "fingerprint.json")))
-        except (OSError, ValueError, ValidationError, MismatchError) as error:
-            faults += [] if _of_another_version(folder) else [f"{folder / 'fingerprint.json'}: {error}"]
+            store = Store.at(folder)
+        except CorruptError as error:
+            faults += [] if _of_another_version(folder) else [str(error)]
             continue
         index = KeyIndex()
         for number, (_, keys, error) in enumerate(store.scan()):
@@ -216,23 +214,26 @@ def _check_stores(cases: list[_Case], set_aside: bool = False) -> list[str]:
                 lines = "".join(f"\n  {line}" for line in _rows_in_words(tuple(keys), "when next asked for"))
                 faults.append(f"{error}{lines or ': its rows are scored again when next asked for'}")
         faults += store.damaged_plans()
+        notes = store.damaged_notes()
+        faults += [str(error) for _, error in notes]
         for case in cases:
             if case.fingerprint == Fingerprint.model_validate(read_json(folder / "fingerprint.json")):
                 case.in_store = int((index.find(case.findings.keys)[:, 0] >= 0).sum())
         if set_aside:
             with store.lock():
-                pass
+                for note, _ in notes:
+                    note.unlink()
     return faults
 
 
 def _of_another_version(folder: Path) -> bool:
     """Whether a store was left by another version of this project, which no present fingerprint leads to."""
     from pipeline.files import read_json
-    from pipeline.schema import SCHEMA_VERSION
+    from pipeline.hashing import sha256_json
 
     try:
-        return read_json(folder / "fingerprint.json")["schema_version"] != SCHEMA_VERSION
-    except (OSError, ValueError, KeyError, TypeError):
+        return sha256_json(read_json(folder / "fingerprint.json"))[:32] == folder.name  # whole, and this version cannot read it
+    except (OSError, NotJsonError):
         return False
 
 

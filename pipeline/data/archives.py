@@ -7,8 +7,12 @@ of a release.
 """
 
 import difflib
+import errno
+import gzip
+import lzma
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
@@ -20,7 +24,13 @@ from pipeline.errors import UsageError, choices
 
 MAX_EXPANSION = 200
 """Bytes of a member for each byte of its archive."""
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
+_BROKEN = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile,
+    NotImplementedError,  # a compression that zipfile does not have
+    ValueError, OverflowError, struct.error,  # names and numbers in headers that are none
+)  # fmt: skip
+_BROKEN_STREAM = (None, errno.EINVAL)
+"""Numbers of an OSError that says a compressed stream is broken, or that a header points nowhere; others are the machine's."""
 
 
 def extract(archive: Path, members: Sequence[str], target: Path) -> None:
@@ -35,7 +45,11 @@ def extract(archive: Path, members: Sequence[str], target: Path) -> None:
             try:
                 _copy_member(archive, member, inner)
             except _BROKEN as error:
-                raise UsageError(f"{archive.name}: cannot be read as an archive ({error}); {member!r} was looked for in it.") from None
+                raise _broken(archive, member, error) from None
+            except OSError as error:
+                if error.errno not in _BROKEN_STREAM:
+                    raise
+                raise _broken(archive, member, error) from None
             archive = inner
 
 
@@ -82,6 +96,12 @@ def _check_size(archive: Path, member: str, size: int) -> None:
             f"{archive.name}: {member!r} unpacks to {size:,} bytes, more than {MAX_EXPANSION} times the archive's {packed:,}; "
             "this is refused as unsafe. Unpack it by hand and give it as a local file if it is what you expect."
         )
+
+
+def _broken(archive: Path, member: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"{archive.name}: cannot be read as an archive ({error or type(error).__name__}); {member!r} was looked for in it. Fetch it again."
+    )
 
 
 def _missing(archive: Path, member: str, names: list[str]) -> UsageError:

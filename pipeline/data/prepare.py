@@ -19,7 +19,8 @@ from pipeline.data.local import RECORD
 from pipeline.data.quarantine import write_quarantine
 from pipeline.data.roles import Roles, assign
 from pipeline.errors import CorruptError, ShotlessError, UsageError
-from pipeline.files import read_json, write_json
+from pipeline.files import one_writer, read_json, write_json
+from pipeline.hashing import sha256_file
 from pipeline.params import DataParams, Params
 from pipeline.schema import SLICE, read_table, write_table
 from pipeline.schema import examples as examples_schema
@@ -29,8 +30,14 @@ from pipeline.tasks import Task
 def prepare(params: Params, artifacts: Path, metrics: Path) -> None:
     """Write `artifacts/data/` (examples of each role, contexts, quarantine.jsonl) and the counts, to the file `metrics`.
 
-    Raises UsageError for anything in params or files that cannot be used; quarantine.jsonl is written first, to look the rows up in.
+    One run at a time prepares. Raises UsageError for anything in params or files that cannot be used; quarantine.jsonl is written first, to
+    look the rows up in.
     """
+    with one_writer(artifacts):
+        _prepare(params, artifacts, metrics)
+
+
+def _prepare(params: Params, artifacts: Path, metrics: Path) -> None:
     task, data = Task(params.task), artifacts / "data"
     if data.exists():
         shutil.rmtree(data)
@@ -77,6 +84,10 @@ def raw_file(artifacts: Path, source: str) -> Path:
     files = list(read_json(record)["files"])
     if len(files) != 1 or not (folder / files[0]).is_file():
         raise CorruptError(f"{record}: names {files}, and the folder does not hold just that; run `dvc repro --force fetch`.")
+    if (found := sha256_file(folder / files[0])) != (written := read_json(record)["files"][files[0]]):
+        raise CorruptError(
+            f"{folder / files[0]}: has sha256 {found[:12]}…, and was fetched with {str(written)[:12]}…; run `dvc repro --force fetch`."
+        )
     return folder / files[0]
 
 

@@ -198,24 +198,26 @@ def _places(path: Path, header: Sequence[str], asked: Sequence[str]) -> list[int
 
 
 def _parquet(path: Path, asked: Sequence[str]) -> Iterator[Read]:
+    number = 0
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UsageError(f"{path}: not a Parquet file ({error}); check `format` of this source in params.yaml.") from None
-    with file:
-        names = file.schema_arrow.names
-        _places(path, names, asked)
-        number = 0
-        for batch in file.iter_batches(batch_size=8192, columns=list(dict.fromkeys(asked))):
-            held = [_values(batch.column(name)) for name in asked]
-            for values in zip(*held, strict=True):
-                number += 1
-                bad = next((name for name, value in zip(asked, values, strict=True) if isinstance(value, bytes)), None)
-                if bad is None:
-                    yield Row(number, values)
-                else:
-                    value = values[list(asked).index(bad)]
-                    yield BadRow(number, bad, "not UTF-8", value.decode(errors="backslashreplace"))
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            _places(path, names, asked)
+            for batch in file.iter_batches(batch_size=8192, columns=list(dict.fromkeys(asked))):
+                held = [_values(batch.column(name)) for name in asked]
+                for values in zip(*held, strict=True):
+                    number += 1
+                    yield _parquet_row(number, asked, values)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        said = f"{path}: not a Parquet file" if number == 0 else f"{path}: not readable as Parquet after row {number:,}"
+        raise UsageError(f"{said} ({error}); check `format` of this source in params.yaml, or write the file again.") from None
+
+
+def _parquet_row(number: int, asked: Sequence[str], values: tuple[Any, ...]) -> Row | BadRow:
+    bad = next((place for place, value in enumerate(values) if isinstance(value, bytes)), None)
+    if bad is None:
+        return Row(number, values)
+    return BadRow(number, asked[bad], "not UTF-8", values[bad].decode(errors="backslashreplace"))
 
 
 def _values(column: pa.Array) -> list[Any]:

@@ -45,15 +45,16 @@ def download_release(origin: PypiOrigin, folder: Path) -> Path:
 def _explain(name: str, origin: PypiOrigin, stderr: str) -> str:
     """What went wrong, from pip's messages, and the next step."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines[-3:]
+    errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"] or lines[-3:]
     said = "\n  ".join(["pip said:", *errors[:6]])
     if "No module named pip" in stderr:
         return f"{name}: this Python has no pip ({sys.executable}); run `python -m ensurepip`, or make the environment with `make`."
     if "DO NOT MATCH THE HASHES" in stderr:
         got = next((line.split()[-1] for line in lines if line.startswith("Got ")), "another")
         return (
-            f"{name}: the {origin.kind} on the index has sha256 {got}, params.yaml expects {origin.sha256}. "
-            "Correct `sha256` (or `kind`) if the pin is wrong; otherwise do not use the file."
+            f"{name}: the {origin.kind} that came from the index has sha256 {got}, params.yaml expects {origin.sha256}. Run `dvc repro` "
+            "again: a cut download has another sha256 too. If it stays, correct `sha256` (or `kind`) if the pin is wrong; otherwise do not "
+            "use the file."
         )
     if any(sign in stderr for sign in ("connection broken", "Max retries", "NewConnectionError", "ProxyError", "SSLError", "timed out")):
         return (

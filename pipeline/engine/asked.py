@@ -57,7 +57,8 @@ class Asked:
     """Contexts' token ids, and inputs that are given theirs on demand.
 
     `queries` may be any sequence that gives slices, also one that reads them from a file; each stands there once. Raises UsageError where a
-    given answer is too long or a text to be read is too short, ValueError where a query stands there twice.
+    given answer is too long, a text to be read is too short, or an input spells a control token and the template has some, ValueError
+    where a query stands there twice.
     """
 
     def __init__(self, tokens: TaskTokens, prefixes: TokenIds, queries: Sequence[Query]) -> None:
@@ -115,7 +116,11 @@ class Asked:
         return self._runs[number]
 
     def _tokenised(self, queries: Sequence[Query]) -> "_Run":
-        ids = _Flat(self._tokens.query_ids([self._tokens.task.query(query.fields) for query in queries]))
+        texts = [self._tokens.task.query(query.fields) for query in queries]
+        for query, text in zip(queries, texts, strict=True):
+            if fault := self._tokens.fault_of(text):
+                raise UsageError(f"example {query.example_id[:12]} {fault}; leave it out, or write the template without them.")
+        ids = _Flat(self._tokens.query_ids(texts))
         if not self._tokens.task.answers_are_given:
             return _Run(ids, None)
         return _Run(ids, _Flat(self._tokens.answer_ids([query.answer or "" for query in queries])))

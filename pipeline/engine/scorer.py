@@ -3,6 +3,7 @@
 The teacher's stage, the baselines and the students' evaluation all ask here. The model is loaded only if a row is missing.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,15 +24,15 @@ from pipeline.engine.batches import plan_batches, token_budget
 from pipeline.engine.choice import EngineChoice, choose_engine
 from pipeline.engine.generation import Generator
 from pipeline.engine.scores import Engine, Reading, Scores
-from pipeline.errors import UsageError
-from pipeline.files import read_json, write_json
+from pipeline.errors import CorruptError, UsageError
+from pipeline.files import read_sealed_json, write_sealed_json
 from pipeline.hashing import context_id, sha256_ids
 from pipeline.memory import give_back_memory
 from pipeline.models.loading import context_limit, load_model, load_tokenizer
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, memory_bytes, use_machine
 from pipeline.models.rows import Completions
 from pipeline.params import CacheParams
-from pipeline.progress import progress
+from pipeline.progress import progress, rate
 from pipeline.schema import SCORES
 from pipeline.tasks import Task, TaskTokens
 
@@ -83,6 +84,8 @@ class Scorer:
     def _score_missing(self, request: Request, asked: Asked, title: str) -> None:
         missing = int(self.store.missing(request).sum())
         if not missing:
+            if self._engine_fault():
+                self._load(asked)  # the same probe, so the same report
             return
         scored = self._scored(request, asked)
         held = len(request) - missing
@@ -95,7 +98,7 @@ class Scorer:
                 tokens += sum(asked.lengths_of([example for _, example in part.keys]))
                 if not self.reading.texts:
                     tokens += len(rows["completion_ids"].combine_chunks().flatten())
-                meter.advance(len(part.keys), f"{tokens / (time.monotonic() - started):,.0f} tokens/s{cached}")
+                meter.advance(len(part.keys), f"{rate(tokens, time.monotonic() - started):,.0f} tokens/s{cached}")
 
     def _scored(self, request: Request, asked: Asked) -> Iterator[Scored]:
         """The parts that the store lacks, scored one after the other; the model is loaded at the call."""
@@ -137,7 +140,17 @@ class Scorer:
     @property
     def engine_report(self) -> dict[str, str]:
         """Which engine scored this store's rows, and why it was chosen."""
-        return read_json(self.store.folder / "engine.json")
+        return read_sealed_json(self.store.folder / "engine.json")
+
+    def _engine_fault(self) -> bool:
+        """Whether nothing, or nothing that can be relied on, says which engine scored this store's rows."""
+        try:
+            return not self.engine_report
+        except FileNotFoundError:
+            return True
+        except CorruptError as error:
+            print(f"{error}; the engine is chosen again", file=sys.stderr)
+            return True
 
     def _check_lengths(self, asked: Asked) -> None:
         limit = context_limit(self.model_folder)
@@ -176,9 +189,8 @@ class Scorer:
         return self._choice
 
     def _note_engine(self, report: dict[str, Any]) -> None:
-        file = self.store.folder / "engine.json"
-        if not file.exists():
-            write_json(report, file)
+        if self._engine_fault():
+            write_sealed_json(report, self.store.folder / "engine.json")
 
 
 def _score_part(engine: Engine, part: Part, asked: Given, generator: Generator | None) -> pa.Table:

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.engine.batches import token_budget
 from pipeline.engine.choice import choose_engine
 from pipeline.engine.scores import Reading
-from pipeline.errors import ShotlessError
-from pipeline.files import read_json, write_json
+from pipeline.errors import CorruptError, ShotlessError
+from pipeline.files import read_json, read_sealed_json, write_json, write_sealed_json
 from pipeline.hashing import sha256_json
 from pipeline.memory import peak_rss_bytes
 from pipeline.models.loading import load_model, parameter_counts
@@ -82,17 +82,22 @@ class Job(BaseModel):
 def measure(job: Job, work: Path) -> dict[str, Any]:
     """The figures of a job: those that `work` holds, or new ones, measured in a process of its own."""
     kept = work / "cost" / job.kept
-    if not kept.exists():
-        path = kept.with_suffix(".job")
-        write_json(job.model_dump(), path)
-        child = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "pipeline.evaluation.cost", str(path)], capture_output=True, text=True, check=False
-        )
-        if child.returncode != 0:
-            raise ShotlessError(f"the process that measures cost ended with {child.returncode}; its last words: {child.stderr[-2000:]}")
-        write_json(json.loads(child.stdout), kept)
-        path.unlink()
-    return read_json(kept)
+    try:
+        return read_sealed_json(kept)
+    except FileNotFoundError:
+        pass
+    except CorruptError as error:
+        print(f"{error}; cost is measured again", file=sys.stderr)
+    path = kept.with_suffix(".job")
+    write_json(job.model_dump(), path)
+    child = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "pipeline.evaluation.cost", str(path)], capture_output=True, text=True, check=False
+    )
+    if child.returncode != 0:
+        raise ShotlessError(f"the process that measures cost ended with {child.returncode}; its last words: {child.stderr[-2000:]}")
+    write_sealed_json(json.loads(child.stdout), kept)
+    path.unlink(missing_ok=True)  # two runs may measure the same
+    return read_sealed_json(kept)
 
 
 def run_job(job: Job) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pipeline.evaluation.cost import measure
 from pipeline.evaluation.detail import detail, membership
 from pipeline.evaluation.jobs import Inputs, baseline_job, by_demonstrations, student_job
 from pipeline.evaluation.predict import predict_baseline, predict_student, read_sets
-from pipeline.files import read_json, write_json
+from pipeline.files import read_sealed_json, write_json
+from pipeline.hashing import sha256_file
 from pipeline.metrics import evaluate_predictions, summary
 from pipeline.params import Params, pick
 from pipeline.schema import write_table
@@ -42,15 +43,17 @@ def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Pa
         job = student_job(artifacts / "students" / name, inputs)
     else:
         baseline = params.baselines[name]
-        calibration = read_json(artifacts / baseline.prompts / "calibration.json")
+        calibration = read_sealed_json(artifacts / baseline.prompts / "calibration.json")
         ensemble = baseline.contexts == "ensemble"
         table = predict_baseline(name, calibration, ensemble, task, sets, artifacts, work, threads)
         job = baseline_job(calibration, ensemble, inputs, artifacts)
-    write_table(table, artifacts / "predictions" / f"{name}.parquet")
+    predictions = artifacts / "predictions" / f"{name}.parquet"
+    write_table(table, predictions)
     bootstrap = {"resamples": settings.bootstrap, "seed": settings.seed}
     result = evaluate_predictions(table, task.labels, **bootstrap)
     kind = "baseline" if calibration else "student"
-    write_json({"method": name, "kind": kind, "subject": job.subject, "sets": result}, metrics / "eval" / f"{name}.json")
+    of = {"subject": job.subject, "predictions_sha256": sha256_file(predictions)}
+    write_json({"method": name, "kind": kind, **of, "sets": result}, metrics / "eval" / f"{name}.json")
     members = {key: membership(pl.read_parquet(folder / f"{key}.parquet"), task.fields) for key in sets}
     domains = {key: entry.domain for key, entry in params.data.evaluation.items()}
     write_json(summary(result, domains), metrics / "summary" / f"{name}.json")

@@ -1,15 +1,16 @@
 """What a model folder is, by content: hashes of its weights and of its tokenizer. Without torch, so that asking is quick."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import CorruptError
 from pipeline.files import read_json, write_json
 from pipeline.hashing import sha256_file, sha256_json, sha256_text
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
+FETCH_RECORD = "source.json"
 SETTLED_NS = 2_000_000_000
 PLACE_KEYS = ("name_or_path", "is_local", "local_files_only")
 """Entries of tokenizer_config.json that say where the tokenizer came from, not what it does."""
@@ -22,6 +23,17 @@ def weights_sha256(folder: Path, remembered: Path | None = None) -> str:
     """
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     return sha256_json({file.name: sha256_file(file) if remembered is None else _remembered(file, remembered) for file in files})
+
+
+def check_fetched(folder: Path, weights: str) -> None:
+    """Raise CorruptError where `weights`, the hash of a folder's weights, is not the one of what `fetch` put there; others pass."""
+    record = folder / FETCH_RECORD
+    if not record.is_file():
+        return
+    files = read_json(record).get("files", {})
+    fetched = {name: sha256 for name, sha256 in sorted(files.items()) if name.endswith(".safetensors") or name == "config.json"}
+    if sha256_json(fetched) != weights:
+        raise CorruptError(f"{folder}: its weights or config are not those that were fetched; run `dvc repro --force fetch`.")
 
 
 def _remembered(file: Path, folder: Path) -> str:
@@ -60,6 +72,8 @@ def tokenizer_sha256(folder: Path) -> str:
     files: dict[str, Any] = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        entries = json.loads(settings.read_text(encoding="utf-8"))
+        entries = read_json(settings)
+        if not isinstance(entries, dict):
+            raise CorruptError(f"{settings}: is no object; make the folder again.")
         files[settings.name] = {key: value for key, value in entries.items() if key not in PLACE_KEYS}
     return sha256_json(files)

@@ -5,13 +5,16 @@ a folder is known by the hash of its weights and of its tokenizer, not by its na
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.errors import UsageError
+from pipeline.errors import ShotlessError, UsageError
+from pipeline.files import disk_full, sync_tree
 from pipeline.models.identity import VOCABULARY_FILES
 
 
@@ -42,12 +45,12 @@ def _config_fault(file: Path) -> str | None:
         return "config.json is missing"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"config.json is no JSON ({error})"
     if not isinstance(config, dict):
         return "config.json is no object"
     kind = config.get("model_type")
-    if kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return None
     if "auto_map" in config:
         return (
@@ -59,7 +62,26 @@ def _config_fault(file: Path) -> str | None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with _reading(folder, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """Say which folder cannot be read, and what of it.
+
+    Whatever the libraries raise is caught: on damaged or hostile files that is nearly any exception (tokenizers raises plain `Exception`).
+    """
+    try:
+        yield
+    except ShotlessError:
+        raise
+    except Exception as error:
+        said = (str(error).strip() or "no message").splitlines()[0][:300]
+        raise UsageError(
+            f"{folder}: its {what} cannot be read ({type(error).__name__}: {said}). Files of it are damaged, missing or of another kind; "
+            "`dvc repro --force fetch` gets a model again."
+        ) from error
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -69,12 +91,10 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     transformers would fill them with random numbers.
     """
     check_folder(folder)
-    try:
+    with _reading(folder, "weights or config (model.safetensors, config.json)"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except FileNotFoundError as error:
-        raise UsageError(f"{folder}: a file of the model is missing: {error}") from None
     model, found = loaded
     if absent := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
         raise UsageError(f"{folder}: {len(absent)} weights are missing or have another shape than config.json says, first {absent[0]}.")
@@ -84,14 +104,17 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
 
 def context_limit(folder: Path) -> int | None:
     """The longest sequence the model takes, in tokens; None where its config does not say."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+    with _reading(folder, "config.json"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a plain transformers folder."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with disk_full(folder / "model.safetensors"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    sync_tree(folder)
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import read_json
+from pipeline.files import read_sealed_json
 from pipeline.hashing import sha256_json
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.params import CompletionParams, TaskParams
@@ -74,13 +74,13 @@ def identity_entries(folder: Path, provenance: Mapping[str, Any]) -> dict[str, s
 def read_provenance(folder: Path) -> Provenance:
     """What a trained folder says of itself, not yet held against its files.
 
-    Raises UsageError where there is no provenance.json or it lacks something.
+    Raises UsageError where there is no provenance.json or it lacks something, CorruptError where it is not what training wrote.
     """
     file = folder / FILE
     if not file.is_file():
         raise UsageError(f"{file}: no such file, so nothing says what this model was trained to answer; is it a student's folder?")
     try:
-        found: dict[str, Any] = read_json(file)
+        found = read_sealed_json(file, may_lack_seal=True)
         free = found.get("completion")
         verbalisers = {} if free is not None else {label: found["verbalisers"][label] for label in found["labels"]}
         texts = {label: entry["text"] for label, entry in verbalisers.items()}

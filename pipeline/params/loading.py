@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import Repr
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UsageError, choices
 from pipeline.params.data import HubOrigin, LocalOrigin, Origin, PypiOrigin
 from pipeline.params.root import Params
+from pipeline.yaml_file import read_yaml
 
 Entry = TypeVar("Entry")
 
@@ -31,15 +31,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
     Raises UsageError with every fault found, each with its path, the value and the choices.
     """
-    try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; run from the project's folder.") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from None
-    except YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from None
-    return parse_params(raw, path)
+    return parse_params(read_yaml(path), path)
 
 
 def parse_params(raw: Any, path: Path = Path("params.yaml")) -> Params:
@@ -56,7 +48,7 @@ def _explain(path: Path, fault: Any) -> str:
     """One line for one fault: file, key path, what is wrong, value, choices."""
     location, _ = _walk(fault["loc"])
     where = ".".join(location)
-    kind, found = fault["type"], f", found {fault['input']!r}"
+    kind, found = fault["type"], f", found {_shown(fault['input'])}"
     if kind == "extra_forbidden":
         _, parent = _walk(fault["loc"][:-1])
         return f"{path}: {where}: unknown key; there are: {choices(getattr(parent, 'model_fields', ()))}"
@@ -71,6 +63,13 @@ def _explain(path: Path, fault: Any) -> str:
         return f"{path}: {where}: missing; it has to be given"
     hint = "; put it in quotes" if kind == "string_type" and isinstance(fault["input"], (int, float)) else ""
     return f"{path}: {where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{found}{hint}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a message: its beginning alone, since aliases in YAML can make a few lines unfold to gigabytes."""
+    shown = Repr()
+    shown.maxlevel, shown.maxdict, shown.maxlist, shown.maxstring, shown.maxother = 2, 6, 6, 200, 200
+    return shown.repr(value)
 
 
 _ORIGINS: dict[str, type[BaseModel]] = {"pypi": PypiOrigin, "hub": HubOrigin, "local": LocalOrigin}

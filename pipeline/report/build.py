@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from pipeline.files import replacing
 from pipeline.params import Params
 from pipeline.report.answers import answers_document, render_answers_page
 from pipeline.report.card import render_card
@@ -22,10 +23,14 @@ def build_report(params: Params, root: Path) -> None:
     document = answers_document(inputs) if free else metrics_document(inputs)
     page = render_answers_page(document, inputs) if free else render_page(document, inputs)
     folder = root / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(page, encoding="utf-8")
-    (folder / "metrics.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(page, folder / "index.html")
+    _write(json.dumps(document, indent=1, ensure_ascii=False) + "\n", folder / "metrics.json")
     for name in () if free else params.students:  # a card's numbers are those of labels
         student = root / "artifacts" / "students" / name
         if student.is_dir():
-            (student / "README.md").write_text(render_card(document, inputs, name), encoding="utf-8")
+            _write(render_card(document, inputs, name), student / "README.md")
+
+
+def _write(text: str, file: Path) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

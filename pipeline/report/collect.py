@@ -17,6 +17,7 @@ from polars.exceptions import PolarsError
 
 from pipeline import schema
 from pipeline.errors import CorruptError, UsageError
+from pipeline.hashing import sha256_file
 from pipeline.params import Params
 
 Json = dict[str, Any]
@@ -86,7 +87,11 @@ def collect(params: Params, root: Path) -> Inputs:
     metrics, artifacts = root / "metrics", root / "artifacts"
     measured = _read_each(metrics / "cost", "{}.json", names)
     # Costs are no outputs of DVC, so they can be older than the predictions; both carry the hash of the weights and prompts they are of.
-    subjects = {name: entry.get("subject") for name, entry in _read_each(metrics / "eval", "{}.json", names).items()}
+    evaluated = _read_each(metrics / "eval", "{}.json", names)
+    for name, entry in evaluated.items():
+        if (written := entry.get("predictions_sha256")) is not None and sha256_file(paths[name]) != written:
+            raise CorruptError(f"{paths[name]}: are not the predictions of {metrics / 'eval' / f'{name}.json'}; run `dvc repro`.")
+    subjects = {name: entry.get("subject") for name, entry in evaluated.items()}
     cost = {name: value for name, value in measured.items() if subjects.get(name, "") == value.get("measured", {}).get("subject")}
     curves = {name: _read_curve(path) for name in params.students if (path := metrics / "curves" / f"{name}.csv").is_file()}
     return Inputs(

@@ -100,7 +100,7 @@ class Predictor:
                 errors[place] = _sentence(bad)
         ids: dict[int, list[int]] = {}
         for place, query in zip(queries, self.student.tokens.query_ids(list(queries.values())), strict=True):
-            if fault := self._fault_of_length(len(query)):
+            if fault := self.student.tokens.fault_of(queries[place]) or self._fault_of_length(len(query)):
                 errors[place] = fault
             else:
                 ids[place] = query

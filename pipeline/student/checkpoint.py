@@ -6,6 +6,8 @@ steps of a small model would cost more than it saves. One that belongs to other 
 one.
 """
 
+import hashlib
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.files import replacing
+from pipeline.files import remove_leftovers, replacing
 from pipeline.student.tuning import trained_weights
 
 SECONDS_BETWEEN = 120.0
@@ -54,10 +56,11 @@ class Checkpoint:
             for moment in MOMENTS:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": self._fingerprint})
+            save_file(tensors, temporary, metadata={"fingerprint": self._fingerprint, "sha256": _digest(tensors)})
         for stale in self._all():
             if stale != self.path:
                 stale.unlink(missing_ok=True)
+                remove_leftovers(stale)
         self._taken = time.monotonic()
 
     @torch.no_grad()
@@ -68,26 +71,43 @@ class Checkpoint:
         """
         if not self.path.is_file():
             return [], {}
+        tensors: dict[str, Tensor] = {}
         try:
             with safe_open(self.path, framework="pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
                     return [], {}
-                losses = file.get_tensor("losses").tolist()
-                others = {key.removeprefix("other."): file.get_tensor(key) for key in file.keys() if key.startswith("other.")}  # noqa: SIM118
-                for name, parameter in trained_weights(model).items():
-                    parameter.copy_(file.get_tensor(f"weight.{name}"))
-                    state: dict[str, torch.Tensor] = {"step": torch.tensor(float(len(losses)), device=parameter.device)}
-                    for moment in MOMENTS:
-                        state[moment] = torch.empty_like(parameter).copy_(file.get_tensor(f"{moment}.{name}"))
-                    optimizer.state[parameter] = state
-        except SafetensorError:
-            return [], {}  # not a whole file, which `replacing` rules out but a full disk or a user may not: training starts again
-        return losses, others
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+                written = (file.metadata() or {}).get("sha256")
+            fault = None if _digest(tensors) == written else "its tensors are not those that were saved"
+        except (SafetensorError, OSError) as error:
+            fault = str(error)
+        if fault is not None:  # nothing of it has reached the model
+            print(f"{self.path}: cannot be used ({fault}); training starts again", file=sys.stderr)
+            return [], {}
+        losses = tensors["losses"].tolist()
+        for name, parameter in trained_weights(model).items():
+            parameter.copy_(tensors[f"weight.{name}"])
+            state: dict[str, torch.Tensor] = {"step": torch.tensor(float(len(losses)), device=parameter.device)}
+            for moment in MOMENTS:
+                state[moment] = torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"])
+            optimizer.state[parameter] = state
+        return losses, {key.removeprefix("other."): tensor for key, tensor in tensors.items() if key.startswith("other.")}
 
     def remove(self) -> None:
         """The training is done: no checkpoint of this student stays."""
-        for path in self._all():
+        for path in {*self._all(), self.path}:
             path.unlink(missing_ok=True)
+            remove_leftovers(path)
 
     def _all(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self._name}-{'[0-9a-f]' * 16}.safetensors"))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of tensors: safetensors files have no checksum."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()

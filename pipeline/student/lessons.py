@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MismatchError, UsageError, choices
-from pipeline.files import read_json
+from pipeline.errors import CorruptError, MismatchError, UsageError, choices
+from pipeline.files import read_sealed_json
 from pipeline.hashing import sha256_json
 from pipeline.places import Place, sha256_of
 from pipeline.schema import TARGETS, examples, read_table
@@ -41,7 +41,7 @@ def target_set(folder: Place, transfer_file: Path, tokens: TaskTokens) -> tuple[
     lacks.
     """
     calibration_file, targets_file = folder / "calibration.json", folder / "targets.parquet"
-    calibration = read_json(_there(calibration_file))
+    calibration = read_sealed_json(_there(calibration_file))
     task = tokens.task
     present = {"template": task.params.template, "verbalisers": dict(task.params.verbalisers)}
     again = f"run `dvc repro targets@{folder.name}`."
@@ -52,6 +52,9 @@ def target_set(folder: Place, transfer_file: Path, tokens: TaskTokens) -> tuple[
         raise MismatchError(
             f"{calibration_file}: made for the labels {choices(calibration['labels'])}, not {choices(task.labels)}; {again}"
         )
+    written = calibration.get("targets_sha256")
+    if written is not None and sha256_of(_there(targets_file)) != written:
+        raise CorruptError(f"{targets_file}: is not the one that {calibration_file.name} was written with; {again}")
     columns = [calibration["labels"].index(label) for label in task.labels]
     fields = {row["example_id"]: row for row in read_table(_there(transfer_file), examples(task.fields)).to_pylist()}
     rows, distributions = [], []
@@ -67,7 +70,7 @@ def targets_fingerprint(folder: Place) -> dict[str, str]:
     """Hashes of a target set: of its rows, and of what says how they were made."""
     return {
         "targets": sha256_of(folder / "targets.parquet"),
-        "calibration": sha256_json(read_json(folder / "calibration.json")),
+        "calibration": sha256_json(read_sealed_json(folder / "calibration.json")),
     }
 
 

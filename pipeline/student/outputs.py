@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.files import replacing, write_json
 from pipeline.memory import peak_rss_bytes
 from pipeline.params import TuningParams
+from pipeline.progress import rate
 from pipeline.student.optimizer import learning_rate
 from pipeline.student.training import Trained
 
@@ -60,7 +61,7 @@ def write_runtime(trained: Sequence[Trained], threads: int, file: Path) -> None:
     seconds = sum(run.seconds for run in trained)
     values: dict[str, Any] = {
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(sum(run.tokens_per_second * run.seconds for run in trained) / seconds, 1),
+        "tokens_per_second": round(rate(sum(run.tokens_per_second * run.seconds for run in trained), seconds), 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "threads": threads,
         "resumed_at_step": sum(run.resumed_at for run in trained),

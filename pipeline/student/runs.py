@@ -5,18 +5,20 @@ training: names, lengths, labels, targets that belong to the task.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel
 
 from pipeline.cache.folder import CACHES
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import read_json, write_json
-from pipeline.hashing import sha256_file, sha256_json
+from pipeline.files import make_folder, read_sealed_json, write_json, write_sealed_json
+from pipeline.hashing import sha256_file, sha256_json, sha256_text
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import (
     check_folder,
@@ -111,13 +113,14 @@ def train_student(
     """
     tokens = _tokens(places.artifacts / params.base, task)
     jobs = {place: _student_job(name, run, tokens, places) for place, run in params.runs.items()}
-    ran = {}
-    for place, job in jobs.items():
-        ran[job.params.seed] = _run(
-            job, places.artifacts / "students" / name / place, places, threads, seconds_between, len(jobs) > 1, processes
-        )
-    if processes.first:
-        _write_metrics(name, ran, places.metrics)
+    output = places.artifacts / "students" / name
+    with _one_run(output, places.work) if processes.first else nullcontext():
+        ran = {
+            job.params.seed: _run(job, output / place, places, threads, seconds_between, len(jobs) > 1, processes)
+            for place, job in jobs.items()
+        }
+        if processes.first:
+            _write_metrics(name, ran, places.metrics)
 
 
 def _student_job(name: str, params: StudentParams, tokens: TaskTokens, places: Places) -> Job:
@@ -171,8 +174,10 @@ def tune_teacher(
     file = places.artifacts / DEMONSTRATIONS
     terms = [Term("cross_entropy", 1.0, params.batch_size, demonstrations(file, tokens))]
     job = Job("tuned", name, params, params.base, None, DEMONSTRATIONS, {"demonstrations": sha256_file(file)}, tokens, terms)
-    ran = _run(job, places.artifacts / "tuned" / name, places, threads, seconds_between)
-    _write_metrics(f"tuned-{name}", {params.seed: ran}, places.metrics)
+    output = places.artifacts / "tuned" / name
+    with _one_run(output, places.work):
+        ran = _run(job, output, places, threads, seconds_between)
+        _write_metrics(f"tuned-{name}", {params.seed: ran}, places.metrics)
 
 
 def _cache_term(params: StudentParams, tokens: TaskTokens, places: Places) -> tuple[CacheTerm, HeldBack | None]:
@@ -196,7 +201,7 @@ def _also_term(where: str, params: StudentParams, teacher: str, also: AlsoParams
     folder = places.artifacts / "scores" / teacher
     source = CachedTeacher(folder, places.work, tokens, tokenizer_sha256(places.artifacts / params.base), also.temperature)
     if params.learn_from.startswith("targets/"):
-        pointers = read_json(places.artifacts / params.learn_from / CACHES)
+        pointers = read_sealed_json(places.artifacts / params.learn_from / CACHES)
         wanted, found = pointers.get(teacher, {}).get("manifest_sha256"), sha256_json(source.manifest)
         if wanted != found:
             belongs = "belongs to no cache of that name" if wanted is None else f"was made beside a cache with manifest {wanted[:12]}"
@@ -221,6 +226,15 @@ def demonstrations_a_step(batch_size: int) -> int:
     They are few and come round often; more of them would cost time and not say more.
     """
     return max(1, batch_size // 4)
+
+
+@contextmanager
+def _one_run(output: Path, work: Path) -> Iterator[None]:
+    """One run at a time trains for `output`: a second one waits, and then trains to the same bytes."""
+    folder = work / "training"
+    make_folder(folder)
+    with FileLock(folder / f"{sha256_text(str(output.resolve()))[:16]}.lock"):
+        yield
 
 
 def _run(
@@ -270,12 +284,13 @@ def _run(
     choice = held_back_summary(trained, len(job.held_back.examples) + len(job.held_back.cached)) if job.held_back else {}
     if processes.first:
         own = identity_entries(output, provenance)
-        write_json({**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}, output / FILE)
+        about = {**provenance, **own, "counts": counts, **choice, "trains": trained.trains, "forward": trained.forward}
+        write_sealed_json(about, output / FILE)
     return Ran(job, counts | choice | {"final_loss": final_loss(trained.losses)}, trained, used_threads, checkpoint)
 
 
 def _write_model(model: PreTrainedModel, base: Path, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     model.config._name_or_path = ""
     save_model(model, load_tokenizer(base), output)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import ShotlessError
 from pipeline.models.rows import Completions
 from pipeline.params import TuningParams
-from pipeline.progress import progress
+from pipeline.progress import progress, rate
 from pipeline.student.batches import Example, Order, Term, pieces
 from pipeline.student.cached import AnswerForward, CachedRow, CacheTerm
 from pipeline.student.checkpoint import Checkpoint
@@ -211,7 +211,7 @@ class _Training:
                 rows = [order.batch(step) for order in cached]
                 losses.append(self._step(optimizer, matrices, [order.batch(step) for order in orders], rows, step))
                 done += tokens_of(step)
-                meter.advance(1, f"loss {losses[-1]:.4f}, {done / (time.monotonic() - started):,.0f} tokens/s")
+                meter.advance(1, f"loss {losses[-1]:.4f}, {rate(done, time.monotonic() - started):,.0f} tokens/s")
                 if held_back is not None and ((step + 1) % held_back.evaluate_every == 0 or step + 1 == params.steps):
                     best.add(self.model, step + 1, self._agreement(held_back, step + 1))
                 if checkpoint is not None and first and checkpoint.due() and step + 1 < params.steps:
@@ -232,7 +232,7 @@ class _Training:
             forward="; ".join(forward.describe() for forward in (*self.answers, self.forward) if forward is not None),
             resumed_at=resumed_at,
             seconds=seconds,
-            tokens_per_second=done / seconds,
+            tokens_per_second=rate(done, seconds),
         )
 
     def _step(

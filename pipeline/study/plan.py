@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
-from ruamel.yaml import YAML
 
 from pipeline.errors import UsageError, choices
 from pipeline.params import parse_params
 from pipeline.params.base import Frozen, Name
 from pipeline.presets import merge, write_workspace
+from pipeline.yaml_file import read_yaml
 
 PLAN = Path("presets/study/plan.yaml")
 WORKSPACES = Path("runs/study")
@@ -80,10 +80,8 @@ class Part:
 
 def load_plan(path: Path = PLAN) -> StudyPlan:
     """Read and check the plan. Raises UsageError with every fault."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; run from the project's folder.")
     try:
-        return StudyPlan.model_validate(_read(path))
+        return StudyPlan.model_validate(read_yaml(path))
     except ValidationError as error:
         faults = [f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise UsageError("\n".join(faults)) from None
@@ -109,12 +107,12 @@ def part_params(plan: StudyPlan, part: Part, project: Path) -> dict[str, Any]:
     Raises UsageError where a layer's file is not there.
     """
     group = plan.groups[part.group]
-    raw = _read(project / "params.yaml")
+    raw = read_yaml(project / "params.yaml")
     for layer in group.layers:
         file = project / "presets" / f"{layer}.yaml"
         if not file.is_file():
             raise UsageError(f"{PLAN}: groups.{part.group}.layers: no presets/{layer}.yaml.")
-        raw = merge(raw, _read(file))
+        raw = merge(raw, read_yaml(file))
     raw = merge(raw, group.set)
     raw = merge(raw, {"data": {"demonstrations": {"seed": part.draw}}})
     return raw | {"students": {name: entry | {"seed": part.draw} for name, entry in raw["students"].items()}}
@@ -128,10 +126,6 @@ def make_part(plan: StudyPlan, part: Part, project: Path) -> Path:
     raw = part_params(plan, part, project)
     parse_params(raw, project / PLAN)
     return write_workspace(raw, project / WORKSPACES / part.name, project)
-
-
-def _read(path: Path) -> Any:
-    return YAML(typ="safe", pure=True).load(path.read_text("utf-8"))
 
 
 def check_methods(plan: StudyPlan, methods: Mapping[str, object]) -> None:

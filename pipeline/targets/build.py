@@ -14,7 +14,8 @@ import pyarrow as pa
 from pipeline.cache.folder import CACHES, ScoreCache, manifest_sha256, read_cache
 from pipeline.ensemble import Calibration, Combination, learn_offsets, normalised
 from pipeline.errors import MismatchError
-from pipeline.files import write_json
+from pipeline.files import write_json, write_sealed_json
+from pipeline.hashing import sha256_file
 from pipeline.params import TargetParams, TeacherParams
 from pipeline.schema import TARGETS, write_table
 from pipeline.targets.fidelity import cache_fidelity
@@ -72,7 +73,6 @@ def build_targets(
     for one, rows in [(by_source[key], parts[key]) for key in by_source] or [(combination, everywhere)]:
         each[:, rows], target[rows] = one.each(raw[:, rows]), one.ensemble(raw[:, rows])
     agreement = combination.weights @ (each.argmax(-1) == target.argmax(-1))
-    output.mkdir(parents=True, exist_ok=True)
     table = pa.table(
         {
             "example_id": transfer_ids,
@@ -82,11 +82,11 @@ def build_targets(
         schema=TARGETS,
     )
     write_table(table, output / "targets.parquet")
-    calibration = _calibration(name, params, teachers, task, caches, contexts, combination)
-    calibration["by_source"] = {key: _listed(one.offsets) for key, one in by_source.items()}
-    write_json(calibration, output / "calibration.json")
+    described = _calibration(name, params, teachers, task, caches, contexts, combination)
+    described["by_source"] = {key: _listed(one.offsets) for key, one in by_source.items()}
+    write_sealed_json(described | {"targets_sha256": sha256_file(output / "targets.parquet")}, output / "calibration.json")
     pointers = {teacher: {"manifest_sha256": manifest_sha256(scores / teacher)} for teacher in params.caches}
-    write_json(pointers, output / CACHES)
+    write_sealed_json(pointers, output / CACHES)
     write_json(_metrics(task, caches, contexts, combination, raw, each, target, agreement), metrics)
 
 

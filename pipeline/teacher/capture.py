@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.folder import read_cache, write_cache
+from pipeline.cache.folder import read_cache, write_shards
 from pipeline.cache.keys import ExampleIds
 from pipeline.engine.scorer import Query, Scorer
 from pipeline.errors import UsageError
-from pipeline.files import write_json
+from pipeline.files import one_writer, write_json
 from pipeline.hashing import example_id
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, read_table
@@ -89,14 +89,15 @@ def _capture(
         "content_free": [query.example_id for query in free],
         "examples": len(transfer),
     }
-    write_cache(output, rows, scorer.fingerprint, about)
-    if metrics is not None:
-        write_json(live_fidelity(scorer, texts, transfer, output, work), metrics)
-    if runtime is not None:
-        seconds, timed = scorer.seconds(texts, queries)
-        prompts = read_cache(output, ["prompt_tokens"]).rows["prompt_tokens"].to_numpy()
-        tokens = int(np.sum(prompts))
-        write_json({"seconds": round(seconds, 3), "rows": len(prompts), "rows_timed": timed, "prompt_tokens": tokens}, runtime)
+    with one_writer(output):  # a second run writes when this one has read what it wrote
+        write_shards(output, rows, scorer.fingerprint, about)
+        if metrics is not None:
+            write_json(live_fidelity(scorer, texts, transfer, output, work), metrics)
+        if runtime is not None:
+            seconds, timed = scorer.seconds(texts, queries)
+            prompts = read_cache(output, ["prompt_tokens"]).rows["prompt_tokens"].to_numpy()
+            tokens = int(np.sum(prompts))
+            write_json({"seconds": round(seconds, 3), "rows": len(prompts), "rows_timed": timed, "prompt_tokens": tokens}, runtime)
 
 
 def asked(contexts_file: Path, transfer_file: Path, task: Task) -> tuple[list[dict[str, Any]], list[Query], TransferSet]:

@@ -168,12 +168,16 @@ def test_verify_names_what_is_wrong(caches):
 
 def test_targets_are_read_in_one_piece(server, tmp_path):
     table = pa.table({"example_id": ["e"], "probabilities": [[0.25, 0.75]], "agreement": [1.0]}, schema=TARGETS)
-    write_table(table, tmp_path / "targets.parquet")
+    file = tmp_path / "mix" / "targets.parquet"
+    write_table(table, file)
     remote = place("s3://bucket/targets/mix/targets.parquet")
-    write_bytes((tmp_path / "targets.parquet").read_bytes(), remote)
+    write_bytes(file.read_bytes(), remote)
     server.requests.clear()
     assert read_table(remote, TARGETS).equals(table)
-    assert server.bytes_of(".parquet") == (tmp_path / "targets.parquet").stat().st_size
+    assert server.bytes_of(".parquet") == file.stat().st_size
+    write_bytes(file.read_bytes()[:-9] + b"damaged!!", remote)
+    with pytest.raises(CorruptError, match=r"s3://bucket/targets/mix/targets\.parquet"):
+        read_table(remote, TARGETS)
     with pytest.raises(UsageError, match="s3://bucket/nowhere: no such file"):
         read_table(place("s3://bucket/nowhere"), TARGETS)
 

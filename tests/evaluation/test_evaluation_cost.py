@@ -102,6 +102,16 @@ def test_a_child_measures_once_and_its_figures_serve_every_method_with_the_same_
     assert measure(gone, work) == figures
 
 
+def test_damaged_figures_are_measured_again(model_folder, tmp_path, capsys):
+    asked = job(prompts(model_folder("llama"), IN_CONTEXTS))
+    kept = tmp_path / "cost" / asked.kept
+    kept.parent.mkdir()
+    for damaged in ("", '{"latency_ms": 0.1}'):
+        kept.write_text(damaged, "utf-8")
+        assert measure(asked, tmp_path)["measured"]["subject"] == asked.subject
+        assert "cost is measured again" in capsys.readouterr().err
+
+
 def test_a_child_that_fails_is_an_error_with_its_last_words_and_leaves_no_figures(tmp_path):
     asked = Job(models=[Prompts(folder=str(tmp_path / "nowhere"), weights="w", examples=EXAMPLES)], threads=1)
     with pytest.raises(ShotlessError, match=r"(?s)measures cost ended with 1; its last words: .*nowhere: no such model folder"):

@@ -22,7 +22,7 @@ from pipeline.evaluation.check import check_student
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.jobs import FIGURES, Inputs, by_demonstrations
 from pipeline.evaluation.predict import combination_of, predict_baseline, predict_student, read_sets, teacher_contexts
-from pipeline.files import read_json
+from pipeline.files import read_json, read_sealed_json
 from pipeline.hashing import context_id, example_id, sha256_json
 from pipeline.metrics import evaluate_predictions
 from pipeline.models.identity import weights_sha256
@@ -85,7 +85,7 @@ class World:
         train_student("cd", params.students["cd"], self.task, places, 1)
 
     def calibration(self, name):
-        return read_json(self.artifacts / "targets" / name / "calibration.json")
+        return read_sealed_json(self.artifacts / "targets" / name / "calibration.json")
 
     def sets(self):
         return read_sets(self.artifacts / "data" / "evaluation", list(SETS), self.task)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.files import write_sealed_json
 from pipeline.hashing import example_id
 from pipeline.params import StudentParams, TaskParams, TunedTeacherParams
 from pipeline.schema import TARGETS, examples, write_table
@@ -61,7 +62,7 @@ def make_world(root: Path, base: Path, labels=("negative", "positive")) -> World
         by_label = {"negative": 1 - share, "positive": share}
         targets.append({"example_id": row["example_id"], "probabilities": [by_label[label] for label in labels], "agreement": 1.0})
     write_table(pa.Table.from_pylist(targets, TARGETS), folder / "targets.parquet")
-    (folder / "calibration.json").write_text(json.dumps({"labels": list(labels)}), encoding="utf-8")
+    write_sealed_json({"labels": list(labels)}, folder / "calibration.json")
     return World(root, base)
 
 

@@ -10,7 +10,7 @@ from cached_world import LABELS, TEXTS, World
 
 from pipeline.cache.folder import CACHES, manifest_sha256, read_cache
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json, write_sealed_json
 from pipeline.hashing import example_id
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.params import CacheParams, StudentParams
@@ -34,9 +34,9 @@ def add_targets(world):
     ids = [example_id({"text": text}) for text in TEXTS]
     rows = [{"example_id": key, "probabilities": [n / 11, 1 - n / 11], "agreement": 1.0} for n, key in enumerate(ids, 1)]
     write_table(pa.Table.from_pylist(rows, TARGETS), folder / "targets.parquet")
-    write_json({"labels": ["negative", "positive"]}, folder / "calibration.json")
+    write_sealed_json({"labels": ["negative", "positive"]}, folder / "calibration.json")
     caches = {name: {"manifest_sha256": manifest_sha256(world.places.artifacts / "scores" / name)} for name in ("few", "reader")}
-    write_json(caches, folder / CACHES)
+    write_sealed_json(caches, folder / CACHES)
 
 
 @pytest.fixture

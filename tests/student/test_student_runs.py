@@ -1,22 +1,24 @@
 """Students and tuned teachers from files to files: what is written, that it repeats to the byte, that a killed run goes on to the same."""
 
 import csv
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 from student_world import TASK, make_world, student, tuned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import MismatchError, ShotlessError, UsageError
+from pipeline.files import write_sealed_json
 from pipeline.hashing import sha256_file
 from pipeline.models.identity import weights_sha256
 from pipeline.models.provenance import check_provenance
+from pipeline.schema import write_table
 from pipeline.student import runs, training
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.runs import train_student, tune_teacher
@@ -212,21 +214,21 @@ def test_targets_in_another_order_of_labels_are_reordered(tmp_path, model_folder
 
 def test_targets_of_another_template_are_refused(world):
     file = world.places.artifacts / "targets/mix/calibration.json"
-    file.write_text(json.dumps({"labels": ["negative", "positive"], "template": "{text} It was"}), encoding="utf-8")
+    write_sealed_json({"labels": ["negative", "positive"], "template": "{text} It was"}, file)
     with pytest.raises(MismatchError, match=r"made with template '\{text\} It was'.*dvc repro targets@mix"):
         run(world)
 
 
 def test_targets_for_other_labels_are_refused(world):
     file = world.places.artifacts / "targets/mix/calibration.json"
-    file.write_text(json.dumps({"labels": ["no", "yes"]}), encoding="utf-8")
+    write_sealed_json({"labels": ["no", "yes"]}, file)
     with pytest.raises(MismatchError, match="made for the labels no, yes"):
         run(world)
 
 
 def test_a_target_without_its_example_is_refused(world):
     file = world.places.artifacts / "data/transfer.parquet"
-    pl.read_parquet(file).head(3).write_parquet(file)
+    write_table(pq.read_table(file).slice(0, 3), file)
     with pytest.raises(ShotlessError, match=r"transfer\.parquet"):
         run(world)
 
