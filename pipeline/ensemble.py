@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from scipy.special import log_softmax, logsumexp, softmax
 
-from pipeline.params.teaching import Calibration
+from pipeline.params import Calibration
 
 Average = Literal["probability", "log_probability"]
 

@@ -10,7 +10,7 @@ from pipeline.params.evaluation import BaselineParams, EvaluationParams, Monitor
 from pipeline.params.loading import load_params, parse_params, pick
 from pipeline.params.root import Params
 from pipeline.params.task import CompletionParams, FormParams, TaskParams
-from pipeline.params.teaching import CacheParams, TargetParams, TeacherParams
+from pipeline.params.teaching import CacheParams, Calibration, TargetParams, TeacherParams
 from pipeline.params.training import AlsoParams, LoraParams, StudentParams, TunedTeacherParams, TuningParams
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "AlsoParams",
     "BaselineParams",
     "CacheParams",
+    "Calibration",
     "CompletionParams",
     "ContextParams",
     "DataParams",

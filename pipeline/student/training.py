@@ -9,7 +9,7 @@ even.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -176,15 +176,16 @@ class _Training:
     plan: _Plan
     answers: Sequence[AnswerForward] = ()
     """For each term over the vocabulary or hidden states."""
+    matrices: MatrixGradients = field(init=False)
 
     def run(self, tuning: Tuning) -> Trained:
-        matrices = MatrixGradients(self.model)
+        self.matrices = MatrixGradients(self.model)
         try:
-            return self._run(tuning, matrices)
+            return self._run(tuning)
         finally:
-            matrices.detach()
+            self.matrices.detach()
 
-    def _run(self, tuning: Tuning, matrices: MatrixGradients) -> Trained:
+    def _run(self, tuning: Tuning) -> Trained:
         plan, params, held_back = self.plan, self.plan.params, self.plan.held_back
         checkpoint, started, first = plan.checkpoint, plan.started, plan.processes.first
         optimizer = adamw(self.model, params)
@@ -209,7 +210,7 @@ class _Training:
                     break
                 set_learning_rate(optimizer, learning_rate(step, params))
                 rows = [order.batch(step) for order in cached]
-                losses.append(self._step(optimizer, matrices, [order.batch(step) for order in orders], rows, step))
+                losses.append(self._step(optimizer, [order.batch(step) for order in orders], rows, step))
                 done += tokens_of(step)
                 meter.advance(1, f"loss {losses[-1]:.4f}, {rate(done, time.monotonic() - started):,.0f} tokens/s")
                 if held_back is not None and ((step + 1) % held_back.evaluate_every == 0 or step + 1 == params.steps):
@@ -236,17 +237,12 @@ class _Training:
         )
 
     def _step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        matrices: MatrixGradients,
-        batches: Sequence[Sequence[Example]],
-        cached: Sequence[Sequence[CachedRow]],
-        step: int,
+        self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], cached: Sequence[Sequence[CachedRow]], step: int
     ) -> float:
         """One update, of the gradients of all pieces; returns the loss before it. `cached` are rows for each of `answers`."""
         plan, processes = self.plan, self.plan.processes
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        matrices.forget(trained)  # kept, not freed: fresh pages for all gradients would cost 6 % of a step in page faults
+        self.matrices.forget(trained)  # kept, not freed: fresh pages for all gradients would cost 6 % of a step in page faults
         sizes, value = [len(batch) for batch in batches], 0.0
         for piece in pieces([processes.share(batch) for batch in batches], plan.params.micro_batch):
             assert self.forward is not None
@@ -258,7 +254,7 @@ class _Training:
             for start in range(0, len(own), size):
                 piece = own[start : start + size]
                 value += self._backward(forward.loss(piece, positions), step, [piece])
-        matrices.settle()
+        self.matrices.settle()
         processes.add_gradients(trained)
         norm = clip_gradients(optimizer, plan.params.max_grad_norm)
         _check_finite("norm of the gradient", norm, plan.title, step, [*batches, *cached])
