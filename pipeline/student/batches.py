@@ -58,8 +58,8 @@ def permutation(example_ids: Sequence[str], seed: int, epoch: int) -> np.ndarray
     examples two have the same with a chance of 3 in a million, and stand in their own order then.
     """
     front = f"[{seed},{epoch},"
-    hashes = (hashlib.sha256(f"{front}{encode_basestring(example)}]".encode()).digest()[:8] for example in example_ids)
-    digests = np.frombuffer(b"".join(hashes), dtype=">u8").astype(np.uint64)
+    hashes = (hashlib.sha256(f"{front}{encode_basestring(example)}]".encode()).digest() for example in example_ids)
+    digests = np.fromiter((int.from_bytes(found[:8]) for found in hashes), dtype=np.uint64, count=len(example_ids))
     return np.argsort(digests, kind="stable")
 
 
