@@ -149,7 +149,7 @@ class Scorer:
         except FileNotFoundError:
             return True
         except CorruptError as error:
-            print(f"{error}; the engine is chosen again", file=sys.stderr)
+            print(f"{error} Nothing need be done: the engine is chosen again.", file=sys.stderr)
             return True
 
     def _check_lengths(self, asked: Asked) -> None:
