@@ -8,6 +8,7 @@ Every (context, example) is a row to learn from. The mean over contexts of KL(te
 their mean, so an ensemble of contexts needs no distribution of its own.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,6 +36,8 @@ from pipeline.tasks import TaskTokens
 
 POSITIONS_CHECKED = 4096
 """Positions whose retained mass is weighed before training."""
+LIKELY = 1e-4
+"""Probability from which on a token's is compared between the packed pass and the plain one."""
 
 
 @dataclass(frozen=True)
@@ -157,21 +160,17 @@ class AnswerForward:
     """
 
     def __init__(
-        self, model: PreTrainedModel, term: CacheTerm, matching: Matching | None = None, packed: PackedModel | None = None
+        self,
+        model: PreTrainedModel,
+        term: CacheTerm,
+        matching: Matching | None = None,
+        chosen: tuple[PackedModel | None, str] | None = None,
     ) -> None:
-        """`packed` is a packed pass of this model that was found exact already; who made it detaches it."""
+        """`chosen` is what `choose_packed` found for several terms on this model; who asked it detaches the pass."""
         self.model, self.term, self.matching = model, term, matching
-        ordered = sorted(term.examples, key=lambda row: (len(row.ids) + len(row.answer), row.example_id))
-        probe = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-        with torch.no_grad():
-            expected = _plain(model, probe)[0] if packed is None else self._packed(packed, probe)[0]
-        plain_attention = model.config._attn_implementation or "eager"
-        self._owns = packed is None
-        self.packed, why = packed, "packed rows"
-        if packed is None:
-            self.packed, why = packed_if_exact(model, lambda made: float((self._packed(made, probe)[0] - expected).abs().max()))
-        self._plain_attention = plain_attention
-        self.fused = self.packed is not None and self._head_is_all(self.packed, probe, expected)
+        self._plain_attention, self._owns = model.config._attn_implementation or "eager", chosen is None
+        self.packed, why = choose_packed(model, [term]) if chosen is None else chosen
+        self.fused = self.packed is not None and self._head_is_all(self.packed)
         self.why = f"{why}; {'the head and its loss chunk by chunk' if self.fused else 'logits of all positions'}"
 
     def describe(self) -> str:
@@ -195,7 +194,7 @@ class AnswerForward:
             assert self.packed is not None
             given, states = self._hidden(self.packed, batch, layers)
         else:
-            given, states = _plain(self.model, batch, layers) if self.packed is None else self._packed(self.packed, batch, layers)
+            given, states = _plain(self.model, batch, layers) if self.packed is None else _packed(self.packed, batch, layers)
         total = self._divergence(given, batch, positions, term) if term.weight else given.new_zeros(())
         if states is not None and self.matching is not None and term.hidden is not None:
             distances = self.matching(states, term.source.hidden([row.row for row in batch]))
@@ -219,28 +218,54 @@ class AnswerForward:
     def _vocabulary(self) -> int:
         return int(self._head.weight.shape[0])
 
-    def _packed(self, packed: PackedModel, rows: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
-        """What follows the last layer at the answer positions, [P, V], and the outputs of `layers` there, side by side."""
-        laid = pack([row.packed for row in rows], 0, packed.device)
-        with hidden_states(self.model, layers) as kept:
-            logits, states = packed.logits(laid, []), kept.at(laid.outputs)
-        return logits, None if states is None else states[0]
-
     def _hidden(self, packed: PackedModel, rows: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
         """The same, with what the head is given, [P, H], in place of logits."""
         head = self._head
         self.model.set_output_embeddings(nn.Identity())
         try:
-            return self._packed(packed, rows, layers)
+            return _packed(packed, rows, layers)
         finally:
             self.model.set_output_embeddings(head)
 
     @torch.no_grad()
-    def _head_is_all(self, packed: PackedModel, probe: Sequence[CachedRow], expected: Tensor) -> bool:
+    def _head_is_all(self, packed: PackedModel) -> bool:
         """Whether logits are hidden · headᵀ (+ bias), with no scale or cap behind."""
         if not isinstance(self._head, nn.Linear):
             return False
-        return bool(((self._head(self._hidden(packed, probe)[0]) - expected).abs().max() <= 1e-3).item())
+        probe = _probe(self.term)
+        given, expected = self._head(self._hidden(packed, probe)[0]), _packed(packed, probe)[0]
+        return bool(((given - expected).abs().max() <= 1e-3).item())
+
+
+def choose_packed(model: PreTrainedModel, terms: Sequence[CacheTerm]) -> tuple[PackedModel | None, str]:
+    """A packed pass over `model` if it is exact on a few rows of every term, else None for all of them; and why.
+
+    One training runs a model in one way: its attention is the packed one or its own. Compared are the log-probabilities of what is likelier
+    than `LIKELY`: logits of whole vocabularies differ by rounding in more digits, and weigh nothing in a loss where they do.
+    """
+    probes = [_probe(term) for term in terms]
+    with torch.no_grad():
+        expected = [_plain(model, probe)[0].log_softmax(-1) for probe in probes]
+
+    def difference(made: PackedModel) -> float:
+        found = [_packed(made, probe)[0].log_softmax(-1) for probe in probes]
+        return max(float((one - other).abs()[other > math.log(LIKELY)].max()) for one, other in zip(found, expected, strict=True))
+
+    return packed_if_exact(model, difference)
+
+
+def _probe(term: CacheTerm) -> list[CachedRow]:
+    """The shortest row, a middle one, the longest."""
+    ordered = sorted(term.examples, key=lambda row: (len(row.ids) + len(row.answer), row.example_id))
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+
+
+def _packed(packed: PackedModel, rows: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+    """What follows the last layer at the answer positions, [P, V], and the outputs of `layers` there, side by side."""
+    laid = pack([row.packed for row in rows], 0, packed.device)
+    with hidden_states(packed.model, layers) as kept:
+        logits, states = packed.logits(laid, []), kept.at(laid.outputs)
+    return logits, None if states is None else states[0]
 
 
 def _plain(model: PreTrainedModel, rows: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:

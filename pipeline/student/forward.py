@@ -41,24 +41,26 @@ class Forward:
         return f"{self.name}: {self.why}"
 
 
-def choose_forward(
-    model: PreTrainedModel, completions: Completions, rows: Rows, expected: Tensor | None = None, packed: PackedModel | None = None
-) -> Forward:
+def same_forward(model: PreTrainedModel, completions: Completions, packed: PackedModel | None, why: str) -> Forward:
+    """The pass that something else was found to run this model by; whoever made it detaches it."""
+    if packed is None:
+        return Forward("plain", why, lambda rows: _plain(model, completions, rows), lambda: None)
+    return Forward("packed", why, lambda rows: _packed(packed, completions, rows), lambda: None, packed)
+
+
+def choose_forward(model: PreTrainedModel, completions: Completions, rows: Rows, expected: Tensor | None = None) -> Forward:
     """The packed pass if it gives the plain forward's numbers on a few of `rows`, else the plain one.
 
-    `expected`, where given, are the plain forward's numbers on `probe_rows(rows)` from before the model was prepared for training; `packed`
-    is a packed pass of this model that was found exact already.
+    `expected`, where given, are the plain forward's numbers on `probe_rows(rows)` from before the model was prepared for training.
     """
     probe = probe_rows(rows)
     plain_attention = model.config._attn_implementation or "eager"
-    if packed is not None:
-        return Forward("packed", "packed rows", lambda rows: _packed(packed, completions, rows), lambda: None, packed)
     if expected is None:
         expected = plain_log_probabilities(model, completions, probe)
     packed, why = packed_if_exact(model, lambda packed: float((_packed(packed, completions, probe) - expected).abs().max()))
     if packed is not None:
         return _packed_forward(model, packed, completions, plain_attention, why)
-    return Forward("plain", why, lambda rows: _plain(model, completions, rows), lambda: None)
+    return same_forward(model, completions, None, why)
 
 
 def packed_if_exact(model: PreTrainedModel, difference: Callable[[PackedModel], float]) -> tuple[PackedModel | None, str]:

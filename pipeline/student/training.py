@@ -21,10 +21,10 @@ from pipeline.models.rows import Completions
 from pipeline.params import TuningParams
 from pipeline.progress import progress, rate
 from pipeline.student.batches import Example, Order, Term, pieces
-from pipeline.student.cached import AnswerForward, CachedRow, CacheTerm
+from pipeline.student.cached import AnswerForward, CachedRow, CacheTerm, choose_packed
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.early_stopping import Best, HeldBack
-from pipeline.student.forward import Forward, choose_forward, plain_log_probabilities, probe_rows
+from pipeline.student.forward import Forward, choose_forward, plain_log_probabilities, probe_rows, same_forward
 from pipeline.student.frozen import on_stored_states
 from pipeline.student.gradients import MatrixGradients
 from pipeline.student.head import on_stored_vectors
@@ -127,20 +127,17 @@ def _train_on_caches(model: PreTrainedModel, plan: _Plan) -> tuple[Trained, Tuni
     """Training with terms over the vocabulary or hidden states, which need the whole of it."""
     tuning = apply_tuning(model, plan.params)
     matchings = attach_matchings(model, [term.hidden for term in plan.cached], plan.params.seed)
-    answers: list[AnswerForward] = []
-    labels = None
+    plain_attention = model.config._attn_implementation or "eager"
+    packed, why = choose_packed(model, plan.cached)
     try:
-        for term, matching in zip(plan.cached, matchings, strict=True):
-            answers.append(AnswerForward(model, term, matching, answers[0].packed if answers else None))
-        if plan.terms:
-            rows = [example.ids for term in plan.terms for example in term.examples]
-            labels = choose_forward(model, plan.completions, rows, packed=answers[0].packed)
+        pairs = zip(plan.cached, matchings, strict=True)
+        answers = [AnswerForward(model, term, matching, (packed, why)) for term, matching in pairs]
+        labels = same_forward(model, plan.completions, packed, why) if plan.terms else None
         return _Training(model, Vocabulary(plan.completions, None), labels, plan, answers).run(tuning), tuning
     finally:
-        if labels is not None:
-            labels.detach()
-        for forward in answers:
-            forward.detach()
+        if packed is not None:
+            packed.detach()
+            model.set_attn_implementation(plain_attention)
         detach_matchings(model)
 
 

@@ -15,7 +15,7 @@ from pipeline.hashing import example_id
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.params import CacheParams, StudentParams
 from pipeline.schema import TARGETS, read_table, write_table
-from pipeline.student import runs
+from pipeline.student import cached, runs
 from pipeline.student.cached import AnswerForward, CachedTeacher, CacheTerm
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.matching import attach, detach
@@ -186,6 +186,22 @@ def test_what_is_held_back_is_learnt_from_no_cache(make, monkeypatch):
     held = read_json(world.places.artifacts / "students" / "cd" / "provenance.json")["held_back_examples"]
     assert held > 0
     assert len(seen) == len(TEXTS) - held
+
+
+@pytest.mark.parametrize("caches", [{"few": {}}, {"few": {"hidden_weight": 0.5}, "reader": {}}])
+def test_where_packed_rows_are_refused_all_terms_run_the_plain_model(make, monkeypatch, caches):
+    """As with a real model whose logits over all tokens differed by more than was allowed: its attention cannot be both."""
+    packed = make("packed")
+    packed.train(learn_from="targets/mix", steps=3, ce_weight=0.5, also=caches)
+    plain = make("plain")
+    monkeypatch.setattr(cached, "packed_if_exact", lambda model, difference: (None, "refused"))
+    plain.train(learn_from="targets/mix", steps=3, ce_weight=0.5, also=caches)
+    provenances = [read_json(world.places.artifacts / "students/cd/provenance.json") for world in (packed, plain)]
+    forwards = [provenance["forward"] for provenance in provenances]
+    assert "plain" not in forwards[0]
+    assert "packed:" not in forwards[1]
+    losses = [[float(row["loss"]) for row in curve_of(world)] for world in (packed, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_what_is_not_among_the_targets_is_learnt_from_no_cache(make, monkeypatch):
