@@ -132,23 +132,17 @@ def test_copies_of_demonstrations_stay_out_of_the_transfer_set() -> None:
 
 def test_sources_beside_the_transfer_set_s_own_are_drawn_from_under_the_same_rules() -> None:
     """Up to their limits, behind what was drawn before, without what another role has or a copy of an evaluation text."""
-    copied = source("b", [*unlike(20, seed=1), text_of(assign(data(), LABELS, SOURCES).evaluation["a"][0]) + "!"])
-    alone = assign(data(evaluation={"a": data().evaluation["a"].model_dump()}), LABELS, SOURCES)
-    roles = assign(
-        data(
-            transfer={"source": "a", "limit": 10, "beside": {"b": None}},
-            evaluation={
-                "a": {"source": "a", "domain": "in", "per_label": 5},
-                "b": {"source": "b", "domain": "out", "per_label": 4},
-            },
-        ),
-        LABELS,
-        {"a": SOURCES["a"], "b": copied},
-    )
+    evaluation = {"a": {"source": "a", "domain": "in", "per_label": 5}}
+    alone = assign(data(evaluation=evaluation), LABELS, SOURCES)
+    near = text_of(alone.evaluation["a"][0]) + "!"
+    held = {"a": SOURCES["a"], "b": source("b", [*unlike(20, seed=1), near])}
+    roles = assign(data(evaluation=evaluation, transfer={"source": "a", "limit": 10, "beside": {"b": None}}), LABELS, held)
     assert ids(roles.transfer[:10]) == ids(alone.transfer)
     assert {example.source for example in roles.transfer[10:]} == {"b"}
-    assert len(roles.transfer) == 10 + 21 - 8 - 1
-    assert roles.copies["transfer"]["a"] == 1
+    assert len(roles.transfer) == 10 + 20
+    assert roles.copies["transfer"] == {"a": 1}
+    some = assign(data(evaluation=evaluation, transfer={"source": "a", "limit": 10, "beside": {"b": 6}}), LABELS, held)
+    assert ids(some.transfer) == ids(roles.transfer[:16])
     everyone = [example for members in every_role(roles) for example in members]
     assert len(set(ids(everyone))) == len(everyone)
 

@@ -202,7 +202,9 @@ def test_nothing_below_the_first_learnt_weight_has_a_graph(tiny_model, monkeypat
     tuned, full = graphs
     assert "EmbeddingBackward0" in full
     assert "EmbeddingBackward0" not in tuned
-    assert len(tuned) < (20 if kind == "head" else len(full) + 20)
+    norms = "_RmsNormBackward"  # each layer has as many, whatever is learnt in it
+    assert tuned.count(norms) <= full.count(norms)
+    assert kind != "head" or len(tuned) < 20
     gc.collect()
 
 
