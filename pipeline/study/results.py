@@ -18,7 +18,7 @@ Scores = Mapping[tuple[str, str], Json]
 DOMAINS = {"in": "in domain", "out": "out of domain"}
 HEAD = """# Results
 
-Written by `make study` from runs of the pipeline; do not edit. What a user may conclude stands in [choosing.md](choosing.md).
+Written by `make study` from runs of the pipeline (`presets/study/plan.yaml`); do not edit.
 
 {runs} runs, {hours:.1f} hours on {machine}. A row is a mean over draws of demonstrations; a draw's number is its students' seed
 too. Accuracies are percent of the evaluation sets' examples, the same in every draw, with their deviation over draws (and over
