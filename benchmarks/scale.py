@@ -22,9 +22,9 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
+from benchmarks import cache_reads
 from benchmarks.machine import about
 from pipeline.cache import rows as rows_module
-from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.folder import read_manifest, write_cache
 from pipeline.cache.keys import Key, Request
 from pipeline.cache.reader import CacheReader
@@ -41,16 +41,7 @@ ROWS = (10**5, 10**6, 10**7)
 STEPS: tuple[str, ...] = ("plan", "write", "open", "cache", "read", "shuffle")
 PARAMS = CacheParams(encoding="top_k_tail", top_k=1)
 ROWS_A_PART, BATCH, SHUFFLED = 256, 64, 20_000
-FINGERPRINT = Fingerprint(
-    weights="made up",
-    tokenizer="made up",
-    template="{text}",
-    verbalisers={"a": " a", "b": " b"},
-    completions=[[1], [2]],
-    dtype="float32",
-    cache=PARAMS.model_dump(mode="json"),
-    completion=None,
-)
+FINGERPRINT = cache_reads.FINGERPRINT.model_copy(update={"cache": PARAMS.model_dump(mode="json")})
 CONTEXT = "c" * 64
 Step = Callable[[Path, int], dict[str, Any]]
 

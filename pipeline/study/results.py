@@ -1,7 +1,8 @@
 """docs/results.md and its plots, from what finished parts left on disk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pipeline import metrics
@@ -87,7 +88,7 @@ def _method_row(method: str, group: Group, scores: Json) -> str:
         spread = f" ± {percent(own['contexts']['sd'])}" if "contexts" in own else ""
         low, high = (percent(end, 0) for end in own["ci95"])
         cells.append(f"{percent(own['accuracy'])}{spread} [{low}, {high}]")
-    cells += [percent(_mean(found.agreement.values())), percent(_mean(own["ece"] for own in scores.values()))]
+    cells += [percent(fmean(found.agreement.values())), percent(fmean(own["ece"] for own in scores.values()))]
     cells.append(f"{cost['training_seconds']:,.0f} s" if "training_seconds" in cost else DASH)
     cells += [scaled(cost.get("training_peak_bytes"), "B"), scaled(cost.get("parameters")), quantity(cost.get("prompt_tokens"))]
     return _row(cells)
@@ -143,8 +144,3 @@ def _domain_means(group: Group, method: str) -> list[Json]:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
