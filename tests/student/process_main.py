@@ -39,3 +39,4 @@ if __name__ == "__main__":
     with joined() as processes:
         for each in json.loads(sys.argv[1]):
             run(each, processes)
+            processes.total(0.0)  # wait for each other: after a stop, one may still be writing the checkpoint that the next job starts from
