@@ -40,12 +40,15 @@ study: setup
 	@set -e; for part in $(or $(PARTS),$$("$(BIN)/shotless" study parts)); do \
 		workspace=$$("$(BIN)/shotless" study workspace $$part); echo "$$workspace"; start=$$(date +%s); \
 		(cd "$$workspace" && "$(BIN)/shotless" check && $(ON_PATH) dvc repro compare); \
-		echo $$(( $$(date +%s) - start )) >> "$$workspace/seconds.txt"; \
+		echo $$(( $$(date +%s) - start )) $$(nproc) >> "$$workspace/seconds.txt"; \
 	done
 	@"$(BIN)/shotless" study results
 
+# Several workers, a test file always on one, each on a core of its own (tests/conftest.py).
+WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup lint
-	@$(ON_PATH) python -m pytest
+	@$(ON_PATH) python -m pytest $(WORKERS)
 
 test-ray: export SHOTLESS_RAY = 1
 test-ray: setup

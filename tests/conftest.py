@@ -1,8 +1,10 @@
 """Small random models of several architectures, a tokenizer trained on the spot, and params for them. Nothing here is downloaded."""
 
 import copy
+import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,32 @@ def model_folder(
 def raw_params() -> dict[str, Any]:
     """The shipped params.yaml as plain dicts and lists, to be changed and given to `parse_params`."""
     return YAML(typ="safe", pure=True).load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist, and all that it starts, keeps to one core: two that share all cores would wait for each other's threads."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1, …
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands what it has counted to the one that prints."""
+    world = sys.modules.get("faults_world")
+    if world is not None and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = [[*key, times] for key, times in world.COUNTS.items()]
+
+
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker has counted."""
+    for kind, ending, times in getattr(node, "workeroutput", {}).get("faults", []):
+        import_module("faults_world").COUNTS[kind, ending] += times
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

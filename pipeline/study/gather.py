@@ -1,6 +1,7 @@
-"""What finished parts left on disk, by group and method: predictions of all draws in one table, and what training and answering cost."""
+"""What finished parts left on disk, by group and method: predictions of all draws in one table, and what was spent."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -12,11 +13,12 @@ import pyarrow as pa
 from pipeline import metrics
 from pipeline.params import Params, load_params
 from pipeline.schema import PREDICTIONS, read_table
-from pipeline.study.plan import WORKSPACES, Part, StudyPlan, parts
+from pipeline.study.plan import WORKSPACES, Part, StudyPlan, digest, parts
+from pipeline.yaml_file import read_yaml
 
 Json = dict[str, Any]
 SECONDS = "seconds.txt"
-"""In a part's workspace: how long each of its runs took, a line each."""
+"""In a part's workspace: a line for each of its runs, its seconds and the cores that it had."""
 
 
 @dataclass
@@ -38,19 +40,17 @@ class Group:
     """The finished draws of one group."""
 
     params: Params
+    digest: str
+    """`plan.digest` of the params that it was run with."""
     draws: tuple[int, ...]
-    lacking: tuple[int, ...]
-    """Draws that have not finished."""
     methods: dict[str, Method] = field(default_factory=dict)
     """Baselines, then students."""
-    seconds: float = 0.0
-    """Wall-clock time of its parts' runs."""
-
-    def scores(self, method: str) -> dict[str, Json]:
-        """`metrics.evaluate_predictions` of a method: means over draws, intervals over examples."""
-        evaluation = self.params.evaluation
-        labels = list(self.params.task.verbalisers)
-        return metrics.evaluate_predictions(self.methods[method].predictions, labels, resamples=evaluation.bootstrap, seed=evaluation.seed)
+    core_seconds: float = 0.0
+    """Time of its parts' runs, times the cores that each had."""
+    texts: float = 0.0
+    """Size of the transfer set."""
+    capture_seconds: dict[str, float | None] = field(default_factory=dict)
+    """Teacher → its pass over the transfer set in all its contexts, mean over draws; None where the time of a row is not known."""
 
 
 def gather(plan: StudyPlan, project: Path) -> dict[str, Group]:
@@ -60,7 +60,7 @@ def gather(plan: StudyPlan, project: Path) -> dict[str, Group]:
         own = [part for part in parts(plan) if part.group == name]
         finished = [part for part in own if (_folder(part, project) / "metrics" / "compare.json").is_file()]
         if finished:
-            found[name] = _group(own, finished, project)
+            found[name] = _group(finished, project)
     return found
 
 
@@ -68,13 +68,15 @@ def _folder(part: Part, project: Path) -> Path:
     return project / WORKSPACES / part.name
 
 
-def _group(own: list[Part], finished: list[Part], project: Path) -> Group:
+def _group(finished: list[Part], project: Path) -> Group:
     folders = {part.draw: _folder(part, project) for part in finished}
-    params = load_params(next(iter(folders.values())) / "params.yaml")
-    lacking = tuple(part.draw for part in own if part.draw not in folders)
-    group = Group(params, tuple(folders), lacking, seconds=sum(_seconds(folder) for folder in folders.values()))
-    for name in [*params.baselines, *params.students]:
-        group.methods[name] = _method(params, name, folders)
+    first = next(iter(folders.values())) / "params.yaml"
+    group = Group(load_params(first), digest(read_yaml(first)), tuple(folders), core_seconds=sum(map(_core_seconds, folders.values())))
+    group.texts = fmean(_known(folder / "metrics" / "prepare.json")["roles"]["transfer"]["drawn"] for folder in folders.values())
+    for name in [*group.params.baselines, *group.params.students]:
+        group.methods[name] = _method(group.params, name, folders)
+    for name in group.params.teachers:
+        group.capture_seconds[name] = _capture_seconds(name, list(folders.values()))
     return group
 
 
@@ -100,16 +102,26 @@ def _of_draw(table: pa.Table, draw: int) -> pa.Table:
 
 def _cost(folder: Path, name: str) -> dict[str, float]:
     found: dict[str, float] = {}
-    answering, training = folder / "metrics" / "cost" / f"{name}.json", folder / "metrics" / "runtime" / f"student-{name}.json"
-    if answering.is_file():
-        known = json.loads(answering.read_text("utf-8"))
-        found |= {key: float(known[key]) for key in ("prompt_tokens", "parameters") if known.get(key) is not None}
-    if training.is_file():
-        known = json.loads(training.read_text("utf-8"))
-        found |= {"training_seconds": float(known["seconds"]), "training_peak_bytes": float(known["peak_rss_bytes"])}
+    metrics = folder / "metrics"
+    files = (("cost", name, {"prompt_tokens": "prompt_tokens", "parameters": "parameters"}),)
+    files += (("runtime", f"student-{name}", {"seconds": "training_seconds", "peak_rss_bytes": "training_peak_bytes"}),)
+    for kind, stem, keys in files:
+        known = _known(metrics / kind / f"{stem}.json")
+        found |= {ours: float(known[theirs]) for theirs, ours in keys.items() if known.get(theirs) is not None}
     return found
 
 
-def _seconds(folder: Path) -> float:
+def _capture_seconds(teacher: str, folders: Sequence[Path]) -> float | None:
+    each = [_known(folder / "metrics" / "runtime" / f"teacher-{teacher}.json") for folder in folders]
+    return fmean(known["seconds"] for known in each) if all(known and known["rows"] == known["rows_timed"] for known in each) else None
+
+
+def _known(file: Path) -> Json:
+    """What a file of metrics holds; nothing where it is not there."""
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _core_seconds(folder: Path) -> float:
     file = folder / SECONDS
-    return sum(map(float, file.read_text("utf-8").split())) if file.is_file() else 0.0
+    runs = [line.split() for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    return sum(float(seconds) * int(cores) for seconds, cores in runs)

@@ -6,7 +6,8 @@ students are trained with it as their seed. The evaluation sets of a group are t
 compared on the same examples.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import UsageError, choices
+from pipeline.hashing import sha256_json
 from pipeline.params import parse_params
 from pipeline.params.base import Frozen, Name
 from pipeline.presets import merge, write_workspace
@@ -128,17 +130,32 @@ def make_part(plan: StudyPlan, part: Part, project: Path) -> Path:
     return write_workspace(raw, project / WORKSPACES / part.name, project)
 
 
-def check_methods(plan: StudyPlan, methods: Mapping[str, object]) -> None:
-    """Refuse pairs and points of curves that name a method which its group does not have; `methods` maps a group to its methods."""
-    for name, group in plan.groups.items():
-        for method in (method for pair in group.pairs for method in pair):
-            _known(f"groups.{name}.pairs", method, methods[name])
-    for name, curve in plan.curves.items():
+def digest(raw: Mapping[str, Any]) -> str:
+    """Of a part's params, not yet parsed, without what differs between draws and machines: seeds, and the folders of local files."""
+    copied = json.loads(json.dumps(raw))
+    copied["data"]["demonstrations"].pop("seed", None)
+    for student in copied["students"].values():
+        student.pop("seed", None)
+    for source in copied["data"]["sources"].values():
+        if "path" in source["origin"]:
+            source["origin"]["path"] = Path(source["origin"]["path"]).name
+    return sha256_json(copied)
+
+
+def check_pairs(name: str, group: GroupParams, methods: Collection[str]) -> None:
+    """Refuse pairs that name a method which the group does not have."""
+    for method in (method for pair in group.pairs for method in pair):
+        _known(f"groups.{name}.pairs", method, methods)
+
+
+def check_curves(curves: Mapping[str, CurveParams], methods: Mapping[str, Collection[str]]) -> None:
+    """Refuse points that name a method which their group does not have; `methods` maps a group to its methods."""
+    for name, curve in curves.items():
         for point in (point for points in curve.lines.values() for point in points.values()):
             group, method = point.split("/")
             _known(f"curves.{name}: {group}", method, methods[group])
 
 
-def _known(where: str, name: str, names: Any) -> None:
+def _known(where: str, name: str, names: Collection[str]) -> None:
     if name not in names:
         raise UsageError(f"{PLAN}: {where}: no method {name!r}; choose one of: {choices(names)}")

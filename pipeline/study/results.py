@@ -1,29 +1,29 @@
-"""docs/results.md and its plots, from what finished parts left on disk."""
+"""docs/results.md and its plots, from the figures of groups that have been run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from pipeline import metrics
 from pipeline.errors import UsageError
 from pipeline.files import write_text
-from pipeline.study.gather import Group, gather
-from pipeline.study.plan import CurveParams, GroupParams, StudyPlan, check_methods
+from pipeline.study.figures import update_figures
+from pipeline.study.plan import CurveParams, GroupParams, StudyPlan, check_curves
 from pipeline.study.plots import curve
-from pipeline.wording import DASH, percent, points, quantity, scaled
+from pipeline.wording import DASH, percent, plural, points, quantity, scaled
 
 Json = dict[str, Any]
-Scores = Mapping[tuple[str, str], Json]
-"""(group, method) → `metrics.evaluate_predictions`."""
-DOMAINS = {"in": "in domain", "out": "out of domain"}
+Figures = Mapping[str, Json]
+"""Group → its figures."""
+PANELS = {"in": "in domain", "out": "out of domain"}
 HEAD = """# Results
 
-Written by `make study` from runs of the pipeline (`presets/study/plan.yaml`); do not edit.
+Written by `make study` from runs of the pipeline (`presets/study/plan.yaml`); do not edit. The figures behind it are in
+[results/](results), a file for each group of runs that differ in their draw of demonstrations; its parts may be run on different days.
 
-{runs} runs, {hours:.1f} hours on {machine}. A row is a mean over draws of demonstrations; a draw's number is its students' seed
-too. Accuracies are percent of the evaluation sets' examples, the same in every draw, with their deviation over draws (and over
-contexts where a method answers in each), and in brackets the 95 % interval over examples. Differences are paired, in points.
+A row is a mean over draws of demonstrations; a draw's number is its students' seed too. Accuracies are percent of the evaluation sets'
+examples, the same in every draw, with their deviation over draws (and over contexts where a method answers in each), and in brackets the
+95 % interval over examples. Differences are paired, in points; a star: the interval leaves out zero. What to make of it is in
+[choosing.md](choosing.md).
 """
 FOOT = """
 `agreement` with `{reference}` and `ECE` are means over sets, percent; `training` and `memory` (the process' peak) are of training
@@ -32,115 +32,115 @@ the student; `tokens` are those of a prompt.
 
 
 def write_results(plan: StudyPlan, project: Path, machine: str, output: Path) -> list[str]:
-    """Write `output` (Markdown) and its plots, in a folder beside it that is named after it; returns what has not been run.
+    """Write `output` (Markdown), and the figures and plots, in a folder beside it that is named after it; returns what has not been run.
 
     Raises UsageError where no part has finished, or the plan names a method that a group does not have.
     """
-    groups = gather(plan, project)
-    if not groups:
+    figures = update_figures(plan, project, machine, output.with_suffix(""))
+    if not figures:
         raise UsageError("study: no part has finished; `make study` runs them, and goes on where it was stopped.")
-    curves = {name: kept for name, entry in plan.curves.items() if (kept := _within(entry, groups)).lines}
-    run = {name: entry for name, entry in plan.groups.items() if name in groups}
-    check_methods(StudyPlan(groups=run, curves=curves), {name: group.methods for name, group in groups.items()})
-    scores = {(name, method): group.scores(method) for name, group in groups.items() for method in group.methods}
-    lacking = [f"{name}: all draws" for name in plan.groups if name not in groups]
-    lacking += [f"{name}: draw {draw}" for name, group in groups.items() for draw in group.lacking]
-    hours = sum(group.seconds for group in groups.values()) / 3600
-    sections = [HEAD.format(runs=sum(len(group.draws) for group in groups.values()), hours=hours, machine=machine)]
+    curves = {name: kept for name, entry in plan.curves.items() if (kept := _within(entry, figures)).lines}
+    check_curves(curves, {name: own["methods"] for name, own in figures.items()})
+    lacking = [f"{name}: all draws" for name in plan.groups if name not in figures]
+    lacking += [f"{name}: draw {draw}" for name, own in figures.items() for draw in plan.groups[name].draws if draw not in own["draws"]]
+    sections = [HEAD]
     sections += [f"**Not run yet**: {'; '.join(lacking)}. `make study` goes on with them.\n"] if lacking else []
-    sections += [_group_section(name, entry, groups[name], scores) for name, entry in run.items() if entry.table]
+    sections += [_group_section(name, entry, figures[name]) for name, entry in plan.groups.items() if name in figures and entry.table]
     for name, entry in curves.items():
         if sum(map(len, entry.lines.values())) > 1:
-            sections.append(_curve_section(name, entry, groups, scores, output))
+            sections.append(_curve_section(name, entry, figures, output))
     write_text("\n".join(sections), output)
     return lacking
 
 
-def _within(entry: CurveParams, groups: Mapping[str, Group]) -> CurveParams:
+def _within(entry: CurveParams, figures: Figures) -> CurveParams:
     """A curve without the points whose group has not been run."""
-    lines = {line: {x: at for x, at in places.items() if at.split("/")[0] in groups} for line, places in entry.lines.items()}
+    lines = {line: {x: at for x, at in places.items() if at.split("/")[0] in figures} for line, places in entry.lines.items()}
     return entry.model_copy(update={"lines": {line: places for line, places in lines.items() if places}})
 
 
-def _group_section(name: str, entry: GroupParams, group: Group, scores: Scores) -> str:
-    data = group.params.data
-    labels = data.demonstrations.per_label * len(group.params.task.labels)
-    texts = ", ".join(f"{source} {'all' if limit is None else limit}" for source, limit in data.transfer.limits.items())
+def _group_section(name: str, entry: GroupParams, own: Json) -> str:
+    texts = ", ".join(f"{source} {'all' if limit is None else limit}" for source, limit in own["texts"].items())
     layers = ", ".join(f"`{layer}`" for layer in entry.layers)
-    columns = ["method", *(f"{key} ({of.domain})" for key, of in data.evaluation.items())]
+    columns = ["method", *(f"{key} ({domain})" for key, domain in own["sets"].items())]
     columns += ["agreement", "ECE", "training", "memory", "parameters", "tokens"]
     lines = [
         f"## {entry.title}",
         "",
-        f"{labels} labels; unlabelled texts: {texts}; draws {', '.join(map(str, group.draws))}; {layers}.",
+        f"{own['labels']} labels; unlabelled texts: {texts}; draws {', '.join(map(str, own['draws']))}; {layers}. {_ran(name, own)}",
         "",
     ]
     lines += [_row(columns), _row(["---"] * len(columns))]
-    lines += [_method_row(method, group, scores[name, method]) for method in group.methods]
-    lines += [FOOT.format(reference=group.params.evaluation.reference)]
-    return "\n".join([*lines, *_pairs(group, entry.pairs)])
+    lines += [_method_row(method, figures, list(own["sets"])) for method, figures in own["methods"].items()]
+    lines += [FOOT.format(reference=own["reference"])]
+    lines += [_paid(own["capture"])] if own["capture"] else []
+    return "\n".join([*lines, *_pairs(own)])
 
 
-def _method_row(method: str, group: Group, scores: Json) -> str:
-    found, cost = group.methods[method], group.methods[method].cost
-    cells = [f"`{method}`"]
-    for own in (scores[key] for key in group.params.data.evaluation):
-        spread = f" ± {percent(own['contexts']['sd'])}" if "contexts" in own else ""
+def _ran(name: str, own: Json) -> str:
+    """Where and how long a group ran, and the command."""
+    command = " ".join(f"{name}-{draw}" for draw in own["draws"])
+    earlier = "" if own["is_of_plan"] else " Its params were others than the plan's present ones."
+    return f'{own["core_hours"]:.1f} core hours on {own["machine"]}: `make study PARTS="{command}"`.{earlier}'
+
+
+def _paid(capture: Json) -> str:
+    total, anew = capture["seconds"], capture["asked_anew_seconds"]
+    return (
+        f"The cache took {total:,.0f} s of a draw and served {plural(capture['students'], 'student')}. One that asks its teachers anew at "
+        f"each step would take {anew:,.0f} s for that, on average: the cache has paid for itself after {total / anew:.1f} students.\n"
+    )
+
+
+def _method_row(method: str, figures: Json, sets: list[str]) -> str:
+    cells, cost = [f"`{method}`"], figures["cost"]
+    for own in (figures["sets"][key] for key in sets):
+        spread = "" if own["sd"] is None else f" ± {percent(own['sd'])}"
         low, high = (percent(end, 0) for end in own["ci95"])
         cells.append(f"{percent(own['accuracy'])}{spread} [{low}, {high}]")
-    cells += [percent(fmean(found.agreement.values())), percent(fmean(own["ece"] for own in scores.values()))]
+    cells += [percent(figures["agreement"]), percent(figures["ece"])]
     cells.append(f"{cost['training_seconds']:,.0f} s" if "training_seconds" in cost else DASH)
     cells += [scaled(cost.get("training_peak_bytes"), "B"), scaled(cost.get("parameters")), quantity(cost.get("prompt_tokens"))]
     return _row(cells)
 
 
-def _pairs(group: Group, pairs: Sequence[tuple[str, str]]) -> list[str]:
+def _pairs(own: Json) -> list[str]:
     """The table of differences, over each evaluation set and their mean."""
-    sets = list(group.params.data.evaluation)
-    settings = {"resamples": group.params.evaluation.bootstrap, "seed": group.params.evaluation.seed}
-    lines = [_row(["difference", *sets, "mean"]), _row(["---"] * (len(sets) + 2))] if pairs else []
-    for one, other in pairs:
-        tables = group.methods[one].predictions, group.methods[other].predictions
+    columns = ["difference", *own["sets"], "mean"]
+    lines = [_row(columns), _row(["---"] * len(columns))] if own["pairs"] else []
+    for pair in own["pairs"]:
         cells = []
-        for members in [*([key] for key in sets), sets]:
-            found = metrics.compare(*tables, members, **settings)
-            low, high = map(points, found["ci95"])
-            cells.append(f"{points(found['difference'])} [{low}, {high}]{' *' if found['clear'] else ''}")
-        lines.append(_row([f"`{one}` − `{other}`", *cells]))
-    return [*lines, "", "A star: the interval leaves out zero.", ""] if pairs else []
+        for compared in (pair["sets"][key] for key in columns[1:]):
+            low, high = map(points, compared["ci95"])
+            cells.append(f"{points(compared['difference'])} [{low}, {high}]{' *' if compared['clear'] else ''}")
+        lines.append(_row([f"`{pair['one']}` − `{pair['other']}`", *cells]))
+    return [*lines, ""] if own["pairs"] else []
 
 
-def _curve_section(name: str, entry: CurveParams, groups: Mapping[str, Group], scores: Scores, output: Path) -> str:
+def _curve_section(name: str, entry: CurveParams, figures: Figures, output: Path) -> str:
     rows, table = [], []
     sets: dict[str, None] = {}
     for line, places in entry.lines.items():
         for x, place in places.items():
-            group_name, method = place.split("/")
-            group, own = groups[group_name], scores[group_name, method]
-            rows += [{"line": line, "x": x, **point} for point in _domain_means(group, method)]
-            sets |= dict.fromkeys(own)
-            table.append(([line, f"{x:g}"], own, str(len(group.draws))))
+            group, method = place.split("/")
+            own = figures[group]["methods"][method]
+            for domain, mean in own["domains"].items():
+                values = {"accuracy": mean["accuracy"], "low": mean["ci95"][0], "high": mean["ci95"][1]}
+                rows.append(
+                    {"line": line, "x": x, "panel": PANELS[domain], **{key: round(100 * value, 3) for key, value in values.items()}}
+                )
+            sets |= dict.fromkeys(own["sets"])
+            table.append(([line, f"{x:g}"], own["sets"], str(len(figures[group]["draws"]))))
     plot = output.with_suffix("") / f"{name}.svg"
     write_text(curve(rows, entry.x, log=entry.log, order=list(entry.lines)), plot)
+    groups = dict.fromkeys(place.split("/")[0] for places in entry.lines.values() for place in places.values())
     columns = ["", entry.x, *sets, "draws"]
     lines = [f"## {entry.title}", "", f"![{entry.title}: accuracy in and out of domain]({plot.parent.name}/{plot.name})", ""]
     lines += [_row(columns), _row(["---"] * len(columns))]
     lines += [_row([*head, *(percent(own[key]["accuracy"]) if key in own else DASH for key in sets), draws]) for head, own, draws in table]
+    lines += ["", *(f"`{group}`: {_ran(group, figures[group])}" for group in groups)]
     return "\n".join([*lines, ""])
 
 
-def _domain_means(group: Group, method: str) -> list[Json]:
-    """`panel`, `accuracy`, `low`, `high` (percent) of a method in and out of domain, means over sets, where there are such sets."""
-    evaluation, found = group.params.evaluation, []
-    for domain, title in DOMAINS.items():
-        members = [key for key, entry in group.params.data.evaluation.items() if entry.domain == domain]
-        if members:
-            table = group.methods[method].predictions
-            mean = metrics.mean_accuracy(table, members, resamples=evaluation.bootstrap, seed=evaluation.seed)
-            values = {"accuracy": mean["accuracy"], "low": mean["ci95"][0], "high": mean["ci95"][1]}
-            found.append({"panel": title, **{key: round(100 * value, 3) for key, value in values.items()}})
-    return found
-
-
-def _row(cells: Sequence[str]) -> str:
+def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"

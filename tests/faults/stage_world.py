@@ -13,7 +13,7 @@ import pytest
 from conftest import PROJECT
 from faults_world import SEED
 from report_files import shipped_params, write_metrics, write_predictions
-from small_project import make_project
+from small_project import make_project, small_params, write_params
 
 KILLED = -9
 
@@ -169,6 +169,15 @@ def prepared(tmp_path_factory, fetched, stages):
 
 
 @pytest.fixture(scope="session")
+def tunable(tmp_path_factory, prepared):
+    """The same, with a teacher's model to be tuned in its params."""
+    folder = copy(prepared, tmp_path_factory.mktemp("tunable") / "project")
+    tuning = {"base": "models/tiny", "steps": 3, "learning_rate": 1e-3}
+    write_params(folder, small_params() | {"tunings": {"more": tuning}})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def scored(tmp_path_factory, prepared, stages):
     """The same after its teacher."""
     folder = copy(prepared, tmp_path_factory.mktemp("scored") / "project")
@@ -189,6 +198,15 @@ def trained(tmp_path_factory, captured, stages):
     """The same after its student."""
     folder = copy(captured, tmp_path_factory.mktemp("trained") / "project")
     stages.good(folder, "stages.student", "cd")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answered(tmp_path_factory, trained, stages):
+    """The same after its methods have answered the evaluation sets."""
+    folder = copy(trained, tmp_path_factory.mktemp("answered") / "project")
+    for method in ("cd", "teacher"):
+        stages.good(folder, "stages.evaluate", method)
     return folder
 
 

@@ -34,6 +34,10 @@ def whole(file):
     return file.read_text("utf-8")
 
 
+def json_in(file):
+    return lambda folder: json.loads(whole(folder / file))
+
+
 def read_student(folder):
     return open_student(folder / "artifacts/students/cd").weights_sha256
 
@@ -57,6 +61,11 @@ def read_prepared(folder):
     return [read_table(data / f"{name}.parquet", fields) for name in names] + [read_table(data / "contexts/orders.parquet", CONTEXTS)]
 
 
+def read_tuned(folder):
+    whole(folder / "metrics/train/tuned-more.json")
+    return weights_sha256(folder / "artifacts/tuned/more")
+
+
 def read_targets(folder):
     calibration = folder / "artifacts/targets/few_shot/calibration.json"
     whole(calibration)
@@ -66,6 +75,7 @@ def read_targets(folder):
 CASES = {
     "fetch": Case(("stages.fetch",), "made", ("artifacts/models", "artifacts/raw"), read_fetched),
     "prepare": Case(("stages.prepare",), "fetched", ("artifacts/data", "metrics"), read_prepared),
+    "tune": Case(("stages.tune", "more"), "tunable", ("artifacts/tuned", "metrics/train", "metrics/curves"), read_tuned),
     "teacher": Case(
         ("stages.teacher", "few_shot"),
         "prepared",
@@ -79,6 +89,10 @@ CASES = {
         "trained",
         ("artifacts/predictions", "metrics"),
         lambda folder: read_table(folder / "artifacts/predictions/cd.parquet", PREDICTIONS),
+    ),
+    "check": Case(("stages.check", "cd"), "answered", ("metrics/risk",), lambda folder: json.loads(whole(folder / "metrics/risk/cd.json"))),
+    "compare": Case(
+        ("stages.compare",), "evaluated", ("metrics/compare.json",), lambda folder: json.loads(whole(folder / "metrics/compare.json"))
     ),
     "report": Case(("stages.report",), "evaluated", ("report",), lambda folder: json.loads(whole(folder / "report/metrics.json"))),
 }

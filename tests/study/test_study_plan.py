@@ -9,7 +9,19 @@ from ruamel.yaml import YAML
 
 from pipeline.errors import UsageError
 from pipeline.params import load_params, parse_params
-from pipeline.study.plan import PLAN, Part, StudyPlan, check_methods, load_plan, make_part, part_named, part_params, parts
+from pipeline.study.plan import (
+    PLAN,
+    Part,
+    StudyPlan,
+    check_curves,
+    check_pairs,
+    digest,
+    load_plan,
+    make_part,
+    part_named,
+    part_params,
+    parts,
+)
 
 SHIPPED = load_plan(PROJECT / PLAN)
 
@@ -23,7 +35,19 @@ def test_every_part_s_params_hold(part: Part) -> None:
 
 def test_pairs_and_curves_name_methods_that_there_are() -> None:
     params = {name: parse_params(part_params(SHIPPED, Part(name, group.draws[0]), PROJECT)) for name, group in SHIPPED.groups.items()}
-    check_methods(SHIPPED, {name: [*entry.students, *entry.baselines] for name, entry in params.items()})
+    methods = {name: [*entry.students, *entry.baselines] for name, entry in params.items()}
+    for name, group in SHIPPED.groups.items():
+        check_pairs(name, group, methods[name])
+    check_curves(SHIPPED.curves, methods)
+
+
+def test_draws_and_machines_of_a_group_have_one_digest(tmp_path: Path) -> None:
+    raw = [part_params(SHIPPED, Part("sst2", draw), PROJECT) for draw in (0, 1)]
+    path = raw[1]["data"]["sources"]["sst2"]["origin"]["path"]
+    raw[1]["data"]["sources"]["sst2"]["origin"]["path"] = str(tmp_path / Path(path).name)
+    assert digest(raw[0]) == digest(raw[1])
+    raw[1]["students"]["cd"]["steps"] += 1
+    assert digest(raw[0]) != digest(raw[1])
 
 
 def test_draws_of_a_group_share_all_but_the_draw() -> None:
@@ -83,4 +107,4 @@ def test_unknown_parts_layers_and_methods_are_named() -> None:
     with pytest.raises(UsageError, match=r"groups\.a\.layers: no presets/nowhere\.yaml"):
         part_params(plan, Part("a", 0), PROJECT)
     with pytest.raises(UsageError, match=r"groups\.a\.pairs: no method 'nothing'; choose one of: cd"):
-        check_methods(plan, {"a": ["cd"]})
+        check_pairs("a", plan.groups["a"], ["cd"])

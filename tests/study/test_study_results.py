@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from pipeline.schema import PREDICTIONS, write_table
 from pipeline.study.plan import WORKSPACES, Part, StudyPlan, part_params
 from pipeline.study.results import write_results
 
+QUICK = {"evaluation": {"bootstrap": 50}}
 PLAN = StudyPlan.model_validate(
     {
         "groups": {
-            "main": {"title": "The main table", "draws": [0, 1, 2], "pairs": [["cd", "pbft"]]},
-            "more": {"title": "More", "draws": [0], "table": False},
+            "main": {"title": "The main table", "set": QUICK, "draws": [0, 1, 2], "pairs": [["cd", "pbft"]]},
+            "more": {"title": "More", "set": QUICK, "draws": [0], "table": False},
         },
         "curves": {"amount": {"title": "Amount", "x": "texts", "log": True, "lines": {"cd": {100: "more/cd", 800: "main/cd"}}}},
     }
@@ -40,7 +42,6 @@ def right(method: str, draw: int, set_number: int, block: int) -> np.ndarray:
 def finish(project: Path, part: Part) -> Params:
     """Write what a part that has finished leaves, made up."""
     raw = part_params(PLAN, part, PROJECT)
-    raw["evaluation"]["bootstrap"] = 50
     params, folder = parse_params(raw), project / WORKSPACES / part.name
     folder.mkdir(parents=True)
     yaml = YAML(typ="safe", pure=True)
@@ -59,14 +60,21 @@ def finish(project: Path, part: Part) -> Params:
         write_table(table, folder / "artifacts" / "predictions" / f"{method}.parquet")
     (folder / "metrics" / "runtime").mkdir(parents=True)
     (folder / "metrics" / "compare.json").write_text("{}", encoding="utf-8")
+    prepared = {"roles": {"transfer": {"drawn": 600}}}
+    (folder / "metrics" / "prepare.json").write_text(json.dumps(prepared), encoding="utf-8")
+    for n, teacher in enumerate(params.teachers):
+        taken = {"seconds": 100.0 * (n + 1), "rows": 2400, "rows_timed": 2400}
+        (folder / "metrics" / "runtime" / f"teacher-{teacher}.json").write_text(json.dumps(taken), encoding="utf-8")
     cost = {"seconds": 10.0 * (part.draw + 1), "peak_rss_bytes": 2_000_000_000}
     (folder / "metrics" / "runtime" / "student-cd.json").write_text(json.dumps(cost), encoding="utf-8")
-    (folder / "seconds.txt").write_text("1800\n", encoding="utf-8")
+    (folder / "seconds.txt").write_text("1800 2\n", encoding="utf-8")
     return params
 
 
 @pytest.fixture
 def page(tmp_path: Path) -> str:
+    for name in ("params.yaml", "presets"):  # what the plan's params are made of
+        (tmp_path / name).symlink_to(PROJECT / name)
     for part in (Part("main", 0), Part("main", 2), Part("more", 0)):
         finish(tmp_path, part)
     lacking = write_results(PLAN, tmp_path, "2 cores", tmp_path / "docs" / "results.md")
@@ -104,7 +112,7 @@ def test_agreement_is_with_the_reference_of_the_same_draw(page: str) -> None:
 
 
 def test_curves_are_drawn_and_what_lacks_is_said(page: str, tmp_path: Path) -> None:
-    assert "3 runs, 1.5 hours on 2 cores." in page
+    assert '2.0 core hours on 2 cores: `make study PARTS="main-0 main-2"`.' in page
     assert "**Not run yet**: main: draw 1." in page
     assert "## More" not in page
     svg = (tmp_path / "docs" / "results" / "amount.svg").read_text(encoding="utf-8")
@@ -113,6 +121,37 @@ def test_curves_are_drawn_and_what_lacks_is_said(page: str, tmp_path: Path) -> N
     assert "var(--" not in svg
     assert {"in domain", "out of domain", "texts"} <= set(re.findall(r">([^<>]+)</text>", svg))
     assert [line.split("|")[2].strip() for line in page.splitlines() if line.startswith("| cd |")] == ["100", "800"]
+
+
+def test_the_cache_is_set_against_asking_anew(page: str) -> None:
+    """Two teachers, 100 s and 200 s for 600 texts; a student reads 300 steps of 8."""
+    assert "The cache took 300 s of a draw and served 1 student." in page
+    assert "would take 1,200 s for that, on average: the cache has paid for itself after 0.2 students." in page
+
+
+def test_what_was_run_elsewhere_stays(page: str, tmp_path: Path) -> None:
+    """Workspaces are gone, as on another machine; one draw of fewer is run there, and a group that was not run before."""
+    output = tmp_path / "docs" / "results.md"
+    shutil.rmtree(tmp_path / WORKSPACES)
+    assert write_results(PLAN, tmp_path, "other", output) == ["main: draw 1"]
+    assert output.read_text("utf-8") == page
+    finish(tmp_path, Part("main", 1))
+    assert write_results(PLAN, tmp_path, "other", output) == ["main: draw 1"]
+    assert output.read_text("utf-8") == page
+    for draw in (0, 2):
+        finish(tmp_path, Part("main", draw))
+    assert write_results(PLAN, tmp_path, "other", output) == []
+    assert '3.0 core hours on other: `make study PARTS="main-0 main-1 main-2"`' in output.read_text("utf-8")
+
+
+def test_figures_of_other_params_say_so(page: str, tmp_path: Path) -> None:
+    changed = PLAN.model_copy(
+        update={"groups": PLAN.groups | {"main": PLAN.groups["main"].model_copy(update={"set": QUICK | {"data": {"seed": 7}}})}}
+    )
+    said = "Its params were others than the plan's present ones."
+    assert said not in page
+    write_results(changed, tmp_path, "2 cores", tmp_path / "docs" / "results.md")
+    assert (tmp_path / "docs" / "results.md").read_text("utf-8").count(said) == 2  # the table and the curve
 
 
 def test_the_same_parts_give_the_same_bytes(page: str, tmp_path: Path) -> None:
