@@ -11,13 +11,16 @@ import pytest
 import torch
 from cached_world import FREE
 from cached_world import World as CachedWorld
+from conftest import PROJECT
 from process_main import run
 from safetensors.torch import load_file
+from stage_world import copy
 from student_world import make_world
 
 from pipeline.errors import ShotlessError
 from pipeline.student.processes import Processes, joined
 
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LABELS = {"batch_size": 5, "ce_weight": 0.5, "max_grad_norm": 0.2}  # one demonstration a step: of two processes one has none
 JOBS = [
     {"name": "cd", **LABELS},
@@ -47,8 +50,7 @@ def trained(tmp_path_factory, model_folder):
         for job in jobs:
             run({**job, "root": str(folder)}, Processes())
     jobs = [{**job, "root": str(labels.two)} for job in (*JOBS, *AGAIN)] + [{**job, "root": str(cache.two)} for job in FREE_JOBS]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(Path(__file__).with_name("process_main.py")), json.dumps(jobs)]
+    command = [*LAUNCHER, str(Path(__file__).with_name("process_main.py")), json.dumps(jobs)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {"labels": labels, "cache": cache}
@@ -92,6 +94,19 @@ def test_two_processes_that_were_stopped_go_on_to_the_same_bits(trained):
     assert json.loads((root / "metrics" / "runtime" / "student-again.json").read_text(encoding="utf-8"))["resumed_at_step"] == 7
     unbroken, resumed = weights(root, "cd"), weights(root, "again")
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+
+
+def test_the_stage_under_torchrun_leaves_the_student_of_one_process(captured, stages, tmp_path):
+    """The command of docs/scale.md, in a project after its targets."""
+    one, two = copy(captured, tmp_path / "one"), copy(captured, tmp_path / "two")
+    stages.good(one, "stages.student", "cd")
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "SHOTLESS_WORK": str(two / ".work"), "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCHER, "-m", "stages.student", "cd"]
+    done = subprocess.run(command, cwd=two, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = weights(one, "cd"), weights(two, "cd")
+    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
+    assert {file for file in files(two) if ".work" not in file.parts} == {file for file in files(one) if ".work" not in file.parts}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
