@@ -46,7 +46,7 @@ def _figures(group: Group, pairs: Sequence[tuple[str, str]], machine: str) -> Js
         "draws": list(group.draws),
         "labels": data.demonstrations.per_label * len(group.params.task.labels),
         "texts": data.transfer.limits,
-        "sets": {key: entry.domain for key, entry in data.evaluation.items()},
+        "sets": {key: entry.domain for domain in DOMAINS for key, entry in data.evaluation.items() if entry.domain == domain},
         "reference": group.params.evaluation.reference,
         "capture": _capture(group),
         "methods": {method: _method(method, group) for method in group.methods},
