@@ -153,8 +153,10 @@ def test_with_many_methods_each_is_compared_with_the_reference_alone(params, tmp
 
 def write_times(metrics, **changes):
     files = {
-        "runtime/teacher-few_shot": {"seconds": 60.0, "rows": 10, "rows_timed": 10, "prompt_tokens": 1},
+        "runtime/teacher-few_shot": {"seconds": 50.0, "rows": 10, "rows_timed": 10, "prompt_tokens": 1},
         "runtime/teacher-zero_shot": {"seconds": 10.0, "rows": 10, "rows_timed": 10, "prompt_tokens": 1},
+        "runtime/teacher-tuned": {"seconds": 6.0, "rows": 10, "rows_timed": 10, "prompt_tokens": 1},
+        "runtime/tuned-tuned": {"seconds": 4.0, "resumed_at_step": 0},
         "runtime/student-cd": {"seconds": 30.0, "resumed_at_step": 0},
         "runtime/student-pbft": {"seconds": 5.0, "resumed_at_step": 0},
     }
@@ -173,8 +175,8 @@ def write_times(metrics, **changes):
 def test_break_even_is_what_was_spent_over_what_a_prediction_saves(params, tmp_path):
     write_times(tmp_path)
     found = break_even("cd", params, tmp_path)
-    assert found["capture_seconds"] == {"few_shot": 60.0, "zero_shot": 10.0}
-    assert (found["tuning_seconds"], found["training_seconds"], found["spent_seconds"], found["missing"]) == ({}, 30.0, 100.0, [])
+    assert found["capture_seconds"] == {"few_shot": 50.0, "zero_shot": 10.0, "tuned": 6.0}
+    assert (found["tuning_seconds"], found["training_seconds"], found["spent_seconds"], found["missing"]) == ({"tuned": 4.0}, 30.0, 100.0, [])
     # One by one: 100 s / (1.05 s - 0.05 s); in batches: 100 s / (1/4 s - 1/20 s).
     one = {"student_seconds": 0.05, "reference_seconds": 1.05, "saved_seconds": 1.0, "predictions": 100}
     assert found["one_by_one"] == one
@@ -220,11 +222,11 @@ def test_without_a_throughput_nothing_is_said_of_batches_and_the_file_is_named(p
 
 
 def test_the_time_of_a_tuned_teacher_counts(raw_params, tmp_path):
-    raw_params["tunings"] = {"better": {"base": "models/smollm2", "steps": 1, "learning_rate": 1e-4}}
+    raw_params["tunings"] |= {"better": {"base": "models/smollm2", "steps": 1, "learning_rate": 1e-4}}
     raw_params["teachers"]["few_shot"]["model"] = "tuned/better"
     write_times(tmp_path, **{"runtime/tuned-better": {"seconds": 900.0, "resumed_at_step": 0}})
     found = break_even("cd", parse_params(raw_params), tmp_path)
-    assert (found["tuning_seconds"], found["spent_seconds"], found["one_by_one"]["predictions"]) == ({"better": 900.0}, 1000.0, 1000)
+    assert (found["tuning_seconds"], found["spent_seconds"], found["one_by_one"]["predictions"]) == ({"better": 900.0, "tuned": 4.0}, 1000.0, 1000)
 
 
 def test_what_was_spent_is_paid_back_by_whole_predictions():

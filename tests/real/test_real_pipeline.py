@@ -22,7 +22,7 @@ pytestmark = pytest.mark.real
 SLICE = {
     "data": {
         "demonstrations": {"per_label": 4},
-        "transfer": {"limit": 48},
+        "transfer": {"limit": 36, "beside": {"amazon": None, "tweets": None, "editorials": 12}},
         "evaluation": {
             "movie": {"per_label": 8},
             "editorials": {"per_label": 8},
@@ -31,6 +31,7 @@ SLICE = {
         },
     },
     "contexts": {"orders": {"demonstrations": 8, "count": 2}},
+    "tunings": {"tuned": {"steps": 3}},
     "students": {"cd": {"steps": 3}, "pbft": None},
     "baselines": {"icl_calibrated": None, "icl_ensemble": None},
     "targets": {"few_shot": None},

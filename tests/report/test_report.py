@@ -225,7 +225,7 @@ def test_missing_predictions_and_broken_files_are_named(shipped: Params, tmp_pat
 def test_copies_kept_out_and_leaks_are_shown(page: str) -> None:
     row = re.search(r'<th scope="row">transfer set</th>(.*?)</tr>', page, flags=re.DOTALL)
     assert row is not None
-    assert re.findall(r"<td[^>]*>([^<]*)", row.group(1)) == ["movie", "1,200", "7"]
+    assert re.findall(r"<td[^>]*>([^<]*)", row.group(1)) == ["movie, amazon, tweets, editorials", "1,200", "7"]
     assert "written: <strong>0</strong>" in page
 
 

@@ -54,7 +54,7 @@ def test_the_cards_code_runs_on_a_plain_model_folder(run: Path, model_folder: An
 def test_a_card_says_what_was_learnt_from_and_under_which_licence(run: Path) -> None:
     cd, pbft = (card_of(run, name) for name in ("cd", "pbft"))
     assert cd.startswith("---\nlicense: apache-2.0\n")
-    assert "5 contexts, up to 16 demonstrations" in cd
+    assert "6 contexts, up to 16 demonstrations" in cd
     assert "teacher's answers" in cd
     assert "16 labelled demonstrations" in pbft
     assert "teacher's answers" not in pbft

@@ -124,9 +124,9 @@ def test_curves_are_drawn_and_what_lacks_is_said(page: str, tmp_path: Path) -> N
 
 
 def test_the_cache_is_set_against_asking_anew(page: str) -> None:
-    """Two teachers, 100 s and 200 s for 600 texts; a student reads 300 steps of 8."""
-    assert "The cache took 300 s of a draw and served 1 student." in page
-    assert "would take 1,200 s for that, on average: the cache has paid for itself after 0.2 students." in page
+    """Three teachers, 100 s, 200 s and 300 s for 600 texts; a student reads 150 steps of 8."""
+    assert "The cache took 600 s of a draw and served 1 student." in page
+    assert "would take 1,200 s for that, on average: the cache has paid for itself after 0.5 students." in page
 
 
 def test_what_was_run_elsewhere_stays(page: str, tmp_path: Path) -> None:
