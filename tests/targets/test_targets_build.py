@@ -105,7 +105,7 @@ def test_a_teacher_may_be_calibrated_otherwise_than_the_others(captured):
 
 def test_calibrations_of_teachers_that_are_not_there_are_refused(raw_params):
     raw_params["targets"]["mix"]["calibrations"] = {"other": "none"}
-    with pytest.raises(UsageError, match=r"targets\.mix: calibrations: other is none of its teachers; choose of: few_shot, tuned, zero_shot"):
+    with pytest.raises(UsageError, match=r"targets\.mix: calibrations: other is none of its teachers; choose of: few_shot, tuned, zero"):
         parse_params(raw_params)
 
 
