@@ -107,6 +107,8 @@ def _cost(folder: Path, name: str) -> dict[str, float]:
     files += (("runtime", f"student-{name}", {"seconds": "training_seconds", "peak_rss_bytes": "training_peak_bytes"}),)
     for kind, stem, keys in files:
         known = _known(metrics / kind / f"{stem}.json")
+        if known.get("resumed_at_step"):  # only the rest of a training was timed
+            known.pop("seconds")
         found |= {ours: float(known[theirs]) for theirs, ours in keys.items() if known.get(theirs) is not None}
     return found
 

@@ -65,7 +65,7 @@ def finish(project: Path, part: Part) -> Params:
     for n, teacher in enumerate(params.teachers):
         taken = {"seconds": 100.0 * (n + 1), "rows": 2400, "rows_timed": 2400}
         (folder / "metrics" / "runtime" / f"teacher-{teacher}.json").write_text(json.dumps(taken), encoding="utf-8")
-    cost = {"seconds": 10.0 * (part.draw + 1), "peak_rss_bytes": 2_000_000_000}
+    cost = {"seconds": 10.0 * (part.draw + 1), "peak_rss_bytes": 2_000_000_000, "resumed_at_step": 0}
     (folder / "metrics" / "runtime" / "student-cd.json").write_text(json.dumps(cost), encoding="utf-8")
     (folder / "seconds.txt").write_text("1800 2\n", encoding="utf-8")
     return params
@@ -142,6 +142,14 @@ def test_what_was_run_elsewhere_stays(page: str, tmp_path: Path) -> None:
         finish(tmp_path, Part("main", draw))
     assert write_results(PLAN, tmp_path, "other", output) == []
     assert '3.0 core hours on other: `make study PARTS="main-0 main-1 main-2"`' in output.read_text("utf-8")
+
+
+def test_a_training_that_was_taken_up_again_has_no_time(page: str, tmp_path: Path) -> None:
+    assert row(page, "`cd`")[7:9] == ["20 s", "2.0 GB"]
+    file = tmp_path / WORKSPACES / "main-2" / "metrics" / "runtime" / "student-cd.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"resumed_at_step": 70}), encoding="utf-8")
+    write_results(PLAN, tmp_path, "2 cores", tmp_path / "docs" / "results.md")
+    assert row((tmp_path / "docs" / "results.md").read_text("utf-8"), "`cd`")[7:9] == ["10 s", "2.0 GB"]
 
 
 def test_figures_of_other_params_say_so(page: str, tmp_path: Path) -> None:
