@@ -76,6 +76,8 @@ def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> d
         return entry.count * (entry.demonstrations * trial.demonstration_tokens + examples * query)
 
     work = {"teachers": sum(asked(name, transfer) for name in params.teachers), "training": 0.0, "students": 0.0}
+    for tuning in params.tunings.values():
+        work["training"] += 3 * tuning.steps * tuning.batch_size * query
     for student in params.students.values():
         kept = len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers
         work["training"] += 3 * student.steps * student.batch_size * query * kept / trial.layers

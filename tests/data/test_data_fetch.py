@@ -28,6 +28,7 @@ def local_params(raw: Raw, model: Path, data: Path, **more: Any) -> Params:
     """The shipped params with one local model and one local data file."""
     raw["models"] = {"smollm2": {"source": "local", "path": str(model)} | more}
     raw["data"]["sources"] = {"movie": {"origin": {"source": "local", "path": str(data)}, "format": "csv"}}
+    del raw["data"]["transfer"]["beside"]
     raw["data"]["evaluation"] = {"movie": {"source": "movie", "domain": "in"}}
     return parse_params(raw)
 

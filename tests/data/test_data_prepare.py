@@ -65,7 +65,7 @@ def project(tmp_path: Path, raw_params: dict[str, Any], model_folder: Callable[.
         "none": {"demonstrations": 0, "tokenizer": "models/tiny"},
         "orders": {"demonstrations": 4, "count": 3, "tokenizer": "models/tiny"},
     }
-    for entry in (*raw_params["teachers"].values(), *raw_params["students"].values()):
+    for entry in (entry for block in ("tunings", "teachers", "students") for entry in raw_params[block].values()):
         entry["model" if "model" in entry else "base"] = "models/tiny"
     return raw_params
 

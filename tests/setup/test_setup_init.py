@@ -98,11 +98,13 @@ def test_work_is_counted_as_the_stages_do_it():
     params = load_params(PROJECT / "params.yaml")
     trial = Trial(1000.0, 30.0, 33.0, 10**6, 2 * 10**4, 30, "shared_prefix")
     work = token_work(params, trial, transfer=800, evaluated=600)
-    assert work["teachers"] == 4 * (16 * 33 + 800 * 30) + 800 * 30
-    assert work["training"] == pytest.approx(3 * 30 * 24 / 30 * (300 * 8 + 40 * 16))
+    assert work["teachers"] == 4 * (16 * 33 + 800 * 30) + 2 * 800 * 30
+    assert work["training"] == pytest.approx(3 * 30 * (24 / 30 * (150 * 8 + 40 * 16) + 24 * 16))
     assert work["students"] == pytest.approx(2 * 600 * 30 * 24 / 30)
-    assert work["baselines"] == 4 * (16 * 33 + 600 * 30) + 600 * 30
-    assert peak_bytes(params, trial) == PROCESS_BYTES + 4 * ADAM_COPIES * (10**6 - 6 * 2 * 10**4)
+    assert work["baselines"] == 4 * (16 * 33 + 600 * 30) + 2 * 600 * 30
+    assert peak_bytes(params, trial) == PROCESS_BYTES + 4 * ADAM_COPIES * 10**6  # the tuned teacher is whole
+    cut = params.model_copy(update={"tunings": {}})
+    assert peak_bytes(cut, trial) == PROCESS_BYTES + 4 * ADAM_COPIES * (10**6 - 6 * 2 * 10**4)
 
 
 def test_every_param_that_a_stage_tracks_stands_in_what_is_written(folder):
