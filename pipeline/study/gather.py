@@ -50,7 +50,7 @@ class Group:
     texts: float = 0.0
     """Size of the transfer set."""
     capture_seconds: dict[str, float | None] = field(default_factory=dict)
-    """Teacher → its pass over the transfer set in all its contexts, mean over draws; None where the time of a row is not known."""
+    """Teacher → its pass over the transfer set in all its contexts, mean over the draws that were timed whole; None where none was."""
 
 
 def gather(plan: StudyPlan, project: Path) -> dict[str, Group]:
@@ -115,7 +115,8 @@ def _cost(folder: Path, name: str) -> dict[str, float]:
 
 def _capture_seconds(teacher: str, folders: Sequence[Path]) -> float | None:
     each = [_known(folder / "metrics" / "runtime" / f"teacher-{teacher}.json") for folder in folders]
-    return fmean(known["seconds"] for known in each) if all(known and known["rows"] == known["rows_timed"] for known in each) else None
+    timed = [known["seconds"] for known in each if known and known["rows"] == known["rows_timed"]]  # not where DVC restored the cache
+    return fmean(timed) if timed else None
 
 
 def _known(file: Path) -> Json:

@@ -47,7 +47,7 @@ def write_results(plan: StudyPlan, project: Path, machine: str, output: Path) ->
     sections += [f"**Not run yet**: {'; '.join(lacking)}. `make study` goes on with them.\n"] if lacking else []
     sections += [_group_section(name, entry, figures[name]) for name, entry in plan.groups.items() if name in figures and entry.table]
     for name, entry in curves.items():
-        if sum(map(len, entry.lines.values())) > 1:
+        if max(map(len, entry.lines.values())) > 1:  # one point is no line
             sections.append(_curve_section(name, entry, figures, output))
     write_text("\n".join(sections), output)
     return lacking

@@ -90,11 +90,9 @@ CASES = {
         ("artifacts/predictions", "metrics"),
         lambda folder: read_table(folder / "artifacts/predictions/cd.parquet", PREDICTIONS),
     ),
-    "check": Case(("stages.check", "cd"), "answered", ("metrics/risk",), lambda folder: json.loads(whole(folder / "metrics/risk/cd.json"))),
-    "compare": Case(
-        ("stages.compare",), "evaluated", ("metrics/compare.json",), lambda folder: json.loads(whole(folder / "metrics/compare.json"))
-    ),
-    "report": Case(("stages.report",), "evaluated", ("report",), lambda folder: json.loads(whole(folder / "report/metrics.json"))),
+    "check": Case(("stages.check", "cd"), "answered", ("metrics/risk",), json_in("metrics/risk/cd.json")),
+    "compare": Case(("stages.compare",), "evaluated", ("metrics/compare.json",), json_in("metrics/compare.json")),
+    "report": Case(("stages.report",), "evaluated", ("report",), json_in("report/metrics.json")),
 }
 
 

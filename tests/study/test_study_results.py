@@ -129,6 +129,12 @@ def test_the_cache_is_set_against_asking_anew(page: str) -> None:
     assert "would take 1,200 s for that, on average: the cache has paid for itself after 0.5 students." in page
 
 
+def test_a_cache_that_dvc_restored_in_one_draw_has_the_time_of_the_others(page: str, tmp_path: Path) -> None:
+    (tmp_path / WORKSPACES / "main-2" / "metrics" / "runtime" / "teacher-zero_shot.json").unlink()
+    write_results(PLAN, tmp_path, "2 cores", tmp_path / "docs" / "results.md")
+    assert "The cache took 600 s of a draw" in (tmp_path / "docs" / "results.md").read_text("utf-8")
+
+
 def test_what_was_run_elsewhere_stays(page: str, tmp_path: Path) -> None:
     """Workspaces are gone, as on another machine; one draw of fewer is run there, and a group that was not run before."""
     output = tmp_path / "docs" / "results.md"
