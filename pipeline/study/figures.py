@@ -1,6 +1,5 @@
 """A group's figures, all that its page shows, as JSON in docs/results/GROUP.json: parts may be run on different machines and days."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,7 +8,7 @@ from pipeline import metrics
 from pipeline.files import read_json, write_json
 from pipeline.metrics import rounded
 from pipeline.study.gather import Group, gather
-from pipeline.study.plan import Part, StudyPlan, check_pairs, digest, part_params
+from pipeline.study.plan import GroupParams, Part, StudyPlan, check_group, digest, part_params
 
 Json = dict[str, Any]
 DOMAINS = ("in", "out")
@@ -26,8 +25,9 @@ def update_figures(plan: StudyPlan, project: Path, machine: str, folder: Path) -
         file = folder / f"{name}.json"
         kept = read_json(file) if file.is_file() else None
         if name in here:
-            check_pairs(name, entry, here[name].methods)
-            new = rounded(_figures(here[name], entry.pairs, machine))
+            methods = here[name].methods
+            check_group(name, entry, methods, {row["dimension"] for method in methods.values() for row in method.slices})
+            new = rounded(_figures(here[name], entry, machine))
             if kept is None or kept["params_sha256"] != new["params_sha256"] or len(kept["draws"]) <= len(new["draws"]):
                 write_json(new, file)
                 kept = new
@@ -37,7 +37,7 @@ def update_figures(plan: StudyPlan, project: Path, machine: str, folder: Path) -
     return found
 
 
-def _figures(group: Group, pairs: Sequence[tuple[str, str]], machine: str) -> Json:
+def _figures(group: Group, entry: GroupParams, machine: str) -> Json:
     data = group.params.data
     return {
         "params_sha256": group.digest,
@@ -50,7 +50,8 @@ def _figures(group: Group, pairs: Sequence[tuple[str, str]], machine: str) -> Js
         "reference": group.params.evaluation.reference,
         "capture": _capture(group),
         "methods": {method: _method(method, group) for method in group.methods},
-        "pairs": [_pair(one, other, group) for one, other in pairs],
+        "pairs": [_pair(one, other, group) for one, other in entry.pairs],
+        "slices": {dimension: _slices(dimension, group) for dimension in entry.slices},
     }
 
 
@@ -82,6 +83,17 @@ def _pair(one: str, other: str, group: Group) -> Json:
         compared = metrics.compare(*tables, members, resamples=evaluation.bootstrap, seed=evaluation.seed)
         found[key] = {what: compared[what] for what in ("difference", "ci95", "clear")}
     return {"one": one, "other": other, "sets": found}
+
+
+def _slices(dimension: str, group: Group) -> Json:
+    """Evaluation set → value → `n`, its examples, and `accuracy`, each method's: mean over draws."""
+    found: Json = {}
+    for name, method in group.methods.items():
+        rows = [row for row in method.slices if row["dimension"] == dimension and row["set"] is not None]
+        for row in rows:
+            own = found.setdefault(row["set"], {}).setdefault(row["slice"], {"n": row["n"], "accuracy": {}})
+            own["accuracy"][name] = fmean(r["accuracy"] for r in rows if (r["set"], r["slice"]) == (row["set"], row["slice"]))
+    return found
 
 
 def _capture(group: Group) -> Json | None:

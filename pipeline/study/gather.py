@@ -33,6 +33,8 @@ class Method:
     """Evaluation set → share of answers that are the reference's of the same draw, mean over draws."""
     cost: dict[str, float]
     """`prompt_tokens`, `parameters`, `training_seconds`, `training_peak_bytes`, those that are known, means over draws."""
+    slices: list[Json]
+    """Each draw's slices, one after the other, as `evaluation.detail.slice_rows` has them."""
 
 
 @dataclass
@@ -81,16 +83,17 @@ def _group(finished: list[Part], project: Path) -> Group:
 
 
 def _method(params: Params, name: str, folders: dict[int, Path]) -> Method:
-    tables, agreements, costs = [], [], []
+    tables, agreements, costs, slices = [], [], [], []
     for draw, folder in folders.items():
         table = read_table(folder / "artifacts" / "predictions" / f"{name}.parquet", PREDICTIONS)
         reference = read_table(folder / "artifacts" / "predictions" / f"{params.evaluation.reference}.parquet", PREDICTIONS)
         agreements.append(metrics.agreement(table, reference))
         tables.append(_of_draw(table, draw))
         costs.append(_cost(folder, name))
+        slices += _known(folder / "metrics" / "detail" / f"{name}.json").get("slices", [])
     agreement = {key: fmean(one[key] for one in agreements) for key in agreements[0]}
     cost = {key: fmean(one[key] for one in costs if key in one) for key in dict.fromkeys(key for one in costs for key in one)}
-    return Method("student" if name in params.students else "baseline", pa.concat_tables(tables), agreement, cost)
+    return Method("student" if name in params.students else "baseline", pa.concat_tables(tables), agreement, cost, slices)
 
 
 def _of_draw(table: pa.Table, draw: int) -> pa.Table:

@@ -36,6 +36,8 @@ class GroupParams(Frozen):
     draws: tuple[int, ...] = Field(min_length=1, strict=False)
     pairs: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field(default=(), strict=False)
     """Methods whose difference in accuracy is given, the first minus the second, on the same examples."""
+    slices: tuple[Name, ...] = Field(default=(), strict=False)
+    """What the sources name in their `slices`: accuracy within each value has a table."""
     table: bool = True
     """Whether the group has a table of its own, or is there for a curve."""
 
@@ -142,10 +144,12 @@ def digest(raw: Mapping[str, Any]) -> str:
     return sha256_json(copied)
 
 
-def check_pairs(name: str, group: GroupParams, methods: Collection[str]) -> None:
-    """Refuse pairs that name a method which the group does not have."""
+def check_group(name: str, group: GroupParams, methods: Collection[str], dimensions: Collection[str]) -> None:
+    """Refuse pairs and slices that name a method or a dimension which the group does not have."""
     for method in (method for pair in group.pairs for method in pair):
-        _known(f"groups.{name}.pairs", method, methods)
+        _known(f"groups.{name}.pairs: no method", method, methods)
+    for dimension in group.slices:
+        _known(f"groups.{name}.slices: nothing is sliced by", dimension, dimensions)
 
 
 def check_curves(curves: Mapping[str, CurveParams], methods: Mapping[str, Collection[str]]) -> None:
@@ -153,9 +157,9 @@ def check_curves(curves: Mapping[str, CurveParams], methods: Mapping[str, Collec
     for name, curve in curves.items():
         for point in (point for points in curve.lines.values() for point in points.values()):
             group, method = point.split("/")
-            _known(f"curves.{name}: {group}", method, methods[group])
+            _known(f"curves.{name}: {group}: no method", method, methods[group])
 
 
 def _known(where: str, name: str, names: Collection[str]) -> None:
     if name not in names:
-        raise UsageError(f"{PLAN}: {where}: no method {name!r}; choose one of: {choices(names)}")
+        raise UsageError(f"{PLAN}: {where} {name!r}; choose one of: {choices(names)}")

@@ -74,7 +74,7 @@ def _group_section(name: str, entry: GroupParams, own: Json) -> str:
     lines += [_method_row(method, figures, list(own["sets"])) for method, figures in own["methods"].items()]
     lines += [FOOT.format(reference=own["reference"])]
     lines += [_paid(own["capture"])] if own["capture"] else []
-    return "\n".join([*lines, *_pairs(own)])
+    return "\n".join([*lines, *_pairs(own), *_slices(own)])
 
 
 def _ran(name: str, own: Json) -> str:
@@ -115,6 +115,19 @@ def _pairs(own: Json) -> list[str]:
             cells.append(f"{points(compared['difference'])} [{low}, {high}]{' *' if compared['clear'] else ''}")
         lines.append(_row([f"`{pair['one']}` − `{pair['other']}`", *cells]))
     return [*lines, ""] if own["pairs"] else []
+
+
+def _slices(own: Json) -> list[str]:
+    """A table of accuracies for each dimension and evaluation set that has it."""
+    lines: list[str] = []
+    for dimension, sets in own.get("slices", {}).items():
+        for key, values in sets.items():
+            columns = [f"{key}, {dimension}", *(f"{value} ({one['n']})" for value, one in values.items())]
+            lines += [_row(columns), _row(["---"] * len(columns))]
+            for method in own["methods"]:
+                lines.append(_row([f"`{method}`", *(percent(one["accuracy"][method]) for one in values.values())]))
+            lines.append("")
+    return lines
 
 
 def _curve_section(name: str, entry: CurveParams, figures: Figures, output: Path) -> str:

@@ -14,7 +14,7 @@ from pipeline.study.plan import (
     Part,
     StudyPlan,
     check_curves,
-    check_pairs,
+    check_group,
     digest,
     load_plan,
     make_part,
@@ -37,7 +37,7 @@ def test_pairs_and_curves_name_methods_that_there_are() -> None:
     params = {name: parse_params(part_params(SHIPPED, Part(name, group.draws[0]), PROJECT)) for name, group in SHIPPED.groups.items()}
     methods = {name: [*entry.students, *entry.baselines] for name, entry in params.items()}
     for name, group in SHIPPED.groups.items():
-        check_pairs(name, group, methods[name])
+        check_group(name, group, methods[name], {key for source in params[name].data.sources.values() for key in source.slices})
     check_curves(SHIPPED.curves, methods)
 
 
@@ -107,4 +107,4 @@ def test_unknown_parts_layers_and_methods_are_named() -> None:
     with pytest.raises(UsageError, match=r"groups\.a\.layers: no presets/nowhere\.yaml"):
         part_params(plan, Part("a", 0), PROJECT)
     with pytest.raises(UsageError, match=r"groups\.a\.pairs: no method 'nothing'; choose one of: cd"):
-        check_pairs("a", plan.groups["a"], ["cd"])
+        check_group("a", plan.groups["a"], ["cd"], [])

@@ -13,6 +13,7 @@ from conftest import PROJECT
 from ruamel.yaml import YAML
 
 from pipeline.errors import UsageError
+from pipeline.files import write_json
 from pipeline.params import Params, parse_params
 from pipeline.schema import PREDICTIONS, write_table
 from pipeline.study.plan import WORKSPACES, Part, StudyPlan, part_params
@@ -22,7 +23,7 @@ QUICK = {"evaluation": {"bootstrap": 50}}
 PLAN = StudyPlan.model_validate(
     {
         "groups": {
-            "main": {"title": "The main table", "set": QUICK, "draws": [0, 1, 2], "pairs": [["cd", "pbft"]]},
+            "main": {"title": "The main table", "set": QUICK, "draws": [0, 1, 2], "pairs": [["cd", "pbft"]], "slices": ["heuristic"]},
             "more": {"title": "More", "set": QUICK, "draws": [0], "table": False},
         },
         "curves": {"amount": {"title": "Amount", "x": "texts", "log": True, "lines": {"cd": {100: "more/cd", 800: "main/cd"}}}},
@@ -58,6 +59,16 @@ def finish(project: Path, part: Part) -> Params:
                     rows.append([name, f"orders/{block}" if each else "", f"{n:064x}", label, predicted, [1 - p, p]])
         table = pa.Table.from_pylist([dict(zip(PREDICTIONS.names, row, strict=True)) for row in rows], PREDICTIONS)
         write_table(table, folder / "artifacts" / "predictions" / f"{method}.parquet")
+        hits = right(method, part.draw, 1, 0)
+        slices = [
+            ("heuristic", "overlap", None, hits),
+            ("heuristic", "overlap", "amazon", hits[:10]),
+            ("heuristic", "constituent", "amazon", hits[10:]),
+            ("length", "short", "amazon", hits[:5]),
+        ]
+        names = ("dimension", "slice", "set", "n", "accuracy")
+        detail = [dict(zip(names, (*key, len(own), own.mean()), strict=True)) for *key, own in slices]
+        write_json({"slices": detail}, folder / "metrics" / "detail" / f"{method}.json")
     (folder / "metrics" / "runtime").mkdir(parents=True)
     (folder / "metrics" / "compare.json").write_text("{}", encoding="utf-8")
     prepared = {"roles": {"transfer": {"drawn": 600}}}
@@ -104,6 +115,15 @@ def test_differences_are_those_of_the_means(page: str) -> None:
     differences = [np.mean([right("cd", d, s, 0).mean() - right("pbft", d, s, 0).mean() for d in (0, 2)]) for s in range(4)]
     for cell, value in zip(cells[1:], [*differences, np.mean(differences)], strict=True):
         assert float(cell.split()[0].replace("−", "-")) == pytest.approx(100 * value, abs=ROUNDED)
+
+
+def test_slices_are_means_over_draws_in_a_table_of_their_own(page: str) -> None:
+    assert row(page, "amazon, heuristic")[1:] == ["overlap (10)", "constituent (30)"]
+    table = page[page.index("| amazon, heuristic |") :]
+    for method in ("cd", "zero_shot"):
+        for cell, own in zip(row(table, f"`{method}`")[1:], (np.s_[:10], np.s_[10:]), strict=True):
+            assert float(cell) == pytest.approx(100 * np.mean([right(method, d, 1, 0)[own].mean() for d in (0, 2)]), abs=ROUNDED)
+    assert ", length |" not in page
 
 
 def test_agreement_is_with_the_reference_of_the_same_draw(page: str) -> None:
@@ -186,4 +206,12 @@ def test_a_method_that_is_not_there_is_named(tmp_path: Path) -> None:
     raw: dict[str, Any] = PLAN.model_dump()
     raw["groups"]["main"]["pairs"] = (("cd", "nothing"),)
     with pytest.raises(UsageError, match=r"groups\.main\.pairs: no method 'nothing'; choose one of: cd, icl"):
+        write_results(StudyPlan.model_validate(raw), tmp_path, "2 cores", tmp_path / "results.md")
+
+
+def test_a_slice_that_is_not_there_is_named(tmp_path: Path) -> None:
+    finish(tmp_path, Part("main", 0))
+    raw: dict[str, Any] = PLAN.model_dump()
+    raw["groups"]["main"]["slices"] = ("nothing",)
+    with pytest.raises(UsageError, match=r"groups\.main\.slices: nothing is sliced by 'nothing'; choose one of: heuristic, length"):
         write_results(StudyPlan.model_validate(raw), tmp_path, "2 cores", tmp_path / "results.md")
