@@ -39,8 +39,8 @@ study: export SHOTLESS_WORK ?= $(CURDIR)/.work
 study: setup
 	@set -e; for part in $(or $(PARTS),$$("$(BIN)/shotless" study parts)); do \
 		workspace=$$("$(BIN)/shotless" study workspace $$part); echo "$$workspace"; start=$$(date +%s); \
-		(cd "$$workspace" && "$(BIN)/shotless" check && $(ON_PATH) dvc repro compare); \
-		echo $$(( $$(date +%s) - start )) $$(nproc) >> "$$workspace/seconds.txt"; \
+		failed=; (cd "$$workspace" && "$(BIN)/shotless" check && $(ON_PATH) dvc repro compare) || failed=1; \
+		echo $$(( $$(date +%s) - start )) $$(nproc) >> "$$workspace/seconds.txt"; test -z "$$failed"; \
 	done
 	@"$(BIN)/shotless" study results
 

@@ -27,7 +27,7 @@ examples, the same in every draw, with their deviation over draws (and over cont
 """
 FOOT = """
 `agreement` with `{reference}` and `ECE` are means over sets, percent; `training` and `memory` (the process' peak) are of training
-the student; `tokens` are those of a prompt.
+the student, a dash where DVC restored it from another part's run; `tokens` are those of a prompt.
 """
 
 
