@@ -33,6 +33,8 @@ class GroupParams(Frozen):
     """Files under presets/, without `.yaml`, each laid over what came before."""
     set: dict[str, Any] = Field(default={})
     """Laid over all of them."""
+    students: tuple[Name, ...] | None = Field(default=None, strict=False)
+    """Of the students that these give, those that the group trains; null: all."""
     draws: tuple[int, ...] = Field(min_length=1, strict=False)
     pairs: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field(default=(), strict=False)
     """Methods whose difference in accuracy is given, the first minus the second, on the same examples."""
@@ -108,7 +110,7 @@ def part_named(plan: StudyPlan, name: str) -> Part:
 def part_params(plan: StudyPlan, part: Part, project: Path) -> dict[str, Any]:
     """The params of one part, not yet parsed.
 
-    Raises UsageError where a layer's file is not there.
+    Raises UsageError where a layer's file is not there, or the group names a student that they do not give.
     """
     group = plan.groups[part.group]
     raw = read_yaml(project / "params.yaml")
@@ -119,7 +121,11 @@ def part_params(plan: StudyPlan, part: Part, project: Path) -> dict[str, Any]:
         raw = merge(raw, read_yaml(file))
     raw = merge(raw, group.set)
     raw = merge(raw, {"data": {"demonstrations": {"seed": part.draw}}})
-    return raw | {"students": {name: entry | {"seed": part.draw} for name, entry in raw["students"].items()}}
+    students = raw["students"]
+    for name in group.students or ():
+        _known(f"groups.{part.group}.students: no student", name, students)
+    kept = {name: entry for name, entry in students.items() if group.students is None or name in group.students}
+    return raw | {"students": {name: entry | {"seed": part.draw} for name, entry in kept.items()}}
 
 
 def make_part(plan: StudyPlan, part: Part, project: Path) -> Path:

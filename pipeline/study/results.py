@@ -27,7 +27,7 @@ examples, the same in every draw, with their deviation over draws (and over cont
 """
 FOOT = """
 `agreement` with `{reference}` and `ECE` are means over sets, percent; `training` and `memory` (the process' peak) are of training
-the student, a dash where DVC restored it from another part's run; `tokens` are those of a prompt.
+the student, a dash where nothing was trained, or DVC restored it from another part's run; `tokens` are those of a prompt.
 """
 
 
@@ -120,7 +120,7 @@ def _pairs(own: Json) -> list[str]:
 def _slices(own: Json) -> list[str]:
     """A table of accuracies for each dimension and evaluation set that has it."""
     lines: list[str] = []
-    for dimension, sets in own.get("slices", {}).items():
+    for dimension, sets in own["slices"].items():
         for key, values in sets.items():
             columns = [f"{key}, {dimension}", *(f"{value} ({one['n']})" for value, one in values.items())]
             lines += [_row(columns), _row(["---"] * len(columns))]

@@ -108,3 +108,13 @@ def test_unknown_parts_layers_and_methods_are_named() -> None:
         part_params(plan, Part("a", 0), PROJECT)
     with pytest.raises(UsageError, match=r"groups\.a\.pairs: no method 'nothing'; choose one of: cd"):
         check_group("a", plan.groups["a"], ["cd"], [])
+
+
+def test_a_group_trains_the_students_that_it_names_in_the_layers_order() -> None:
+    plan = StudyPlan.model_validate(faulty(students=["pbft", "cd"]))
+    assert list(part_params(plan, Part("a", 0), PROJECT)["students"]) == ["cd", "pbft"]
+    one = StudyPlan.model_validate(faulty(students=["pbft"]))
+    assert list(part_params(one, Part("a", 0), PROJECT)["students"]) == ["pbft"]
+    unknown = StudyPlan.model_validate(faulty(students=["nothing"]))
+    with pytest.raises(UsageError, match=r"groups\.a\.students: no student 'nothing'; choose one of: cd, pbft"):
+        part_params(unknown, Part("a", 0), PROJECT)
