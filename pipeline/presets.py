@@ -6,6 +6,7 @@ DAG with the merged params; it shares the DVC cache and the row store with the p
 
 import copy
 import shutil
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,11 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.dump(raw, workspace / "params.yaml")
     (workspace / ".dvc").mkdir(exist_ok=True)
-    settings = (project / ".dvc" / "config").read_text("utf-8")
-    (workspace / ".dvc" / "config").write_text(f"{settings}    no_scm = true\n[cache]\n    dir = {project.resolve()}/.dvc/cache\n", "utf-8")
+    settings = ConfigParser(interpolation=None)
+    settings.read(project / ".dvc" / "config", "utf-8")
+    settings.read_dict({"core": {"no_scm": "true"}, "cache": {"dir": f"{project.resolve()}/.dvc/cache"}})
+    with (workspace / ".dvc" / "config").open("w", encoding="utf-8") as file:
+        settings.write(file)
     return workspace
 
 

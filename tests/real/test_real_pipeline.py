@@ -1,5 +1,6 @@
 """The real model and the real texts, end to end on a small slice, as `dvc repro` runs them."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -52,8 +54,8 @@ def dvc(workspace: Path, *command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A preset's workspace, after `dvc repro`."""
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A preset's workspace, after `dvc repro`; with models and students it takes gigabytes, so it goes when its tests have ended."""
     project = tmp_path_factory.mktemp("project")
     for item in ("dvc.yaml", "params.yaml", ".dvcignore"):
         shutil.copyfile(PROJECT / item, project / item)
@@ -65,7 +67,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     YAML(typ="safe", pure=True).dump(SLICE, project / "presets" / "slice.yaml")
     folder = make_workspace("slice", project)
     dvc(folder, "repro")
-    return folder
+    yield folder
+    shutil.rmtree(project)
 
 
 def test_the_report_has_every_method_on_every_set(workspace):
@@ -83,6 +86,14 @@ def test_the_fast_engine_ran_and_agreed_with_the_plain_forward(workspace):
     for teacher in ("few_shot", "zero_shot"):
         engine = json.loads((workspace / "artifacts" / "scores" / teacher / "manifest.json").read_text("utf-8"))["engine"]
         assert engine["name"] == "shared_prefix", engine
+
+
+def test_no_stage_wrote_into_a_file_that_is_linked_into_the_cache(workspace):
+    cached = [file for file in (workspace.parents[1] / ".dvc" / "cache" / "files" / "md5").rglob("*") if file.is_file()]
+    assert len(cached) > 50
+    for file in cached:
+        with file.open("rb") as handle:
+            assert hashlib.file_digest(handle, "md5").hexdigest() == file.parent.name + file.name.removesuffix(".dir")
 
 
 def test_a_second_run_does_nothing_and_a_students_change_runs_that_student_alone(workspace):

@@ -53,11 +53,15 @@ def test_a_workspace_is_a_dag_that_dvc_resolves(tmp_path):
         (tmp_path / item).write_text((PROJECT / item).read_text(encoding="utf-8"), encoding="utf-8")
     for folder in ("pipeline", "stages", "presets", ".dvc"):
         (tmp_path / folder).mkdir()
-    (tmp_path / ".dvc" / "config").write_text("[core]\n    analytics = false\n", encoding="utf-8")
+    (tmp_path / ".dvc" / "config").write_text((PROJECT / ".dvc" / "config").read_text(encoding="utf-8"), encoding="utf-8")
     (tmp_path / "presets" / "more.yaml").write_text(
         "students: {cd: {seed: 7}, other: {base: models/smollm2, steps: 1, learning_rate: 1e-5, learn_from: targets/mix}}\n"
     )
     workspace = make_workspace("more", tmp_path)
     listed = subprocess.run([*DVC, "stage", "list", "--name-only"], cwd=workspace, check=True, capture_output=True, text=True).stdout
     assert {"student@cd", "student@other", "evaluate@other"} <= set(listed.split())
+    settings = subprocess.run([*DVC, "config", "--list"], cwd=workspace, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert {"core.analytics=false", "core.no_scm=true", "cache.type=reflink,hardlink,copy", f"cache.dir={tmp_path}/.dvc/cache"} <= set(
+        settings
+    )
     assert load_params(workspace / "params.yaml").students["cd"].seed == 7
