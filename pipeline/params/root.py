@@ -8,6 +8,7 @@ from pipeline.errors import choices
 from pipeline.params.base import DEMONSTRATIONS_FILE, Frozen, Name
 from pipeline.params.data import ContextParams, DataParams, Origin
 from pipeline.params.evaluation import BaselineParams, EvaluationParams, MonitorParams, RuntimeParams
+from pipeline.params.order import check_order
 from pipeline.params.task import TaskParams
 from pipeline.params.teaching import TargetParams, TeacherParams
 from pipeline.params.training import StudentParams, TunedTeacherParams
@@ -98,6 +99,7 @@ class Params(Frozen):
                     f"{choices({c for c in asked if asked.count(c) > 1})}, so predictions could not be told apart; use `ensemble`, or "
                     "give each teacher a target set and a baseline of its own"
                 )
+        check_order(self.tunings, self.teachers, self.targets, self.students)
         _known("evaluation.reference", self.evaluation.reference, self.baselines)
         if self.baselines[self.evaluation.reference].contexts == "each" and completion is None:
             raise ValueError(

@@ -122,6 +122,31 @@ def test_a_name_that_points_nowhere_is_named_with_its_choices(raw_params: Raw, c
     assert expected in message(raw_params)
 
 
+@pytest.mark.parametrize(
+    ("change", "circle"),
+    [
+        (lambda raw: raw["students"]["cd"].update(base="students/cd"), "students.cd, students.cd"),
+        (
+            lambda raw: raw["teachers"].update(second={"model": "students/cd", "contexts": "none"}),
+            "students.cd, teachers.second, targets.mix, students.cd: each",
+        ),
+    ],
+)
+def test_what_would_have_to_be_there_before_itself_is_refused(raw_params: Raw, change: Callable[[Raw], None], circle: str) -> None:
+    change(raw_params)
+    told = message(raw_params)
+    assert circle in told
+    assert "source: local" in told
+
+
+def test_a_student_that_learns_the_labels_may_teach(raw_params: Raw) -> None:
+    raw_params["students"]["tuned"] = {
+        "base": "models/smollm2", "learn_from": "data/demonstrations.parquet", "steps": 1, "learning_rate": 1e-5,
+    }  # fmt: skip
+    raw_params["teachers"]["second"] = {"model": "students/tuned", "contexts": "none"}
+    assert "second" in parse_params(raw_params).teachers
+
+
 def test_a_demonstration_set_too_small_for_a_context_is_refused(raw_params: Raw) -> None:
     raw_params["contexts"]["orders"]["demonstrations"] = 20
     assert "contexts.orders.demonstrations: 20 asked for, and data.demonstrations.per_label draws only 16" in message(raw_params)
