@@ -14,8 +14,8 @@ from pipeline.files import replacing, write_json
 from pipeline.memory import peak_rss_bytes
 from pipeline.params import TuningParams
 from pipeline.progress import rate
+from pipeline.student.loop import Trained
 from pipeline.student.optimizer import learning_rate
-from pipeline.student.training import Trained
 
 DIGITS = 6
 """Significant digits of a number in metrics and curves."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from student_world import TASK, World, student
 
 from pipeline.params import CompletionParams, TaskParams
-from pipeline.student import training
+from pipeline.student import loop
 from pipeline.student.processes import Processes, joined
 from pipeline.student.runs import train_student
 from pipeline.tasks import Task
@@ -19,20 +19,20 @@ def run(job: dict, processes: Processes) -> None:
     """One training; with `stop_at` it ends there as a kill would end it, after a checkpoint at every step."""
     free, stop_at = job.pop("free", False), job.pop("stop_at", None)
     root = Path(job.pop("root"))
-    name, world, original = job.pop("name"), World(root, root), training._Training._step
+    name, world, original = job.pop("name"), World(root, root), loop.Training._step
 
     def stopping(self, optimizer, batches, cached, step):
         if step == stop_at:
             raise KeyboardInterrupt
         return original(self, optimizer, batches, cached, step)
 
-    training._Training._step = stopping
+    loop.Training._step = stopping
     try:
         train_student(name, student(**job), FREE if free else TASK, world.places, 1, 0.0, processes)
     except KeyboardInterrupt:
         assert stop_at is not None
     finally:
-        training._Training._step = original
+        loop.Training._step = original
 
 
 if __name__ == "__main__":

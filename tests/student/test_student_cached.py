@@ -10,8 +10,8 @@ from pipeline.files import read_json
 from pipeline.hashing import context_id, example_id
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.params import CacheParams, CompletionParams
-from pipeline.student import training
-from pipeline.student.cached import AnswerForward
+from pipeline.student import loop
+from pipeline.student.answers import AnswerForward
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.tasks import Task
 
@@ -197,7 +197,7 @@ def training_split(rows, share):
 def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(make, monkeypatch, changes):
     whole, broken = make("whole"), make("broken")
     whole.train(steps=8, **changes)
-    original, taken = training._Training._step, []
+    original, taken = loop.Training._step, []
 
     def step(self, *others):
         taken.append(others[-1])
@@ -206,7 +206,7 @@ def test_a_killed_training_ends_with_the_bytes_of_an_unbroken_one(make, monkeypa
         return original(self, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Training, "_step", step)
+        patch.setattr(loop.Training, "_step", step)
         patch.setattr(Checkpoint, "due", lambda _: True)
         with pytest.raises(Killed):
             broken.train(steps=8, **changes)

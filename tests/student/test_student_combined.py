@@ -15,8 +15,9 @@ from pipeline.hashing import example_id
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.params import CacheParams, StudentParams
 from pipeline.schema import TARGETS, read_table, write_table
-from pipeline.student import cached, runs
-from pipeline.student.cached import AnswerForward, CachedTeacher, CacheTerm
+from pipeline.student import answers, runs
+from pipeline.student.answers import AnswerForward
+from pipeline.student.cached import CachedTeacher, CacheTerm
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.matching import attach, detach
 from pipeline.tasks import TaskTokens
@@ -194,7 +195,7 @@ def test_where_packed_rows_are_refused_all_terms_run_the_plain_model(make, monke
     packed = make("packed")
     packed.train(learn_from="targets/mix", steps=3, ce_weight=0.5, also=caches)
     plain = make("plain")
-    monkeypatch.setattr(cached, "packed_if_exact", lambda model, difference: (None, "refused"))
+    monkeypatch.setattr(answers, "packed_if_exact", lambda model, difference: (None, "refused"))
     plain.train(learn_from="targets/mix", steps=3, ce_weight=0.5, also=caches)
     provenances = [read_json(world.places.artifacts / "students/cd/provenance.json") for world in (packed, plain)]
     forwards = [provenance["forward"] for provenance in provenances]

@@ -12,8 +12,9 @@ from pipeline.errors import ShotlessError, UsageError
 from pipeline.student import objective as objective_module
 from pipeline.student.batches import Order, Term, pieces
 from pipeline.student.early_stopping import Best, HeldBack, split
+from pipeline.student.objective import objective
 from pipeline.student.objectives import kl_nats
-from pipeline.student.training import objective, train
+from pipeline.student.training import train
 
 HELD = make_examples(7, seed=4)
 

@@ -20,7 +20,7 @@ from pipeline.errors import UsageError
 from pipeline.hashing import context_id
 from pipeline.params import CacheParams, StudentParams, TargetParams, TeacherParams, TunedTeacherParams
 from pipeline.schema import CONTEXTS, TARGETS, read_table, write_table
-from pipeline.student import training
+from pipeline.student import loop
 from pipeline.student.runs import train_student, tune_teacher
 from pipeline.targets.build import build_targets
 from pipeline.teacher.capture import capture
@@ -81,7 +81,7 @@ def test_a_killed_student_of_any_kind_goes_on_to_the_same_bytes(tmp_path, model_
     params = student(ce_weight=0.3, weight_decay=0.01, learning_rate=1e-2, **changes, **TUNINGS[tuning])
     train_student("cd", params, TASK, one.places, 1)
     calls = []
-    real = training.objective
+    real = loop.objective
 
     def dying(*args):
         calls.append(1)
@@ -89,7 +89,7 @@ def test_a_killed_student_of_any_kind_goes_on_to_the_same_bytes(tmp_path, model_
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(training, "objective", dying)
+    monkeypatch.setattr(loop, "objective", dying)
     with pytest.raises(Killed):
         train_student("cd", params, TASK, two.places, 1, seconds_between=0)
     monkeypatch.undo()
@@ -116,7 +116,7 @@ def test_a_run_that_stopped_early_stops_at_the_same_step_after_a_kill(tmp_path, 
     def killed(*args):
         raise Killed
 
-    monkeypatch.setattr(training.Best, "restore", killed)
+    monkeypatch.setattr(loop.Best, "restore", killed)
     with pytest.raises(Killed):
         train_student("cd", params, TASK, two.places, 1, seconds_between=0)
     monkeypatch.undo()

@@ -19,7 +19,7 @@ from pipeline.hashing import sha256_file
 from pipeline.models.identity import weights_sha256
 from pipeline.models.provenance import check_provenance
 from pipeline.schema import write_table
-from pipeline.student import runs, training
+from pipeline.student import jobs, loop
 from pipeline.student.checkpoint import Checkpoint
 from pipeline.student.runs import train_student, tune_teacher
 
@@ -141,8 +141,8 @@ def test_a_killed_student_goes_on_to_the_same_bytes(world, other, monkeypatch, k
         steps.append(1)
         return objective(*args)
 
-    objective = training.objective
-    monkeypatch.setattr(training, "objective", dying)
+    objective = loop.objective
+    monkeypatch.setattr(loop, "objective", dying)
     with pytest.raises(Killed):
         train_student("cd", student(ce_weight=0.3, weight_decay=0.01), TASK, other.places, 1, seconds_between=0)
     assert len(other.checkpoints()) == 1
@@ -165,8 +165,8 @@ def interrupted(world, monkeypatch, **changes):
         calls.append(1)
         return objective(*args)
 
-    objective = training.objective
-    monkeypatch.setattr(training, "objective", dying)
+    objective = loop.objective
+    monkeypatch.setattr(loop, "objective", dying)
     with pytest.raises(Killed):
         train_student("cd", student(**changes), TASK, world.places, 1, seconds_between=0)
     monkeypatch.undo()
@@ -270,7 +270,7 @@ def test_curves_are_plain_csv(world):
 
 
 def test_demonstrations_a_step_are_a_quarter_and_at_least_one():
-    assert [runs.demonstrations_a_step(size) for size in (1, 4, 8, 16)] == [1, 1, 2, 4]
+    assert [jobs.demonstrations_a_step(size) for size in (1, 4, 8, 16)] == [1, 1, 2, 4]
 
 
 def test_no_dropout_in_training(tmp_path, model_folder):

@@ -11,11 +11,12 @@ from student_naive import MULTI, SINGLE, gold_term, kl_term, make_examples, naiv
 
 from pipeline.errors import ShotlessError
 from pipeline.hashing import sha256_json
-from pipeline.student import training
+from pipeline.student import loop
 from pipeline.student.batches import Order, Term, permutation
+from pipeline.student.objective import objective
 from pipeline.student.objectives import label_log_probabilities
 from pipeline.student.optimizer import adamw, clip_gradients, learning_rate
-from pipeline.student.training import objective, train
+from pipeline.student.training import train
 
 
 @given(st.lists(st.text(max_size=8), unique=True, max_size=40), st.integers(0, 9), st.integers(0, 9))
@@ -82,7 +83,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tiny_
     model = tiny_model("llama")
     before = [p.detach().clone() for p in model.parameters()]
     real = objective
-    monkeypatch.setattr(training, "objective", lambda *args: (real(*args) - real(*args).detach()).sqrt() + 1.0)
+    monkeypatch.setattr(loop, "objective", lambda *args: (real(*args) - real(*args).detach()).sqrt() + 1.0)
     with pytest.raises(ShotlessError, match=r"norm of the gradient is (inf|nan) at step 1"):
         train(model, SINGLE, [kl_term()], tuning(), title="student cd")
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

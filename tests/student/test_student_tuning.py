@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from pipeline.errors import UsageError
 from pipeline.models.loading import load_model
 from pipeline.models.truncation import cut_layers
-from pipeline.student import gradients, training
+from pipeline.student import gradients, loop
 from pipeline.student import head as head_module
 from pipeline.student.batches import Order
 from pipeline.student.head import TOKENS_A_PASS, token_batches
@@ -189,14 +189,14 @@ def graph_of(output):
 @pytest.mark.parametrize("kind", ["frozen", "lora", "bitfit", "head"])
 def test_nothing_below_the_first_learnt_weight_has_a_graph(tiny_model, monkeypatch, kind):
     graphs = []
-    real = training.objective
+    real = loop.objective
 
     def spy(*args):
         loss = real(*args)
         graphs.append(graph_of(loss))
         return loss
 
-    monkeypatch.setattr(training, "objective", spy)
+    monkeypatch.setattr(loop, "objective", spy)
     monkeypatch.setattr(gradients, "_is_trained", lambda module: False)  # a learnt matrix is one node there, and several in autograd
     train(tiny_model("llama"), SINGLE, [kl_term()], tuning(steps=1, **TUNINGS[kind]), title="test")
     train(tiny_model("llama"), SINGLE, [kl_term()], tuning(steps=1), title="test")
