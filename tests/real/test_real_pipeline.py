@@ -88,14 +88,6 @@ def test_the_fast_engine_ran_and_agreed_with_the_plain_forward(workspace):
         assert engine["name"] == "shared_prefix", engine
 
 
-def test_no_stage_wrote_into_a_file_that_is_linked_into_the_cache(workspace):
-    cached = [file for file in (workspace.parents[1] / ".dvc" / "cache" / "files" / "md5").rglob("*") if file.is_file()]
-    assert len(cached) > 50
-    for file in cached:
-        with file.open("rb") as handle:
-            assert hashlib.file_digest(handle, "md5").hexdigest() == file.parent.name + file.name.removesuffix(".dir")
-
-
 def test_a_second_run_does_nothing_and_a_students_change_runs_that_student_alone(workspace):
     assert "Data and pipelines are up to date." in dvc(workspace, "repro")
     yaml = YAML(typ="safe", pure=True)
@@ -137,3 +129,11 @@ def test_a_teacher_killed_midway_goes_on_to_the_same_bytes(workspace):
     assert not (scores / "manifest.json").exists()
     assert "(50%) were in the store" in run(workspace, "-m", "stages.teacher", "few_shot")
     assert {file.name: file.read_bytes() for file in scores.iterdir()} == unbroken
+
+
+def test_no_stage_wrote_into_a_file_that_is_linked_into_the_cache(workspace):
+    cached = [file for file in (workspace.parents[1] / ".dvc" / "cache" / "files" / "md5").rglob("*") if file.is_file()]
+    assert len(cached) > 50
+    for file in cached:
+        with file.open("rb") as handle:
+            assert hashlib.file_digest(handle, "md5").hexdigest() == file.parent.name + file.name.removesuffix(".dir")
