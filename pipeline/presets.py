@@ -72,7 +72,7 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
     yaml.dump(raw, workspace / "params.yaml")
     (workspace / ".dvc").mkdir(exist_ok=True)
     settings = ConfigParser(interpolation=None)
-    settings.read(project / ".dvc" / "config", "utf-8")
+    settings.read_string((project / ".dvc" / "config").read_text("utf-8"))
     settings.read_dict({"core": {"no_scm": "true"}, "cache": {"dir": f"{project.resolve()}/.dvc/cache"}})
     with (workspace / ".dvc" / "config").open("w", encoding="utf-8") as file:
         settings.write(file)
