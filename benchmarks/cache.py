@@ -31,7 +31,7 @@ from pipeline.cache.encodings import columns_of, encode
 from pipeline.cache.fidelity import fidelity
 from pipeline.cache.rows import write_rows
 from pipeline.files import write_json
-from pipeline.hashing import sha256_json
+from pipeline.files import sha256_json
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 

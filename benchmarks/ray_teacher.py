@@ -17,14 +17,14 @@ import pyarrow as pa
 from benchmarks.machine import about
 from benchmarks.prompts import Prompts, build
 from pipeline.cache.store import Part, Store
-from pipeline.engine import scorer as scorer_module
-from pipeline.engine.asked import Query
-from pipeline.engine.ray_scorer import RayScorer
-from pipeline.engine.scorer import Scorer
-from pipeline.hashing import example_id, sha256_file
+from pipeline.teachers import scorer as scorer_module
+from pipeline.teachers.asked import Query
+from pipeline.teachers.ray_scorer import RayScorer
+from pipeline.teachers.scorer import Scorer
+from pipeline.files import example_id, sha256_file
 from pipeline.models.loading import load_tokenizer
 from pipeline.params import CacheParams, TaskParams
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 MODEL = Path("artifacts/models/smollm2")
 TASK = Task(TaskParams(template="{text}", verbalisers={"negative": " negative", "positive": " positive"}))

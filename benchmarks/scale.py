@@ -30,11 +30,11 @@ from pipeline.cache.keys import Key, Request
 from pipeline.cache.reader import CacheReader
 from pipeline.cache.store import Store
 from pipeline.files import write_json
-from pipeline.hashing import sha256_text
-from pipeline.memory import peak_rss_bytes
+from pipeline.files import sha256_text
+from pipeline.models.memory import peak_rss_bytes
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
-from pipeline.student.batches import permutation
+from pipeline.students.batches import permutation
 
 RESULTS = Path("benchmarks/results/scale.json")
 ROWS = (10**5, 10**6, 10**7)

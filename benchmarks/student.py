@@ -25,11 +25,11 @@ from benchmarks.machine import about
 from benchmarks.training_limit import limits
 from pipeline.errors import UsageError
 from pipeline.files import write_json
-from pipeline.hashing import sha256_text
+from pipeline.files import sha256_text
 from pipeline.models.loading import load_tokenizer
 from pipeline.params import load_params
 from pipeline.schema import examples, read_table
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 RESULTS = Path("benchmarks/results/student.json")
 OWN = ("full", "frozen", "lora", "bitfit", "head")

@@ -33,7 +33,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"tuning": "bitfit"},
     "head": {"tuning": "head"},
 }
-IMPORTS = {"own": ("pipeline.student.training", "peft"), "trainer_padded": (), "sft_trainer": ("datasets", "trl")}
+IMPORTS = {"own": ("pipeline.students.training", "peft"), "trainer_padded": (), "sft_trainer": ("datasets", "trl")}
 """What a row's code loads by itself, loaded before memory is looked at: it is no memory of the training."""
 SAME_PRODUCTS = {"trainer_same_products": "trainer_padded", "sft_same_products": "sft_trainer"}
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,8 +80,8 @@ def steps_ended() -> list[float]:
 def own(name: str, model: PreTrainedModel, lesson: dict[str, Any], steps: int, batch_size: int) -> list[int]:
     """Run the project's training; tokens of each step."""
     from pipeline.params import TuningParams
-    from pipeline.student.batches import Example, Order, Term
-    from pipeline.student.training import train
+    from pipeline.students.batches import Example, Order, Term
+    from pipeline.students.training import train
 
     made = [
         Example(f"{number:064x}", tuple(row["ids"]), tuple(0.9 if n == row["label"] else 0.1 for n in range(len(lesson["completions"]))))

@@ -22,19 +22,19 @@ from benchmarks.machine import about
 from benchmarks.prompts import build
 from benchmarks.teacher import MODEL, QUERY_TOKENS
 from pipeline.cache.folder import write_cache
-from pipeline.engine.asked import Given, Query
-from pipeline.engine.choice import EngineChoice
-from pipeline.engine.scorer import Scorer
-from pipeline.engine.scores import Reading, Scores, read_scores
+from pipeline.teachers.asked import Given, Query
+from pipeline.teachers.choice import EngineChoice
+from pipeline.teachers.scorer import Scorer
+from pipeline.teachers.scores import Reading, Scores, read_scores
 from pipeline.files import write_json
-from pipeline.hashing import example_id
-from pipeline.memory import peak_rss_bytes
+from pipeline.files import example_id
+from pipeline.models.memory import peak_rss_bytes
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.rows import Completions
 from pipeline.params import CacheParams, TaskParams
 from pipeline.schema import ROWS_PER_GROUP, examples
-from pipeline.tasks import Task
-from pipeline.teacher.transfer import TransferSet
+from pipeline.task import Task
+from pipeline.teachers.transfer import TransferSet
 
 RESULTS = Path("benchmarks/results/teacher_memory.json")
 WITH_MODEL = (128, 400, 1_600)

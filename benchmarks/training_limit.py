@@ -10,7 +10,7 @@ import torch
 from pipeline.models.loading import load_model
 from pipeline.models.packed import decoder_layers
 from pipeline.params import TuningParams
-from pipeline.student.tuning import apply_tuning
+from pipeline.students.tuning import apply_tuning
 
 TRAINED, FROZEN = 6, 4
 """Operations for a weight and a token: 2 forward, 2 for the gradient of what came in, 2 for that of the weight."""

@@ -13,9 +13,9 @@ from pipeline.commands.serve import serve
 from pipeline.commands.study import study
 from pipeline.commands.verify import verify
 from pipeline.data.fetch import changed_local_files
-from pipeline.ending import ending_well
+from pipeline.errors import ending_well
 from pipeline.params import load_params
-from pipeline.presets import make_workspace
+from pipeline.params.presets import make_workspace
 from pipeline.report.summary import print_summary
 
 commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

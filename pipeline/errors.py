@@ -1,19 +1,25 @@
-"""The exceptions a user may see, each with the exit code its stage ends with.
+"""The errors a user may see, each with its exit code, and how a command ends with one.
 
-A message says what is wrong, the value found, where, and the next step; it is read by someone who did not write this code.
+A message says what is wrong, the value found, the place and the next step, for someone who did not write this code. Exit codes: 0 done,
+1 failed, 2 usage or params, 3 a threshold was crossed.
 """
 
 import errno
+import io
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ShotlessError(Exception):
-    """Something failed that was not the user's doing alone; exit code 1."""
+    """Something failed; exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(ShotlessError):
-    """A parameter, file or argument cannot be used as given; exit code 2, always before long work."""
+    """A parameter, file or argument cannot be used as given; exit code 2."""
 
     exit_code = 2
 
@@ -26,38 +32,51 @@ class CorruptError(ShotlessError):
     """An artifact's bytes are not what its manifest says."""
 
 
-class NotJsonError(CorruptError, ValueError):
-    """A file that should be JSON is none."""
+def choices(names: Iterable[object]) -> str:
+    """Names for an error message: sorted and comma-separated, or a dash if there are none."""
+    return ", ".join(sorted(map(str, names))) or "–"
 
 
-def choices(names: object) -> str:
-    """Names as they stand in an error message: sorted, comma-separated, or a dash where there are none."""
-    return ", ".join(sorted(map(str, names))) or "–"  # type: ignore[call-overload]
-
-
-SYSTEM = {
-    errno.EROFS: "the file system is read-only; write elsewhere, or mount it for writing",
-    errno.EACCES: "permission denied; change the owner or mode, or write elsewhere",
-    errno.EPERM: "the system does not permit it; change the owner, mode or attributes, or write elsewhere",
-    errno.ENOSPC: "the disk is full; what was written before is whole and stays. Make room and run again",
-    errno.EDQUOT: "the quota is used up; what was written before is whole and stays. Make room and run again",
-    errno.EIO: "the disk reports an error; look at the system's log, and write elsewhere",
-    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
-    errno.EMFILE: "too many files are open; raise `ulimit -n`",
-    errno.ENFILE: "too many files are open on this machine",
-    errno.EISDIR: "it is a folder, and a file belongs there; remove or rename it",
-    errno.ENOTDIR: "a part of the path is a file, and a folder belongs there; remove or rename it",
-    errno.ENOENT: "no such file or folder; was it removed while this ran? Run again",
-    errno.ELOOP: "symbolic links lead round in a circle; remove one",
-    errno.EEXIST: "something of that name is in the way; remove or rename it",
-    errno.ENOTEMPTY: "the folder was written by another run at the same time; run again when that has ended",
-    errno.ESTALE: "the file's server has lost it; mount it again and run again",
+NEXT_STEPS = {
+    errno.EROFS: "The file system is read-only. Write elsewhere, or mount it for writing.",
+    errno.EACCES: "Permission denied. Change the owner or mode, or write elsewhere.",
+    errno.EPERM: "The system does not permit it. Change the owner or mode, or write elsewhere.",
+    errno.ENOSPC: "The disk is full. What was written before is whole and stays: make room and run again.",
+    errno.EDQUOT: "The quota is used up. What was written before is whole and stays: make room and run again.",
+    errno.EIO: "The disk reports an error. Look at the system's log, and write elsewhere.",
+    errno.ENAMETOOLONG: "The name is too long for this file system. Choose a shorter one.",
+    errno.EMFILE: "Too many files are open. Raise `ulimit -n`.",
+    errno.EISDIR: "It is a folder; a file is needed here. Remove or rename it.",
+    errno.ENOTDIR: "A part of the path is a file; a folder is needed here. Remove or rename it.",
+    errno.ENOENT: "No such file or folder. If it was removed while this ran, run again.",
 }
 
 
-def of_system(error: OSError) -> str | None:
-    """What the machine refused, with the file where it is known and the next step; None where it is no such refusal but a bug."""
-    if error.errno not in SYSTEM:
-        return None
-    where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{SYSTEM[error.errno]}."
+@contextmanager
+def ending_with_a_message() -> Iterator[None]:
+    """Run a command in this block; what a user can mend ends the process with a message and an exit code, a bug with its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        _check_locale()
+        yield
+    except ShotlessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in NEXT_STEPS:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {where}{NEXT_STEPS[error.errno]}", file=sys.stderr)
+        sys.exit(ShotlessError.exit_code)
+
+
+def _check_locale() -> None:
+    """Raise UsageError if this Python cannot pass the working folder's name, or an argument, to libraries that want UTF-8."""
+    if sys.getfilesystemencoding().lower() in {"utf-8", "utf8"}:
+        return
+    for text in (os.getcwd(), *sys.argv[1:]):  # noqa: PTH109  Path.cwd gives the same text
+        if not text.isascii():
+            encoding = sys.getfilesystemencoding()
+            raise UsageError(f"{text!r} is not ASCII, and this Python reads file names as {encoding}. Set PYTHONUTF8=1 or LC_ALL=C.UTF-8.")

@@ -1,205 +1,164 @@
-"""Files that are whole or not there: written under a temporary name, synced to disk, renamed.
+"""Files that are whole or absent, their hashes, and the manifest of a folder that travels.
 
-`os.replace` is atomic, so a reader sees the old file or the new one; the sync before it keeps a power cut from leaving a name without
-its bytes, and folders are synced after it, so that the name itself stays. Nothing is ever appended to a file that DVC may have linked.
-What a killed run leaves behind under a temporary name goes when the file is written again: its lock died with its writer.
+A file is written beside its place, synced to disk and renamed, so a reader sees the old file or the new one. Everything is hashed with
+sha256 over canonical bytes, never with Python's `hash()`, so a key means the same in every process and on every machine.
+
+A folder that travels (a score cache, a student) has a `manifest.json` with the sha256 of each file. It is written last: its presence means
+that the folder is complete. DVC checks everything else.
 """
 
-import errno
-import fcntl
+import hashlib
 import json
 import os
-import re
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 
-from pipeline.errors import CorruptError, NotJsonError, ShotlessError, of_system
-from pipeline.hashing import sha256_json
+from pipeline.errors import CorruptError, ShotlessError
 
+MANIFEST = "manifest.json"
 LOCK_SECONDS = 3600
-SEAL = "sealed_sha256"
-"""The entry of a sealed JSON object that holds the hash of the others."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run keeps its files: `artifacts` and `metrics` are tracked by DVC, `work` survives an interrupted stage."""
+
+    artifacts: Path
+    metrics: Path
+    work: Path
+
+    @classmethod
+    def here(cls, project: Path = Path()) -> "Folders":
+        """The folders of a project; `$SHOTLESS_WORK` sets the place of `work`, so that several workspaces can share it."""
+        return cls(project / "artifacts", project / "metrics", Path(os.environ.get("SHOTLESS_WORK", project / ".work")))
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Hex sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of `text` in UTF-8."""
+    return sha256_bytes(text.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a JSON value in canonical form: sorted keys, no white space, UTF-8."""
+    return sha256_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
+def sha256_ids(*parts: Iterable[int]) -> str:
+    """Hex sha256 of one or several lists of token ids, as little-endian 32-bit integers with 0xFFFFFFFF between lists."""
+    lists = (b"".join(i.to_bytes(4, "little") for i in ids) for ids in parts)
+    return sha256_bytes(b"\xff\xff\xff\xff".join(lists))
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well and removed when it does not."""
-    with disk_full(path):
-        make_folder(path.parent)
-        remove_leftovers(path)
-        handle, temporary = _locked_temporary(path)
+    """A temporary path beside `path`: renamed to it if the block ends well, removed if not. Parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with disk_full(path):
-            yield temporary
-            temporary.chmod(0o644)
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _locked_temporary(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, with a lock that tells it from what a killed run left behind."""
-    while True:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):  # another run took it for a leftover before it was locked
-            if Path(name).stat().st_ino == os.fstat(handle).st_ino:
-                return handle, Path(name)
-        os.close(handle)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of `path` whose writers have died."""
-    for left in path.parent.iterdir() if path.parent.is_dir() else ():
-        if not (left.name.startswith(f".{path.name}.") and left.suffix == ".tmp"):
-            continue
-        with suppress(FileNotFoundError, BlockingIOError):
-            handle = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
-            finally:
-                os.close(handle)
-
-
-@contextmanager
-def disk_full(path: Path) -> Iterator[None]:
-    """Turn what the system refuses while `path` is written into a ShotlessError that says where, and that nothing is lost."""
-    try:
-        with _system_errors():
-            yield
-    except OSError as error:
-        there = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            free = shutil.disk_usage(there).free
-            raise ShotlessError(
-                f"{path}: the disk is full ({free:,} bytes free there), so it was not written; what was written before is whole and stays. "
-                "Make room and run again."
-            ) from error
-        if (said := of_system(error)) is None:
-            raise
-        raise ShotlessError(f"{path}: cannot be written: {said}") from error
-
-
-@contextmanager
-def _system_errors() -> Iterator[None]:
-    """An error of safetensors that stands for one of the system, as an OSError: its message has the number, its attributes nothing."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise (error if number is None else OSError(int(number[1]), str(error))) from error
-
-
-@contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
-    """Be the only run that writes a folder, which is made; a second one waits.
-
-    The folder itself is held: a lock file in it would become part of an artifact. DVC may put another folder in its place.
-    """
-    for turn in range(LOCK_SECONDS * 10):
-        make_folder(folder)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(handle).st_ino == folder.stat().st_ino:
-                    yield
-                    return
-        finally:
-            os.close(handle)
-        if turn == 0:
-            print(f"{folder}: another run is writing it; waiting for its end", file=sys.stderr, flush=True)
-        time.sleep(0.1)
-    raise ShotlessError(f"{folder}: another run has been writing it for {LOCK_SECONDS} s; wait for it, or end it and run again.")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder with its parents, each durable in the one above it."""
-    missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in missing:
-        sync(each.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if path.is_dir() else disk_full(path):  # a file system that cannot sync folders does it on its own
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(folder: Path) -> None:
-    """Make durable what other libraries wrote into a folder: every file, then every folder, its own name last."""
-    for path in sorted(folder.rglob("*"), key=lambda path: (path.is_dir(), path)):
-        sync(path)
-    sync(folder)
-    sync(folder.parent)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file of UTF-8 text."""
+    """Write a file of UTF-8 text, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON that a person can read and that is byte-identical for equal values."""
+    """Write JSON that a person can read; equal values give equal bytes."""
     write_text(json_text(value), path)
 
 
 def json_text(value: Any) -> str:
     """What `write_json` writes."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-class Readable(Protocol):
-    """A path, or what stands for one in a remote store (`pipeline.places`)."""
-
-    def read_text(self, encoding: str) -> str:
-        """The whole file."""
-        ...
-
-
-def read_json(path: Readable) -> Any:
-    """Read a JSON file. Raises NotJsonError where it is none."""
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises CorruptError if it is not JSON, FileNotFoundError if it is absent."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise NotJsonError(f"{path}: not JSON ({error}); run the stage that writes it again.") from None
+        raise CorruptError(f"{path}: not JSON ({error}). Run the stage that writes it again.") from None
 
 
-def write_sealed_json(value: dict[str, Any], path: Path) -> None:
-    """Write a JSON object with the hash of its contents as its last entry."""
-    write_json(value | {SEAL: sha256_json(value)}, path)
+def write_manifest(folder: Path, about: Mapping[str, Any], names: Sequence[str] | None = None) -> None:
+    """Write `folder/manifest.json`: the entries of `about`, then `files` with sha256 and bytes of each file.
 
-
-def read_sealed_json(path: Readable, may_lack_seal: bool = False) -> dict[str, Any]:
-    """A sealed object, without its seal. Raises CorruptError where its contents are not those that were sealed.
-
-    `may_lack_seal` is for files that earlier versions wrote without one and that are kept for long.
+    `names` are the files to list; by default every file below the folder. `about` must not have the key `files`.
     """
-    value = read_json(path)
-    written = value.pop(SEAL, None) if isinstance(value, dict) else None
-    if written is None and may_lack_seal:
-        return value
-    if written is None:
-        raise CorruptError(f"{path}: has no {SEAL}, so it is damaged or of another version; run the stage that writes it again.")
-    if (found := sha256_json(value)) != written:
-        said = f"{path}: its contents have sha256 {found[:12]}…, and were written with {str(written)[:12]}…"
-        raise CorruptError(f"{said}; run the stage that writes it again.")
-    return value
+    paths = [folder / name for name in names] if names is not None else [path for path in folder.rglob("*") if path.is_file()]
+    listed = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(paths)
+        if path.name != MANIFEST
+    }
+    write_json({**about, "files": listed}, folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest. Raises ShotlessError if there is none: the folder is incomplete. Its files are not looked at."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        raise ShotlessError(f"{folder / MANIFEST}: missing, so this folder is not complete. `dvc repro` writes it.") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CorruptError(f"{folder / MANIFEST}: not a manifest. Run the stage that writes it again.")
+    return manifest
+
+
+def file_fault(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with one file that a manifest lists; None if nothing is."""
+    path = folder / name
+    if not path.is_file():
+        return f"{path}: missing"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{path}: {size:,} bytes, its manifest says {entry['bytes']:,}"
+    if (found := sha256_file(path)) != entry["sha256"]:
+        return f"{path}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…"
+    return None
+
+
+def check_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest, after every file in it was compared with its hash. Raises CorruptError naming each file that differs."""
+    manifest = read_manifest(folder)
+    faults = [fault for name, entry in manifest["files"].items() if (fault := file_fault(folder, name, entry))]
+    if faults:
+        raise CorruptError("\n".join(faults) + f"\n{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole.")
+    return manifest
+
+
+@contextmanager
+def one_writer(lock: Path) -> Iterator[None]:
+    """Hold the lock file `lock`, so that a second run waits. Raises ShotlessError after an hour."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=LOCK_SECONDS)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ShotlessError(f"{lock}: another run has held this lock for {LOCK_SECONDS} s. Wait for it, or end it and run again.") from None
+    try:
+        yield
+    finally:
+        held.release()

@@ -1,43 +1,86 @@
-"""Every Parquet schema of the project, in one place. Columns are documented where they are declared.
+"""The shapes that a row takes, and the Parquet schema of each.
 
-Files are zstd-compressed and byte-identical when written again from the same rows. Token ids are 32-bit: vocabularies pass 131,072.
+`Example` (fields, label or none) → `Prompt` (token ids and their hash) → a score (label log-probabilities, token distributions: `SCORES`)
+→ a target (probabilities: `TARGETS`) → a prediction (`PREDICTIONS`). Files are zstd-compressed, and equal rows give equal bytes.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from io import BytesIO
-from itertools import accumulate
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptError, UsageError
-from pipeline.files import replacing
-from pipeline.places import Place, Remote
-from pipeline.sealing import check_seal, write_sealed_table
+from pipeline.files import replacing, sha256_ids, sha256_json
 
-SCHEMA_VERSION = 2
-ROWS_PER_GROUP = 16_384
-"""Rows of a Parquet row group, but in the score cache: what is read at once of a file that is read as it is needed."""
-
+SCHEMA_VERSION = 3
 SLICE = "slice."
-"""Begins the name of a slice's column; no field's does, since a field is an identifier."""
+"""Begins the name of a slice's column. No field's name does, since a field is an identifier."""
 
 
-def examples(fields: Sequence[str], slices: Sequence[str] = ()) -> pa.Schema:
-    """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each.
+@dataclass(frozen=True)
+class Example:
+    """One usable row: the task's input fields, and what else its source says of it."""
 
-    An evaluation set also has the `slices` that its source names, null where a row does not say.
-    """
+    fields: Mapping[str, str]
+    label: str | None = None
+    completion: str | None = None
+    """Its answer in free text, if the source has one."""
+    source: str = ""
+    line: int = 0
+    """1-based line (row, for Parquet) in the source file."""
+    slices: Mapping[str, str | None] = field(default_factory=dict)
+    """Slice → value, None if the row does not say."""
+
+    @cached_property
+    def example_id(self) -> str:
+        """sha256 of the input fields. Label, answer and origin do not count."""
+        return sha256_json(dict(self.fields))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands in a teacher's prompt before the input: an instruction, then demonstrations as (fields, answer)."""
+
+    name: str
+    instruction: str = ""
+    demonstrations: tuple[tuple[Mapping[str, str], str], ...] = ()
+
+    @cached_property
+    def context_id(self) -> str:
+        """sha256 of what it holds; its name does not count."""
+        return sha256_json([self.instruction, [[dict(fields), answer] for fields, answer in self.demonstrations]])
+
+
+NO_CONTEXT = Context("none")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model sees of one example: token ids, and the answer's own ids if it is to score that answer."""
+
+    ids: tuple[int, ...]
+    answer: tuple[int, ...] | None = None
+
+    @cached_property
+    def prompt_sha(self) -> str:
+        """The key of this prompt's score: sha256 of the exact token ids."""
+        return sha256_ids(self.ids) if self.answer is None else sha256_ids(self.ids, self.answer)
+
+
+def examples_schema(fields: Sequence[str], slices: Sequence[str] = ()) -> pa.Schema:
+    """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each."""
     return pa.schema(
         [
-            pa.field("example_id", pa.string(), nullable=False),  # sha256 of the input fields, and of a given answer
-            pa.field("label", pa.string()),  # null in the transfer set: its gold labels never leave the raw data
-            pa.field("completion", pa.string()),  # a given answer in free text; null where the data have none
+            pa.field("example_id", pa.string(), nullable=False),
+            pa.field("label", pa.string()),  # null in the transfer set: gold labels never leave the raw data
+            pa.field("completion", pa.string()),
             pa.field("source", pa.string(), nullable=False),  # name in data.sources
-            pa.field("line", pa.int64(), nullable=False),  # 1-based line (row, for Parquet) in the source file
+            pa.field("line", pa.int64(), nullable=False),
             *(pa.field(name, pa.string(), nullable=False) for name in fields),
             *(pa.field(SLICE + name, pa.string()) for name in slices),
         ]
@@ -46,26 +89,23 @@ def examples(fields: Sequence[str], slices: Sequence[str] = ()) -> pa.Schema:
 
 CONTEXTS = pa.schema(
     [
-        pa.field("context_id", pa.string(), nullable=False),  # sha256 of `text`
+        pa.field("context_id", pa.string(), nullable=False),
         pa.field("name", pa.string(), nullable=False),  # "orders/0"
-        pa.field("text", pa.string(), nullable=False),  # rendered; empty for a zero-shot prompt
-        pa.field("example_ids", pa.list_(pa.string()), nullable=False),  # the demonstrations in their order
-        pa.field("tokens", pa.int32(), nullable=False),  # counted by the tokenizer that the params name
+        pa.field("instruction", pa.string(), nullable=False),
+        pa.field("demonstrations", pa.string(), nullable=False),  # JSON: [[fields, answer], …] in their order
     ]
 )
 
-SCORES = pa.schema(
+# What a model says of a prompt. Logarithms are in nats, over the whole vocabulary. Labels have one answer position, in front of the
+# verbaliser; free text has one for each of its tokens. Columns from `topk_ids` on have a list for each position; the encoding decides which
+# of them hold something (`cache/encodings.py`).
+STORED = pa.schema(
     [
-        pa.field("context_id", pa.string(), nullable=False),
-        pa.field("example_id", pa.string(), nullable=False),
-        pa.field("prompt_sha", pa.string(), nullable=False),  # sha256 of the token ids that the teacher saw
-        pa.field("prompt_tokens", pa.int32(), nullable=False),  # context and query
-        # The answer. Labels: one position, in front of the verbaliser. Free text: one for each of its tokens, in front of that token.
-        pa.field("label_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, summed over a verbaliser's tokens; manifest order
+        pa.field("prompt_sha", pa.string(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("label_logprobs", pa.list_(pa.float32()), nullable=False),  # summed over a verbaliser's tokens; sorted labels
         pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),  # tokens of free text; empty for labels
-        pa.field("completion_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, of each of them
-        # A list for each position; which columns hold something is the encoding's matter (`cache/encodings.py`). Logarithms are in nats,
-        # normalised over the whole vocabulary.
+        pa.field("completion_logprobs", pa.list_(pa.float32()), nullable=False),  # of each of them
         pa.field("topk_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # most probable first
         pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
         pa.field("sampled_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # each stands for tail_mass · count / Σ counts
@@ -73,124 +113,114 @@ SCORES = pa.schema(
         pa.field("sampled_counts", pa.list_(pa.list_(pa.int32())), nullable=False),
         pa.field("full_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),  # by token id
         pa.field("log_z", pa.list_(pa.float32()), nullable=False),  # log-sum-exp of the logits
-        pa.field("tail_mass", pa.list_(pa.float32()), nullable=False),  # probability outside the top k; 0 where all is kept
+        pa.field("tail_mass", pa.list_(pa.float32()), nullable=False),  # probability outside the top k; 0 if all is kept
         pa.field("log_norms", pa.list_(pa.list_(pa.float32())), nullable=False),  # log Σ p^(1/τ) outside the top k, each τ ≠ 1
-        pa.field("entropies", pa.list_(pa.list_(pa.float32())), nullable=False),  # of the whole distribution at τ
-        pa.field("hidden_states", pa.list_(pa.list_(pa.float16())), nullable=False),  # the manifest's hidden layers, one after the other
+        pa.field("entropies", pa.list_(pa.list_(pa.float32())), nullable=False),  # of the whole distribution at each τ
+        pa.field("hidden_states", pa.list_(pa.list_(pa.float16())), nullable=False),  # the kept layers, one after the other
     ]
 )
+"""Rows of the store: found by `prompt_sha` alone."""
+
+KEY = ("context_id", "example_id")
+SCORES = pa.schema([*(pa.field(name, pa.string(), nullable=False) for name in KEY), *STORED])
+"""Rows of a score cache: each context × each example, in that order."""
 
 TARGETS = pa.schema(
     [
         pa.field("example_id", pa.string(), nullable=False),
-        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the labels, in calibration.json's order
-        pa.field("agreement", pa.float32(), nullable=False),  # share of the weight of contexts whose own answer is the target's
+        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the sorted labels
+        pa.field("agreement", pa.float32(), nullable=False),  # share of the contexts' weight whose own answer is the target's
     ]
 )
 
 PREDICTIONS = pa.schema(
     [
         pa.field("set", pa.string(), nullable=False),  # evaluation set
-        pa.field("context_id", pa.string(), nullable=False),  # "" for a student or an ensemble; "seed N" for a student of several seeds
+        pa.field("run", pa.string(), nullable=False),  # a context's name, "seed N" for a student of several seeds, else ""
         pa.field("example_id", pa.string(), nullable=False),
         pa.field("label", pa.string(), nullable=False),  # gold
         pa.field("predicted", pa.string(), nullable=False),
-        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the labels, in the task's order
+        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the sorted labels
     ]
 )
 
-
 ANSWERS = pa.schema(
     [
-        pa.field("set", pa.string(), nullable=False),  # evaluation set
-        pa.field("context_id", pa.string(), nullable=False),  # "" for a prompt without a context
+        pa.field("set", pa.string(), nullable=False),
+        pa.field("run", pa.string(), nullable=False),
         pa.field("example_id", pa.string(), nullable=False),
-        pa.field("label", pa.string()),  # gold, where the set has labels
+        pa.field("label", pa.string()),  # gold, if the set has labels
         pa.field("answer", pa.string(), nullable=False),  # free text
-        pa.field("tokens", pa.int32(), nullable=False),  # of the answer
+        pa.field("tokens", pa.int32(), nullable=False),
     ]
 )
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file, whole or not at all, whose bytes depend on the rows and its name alone; parents are made."""
+    """Write one Parquet file, whole or not at all."""
     with replacing(path) as temporary:
-        write_sealed_table(table, temporary, path, ROWS_PER_GROUP)
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
-def read_table(path: Place, schema: pa.Schema) -> pa.Table:
-    """Read a Parquet file and check its columns against `schema`.
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read the columns of `schema` from a Parquet file.
 
-    Raises UsageError where there is no such file, CorruptError where its bytes are not those that were written, or a column differs.
+    Raises UsageError if there is no such file, CorruptError if it is damaged or a column is missing or of another type.
     """
-    source = _checked(path)
-    with _reading(path):
-        table = pq.read_table(source, page_checksum_verification=True)
-    _check_columns(path, table.schema, schema)
-    return table.select(schema.names).cast(schema)
-
-
-class TableFile:
-    """A Parquet file with `schema`'s columns whose rows are read as they are asked for; memory holds the last row group.
-
-    Raises what `read_table` raises.
-    """
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        _checked(path)
-        self._path, self._schema = path, schema
-        with _reading(path), pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow, schema)
-            groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        self._ends = list(accumulate(groups))
-        self._held: tuple[int, pa.Table] | None = None
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def rows(self, start: int, stop: int) -> pa.Table:
-        """The rows from `start` up to `stop`."""
-        found = [self._schema.empty_table()]
-        for group in range(bisect_right(self._ends, start), len(self._ends)):
-            first = self._ends[group - 1] if group else 0
-            if first >= stop:
-                break
-            found.append(self._group(group)[max(start - first, 0) : stop - first])
-        return pa.concat_tables(found)
-
-    def _group(self, number: int) -> pa.Table:
-        if self._held is None or self._held[0] != number:
-            self._held = None  # frees the old one before the new one is read
-            with _reading(self._path), pq.ParquetFile(self._path, page_checksum_verification=True) as file:
-                self._held = number, file.read_row_group(number, self._schema.names).select(self._schema.names).cast(self._schema)
-        return self._held[1]
-
-
-def _checked(path: Place) -> Path | pa.BufferReader:
-    """What to read of a file that is there and holds what was written: of a remote one its bytes, which are fetched once."""
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; `dvc repro` runs the stage that writes it.")
-    if isinstance(path, Remote):
-        data = path.read_bytes()
-        check_seal(BytesIO(data), path)
-        return pa.BufferReader(data)
-    with path.open("rb") as file:
-        check_seal(file, path)
-    return path
-
-
-@contextmanager
-def _reading(path: Place) -> Iterator[None]:
+        raise UsageError(f"{path}: no such file. `dvc repro` runs the stage that writes it.")
     try:
-        yield
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for column in schema:
+                place = file.schema_arrow.get_field_index(column.name)
+                found = None if place < 0 else file.schema_arrow.field(place).type
+                if found != column.type:
+                    raise CorruptError(f"{path}: column {column.name!r} is {found or 'missing'}, expected {column.type}. Write it again.")
+            return file.read(schema.names).cast(schema)
     except (OSError, pa.ArrowException) as error:
-        raise CorruptError(f"{path}: not readable as Parquet: {error}; run the stage that writes it again.") from error
+        raise CorruptError(f"{path}: not readable as Parquet: {error}. Run the stage that writes it again.") from error
 
 
-def _check_columns(path: Place, found: pa.Schema, schema: pa.Schema) -> None:
-    for field in schema:
-        if field.name not in found.names:
-            raise CorruptError(f"{path}: no column {field.name!r}; written by another version? Run the stage that writes it again.")
-        if found.field(field.name).type != field.type:
-            kind = found.field(field.name).type
-            raise CorruptError(f"{path}: column {field.name!r} is {kind}, expected {field.type}; run the stage that writes it again.")
+def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Path, slices: Sequence[str] = ()) -> None:
+    """Write examples as a Parquet file of `examples_schema(fields, slices)`."""
+    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in examples] for name in ("example_id", "label", "completion", "source", "line")}
+    columns |= {name: [e.fields[name] for e in examples] for name in fields}
+    columns |= {SLICE + name: [e.slices[name] for e in examples] for name in slices}
+    write_table(pa.table(columns, schema=examples_schema(fields, slices)), path)
+
+
+def read_examples(path: Path, fields: Sequence[str], slices: Sequence[str] = ()) -> list[Example]:
+    """Examples of a file that `write_examples` wrote."""
+    return [
+        Example(
+            {name: row[name] for name in fields},
+            row["label"],
+            row["completion"],
+            row["source"],
+            row["line"],
+            {name: row[SLICE + name] for name in slices},
+        )
+        for row in read_table(path, examples_schema(fields, slices)).to_pylist()
+    ]
+
+
+def write_contexts(contexts: Iterable[Context], path: Path) -> None:
+    """Write a list of contexts."""
+    rows = [
+        {
+            "context_id": context.context_id,
+            "name": context.name,
+            "instruction": context.instruction,
+            "demonstrations": json.dumps([[dict(fields), answer] for fields, answer in context.demonstrations], ensure_ascii=False),
+        }
+        for context in contexts
+    ]
+    write_table(pa.Table.from_pylist(rows, schema=CONTEXTS), path)
+
+
+def read_contexts(path: Path) -> list[Context]:
+    """The contexts of a file that `write_contexts` wrote."""
+    return [
+        Context(row["name"], row["instruction"], tuple((fields, answer) for fields, answer in json.loads(row["demonstrations"])))
+        for row in read_table(path, CONTEXTS).to_pylist()
+    ]

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.params import load_params
-from pipeline.work import work_folder
-from stages._command import run
+from pipeline.params import resolved_params
+from pipeline.files import work_folder
+from stages import run
 
 
 def main(name: str) -> None:
     """Evaluate one method."""
-    evaluate(name, load_params(), Path("artifacts"), Path("metrics"), work_folder())
+    evaluate(name, resolved_params(), Path("artifacts"), Path("metrics"), work_folder())
 
 
 if __name__ == "__main__":

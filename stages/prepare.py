@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from pipeline.data.prepare import prepare
-from pipeline.params import load_params
-from stages._command import run
+from pipeline.params import resolved_params
+from stages import run
 
 
 def main() -> None:
     """Write artifacts/data and metrics/prepare.json."""
-    prepare(load_params(), Path("artifacts"), Path("metrics/prepare.json"))
+    prepare(resolved_params(), Path("artifacts"), Path("metrics/prepare.json"))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pipeline.params import load_params
+from pipeline.params import resolved_params
 from pipeline.report.build import build_report
-from stages._command import run
+from stages import run
 
 
 def main() -> None:
     """Write report/index.html, report/metrics.json and a model card in each student's folder."""
-    build_report(load_params(), Path())
+    build_report(resolved_params(), Path())
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@
 
 from pathlib import Path
 
-from pipeline.params import load_params, pick
-from pipeline.student.processes import joined
-from pipeline.student.runs import Places, train_student
-from pipeline.tasks import Task
-from pipeline.work import work_folder
-from stages._command import run
+from pipeline.params import resolved_params, pick
+from pipeline.students.processes import joined
+from pipeline.students.runs import Places, train_student
+from pipeline.task import Task
+from pipeline.files import work_folder
+from stages import run
 
 
 def main(name: str) -> None:
     """Train one student."""
-    params = load_params()
+    params = resolved_params()
     places = Places(Path("artifacts"), Path("metrics"), work_folder())
     student = pick("students", params.students, name)
     with joined() as processes:

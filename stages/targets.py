@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from pipeline.params import load_params, pick
+from pipeline.params import resolved_params, pick
 from pipeline.schema import examples, read_table
 from pipeline.targets.build import build_targets
-from pipeline.tasks import Task
-from stages._command import run
+from pipeline.task import Task
+from stages import run
 
 
 def main(name: str) -> None:
     """Build one target set."""
-    params = load_params()
+    params = resolved_params()
     settings = pick("targets", params.targets, name)
     task = Task(params.task)
     artifacts = Path("artifacts")

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from pipeline.params import load_params, pick
-from pipeline.tasks import Task
-from pipeline.teacher.capture import capture
-from pipeline.work import work_folder
-from stages._command import run
+from pipeline.params import resolved_params, pick
+from pipeline.task import Task
+from pipeline.teachers.capture import capture
+from pipeline.files import work_folder
+from stages import run
 
 
 def main(name: str) -> None:
     """Capture one teacher."""
-    params = load_params()
+    params = resolved_params()
     teacher = pick("teachers", params.teachers, name)
     artifacts, task = Path("artifacts"), Task(params.task)
     capture(

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from pipeline.params import load_params, pick
-from pipeline.student.runs import Places, tune_teacher
-from pipeline.tasks import Task
-from pipeline.work import work_folder
-from stages._command import run
+from pipeline.params import resolved_params, pick
+from pipeline.students.runs import Places, tune_teacher
+from pipeline.task import Task
+from pipeline.files import work_folder
+from stages import run
 
 
 def main(name: str) -> None:
     """Tune one teacher."""
-    params = load_params()
+    params = resolved_params()
     places = Places(Path("artifacts"), Path("metrics"), work_folder())
     tune_teacher(name, pick("tunings", params.tunings, name), Task(params.task), places, params.runtime.threads)
 

@@ -18,7 +18,7 @@ from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.provenance import identity_entries
 from pipeline.params import TaskParams
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 TEMPLATE = "Review: {text}\nSentiment:"
 VERBALISERS = {"negative": " bad", "positive": " good"}

@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.errors import MismatchError
-from pipeline.hashing import sha256_json
+from pipeline.files import sha256_json
 from pipeline.models.identity import check_fetched, tokenizer_sha256, weights_sha256
 from pipeline.params import CacheParams
 from pipeline.places import Place
 from pipeline.schema import SCHEMA_VERSION
-from pipeline.tasks import TaskTokens
+from pipeline.task import TaskTokens
 
 ENGINE_VERSION = 2
 """Raised when the engines' numbers change by more than rounding: old rows are then scored again."""

@@ -16,7 +16,7 @@ from pipeline.cache.fingerprint import Fingerprint
 from pipeline.cache.rows import MOST_ROWS, pieces_of, ranges_of, read_rows, rows_per_shard, with_pieces, write_rows
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.files import json_text, one_writer, read_json, remove_leftovers
-from pipeline.hashing import sha256_bytes, sha256_file, sha256_json
+from pipeline.files import sha256_bytes, sha256_file, sha256_json
 from pipeline.places import Place, Remote, write_bytes
 from pipeline.schema import SCHEMA_VERSION, SCORES
 

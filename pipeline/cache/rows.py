@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.cache.fingerprint import Fingerprint
 from pipeline.errors import CorruptError
 from pipeline.files import replacing
-from pipeline.hashing import sha256_bytes
+from pipeline.files import sha256_bytes
 from pipeline.places import Place, Remote, write_bytes
 
 MOST_ROWS = 16_384

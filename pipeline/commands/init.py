@@ -92,7 +92,7 @@ def _pairs(entries: list[str], option: str) -> dict[str, str]:
 
 def _column(path: Path, form: Any, column: str) -> list[Any]:
     from pipeline.data.readers import Row, read_rows
-    from pipeline.fields import MISSING
+    from pipeline.data.fields import MISSING
 
     values = [read.values[0] for read in read_rows(path, form, [column]) if isinstance(read, Row)]
     return [None if value is MISSING else value for value in values]
@@ -111,7 +111,7 @@ def _base() -> dict[str, Any]:
 def _check_files(params: Params) -> dict[str, list[Any]]:
     """Examples of each source, read as `prepare` will. Raises UsageError where too many rows are bad; prints what was found."""
     from pipeline.data.examples import check_limit, read_source
-    from pipeline.tasks import Task
+    from pipeline.task import Task
 
     found = {}
     for name, source in params.data.sources.items():
@@ -143,7 +143,7 @@ def _print_cost(params: Params, found: dict[str, list[Any]]) -> None:
 
     from pipeline.commands.students import quiet_libraries
     from pipeline.setup.estimate import peak_bytes, stage_count, token_work, total_seconds, try_rows
-    from pipeline.tasks import Task
+    from pipeline.task import Task
 
     quiet_libraries()
     task = Task(params.task)

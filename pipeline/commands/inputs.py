@@ -7,8 +7,8 @@ from typing import cast
 
 from pipeline.data.readers import BadRow, BlankLine, Format, MissingColumnError, Row, read_rows
 from pipeline.errors import UsageError, choices
-from pipeline.fields import MISSING
-from pipeline.prediction_log import is_log_record
+from pipeline.data.fields import MISSING
+from pipeline.serving.log import is_log_record
 from pipeline.serving.stream import Item
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}

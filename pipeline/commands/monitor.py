@@ -7,7 +7,7 @@ import typer
 
 from pipeline.commands.students import quiet_libraries, student_folder
 from pipeline.errors import UsageError, choices
-from pipeline.memory import peak_rss_bytes
+from pipeline.models.memory import peak_rss_bytes
 from pipeline.params import MonitorParams, Params, load_params
 
 LEAST_ROWS = 20
@@ -91,9 +91,9 @@ def _new_sample(
 
 def _reference_sample(predictor: Any, reference: str | None, mapped: list[str], settings: MonitorParams) -> tuple[str, Any]:
     """Where the reference is from, and its sample: kept under the work folder from its first use on."""
-    from pipeline.hashing import sha256_file
+    from pipeline.files import sha256_file
     from pipeline.monitor.sample import read_reference, reference_file, write_reference
-    from pipeline.work import work_folder
+    from pipeline.files import work_folder
 
     source = reference or str(TRANSFER)
     if not Path(source).is_file():

@@ -27,7 +27,7 @@ def predict(
     quiet_libraries()
 
     from pipeline.commands.inputs import columns_of, format_of, read_items
-    from pipeline.prediction_log import PredictionLog
+    from pipeline.serving.log import PredictionLog
     from pipeline.serving.outputs import OutputFormat, answer_json, check_kept, writing
     from pipeline.serving.predictor import Predictor
     from pipeline.serving.stream import predict_stream

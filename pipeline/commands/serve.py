@@ -29,7 +29,7 @@ def serve(
 
     import uvicorn
 
-    from pipeline.prediction_log import PredictionLog
+    from pipeline.serving.log import PredictionLog
     from pipeline.serving.deadline import with_deadline
     from pipeline.serving.predictor import Predictor
     from pipeline.serving.server import Limits, make_app

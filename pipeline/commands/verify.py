@@ -99,9 +99,9 @@ class _Case:
         from pipeline.cache.fingerprint import fingerprint_of
         from pipeline.cache.keys import Request
         from pipeline.models.loading import check_folder, load_tokenizer
-        from pipeline.tasks import Task, TaskTokens
-        from pipeline.teacher.capture import asked
-        from pipeline.teacher.transfer import Joined
+        from pipeline.task import Task, TaskTokens
+        from pipeline.teachers.capture import asked
+        from pipeline.teachers.transfer import Joined
 
         self.notes, task = [], Task(self.params.task)
         try:
@@ -146,11 +146,11 @@ class _Case:
 
     def repair(self) -> None:
         """Give the store what intact shards hold, then capture: that scores the rows that neither has, and writes all shards again."""
-        from pipeline.engine.scorer import Scorer
+        from pipeline.teachers.scorer import Scorer
         from pipeline.files import write_sealed_json
-        from pipeline.tasks import Task
-        from pipeline.teacher.capture import capture
-        from pipeline.work import work_folder
+        from pipeline.task import Task
+        from pipeline.teachers.capture import capture
+        from pipeline.files import work_folder
 
         if not isinstance(self.folder, Path):
             raise UsageError(f"{self.folder}: --repair writes under {ARTIFACTS}; repair the cache there, then copy it to the URL.")
@@ -197,7 +197,7 @@ def _check_stores(cases: list[_Case], set_aside: bool = False) -> list[str]:
     from pipeline.cache.keys import KeyIndex
     from pipeline.cache.store import Store
     from pipeline.files import read_json
-    from pipeline.work import work_folder
+    from pipeline.files import work_folder
 
     faults = []
     for folder in sorted(work_folder().glob("scores/*")):
@@ -229,7 +229,7 @@ def _check_stores(cases: list[_Case], set_aside: bool = False) -> list[str]:
 def _of_another_version(folder: Path) -> bool:
     """Whether a store was left by another version of this project, which no present fingerprint leads to."""
     from pipeline.files import read_json
-    from pipeline.hashing import sha256_json
+    from pipeline.files import sha256_json
 
     try:
         return sha256_json(read_json(folder / "fingerprint.json"))[:32] == folder.name  # whole, and this version cannot read it

@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from pipeline.data.examples import Example
 from pipeline.errors import UsageError
-from pipeline.hashing import context_id, sha256_text
+from pipeline.files import context_id, sha256_text
 from pipeline.params import ContextParams
 from pipeline.schema import CONTEXTS
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 BYTES_PER_TOKEN_AT_LEAST = 0.5
 """A token stands for a byte or more; half allows for a tokenizer whose normaliser makes texts longer."""

@@ -15,10 +15,10 @@ from typing import Any
 from pipeline.data.quarantine import Quarantined, shorten
 from pipeline.data.readers import BadRow, BlankLine, MissingColumnError, json_keys, read_rows
 from pipeline.errors import UsageError, choices
-from pipeline.fields import MISSING, BadValueError, field_text
-from pipeline.hashing import example_id
+from pipeline.data.fields import MISSING, BadValueError, field_text
+from pipeline.files import example_id
 from pipeline.params import LabelRule, SourceParams
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 BAD_ROWS_SHOWN = 5
 

@@ -16,7 +16,7 @@ from pipeline.data.local import RECORD, copy_model, local_faults, local_path, lo
 from pipeline.data.releases import download_release
 from pipeline.errors import UsageError
 from pipeline.files import make_folder, one_writer, read_json, sync, sync_tree, write_json
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.params import HubOrigin, LocalOrigin, Origin, Params, PypiOrigin
 
 SCRATCH = ".fetch-"

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.errors import UsageError
-from pipeline.hashing import sha256_file, sha256_json
+from pipeline.files import sha256_file, sha256_json
 from pipeline.params import LocalOrigin
 
 RECORD = "source.json"

@@ -20,11 +20,11 @@ from pipeline.data.quarantine import write_quarantine
 from pipeline.data.roles import Roles, assign
 from pipeline.errors import CorruptError, ShotlessError, UsageError
 from pipeline.files import one_writer, read_json, write_json
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.params import DataParams, Params
 from pipeline.schema import SLICE, read_table, write_table
 from pipeline.schema import examples as examples_schema
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 
 def prepare(params: Params, artifacts: Path, metrics: Path) -> None:

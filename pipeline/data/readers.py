@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError, choices
-from pipeline.fields import MISSING
+from pipeline.data.fields import MISSING
 
 
 @dataclass(frozen=True, slots=True)

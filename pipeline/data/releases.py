@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from pipeline.errors import UsageError
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.params import PypiOrigin
 
 

@@ -14,7 +14,7 @@ from pipeline.data.examples import Example, SourceExamples
 from pipeline.data.leaks import find_copies
 from pipeline.data.quarantine import Quarantined
 from pipeline.errors import UsageError
-from pipeline.hashing import sha256_text
+from pipeline.files import sha256_text
 from pipeline.params import DataParams
 
 Hit = tuple[Example, str, Example, float]

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.engine.scorer import Query, Scorer
-from pipeline.engine.scores import LABELS_ALONE
+from pipeline.teachers.scorer import Query, Scorer
+from pipeline.teachers.scores import LABELS_ALONE
 from pipeline.evaluation.predict import Rows, read_sets
-from pipeline.hashing import context_id
+from pipeline.files import context_id
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.provenance import check_provenance
 from pipeline.params import Params, TaskParams
 from pipeline.schema import ANSWERS, CONTEXTS, read_table
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 COLUMNS = ["context_id", "example_id", "completion_ids"]
 

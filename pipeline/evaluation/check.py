@@ -11,21 +11,21 @@ from typing import Any, cast
 import numpy as np
 import polars as pl
 
-from pipeline.engine.scorer import Query, Scorer
-from pipeline.engine.scores import LABELS_ALONE
-from pipeline.ensemble import normalised
+from pipeline.teachers.scorer import Query, Scorer
+from pipeline.teachers.scores import LABELS_ALONE
+from pipeline.targets.calibration import normalised
 from pipeline.evaluation.attribution import attribute, disagreements
 from pipeline.evaluation.detail import membership
 from pipeline.evaluation.flips import Answered, Ask, Fields, flips
 from pipeline.evaluation.gaps import by_confidence, gaps
 from pipeline.evaluation.predict import Rows, read_sets
 from pipeline.files import write_json
-from pipeline.hashing import example_id
-from pipeline.metrics import check_probabilities, example_scores, frames, rounded
+from pipeline.files import example_id
+from pipeline.evaluation.metrics import check_probabilities, example_scores, frames, rounded
 from pipeline.models.provenance import check_provenance
 from pipeline.params import Params, pick
 from pipeline.schema import PREDICTIONS, read_table
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 
 def check_student(name: str, params: Params, artifacts: Path, output: Path, work: Path) -> None:

@@ -17,9 +17,9 @@ import pyarrow as pa
 from scipy.special import rel_entr
 from scipy.stats import binomtest
 
-from pipeline import answers
+from pipeline.evaluation import judging as answers
 from pipeline.files import write_json
-from pipeline.metrics import agreement, check_probabilities, compare, example_scores, frames, mean_interval, rounded
+from pipeline.evaluation.metrics import agreement, check_probabilities, compare, example_scores, frames, mean_interval, rounded
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, PREDICTIONS, read_table
 

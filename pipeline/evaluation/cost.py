@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.engine.batches import token_budget
-from pipeline.engine.choice import choose_engine
-from pipeline.engine.scores import Reading
+from pipeline.teachers.batches import token_budget
+from pipeline.teachers.choice import choose_engine
+from pipeline.teachers.scores import Reading
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.files import read_json, read_sealed_json, write_json, write_sealed_json
-from pipeline.hashing import sha256_json
-from pipeline.memory import peak_rss_bytes
+from pipeline.files import sha256_json
+from pipeline.models.memory import peak_rss_bytes
 from pipeline.models.loading import load_model, parameter_counts
 from pipeline.models.machine import memory_bytes, use_machine
 

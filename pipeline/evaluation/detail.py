@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.metrics import ECE_BINS, check_probabilities, confidence_bins, example_scores, frames, mean_interval, rounded
+from pipeline.evaluation.metrics import ECE_BINS, check_probabilities, confidence_bins, example_scores, frames, mean_interval, rounded
 from pipeline.schema import SLICE
 
 LENGTHS = ("short", "middle", "long")

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.answers import judge
-from pipeline.answers import summary as summary_of_answers
+from pipeline.evaluation.judging import judge
+from pipeline.evaluation.judging import summary as summary_of_answers
 from pipeline.evaluation.answers import answer_sets
 from pipeline.evaluation.cost import measure
 from pipeline.evaluation.detail import detail, membership
 from pipeline.evaluation.jobs import Inputs, baseline_job, by_demonstrations, student_job
 from pipeline.evaluation.predict import predict_baseline, predict_student, read_sets
 from pipeline.files import read_sealed_json, write_json
-from pipeline.hashing import sha256_file
-from pipeline.metrics import evaluate_predictions, summary
+from pipeline.files import sha256_file
+from pipeline.evaluation.metrics import evaluate_predictions, summary
 from pipeline.params import Params, pick
 from pipeline.schema import write_table
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 
 def evaluate(name: str, params: Params, artifacts: Path, metrics: Path, work: Path) -> None:

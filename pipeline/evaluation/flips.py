@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 from pipeline.evaluation.swaps import SWAPS, Swap, swap_fields
-from pipeline.hashing import example_id
+from pipeline.files import example_id
 
 Fields = Mapping[str, str]
 Ask = Callable[[Sequence[Fields]], npt.NDArray[np.float64]]

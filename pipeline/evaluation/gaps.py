@@ -14,7 +14,7 @@ from scipy.stats import chi2_contingency
 
 from pipeline.evaluation.compare import significant
 from pipeline.evaluation.detail import DOMAIN_SLICES, slice_rows
-from pipeline.metrics import confidence_bins, rounded
+from pipeline.evaluation.metrics import confidence_bins, rounded
 
 SMALLEST_SLICE = 20
 CONFIDENCE_BINS = 10

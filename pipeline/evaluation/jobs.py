@@ -16,7 +16,7 @@ from pipeline.evaluation.predict import Rows, teacher_contexts
 from pipeline.models.identity import weights_sha256
 from pipeline.models.loading import context_limit, load_tokenizer
 from pipeline.schema import examples, read_table
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 THROUGHPUT_EXAMPLES = 64
 FIGURES = ("prompt_tokens", "latency_ms", "latency_p95_ms", "peak_rss_bytes", "throughput")

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.engine.scorer import Query, Scorer
-from pipeline.engine.scores import LABELS_ALONE
-from pipeline.ensemble import Combination, normalised
+from pipeline.teachers.scorer import Query, Scorer
+from pipeline.teachers.scores import LABELS_ALONE
+from pipeline.targets.calibration import Combination, normalised
 from pipeline.errors import MismatchError, UsageError
-from pipeline.hashing import context_id
+from pipeline.files import context_id
 from pipeline.models.provenance import check_provenance
 from pipeline.params import CacheParams
 from pipeline.schema import CONTEXTS, PREDICTIONS, examples, read_table
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 Rows = list[dict[str, Any]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.errors import CorruptError
 from pipeline.files import read_json, write_json
-from pipeline.hashing import sha256_file, sha256_json, sha256_text
+from pipeline.files import sha256_file, sha256_json, sha256_text
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")

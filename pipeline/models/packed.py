@@ -5,7 +5,7 @@ and the shared context (`pipeline.models.attention`).
 
 It plugs into transformers' public `AttentionInterface`, so every architecture that uses it and takes `position_ids` fits; what it cannot
 do (sliding windows shorter than the prompt, attention sinks, soft-capped scores) raises `UnsupportedModelError`. The trade-off: it
-trusts nothing, and `pipeline.engine.choice` compares it with the plain forward before use.
+trusts nothing, and `pipeline.teachers.choice` compares it with the plain forward before use.
 
 The last layer runs on answer positions alone: its keys and values are recorded on all rows, by leaving the layer as soon as its
 attention is reached, and the layer is then run on the rows that are asked for. A context is read in chunks, so that a long one needs no
@@ -128,7 +128,7 @@ class PackedModel:
         self.answers_only = answers_only
         self.layers = decoder_layers(model)
         self.first_layer = 0
-        """Layers below are passed by: whoever sets this gives the states that enter it (`pipeline.student.frozen`)."""
+        """Layers below are passed by: whoever sets this gives the states that enter it (`pipeline.students.frozen`)."""
         try:
             model.set_attn_implementation(ATTENTION)
         except ValueError as error:

@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import read_sealed_json
-from pipeline.hashing import sha256_json
+from pipeline.files import sha256_json
 from pipeline.models.identity import tokenizer_sha256, weights_sha256
 from pipeline.params import CompletionParams, TaskParams
-from pipeline.tasks import TaskTokens
+from pipeline.task import TaskTokens
 
 FILE = "provenance.json"
 TASK_KEYS = ("template", "verbalisers", "labels")

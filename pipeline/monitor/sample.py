@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.hashing import sha256_json, sha256_text
+from pipeline.files import sha256_json, sha256_text
 from pipeline.schema import read_table, write_table
 
 Floats = npt.NDArray[np.float64]

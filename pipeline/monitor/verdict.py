@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.metrics import rounded
+from pipeline.evaluation.metrics import rounded
 from pipeline.monitor.drift import Outcome
 from pipeline.monitor.kpis import Memory
 from pipeline.monitor.sample import Sample

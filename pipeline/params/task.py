@@ -1,12 +1,31 @@
-"""What is asked of the model: template, verbalisers, or the form of an answer in free text."""
+"""What is asked of the model: template and verbalisers, or the form of an answer in free text; and what all params share."""
 
+import re
 import string
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.base import Frozen
+
+SLUG = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+def _slug(name: str) -> str:
+    if not SLUG.fullmatch(name):
+        raise ValueError(f"{name!r} is not a name of small letters, digits, '-' and '_', as DVC stages need")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_slug)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about keys and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
 
 RESERVED_FIELDS = frozenset({"example_id", "label", "completion", "source", "line"})
 
@@ -22,16 +41,16 @@ class FormParams(Frozen):
     @model_validator(mode="after")
     def _label_is_a_choice(self) -> Self:
         if self.label is not None and not self.keys.get(self.label):
-            raise ValueError(f"label: {self.label!r} is no key with listed values; `keys` has {choices(self.keys)}")
+            raise ValueError(f"label: {self.label!r} is not a key with listed values; `keys` has {choices(self.keys)}")
         return self
 
 
 class CompletionParams(Frozen):
-    """Free text as an answer, where no verbalisers are given."""
+    """Free text as an answer, in place of verbalisers."""
 
-    source: Literal["generated", "given", "text"] = "generated"
-    """Written by the teacher in its context, or read from the data (`data.sources.*.completion`). `text`, the input's own tokens, is what a
-    teacher with `reads: texts` is asked; a task is not."""
+    source: Literal["generated", "given", "input"] = "generated"
+    """Written by the teacher in its context, or read from the data (`data.sources.*.completion`). `input`, the input's own tokens, is what a
+    teacher with `scores: input_tokens` is asked; a task cannot be."""
     max_tokens: PositiveInt = 64
     stop: tuple[str, ...] = Field(default=("\n",), min_length=1, strict=False)
     """An answer ends with the token that completes one of these texts; the token belongs to it."""
@@ -50,7 +69,7 @@ class TaskParams(Frozen):
     template: str
     """The query; `{field}` stands for an input field. It ends where the answer begins."""
     verbalisers: dict[str, str] = Field(default={})
-    """Label → the text that stands for it, with its leading space where one belongs."""
+    """Label → the text that stands for it, with its leading space if one belongs there. The order does not matter."""
     completion: CompletionParams | None = None
     """Free answers instead of labels."""
     separator: str = "\n\n"
@@ -73,16 +92,14 @@ class TaskParams(Frozen):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels that examples have: of the verbalisers, or the values of a form's label key; none where answers are free text."""
+        """The labels that examples have, sorted: of the verbalisers, or the values of a form's label key; none if answers are free text."""
         form = self.completion.form if self.completion is not None else None
-        if form is not None and form.label is not None:
-            return form.keys[form.label]
-        return tuple(self.verbalisers)
+        return tuple(sorted(form.keys[form.label] if form is not None and form.label is not None else self.verbalisers))
 
     @model_validator(mode="after")
     def _one_kind_of_answer(self) -> Self:
-        if self.completion is not None and self.completion.source == "text":
-            raise ValueError("completion.source: `text` is for teachers with `reads: texts`; a task's answers are generated or given")
+        if self.completion is not None and self.completion.source == "input":
+            raise ValueError("completion.source: `input` is for teachers with `scores: input_tokens`; a task's answers are generated or given")
         if self.completion is None and len(self.verbalisers) < 2:
             raise ValueError(f"verbalisers: {len(self.verbalisers)} given, and a task needs two or more, or `completion` for free answers")
         if self.completion is not None and self.verbalisers:

@@ -1,15 +1,15 @@
 """The report of a task whose answers are free text: how many are well formed, right, and say what the teacher's say; and some of them.
 
 There are no probabilities of labels, hence no calibration, reliability or confusion; what both kinds of task have (training, data,
-identity) comes from the same sections. Every number is computed from `artifacts/predictions/` by `pipeline.answers`.
+identity) comes from the same sections. Every number is computed from `artifacts/predictions/` by `pipeline.evaluation.judging`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import answers
-from pipeline.hashing import sha256_text
+from pipeline.evaluation import judging as answers
+from pipeline.files import sha256_text
 from pipeline.report import sections
 from pipeline.report.cells import Cell, Rows, Table
 from pipeline.report.collect import Inputs, Json
@@ -17,7 +17,7 @@ from pipeline.report.describe import root_model
 from pipeline.report.disagreements import shortened
 from pipeline.report.sections import Builder, Section, View
 from pipeline.report.templating import make_environment
-from pipeline.wording import DASH, percent, plural, quantity, span
+from pipeline.report.formatting import DASH, percent, plural, quantity, span
 
 SAMPLES = 12
 

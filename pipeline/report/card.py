@@ -15,7 +15,7 @@ from pipeline.report.collect import Inputs, Json
 from pipeline.report.describe import about, beside, context_sizes, gold_weight, layers, root_model
 from pipeline.report.slices import weakest
 from pipeline.report.templating import make_environment
-from pipeline.wording import compact, percent, plural, quantity, scaled, span
+from pipeline.report.formatting import compact, percent, plural, quantity, scaled, span
 
 
 def render_card(document: Json, inputs: Inputs, student: str) -> str:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from pipeline.report.collect import Json
 from pipeline.report.drawing import data, lowest, names, percent_scale, short, svg, ticks
-from pipeline.wording import percent
+from pipeline.report.formatting import percent
 
 WIDTH = 150
 ROW = 21

@@ -17,7 +17,7 @@ from polars.exceptions import PolarsError
 
 from pipeline import schema
 from pipeline.errors import CorruptError, UsageError
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.params import Params
 
 Json = dict[str, Any]

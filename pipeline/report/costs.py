@@ -2,7 +2,7 @@
 
 from pipeline.report.cells import Cell, Rows, Table, as_float
 from pipeline.report.collect import Inputs, Json
-from pipeline.wording import DASH, quantity, scaled
+from pipeline.report.formatting import DASH, quantity, scaled
 
 
 def cost(document: Json, inputs: Inputs) -> Table:

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.report.collect import Inputs, Json
-from pipeline.wording import percent
+from pipeline.report.formatting import percent
 
 LONGEST_TEXT = 320
 STRONGEST_WORDS = 4

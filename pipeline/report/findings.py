@@ -6,7 +6,7 @@ out zero. A sentence whose numbers are missing is left out. Names stand in backt
 
 from pipeline.report.collect import Json
 from pipeline.report.document import best, comparison_of, sets_of
-from pipeline.wording import listed, percent, points, scaled, span
+from pipeline.report.formatting import listed, percent, points, scaled, span
 
 ONE_LABEL_SHARE = 0.9
 MAX_RIVALS = 3

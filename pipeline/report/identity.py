@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.hashing import sha256_json
+from pipeline.files import sha256_json
 from pipeline.params import Params
 from pipeline.report.collect import Inputs, Json
 

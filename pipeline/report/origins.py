@@ -3,7 +3,7 @@
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table, as_float
 from pipeline.report.collect import Inputs, Json
 from pipeline.report.describe import beside, calibrated, gold_weight, layers
-from pipeline.wording import DASH, compact, percent, quantity, scaled
+from pipeline.report.formatting import DASH, compact, percent, quantity, scaled
 
 
 def students(inputs: Inputs) -> Table:

@@ -9,7 +9,7 @@ from pipeline.report.collect import Inputs, Json
 from pipeline.report.describe import beside, context_sizes, root_model
 from pipeline.report.sections import SECTIONS, View
 from pipeline.report.templating import make_environment
-from pipeline.wording import listed, plural, scaled
+from pipeline.report.formatting import listed, plural, scaled
 
 
 def render_page(document: Json, inputs: Inputs) -> str:

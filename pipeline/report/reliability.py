@@ -10,7 +10,7 @@ from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table
 from pipeline.report.collect import Json
 from pipeline.report.document import sets_of
 from pipeline.report.drawing import data, svg, ticks
-from pipeline.wording import percent
+from pipeline.report.formatting import percent
 
 SIZE = 190
 MOST_LABELS = 12

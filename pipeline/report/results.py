@@ -6,7 +6,7 @@ from pipeline.report.cells import DOMAIN_TITLE, Cell, Mark, Rows, Table
 from pipeline.report.collect import Inputs, Json
 from pipeline.report.describe import about, layers
 from pipeline.report.document import best, comparison_of, sets_of
-from pipeline.wording import DASH, percent, plural, points, scaled, span
+from pipeline.report.formatting import DASH, percent, plural, points, scaled, span
 
 
 def headline(document: Json, inputs: Inputs) -> Table:

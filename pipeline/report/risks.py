@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table, as_float
 from pipeline.report.collect import Json
-from pipeline.wording import DASH, percent, plural, points, quantity, span
+from pipeline.report.formatting import DASH, percent, plural, points, quantity, span
 
 EXAMPLES = 3
 """Flipped texts shown of each student."""

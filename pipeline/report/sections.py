@@ -18,7 +18,7 @@ from pipeline.report.disagreements import attributions, disagreements, voters
 from pipeline.report.document import ranked_students
 from pipeline.report.findings import findings
 from pipeline.report.identity import identity, params_text
-from pipeline.wording import listed, plural
+from pipeline.report.formatting import listed, plural
 
 MAX_CURVES = 12
 STUDENTS_COMPARED = 3

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.report.cells import DOMAIN_TITLE, Cell, Rows, Table
 from pipeline.report.collect import Json
-from pipeline.wording import DASH, percent, quantity, span
+from pipeline.report.formatting import DASH, percent, quantity, span
 
 MOST_ROWS = 40
 DIMENSIONS = {"label": "By gold label", "length": "By length, in thirds of each set"}

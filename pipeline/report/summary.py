@@ -11,7 +11,7 @@ from pipeline.errors import CorruptError, UsageError
 from pipeline.report.answers import mean_agreement, mean_over_sets
 from pipeline.report.collect import Json
 from pipeline.report.document import best, sets_of
-from pipeline.wording import percent
+from pipeline.report.formatting import percent
 
 WIDTH = 100
 GAP = 3

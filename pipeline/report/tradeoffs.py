@@ -13,7 +13,7 @@ from markupsafe import Markup
 from pipeline.report.collect import Json
 from pipeline.report.document import sets_of
 from pipeline.report.drawing import data, lowest, percent_scale, svg, ticks
-from pipeline.wording import percent, quantity, scaled
+from pipeline.report.formatting import percent, quantity, scaled
 
 WIDTH, HEIGHT = 270, 215
 LETTER, LINE = 6.6, 14

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.engine.batches import token_budget
-from pipeline.engine.choice import EngineChoice, choose_engine
-from pipeline.engine.scores import Reading
-from pipeline.ensemble import normalised
+from pipeline.teachers.batches import token_budget
+from pipeline.teachers.choice import EngineChoice, choose_engine
+from pipeline.teachers.scores import Reading
+from pipeline.targets.calibration import normalised
 from pipeline.errors import UsageError
-from pipeline.fields import MISSING, BadValueError, field_text
+from pipeline.data.fields import MISSING, BadValueError, field_text
 from pipeline.models.loading import context_limit, load_model
 from pipeline.models.machine import default_device, memory_bytes, use_machine
 from pipeline.serving.states import recording

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
 
-from pipeline.prediction_log import PredictionLog
+from pipeline.serving.log import PredictionLog
 from pipeline.serving.batching import Batcher, OverloadedError
 from pipeline.serving.outputs import answer_json
 from pipeline.serving.predictor import Prediction, Predictor

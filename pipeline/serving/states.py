@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.engine.scores import Engine
+from pipeline.teachers.scores import Engine
 from pipeline.errors import ShotlessError
 from pipeline.models.rows import Completions
 

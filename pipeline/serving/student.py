@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.errors import UsageError
 from pipeline.models.loading import check_folder, load_tokenizer
 from pipeline.models.provenance import check_provenance
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 
 @dataclass(frozen=True)

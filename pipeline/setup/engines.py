@@ -5,15 +5,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.engine.batches import token_budget
-from pipeline.engine.choice import choose_engine
-from pipeline.engine.scores import Reading
+from pipeline.teachers.batches import token_budget
+from pipeline.teachers.choice import choose_engine
+from pipeline.teachers.scores import Reading
 from pipeline.errors import UsageError
 from pipeline.models.loading import check_folder, load_model, load_tokenizer, parameter_counts
 from pipeline.models.machine import default_device, fast_dtype, memory_bytes, use_machine
 from pipeline.params import Params
 from pipeline.setup.machine import Finding
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, and nobody could say which.")
 

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.engine.batches import token_budget
-from pipeline.engine.choice import choose_engine
-from pipeline.engine.scores import Reading
+from pipeline.teachers.batches import token_budget
+from pipeline.teachers.choice import choose_engine
+from pipeline.teachers.scores import Reading
 from pipeline.models.loading import load_model, load_tokenizer, parameter_counts
 from pipeline.models.machine import default_device, memory_bytes, use_machine
 from pipeline.models.packed import decoder_layers
 from pipeline.models.truncation import parse_layers
 from pipeline.params import Params
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 SECONDS_A_STAGE = 6.0
 PROCESS_BYTES = 700e6

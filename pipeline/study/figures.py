@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import metrics
 from pipeline.files import read_json, write_json
-from pipeline.metrics import rounded
+from pipeline.evaluation.metrics import rounded
 from pipeline.study.gather import Group, gather
 from pipeline.study.plan import GroupParams, Part, StudyPlan, check_group, digest, part_params
 

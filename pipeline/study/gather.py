@@ -14,7 +14,7 @@ from pipeline import metrics
 from pipeline.params import Params, load_params
 from pipeline.schema import PREDICTIONS, read_table
 from pipeline.study.plan import WORKSPACES, Part, StudyPlan, digest, parts
-from pipeline.yaml_file import read_yaml
+from pipeline.params.yaml_file import read_yaml
 
 Json = dict[str, Any]
 SECONDS = "seconds.txt"

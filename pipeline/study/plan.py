@@ -15,11 +15,11 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import UsageError, choices
-from pipeline.hashing import sha256_json
+from pipeline.files import sha256_json
 from pipeline.params import parse_params
 from pipeline.params.base import Frozen, Name
-from pipeline.presets import merge, write_workspace
-from pipeline.yaml_file import read_yaml
+from pipeline.params.presets import merge, write_workspace
+from pipeline.params.yaml_file import read_yaml
 
 PLAN = Path("presets/study/plan.yaml")
 WORKSPACES = Path("runs/study")

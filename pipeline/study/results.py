@@ -9,7 +9,7 @@ from pipeline.files import write_text
 from pipeline.study.figures import update_figures
 from pipeline.study.plan import CurveParams, GroupParams, StudyPlan, check_curves
 from pipeline.study.plots import curve
-from pipeline.wording import DASH, percent, plural, points, quantity, scaled
+from pipeline.report.formatting import DASH, percent, plural, points, quantity, scaled
 
 Json = dict[str, Any]
 Figures = Mapping[str, Json]

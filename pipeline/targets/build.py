@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.folder import CACHES, ScoreCache, manifest_sha256, read_cache
-from pipeline.ensemble import Calibration, Combination, learn_offsets, normalised
+from pipeline.targets.calibration import Calibration, Combination, learn_offsets, normalised
 from pipeline.errors import MismatchError
 from pipeline.files import write_json, write_sealed_json
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.params import TargetParams, TeacherParams
 from pipeline.schema import TARGETS, write_table
 from pipeline.targets.fidelity import cache_fidelity
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 COLUMNS = ("context_id", "example_id", "label_logprobs", "tail_mass")
 """All that targets need of a cache; distributions stay on disk."""

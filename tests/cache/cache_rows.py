@@ -3,7 +3,7 @@
 import pyarrow as pa
 
 from pipeline.cache.fingerprint import Fingerprint
-from pipeline.hashing import sha256_ids
+from pipeline.files import sha256_ids
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 from ruamel.yaml import YAML
 
-from pipeline.engine import scorer as scorer_module
-from pipeline.hashing import context_id, example_id
+from pipeline.teachers import scorer as scorer_module
+from pipeline.files import context_id, example_id
 from pipeline.params import load_params
 from pipeline.schema import CONTEXTS, examples, write_table
-from pipeline.tasks import Task
-from pipeline.teacher.capture import capture
+from pipeline.task import Task
+from pipeline.teachers.capture import capture
 
 TEACHER = "few_shot"
 SHOTS = ["Review: a warm film\nSentiment: positive\n\n", "Review: bored\nSentiment: negative\n\n"]
@@ -25,7 +25,7 @@ class Workspace:
         monkeypatch.setenv("SHOTLESS_WORK", str(folder / "work"))
         monkeypatch.setattr("pipeline.cache.rows.MOST_ROWS", 8)
         monkeypatch.setattr(scorer_module, "ROWS_PER_PART", 4)
-        monkeypatch.setattr("pipeline.engine.batches.LARGEST_BUDGET", 64)
+        monkeypatch.setattr("pipeline.teachers.batches.LARGEST_BUDGET", 64)
         self.folder, self.raw, self.monkeypatch = folder, raw_params, monkeypatch
         self.raw["runtime"] = {"threads": 1}  # rounding follows the number of threads
         self.raw["teachers"][TEACHER] |= {"dtype": "float32", "cache": {"top_k": 4}}

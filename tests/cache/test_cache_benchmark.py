@@ -44,7 +44,7 @@ def test_another_hash_seed_gives_the_same_bytes():
         "import hashlib, numpy as np, pyarrow as pa, torch\n"
         "from pipeline.cache.encodings import columns_of, encode\n"
         "from pipeline.cache.rows import parquet_bytes\n"
-        "from pipeline.engine.scores import Reading\n"
+        "from pipeline.teachers.scores import Reading\n"
         "from pipeline.params import CacheParams\n"
         "logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))\n"
         "uniforms = np.concatenate(Reading((), CacheParams()).uniforms([1, 2], [[3], [4, 5]], [[6, 7], [8, 9, 10]]))\n"

@@ -6,7 +6,7 @@ from test_cache_distributions import ENCODINGS, params_of, random_logits, table_
 
 from pipeline.cache.distributions import decode
 from pipeline.cache.fidelity import fidelity
-from pipeline.student.objectives.vocabulary import divergence_nats
+from pipeline.students.objectives.vocabulary import divergence_nats
 
 
 def measured(encoding, resolution=None, positions=200, student=True, **changes):

@@ -13,14 +13,14 @@ from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
 from pipeline.cache.folder import read_cache, write_cache
 from pipeline.cache.store import Store
 from pipeline.errors import MismatchError
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.models import identity
 from pipeline.models.identity import weights_sha256
 from pipeline.models.loading import load_tokenizer
 from pipeline.params import CacheParams, TargetParams, TaskParams, load_params
 from pipeline.schema import examples
 from pipeline.targets.build import build_targets
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 TASK = TaskParams(template="Review: {text}\nSentiment:", verbalisers={"negative": " negative", "positive": " positive"})
 CHANGED = {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.cache.folder import read_cache, write_cache
 from pipeline.errors import CorruptError, ShotlessError
-from pipeline.hashing import sha256_ids
+from pipeline.files import sha256_ids
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cache.keys import ExampleIds, Request
-from pipeline.hashing import sha256_text
+from pipeline.files import sha256_text
 
 IDS = [sha256_text(str(number)) for number in range(40)]
 ZEROS = ["00" * 32, "ab" * 31 + "00", "ab" * 30 + "0000", "00" * 31 + "01"]

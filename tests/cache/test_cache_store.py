@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.engine import scorer as scorer_module
-from pipeline.engine.scorer import Query, Scorer
+from pipeline.teachers import scorer as scorer_module
+from pipeline.teachers.scorer import Query, Scorer
 from pipeline.errors import MismatchError, ShotlessError, UsageError
-from pipeline.hashing import example_id
+from pipeline.files import example_id
 from pipeline.params import CacheParams, TaskParams
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 CONTEXTS = ["", "Review: a warm film\nSentiment: positive\n\n"]
 TASK = Task(TaskParams(template="Review: {text}\nSentiment:", verbalisers={"negative": " negative", "positive": " positive"}))
@@ -30,7 +30,7 @@ def queries(count):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(scorer_module, "ROWS_PER_PART", 4)
-    monkeypatch.setattr("pipeline.engine.batches.LARGEST_BUDGET", 64)
+    monkeypatch.setattr("pipeline.teachers.batches.LARGEST_BUDGET", 64)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from pipeline.cache.folder import read_cache, read_manifest, write_cache
 from pipeline.cache.keys import KEY
 from pipeline.cache.rows import write_rows
 from pipeline.commands.verify import verify
-from pipeline.engine import scorer as scorer_module
+from pipeline.teachers import scorer as scorer_module
 from pipeline.errors import CorruptError, MismatchError, UsageError
-from pipeline.hashing import sha256_file, sha256_json
+from pipeline.files import sha256_file, sha256_json
 
 
 @pytest.fixture

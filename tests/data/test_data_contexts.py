@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pipeline.data.contexts import Measure, build_contexts, measure
 from pipeline.data.examples import Example
 from pipeline.errors import UsageError
-from pipeline.hashing import context_id, example_id
+from pipeline.files import context_id, example_id
 from pipeline.params import ContextParams, TaskParams
 from pipeline.schema import CONTEXTS
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 TASK = Task(TaskParams(template="Review: {text}\nSentiment:", verbalisers={"negative": " negative", "positive": " positive"}))
 DEMONSTRATIONS = [Example(example_id({"text": f"t{i}"}), TASK.labels[i % 2], "a", i, (f"t{i}",)) for i in range(8)]

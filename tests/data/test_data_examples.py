@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.data.examples import SourceExamples, check_limit, read_source
 from pipeline.errors import UsageError
-from pipeline.hashing import example_id
+from pipeline.files import example_id
 from pipeline.params import LabelRule, SourceParams, TaskParams
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 TASK = Task(TaskParams(template="Q: {text} A:", verbalisers={"negative": " no", "positive": " yes"}, max_chars=20))
 

@@ -17,7 +17,7 @@ from pipeline.data import fetch as fetch_module
 from pipeline.data import releases
 from pipeline.data.fetch import changed_local_files, fetch
 from pipeline.errors import UsageError
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.params import HubOrigin, Params, PypiOrigin, parse_params
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

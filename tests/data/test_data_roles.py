@@ -12,7 +12,7 @@ from pipeline.data.examples import Example, SourceExamples
 from pipeline.data.leaks import find_copies
 from pipeline.data.roles import Roles, assign, text_of
 from pipeline.errors import UsageError
-from pipeline.hashing import example_id
+from pipeline.files import example_id
 from pipeline.params import DataParams
 
 ALL_OF_B = {"b": {"source": "b", "domain": "out"}}

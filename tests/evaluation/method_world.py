@@ -16,14 +16,14 @@ from pipeline.evaluation import evaluate as evaluate_module
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.predict import predict_baseline, predict_student, read_sets
 from pipeline.files import read_json, read_sealed_json
-from pipeline.hashing import context_id, example_id
+from pipeline.files import context_id, example_id
 from pipeline.models.loading import load_model
 from pipeline.params import parse_params
 from pipeline.schema import CONTEXTS, examples, read_table, write_table
-from pipeline.student.runs import Places, train_student
+from pipeline.students.runs import Places, train_student
 from pipeline.targets.build import build_targets
-from pipeline.tasks import Task
-from pipeline.teacher.capture import capture
+from pipeline.task import Task
+from pipeline.teachers.capture import capture
 
 TEMPLATE = "Review: {text}\nSentiment:"
 VERBALISERS = {"negative": " bad", "mixed": " so-so", "positive": " good"}  # the second has several tokens

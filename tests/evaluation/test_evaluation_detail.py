@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.evaluation.detail import confusion, detail, membership, reliability
-from pipeline.metrics import expected_calibration_error
+from pipeline.evaluation.metrics import expected_calibration_error
 from pipeline.schema import PREDICTIONS, examples
 
 LABELS = ("yes", "a-no")

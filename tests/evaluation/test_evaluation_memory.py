@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from conftest import PROJECT
 
-from pipeline.memory import peak_rss_bytes
+from pipeline.models.memory import peak_rss_bytes
 
 
 def test_the_peak_rises_with_what_is_held_and_stays():
@@ -19,6 +19,6 @@ def test_the_peak_rises_with_what_is_held_and_stays():
 
 def test_a_child_does_not_begin_with_its_parent_s_peak():
     held = np.ones(50_000_000)
-    code = "from pipeline.memory import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from pipeline.models.memory import peak_rss_bytes; print(peak_rss_bytes())"
     child = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert 1_000_000 < int(child.stdout) < held.nbytes / 2

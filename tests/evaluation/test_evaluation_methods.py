@@ -5,15 +5,15 @@ import pyarrow as pa
 import pytest
 from method_world import LABELS, SETS, SHOTS, TIMED, World, figures_of, naive_scores, prompt_ids, raw_params, rows_of
 
-from pipeline.engine import scorer as scorer_module
+from pipeline.teachers import scorer as scorer_module
 from pipeline.errors import UsageError
 from pipeline.evaluation import jobs as jobs_module
 from pipeline.evaluation.check import check_student
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.jobs import FIGURES, Inputs, by_demonstrations
 from pipeline.files import read_json
-from pipeline.hashing import sha256_json
-from pipeline.metrics import evaluate_predictions
+from pipeline.files import sha256_json
+from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.models.identity import weights_sha256
 from pipeline.params import parse_params
 from pipeline.schema import PREDICTIONS, examples, read_table, write_table

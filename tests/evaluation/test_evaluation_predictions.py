@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from method_world import LABELS, SETS, SHOTS, TRANSFER, VERBALISERS, World, naive_calibrated, naive_scores, raw_params, rows_of
 
-from pipeline.engine import scorer as scorer_module
-from pipeline.ensemble import Combination
+from pipeline.teachers import scorer as scorer_module
+from pipeline.targets.calibration import Combination
 from pipeline.errors import MismatchError, UsageError
 from pipeline.evaluation.predict import combination_of, predict_baseline, teacher_contexts
-from pipeline.hashing import context_id, example_id
+from pipeline.files import context_id, example_id
 from pipeline.params import parse_params
 from pipeline.schema import CONTEXTS, PREDICTIONS, read_table, write_table
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 
 @pytest.fixture(scope="module")

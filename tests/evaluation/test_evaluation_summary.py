@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.metrics import summary
+from pipeline.evaluation.metrics import summary
 
 SETS = {
     "movie": {"accuracy": 0.9, "ece": 0.1, "log_loss": 0.3},

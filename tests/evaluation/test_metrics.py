@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError, UsageError
-from pipeline.metrics import agreement, compare, evaluate_predictions, expected_calibration_error, mean_accuracy
+from pipeline.evaluation.metrics import agreement, compare, evaluate_predictions, expected_calibration_error, mean_accuracy
 from pipeline.schema import PREDICTIONS
 
 LABELS = ("negative", "positive", "a-neutral")  # deliberately not in alphabetical order

@@ -30,12 +30,12 @@ def without_measuring():
 
 def small_pieces():
     """Many parts, shards and checkpoints of few rows: a kill has many places to fall between."""
-    from pipeline.engine import scorer
-    from pipeline.student.checkpoint import Checkpoint
+    from pipeline.teachers import scorer
+    from pipeline.students.checkpoint import Checkpoint
 
     importlib.import_module("pipeline.cache.rows").MOST_ROWS = 32
     importlib.import_module("pipeline.cache.folder").ROWS_PER_SHARD = 32
-    importlib.import_module("pipeline.engine.batches").LARGEST_BUDGET = 128
+    importlib.import_module("pipeline.teachers.batches").LARGEST_BUDGET = 128
     scorer.ROWS_PER_PART = 8
     Checkpoint.due = lambda self: True
 

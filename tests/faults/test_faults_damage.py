@@ -21,8 +21,8 @@ from pipeline.models.identity import check_fetched, weights_sha256
 from pipeline.report.build import build_report
 from pipeline.schema import CONTEXTS, PREDICTIONS, TARGETS, examples, read_table
 from pipeline.serving.student import open_student
-from pipeline.student.checkpoint import Checkpoint
-from pipeline.student.optimizer import adamw
+from pipeline.students.checkpoint import Checkpoint
+from pipeline.students.optimizer import adamw
 
 TIMES = 3 * LARGER
 """Of each kind of damage to each file."""

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_world import TEXTS, make_student
 
-from pipeline.prediction_log import PredictionLog
+from pipeline.serving.log import PredictionLog
 from pipeline.serving.predictor import Predictor
 from pipeline.serving.server import Limits, make_app
 

@@ -5,7 +5,7 @@ import time
 import pytest
 from faults_world import met, project_copy
 
-from pipeline.presets import make_workspace
+from pipeline.params.presets import make_workspace
 
 AREA = "presets"
 FILES = {  # whole files

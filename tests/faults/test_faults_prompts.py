@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_world import TEMPLATE, TEXTS, VERBALISERS, make_student
 
-from pipeline.engine.asked import Asked, Query
+from pipeline.teachers.asked import Asked, Query
 from pipeline.params import TaskParams
 from pipeline.serving.predictor import Predictor
-from pipeline.tasks import Task, TaskTokens
+from pipeline.task import Task, TaskTokens
 
 AREA = "prompts"
 GOOD = TEXTS[:3]

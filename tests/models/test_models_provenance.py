@@ -12,7 +12,7 @@ from pipeline.evaluation.predict import predict_student
 from pipeline.models.provenance import check_provenance
 from pipeline.params import TaskParams
 from pipeline.serving.student import open_student
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 TASK = TaskParams(template=TEMPLATE, verbalisers=VERBALISERS)
 ALL = ["weights or config", "tokenizer", "template, verbalisers or labels"]

@@ -12,7 +12,7 @@ from conftest import PROJECT
 from ruamel.yaml import YAML
 from serving_world import VERBALISERS, make_student, shotless
 
-from pipeline.hashing import example_id
+from pipeline.files import example_id
 from pipeline.params import MonitorParams
 from pipeline.schema import examples, write_table
 

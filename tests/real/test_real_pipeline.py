@@ -18,7 +18,7 @@ from conftest import DVC, PROJECT
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.presets import make_workspace
+from pipeline.params.presets import make_workspace
 
 pytestmark = pytest.mark.real
 SLICE = {

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from ruamel.yaml import YAML
 
-from pipeline.hashing import sha256_text
+from pipeline.files import sha256_text
 from pipeline.params import Params, load_params, parse_params
 from pipeline.report.build import build_report
 from pipeline.schema import PREDICTIONS, write_table

@@ -14,12 +14,12 @@ from report_files import shipped_params, write_predictions, write_run
 from rich.console import Console
 
 from pipeline.errors import CorruptError, UsageError
-from pipeline.hashing import sha256_file
+from pipeline.files import sha256_file
 from pipeline.params import Params, parse_params
 from pipeline.report.build import build_report
 from pipeline.report.findings import findings
 from pipeline.report.summary import print_summary
-from pipeline.wording import percent, points, scaled
+from pipeline.report.formatting import percent, points, scaled
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "line", "rect"}
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.errors import MismatchError, UsageError
 from pipeline.evaluation.predict import predict_student
-from pipeline.hashing import example_id
+from pipeline.files import example_id
 from pipeline.models.provenance import identity_entries
 from pipeline.params import TaskParams
 from pipeline.serving import Predictor
-from pipeline.tasks import Task
+from pipeline.task import Task
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fastapi import HTTPException, Request
 from fastapi.testclient import TestClient
 from serving_world import TEXTS, make_student
 
-from pipeline.prediction_log import PredictionLog
+from pipeline.serving.log import PredictionLog
 from pipeline.serving.batching import Batcher, OverloadedError
 from pipeline.serving.predictor import Prediction, Predictor
 from pipeline.serving.server import Limits, _body, make_app

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from pipeline.errors import UsageError
 from pipeline.params import load_params, parse_params
-from pipeline.presets import make_workspace, merge
+from pipeline.params.presets import make_workspace, merge
 
 NAMES = sorted(file.stem for file in (PROJECT / "presets").glob("*.yaml"))
 VALUES = st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8)

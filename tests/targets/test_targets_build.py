@@ -10,12 +10,12 @@ from scipy.special import softmax
 from pipeline.errors import UsageError
 from pipeline.evaluation.predict import combination_of
 from pipeline.files import read_json
-from pipeline.hashing import context_id, example_id
+from pipeline.files import context_id, example_id
 from pipeline.params import CacheParams, TargetParams, TaskParams, TeacherParams, parse_params
 from pipeline.schema import CONTEXTS, SCORES, TARGETS, examples, read_table, write_table
 from pipeline.targets.build import build_targets
-from pipeline.tasks import Task
-from pipeline.teacher.capture import capture
+from pipeline.task import Task
+from pipeline.teachers.capture import capture
 
 TASK = Task(TaskParams(template="{text} ->", verbalisers={"negative": " bad", "positive": " good"}))
 TEXTS = [*(f"a film about number {n}" for n in range(7)), *(f"the kettle of shop {n} leaks" for n in range(5))]

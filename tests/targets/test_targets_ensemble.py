@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.ensemble import Combination, learn_offsets, normalised
+from pipeline.targets.calibration import Combination, learn_offsets, normalised
 
 SCORES = arrays(np.float64, (3, 6, 2), elements=st.floats(-20, -0.01))
 

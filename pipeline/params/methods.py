@@ -1,0 +1,290 @@
+"""Teachers, target sets, students, baselines, evaluation: what each is made of. And the knobs that no result depends on."""
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from pipeline.errors import choices
+from pipeline.params.task import Fraction, Frozen
+
+DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
+Calibration = Literal["none", "contextual", "batch"]
+
+
+class CacheParams(Frozen):
+    """What the score cache keeps of the teacher's distribution at each answer position (`pipeline/cache/encodings.py`)."""
+
+    encoding: Literal["top_k", "top_k_tail", "sampled", "hybrid", "full"] = "hybrid"
+    """The `top_k` most probable entries, the rest unknown; the same with the rest as one bucket; `samples` entries drawn from the
+    distribution; the entries of probability 1/`samples` or more, `top_k` at most, with the rest drawn from; every entry. `make bench-cache`
+    shows what each costs and loses."""
+    top_k: Annotated[int, Field(ge=1)] = 32
+    samples: Annotated[int, Field(ge=1)] = 96
+    """Draws, for `sampled` and `hybrid`. Each stands for a mass of 1/`samples`: a hybrid makes `samples` times the rest's mass of them."""
+    resolution_nats: Annotated[float, Field(gt=0, le=1)] | None = 0.0625
+    """Log-probabilities are rounded to multiples of it, which compresses, best if it is a power of two; null keeps all of float32."""
+    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), strict=False)
+    """Temperatures besides 1 that students may learn at: their normalisers are kept."""
+    hidden_layers: tuple[int, ...] = Field(default=(), strict=False)
+    """Layers whose output at answer positions is kept in float16; -1 is the last."""
+
+
+class TeacherParams(Frozen):
+    """A model and the contexts it answers in."""
+
+    model: str
+    """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
+    contexts: str
+    scores: Literal["answers", "input_tokens"] = "answers"
+    """What its cache holds distributions of: the answer, or every token of the rendered input, for a student's `auxiliary` loss."""
+    cache: CacheParams = CacheParams()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the forward pass; `auto` takes bfloat16 where there are matrix units for it, else float32."""
+
+
+class TargetParams(Frozen):
+    """How teachers' scores become the distribution that a student learns."""
+
+    teachers: dict[str, PositiveFloat] = Field(min_length=1)
+    """Teacher → weight. A teacher's contexts share its weight."""
+    calibration: Calibration = "batch"
+    calibrations: dict[str, Calibration] = Field(default={})
+    """Teachers that are calibrated otherwise than `calibration` says: a zero-shot prompt may lean less than the data of one domain do."""
+    calibrate_by: Literal["set", "source"] = "set"
+    """Batch calibration over the whole transfer set, or within each of its sources (`data.transfer.extra_sources`): a context shifts the answers
+    of one domain otherwise than another's. A baseline on an evaluation set takes the shift of that set's source if it has one."""
+    average: Literal["probability", "log_probability"] = "probability"
+    temperature: PositiveFloat = 1.0
+    auxiliary_caches: tuple[str, ...] = Field(default=(), strict=False)
+    """Teachers whose caches students of this set may also learn from (`students.*.auxiliary`)."""
+
+    @model_validator(mode="after")
+    def _calibrations_have_a_use(self) -> Self:
+        kinds = {self.calibrations.get(teacher, self.calibration) for teacher in self.teachers}
+        if self.calibrate_by == "source" and "batch" not in kinds:
+            raise ValueError(f"`calibrate_by: source` is for `calibration: batch`, and calibration is {self.calibration!r}; leave it out")
+        if unknown := set(self.calibrations) - set(self.teachers):
+            raise ValueError(f"calibrations: {choices(unknown)} not among its teachers; choose from: {choices(self.teachers)}")
+        return self
+
+
+class LoraParams(Frozen):
+    """Low-rank adapters (2106.09685): W + alpha / rank · B·A beside frozen weights W."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 16
+    modules: Literal["usual", "all_linear"] = "usual"
+    """The linear layers that peft's table names for the architecture (for Llama the query and value projections), or all but the head."""
+
+
+class TuningParams(Frozen):
+    """How weights are learnt; shared by students and tuned teachers."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = 8
+    """Examples a step."""
+    micro_batch: PositiveInt | None = None
+    """Examples a forward pass: a step adds up the gradients of several passes. Less memory, the same step but for rounding; null: all."""
+    tuning: Literal["full", "lora", "bitfit", "head"] = "full"
+    """Which weights are learnt; `pipeline/students/tuning.py` says what each means."""
+    freeze_embeddings: bool = False
+    """Leave token and position tables (and a head tied to them) as they are. Tunings other than `full` do so anyway."""
+    freeze_layers: Annotated[int, Field(ge=0)] = 0
+    """So many of the lowest layers, with the embeddings, stay as they are; what they give for a row is computed once."""
+    lora: LoraParams | None = None
+    """Null: the defaults of `LoraParams`. Read where `tuning: lora`."""
+    adapters: Literal["merged", "kept"] = "merged"
+    """A LoRA student is saved as a plain model; `kept` leaves its adapter in `adapter/` beside it, for use with peft."""
+    learning_rate: PositiveFloat
+    warmup: Fraction = 0.1
+    """Share of the steps in which the learning rate rises linearly; constant afterwards (2305.16938) unless `decay` is set."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _frozen_layers_have_a_use(self) -> Self:
+        if self.freeze_layers and self.tuning == "head":
+            raise ValueError("`freeze_layers` beside `tuning: head`, which learns no layer at all; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_lora_s(self) -> Self:
+        for key, given in (("lora", self.lora is not None), ("adapters", self.adapters == "kept")):
+            if given and self.tuning != "lora":
+                raise ValueError(f"`{key}` is for `tuning: lora`, and tuning is {self.tuning!r}; leave it out, or change the tuning")
+        return self
+
+
+class TunedParams(TuningParams):
+    """A teacher's model fine-tuned on the demonstrations' labels (PBFT)."""
+
+    base: str
+
+
+class AuxiliaryParams(Frozen):
+    """What a student also learns from a score cache: its distributions over the vocabulary, its hidden states, or both."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the mean divergence to the cached distributions over the step's positions; 0: they are not learnt."""
+    loss: Literal["kl", "reverse_kl", "jensen_shannon"] = "kl"
+    temperature: PositiveFloat = 1.0
+    """Of both distributions; one that the cache holds normalisers for."""
+    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the distance to the cached hidden states (`pipeline/students/auxiliary.py`); the cache needs `hidden_layers`."""
+    layers: tuple[Annotated[tuple[int, int], Field(strict=False)], ...] = Field(default=((-1, -1),), min_length=1, strict=False)
+    """Pairs of a teacher's layer, as its `hidden_layers` names it, and the student's own that is to match it; -1 is the last."""
+    batch_size: PositiveInt | None = None
+    """Rows of the cache a step; null: the student's batch size."""
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Self:
+        if not self.weight and not self.hidden_weight:
+            raise ValueError("weight and hidden_weight are both 0, so that nothing is learnt of this cache; leave it out, or set one")
+        return self
+
+
+class StudentParams(TuningParams):
+    """A student: where it starts, what it learns from, how."""
+
+    base: str
+    """A model folder under artifacts/."""
+    layers: str | None = None
+    """The base's layers to keep, for example `0-19, 26-29`; null keeps all."""
+    learn_from: str
+    """`targets/NAME`; `teachers/NAME` for a teacher's distributions over the vocabulary, from its cache; or `data/demonstrations.parquet` for
+    the demonstrations' labels alone (PBFT)."""
+    temperature: PositiveFloat = 1.0
+    """Of both distributions, where `learn_from` is `teachers/NAME`; one that the cache holds normalisers for."""
+    loss: Literal["kl", "reverse_kl", "jensen_shannon", "hard"] = "kl"
+    """Between targets and student: KL(target ‖ student), KL(student ‖ target), their Jensen-Shannon divergence, or cross-entropy on the
+    target's most probable label."""
+    ce_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a cross-entropy beside the loss to the targets: the paper's balance of both."""
+    ce_target: Literal["demonstrations", "targets"] = "demonstrations"
+    """On the demonstrations' gold labels, or on the targets' most probable label."""
+    auxiliary: dict[str, AuxiliaryParams] = Field(default={})
+    """Teacher → what is learnt of its cache beside `learn_from`: one that the target set lists in `auxiliary_caches`, or that of `teachers/NAME`."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
+    """Seeds to train with, one after the other, in place of `seed`: one entry, whose results are means over them. The student's folder is
+    that of the first, with the others in `seeds/`."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the transfer set that is not learnt from: the step whose weights agree best with its targets (mean KL) is the one that is
+    kept. 0: the last step's weights are kept."""
+    evaluate_every: PositiveInt = 10
+    """Steps between two looks at what is held back."""
+    patience: PositiveInt | None = None
+    """Looks without an improvement after which training stops early; null: it runs through all steps."""
+
+    @model_validator(mode="after")
+    def _targets_are_needed(self) -> Self:
+        if self.learn_from == DEMONSTRATIONS_FILE:
+            about = {"loss": self.loss != "kl", "validation_fraction": self.validation_fraction > 0, "auxiliary": bool(self.auxiliary), "ce_target": self.ce_target == "targets"}
+            for key, given in about.items():
+                if given:
+                    raise ValueError(f"`{key}` is about targets, and learn_from is {self.learn_from}; leave it out, or name a target set")
+        if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
+            raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
+        if self.ce_target == "targets" and not (self.ce_weight and self.learn_from.startswith("targets/")):
+            raise ValueError("`ce_target: targets` needs a `ce_weight` and a target set to learn from")
+        matched = [layer for term in self.auxiliary.values() if term.hidden_weight for _, layer in term.layers]
+        if matched and (self.tuning == "head" or any(0 <= layer < self.freeze_layers for layer in matched)):
+            raise ValueError("`auxiliary.*.hidden_weight` is about layers that are not learnt here; leave it out, or learn them")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}: one stands twice; each has to be another")
+        if self.patience is not None and not self.validation_fraction:
+            raise ValueError("`patience` needs a part of the transfer set to look at; set `validation_fraction`, for example to 0.1")
+        return self
+
+    @property
+    def runs(self) -> dict[str, "StudentParams"]:
+        """Folder inside the student's → params of one training: "" for the first seed, `seeds/N` for the others."""
+        seeds = self.seeds or (self.seed,)
+        return {f"seeds/{seed}" if n else "": self.model_copy(update={"seed": seed, "seeds": None}) for n, seed in enumerate(seeds)}
+
+
+MONITOR_TESTS = 6
+"""Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
+
+
+class BaselineParams(Frozen):
+    """Prompting, without training, on the evaluation sets."""
+
+    prompts: str
+    """`targets/NAME`: the prompts of a target set, with its calibration; `teachers/NAME`: those of one teacher, if answers are free text;
+    `models/NAME`: a model folder with no context, if answers are free text."""
+    contexts: Literal["each", "ensemble"]
+    """Each context on its own (mean, worst and best are reported), or all averaged as the target set says. Free text cannot be averaged."""
+
+    @property
+    def target_set(self) -> str:
+        """The target set whose prompts these are; empty where answers are free text."""
+        return self.prompts.removeprefix("targets/") if self.prompts.startswith("targets/") else ""
+
+
+class EvaluationParams(Frozen):
+    """What every evaluation shares."""
+
+    reference: str
+    """The baseline that counts as the teacher where agreement with the teacher is reported."""
+    bootstrap: PositiveInt = 2000
+    """Resamples behind each 95 % interval."""
+    seed: int = 0
+    cost_examples: PositiveInt = 8
+    """Examples timed one by one for the cost table."""
+    cost_demonstrations: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 4, 8, 16, 32), strict=False)
+    """Numbers of demonstrations at which a baseline's models are timed and their memory measured, against the student's none."""
+    risk_examples: PositiveInt = 40
+    """Examples of each evaluation set that `check` puts to a student again for each kind of swap."""
+
+
+class RuntimeParams(Frozen):
+    """Knobs without meaning for the results; no stage depends on them."""
+
+    threads: PositiveInt | None = None
+    """Threads of the matrix products; null takes the cores there are."""
+    engine: Literal["local", "ray"] = "local"
+    """Where teachers run: in the stage's own process, or on the workers of Ray (docs/scale.md)."""
+    workers: PositiveInt | None = None
+    """Of Ray; null takes one for each GPU, or one for each machine where there is none."""
+
+    @model_validator(mode="after")
+    def _workers_are_ray_s(self) -> Self:
+        if self.workers is not None and self.engine != "ray":
+            raise ValueError(f"`workers` is for `engine: ray`, and the engine is {self.engine!r}; leave it out, or change the engine")
+        return self
+
+
+class MonitorParams(Frozen):
+    """When `shotless monitor` says that retraining is due; no stage depends on it."""
+
+    false_alarm_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
+    """Chance that inputs like the reference raise any alarm at all, over all tests together."""
+    smallest_shift: Fraction = 0.1
+    """Smaller shifts of length and confidence (gap of the distribution functions) or label shares (total variation) are no alarm."""
+    smallest_vocabulary_share: Fraction = 0.001
+    """The same for vocabulary: share of the variance that lies between reference and new inputs; small, since texts share few words."""
+    smallest_embedding_share: Fraction = 0.01
+    """The same for the last layer's state at the answer position."""
+    max_rows: Annotated[int, Field(ge=50)] = 1000
+    """Reference and new inputs are each drawn down to so many."""
+    permutations: Annotated[int, Field(ge=199)] = 1999
+    accuracy_drop: Fraction = 0.05
+    """With labels: how far accuracy may lie under the student's own out-of-domain accuracy in `metrics/eval`."""
+    min_accuracy: Fraction | None = None
+    """With labels: a fixed bound instead."""
+    max_memory_mb: PositiveInt | None = None
+    """Peak memory of the process that answers; null does not judge it."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _enough_permutations(self) -> Self:
+        needed = math.ceil(MONITOR_TESTS / self.false_alarm_rate) - 1
+        if self.permutations < needed:
+            raise ValueError(
+                f"permutations {self.permutations} cannot reach a false_alarm_rate of {self.false_alarm_rate} over {MONITOR_TESTS} tests; "
+                f"set {needed} or more"
+            )
+        return self

@@ -1,0 +1,181 @@
+"""How an example becomes a prompt, and a label becomes tokens.
+
+A prompt is a context and a query. The teacher's context has demonstrations, the student's is empty. The whole prompt is tokenised once, so a
+teacher sees the ids that any other program would give it; engines share whatever prompts have in common.
+
+A control token of the model (`<|im_end|>`) in somebody's text is tokenised as the characters it is, so that no input ends its own prompt.
+If the task's author uses control tokens in the template, they stay control tokens, and a text that spells one has a fault.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.params import CompletionParams, TaskParams
+from pipeline.schema import Context, Example, Prompt
+
+TEXT_TOKENS = 512
+"""Tokens that a text read token by token is taken to have at most, for the size of a cache's shards."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Template and verbalisers as text. The template names input fields in braces: `"Review: {text}\\nSentiment:"`."""
+
+    params: TaskParams
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The input fields that the template names, in order."""
+        return self.params.fields
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, sorted. Every probability vector follows this order; the order in params.yaml does not matter."""
+        return self.params.labels
+
+    @property
+    def verbalisers(self) -> list[str]:
+        """The text that stands for each label, in the order of `labels`; none if answers are free text."""
+        return [self.params.verbalisers[label] for label in self.labels] if self.params.completion is None else []
+
+    @property
+    def answers_are_given(self) -> bool:
+        """Whether answers are free text that the data have."""
+        return self.params.completion is not None and self.params.completion.source == "given"
+
+    @property
+    def reads_input_tokens(self) -> bool:
+        """Whether the model is asked for the input itself, token by token."""
+        return self.params.completion is not None and self.params.completion.source == "input"
+
+    def of_input_tokens(self) -> "Task":
+        """The same inputs, with every token after the first as the answer."""
+        completion = CompletionParams(source="input", max_tokens=TEXT_TOKENS)
+        return Task(self.params.model_copy(update={"verbalisers": {}, "completion": completion}))
+
+    def query(self, fields: Mapping[str, str]) -> str:
+        """The text of an input, up to the answer position."""
+        return self.params.template.format_map(fields)
+
+    def context_text(self, context: Context) -> str:
+        """The instruction, then the demonstrations in their order; empty for a prompt without a context."""
+        separator, completion = self.params.separator, self.params.completion
+        head = context.instruction + separator if context.instruction else ""
+        answered = (
+            self.query(fields) + (self.params.verbalisers[answer] if completion is None else completion.lead + answer) + separator
+            for fields, answer in context.demonstrations
+        )
+        return head + "".join(answered)
+
+
+class TaskTokens:
+    """A task in one tokenizer's ids.
+
+    Raises UsageError if two verbalisers begin with the same token or one has no token: the first token alone must tell labels apart, else
+    their probabilities at the answer position mean nothing.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self._control_tokens = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        completion = task.params.completion
+        answers = task.verbalisers if completion is None else [completion.lead, *completion.stop]
+        self._own_text = "\n".join([task.params.template, task.params.separator, *answers])
+        # What the tokenizer puts before every text (a beginning-of-text token, or nothing); an end token is not part of a prompt.
+        special = tokenizer("").input_ids if tokenizer.bos_token_id is not None else []
+        self._bos: tuple[int, ...] = tuple(i for i in special if i == tokenizer.bos_token_id)[:1]
+        self.completions: list[list[int]] = [self._completion(text) for text in task.verbalisers]
+        """Token ids of each label's verbaliser, in the order of `task.labels`; none if answers are free text."""
+        self._check_completions()
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest possible answer."""
+        if self.task.params.completion is not None:
+            return self.task.params.completion.max_tokens
+        return max(map(len, self.completions))
+
+    def prompts(self, context: Context, examples: Sequence[Example]) -> list[Prompt]:
+        """One prompt for each example behind `context`. One batched call: fast tokenizers use all cores.
+
+        Raises UsageError if a given answer is longer than `task.completion.max_tokens`, or an input to be read token by token has one token.
+        """
+        if not examples:
+            return []
+        before = self.task.context_text(context)
+        texts = [before + self.task.query(example.fields) for example in examples]
+        ids = self._encode(texts, context)
+        if self.task.answers_are_given:
+            return self._with_given_answers(texts, ids, context, examples)
+        if not self.task.reads_input_tokens:
+            return [Prompt(own) for own in ids]
+        start = _common_length(self._encode([before], context)[0], ids[0]) if before else len(self._bos)
+        if short := [example for example, own in zip(examples, ids, strict=True) if len(own) < start + 2]:
+            raise UsageError(
+                f"an input of {short[0].source or 'this task'} on line {short[0].line} is one token with its template; "
+                "`scores: input_tokens` needs two. Leave it out."
+            )
+        return [Prompt(own[: start + 1], own[start + 1 :]) for own in ids]
+
+    def fault_of(self, example: Example) -> str | None:
+        """Why an input cannot be told from the template's own control tokens; None if it can."""
+        if not self._uses_control_tokens(""):
+            return None
+        spelt = next((token for token in self._control_tokens for text in example.fields.values() if token in text), None)
+        return None if spelt is None else f"holds {spelt}, a control token of this model, and the task's template uses such tokens itself"
+
+    def _uses_control_tokens(self, instruction: str) -> bool:
+        return any(token in self._own_text or token in instruction for token in self._control_tokens)
+
+    def _encode(self, texts: Sequence[str], context: Context) -> list[tuple[int, ...]]:
+        """Ids of whole texts, each with one beginning-of-text token if this tokenizer has one."""
+        split = not self._uses_control_tokens(context.instruction)
+        found = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=split).input_ids
+        return [tuple(ids) if tuple(ids[:1]) == self._bos else (*self._bos, *ids) for ids in found]
+
+    def _with_given_answers(
+        self, texts: Sequence[str], ids: Sequence[tuple[int, ...]], context: Context, examples: Sequence[Example]
+    ) -> list[Prompt]:
+        completion = self.task.params.completion
+        assert completion is not None
+        answers = [example.completion or "" for example in examples]
+        ends = [answer if any(stop in answer for stop in completion.stop) else answer + completion.stop[0] for answer in answers]
+        whole = self._encode([text + completion.lead + end for text, end in zip(texts, ends, strict=True)], context)
+        starts = [_common_length(own, full) for own, full in zip(ids, whole, strict=True)]
+        prompts = [Prompt(full[:start], full[start:]) for start, full in zip(starts, whole, strict=True)]
+        longest = max(prompts, key=lambda prompt: len(prompt.answer or ()))
+        if (length := len(longest.answer or ())) > completion.max_tokens:
+            shown = answers[prompts.index(longest)][:80]
+            raise UsageError(
+                f"task.completion.max_tokens: {completion.max_tokens}, and an answer has {length} tokens ({shown!r}…). "
+                "Raise it, or shorten the answers."
+            )
+        return prompts
+
+    def _completion(self, verbaliser: str) -> list[int]:
+        """Ids of a verbaliser after a query; encoded alone if the boundary merges."""
+        query = self.task.query(dict.fromkeys(self.task.fields, "x"))
+        before, whole, alone = (list(ids) for ids in self._encode([query, query + verbaliser, verbaliser], Context("")))
+        return whole[len(before) :] if whole[: len(before)] == before else alone[len(self._bos) :]
+
+    def _check_completions(self) -> None:
+        first: dict[int, str] = {}
+        for label, ids in zip(self.task.labels if self.completions else (), self.completions, strict=True):
+            verbaliser = self.task.params.verbalisers[label]
+            if not ids:
+                raise UsageError(f"task.verbalisers.{label}: {verbaliser!r} has no token in this tokenizer. Give it a visible text.")
+            if (other := first.setdefault(ids[0], label)) != label:
+                raise UsageError(
+                    f"task.verbalisers: {other!r} and {label!r} both begin with token {ids[0]} ({self.tokenizer.decode(ids[0])!r}), so the "
+                    "answer position cannot tell them apart. Choose verbalisers whose first tokens differ."
+                )
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of ids that both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

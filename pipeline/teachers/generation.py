@@ -1,0 +1,149 @@
+"""Answers in free text, written by a model behind a context: transformers' own `generate`, on queries of one length at a time.
+
+Nothing is padded, so that any architecture is asked as its authors meant it. The context's keys and values are computed once and copied for
+the rows of a batch; a model that does not give the same answer that way (probed on the first row) reads whole prompts. Sampling is by the
+Gumbel-max trick with noise from each prompt's hash: a row's answer depends neither on its batch nor on a generator's state.
+"""
+
+import copy
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from pipeline.files import sha256_ids, sha256_json
+from pipeline.params import CompletionParams
+
+LARGEST_BATCH = 32
+CACHE_BYTES = 512 << 20
+"""Keys and values of all rows of a batch, with their copies of the context's."""
+
+
+class Generator:
+    """Writes answers with one model; its attention implementation is set to a plain one for the time of a call."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, params: CompletionParams) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.params = params
+        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.end_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.shares_context: bool | None = None
+        """Whether a context's keys and values serve its queries; None before the first context."""
+
+    @torch.inference_mode()
+    def answers(self, context: Sequence[int], queries: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids of the answer to each query behind `context`, in order; at least one token each, at most `max_tokens`.
+
+        An answer ends with the token that completes a stop text or ends the model's text, which belongs to it.
+        """
+        found: list[list[int]] = [[] for _ in queries]
+        attention, habits = self.model.config._attn_implementation or "eager", self.model.generation_config
+        self.model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+        self.model.generation_config = GenerationConfig()  # what `_write` leaves open is filled from here: a chat model's penalties, beams
+        try:
+            prefix = self._prefix(context, queries[0]) if context and queries else None
+            order = sorted(range(len(queries)), key=lambda number: (len(queries[number]), list(queries[number])))
+            for length, group in groupby(order, key=lambda number: len(queries[number])):
+                numbers = list(group)
+                size = self._batch_size(len(context) + length + self.params.max_tokens)
+                for start in range(0, len(numbers), size):
+                    batch = numbers[start : start + size]
+                    written = self._write([[*context, *queries[number]] for number in batch], prefix)
+                    for number, answer in zip(batch, written, strict=True):
+                        found[number] = answer
+        finally:
+            self.model.generation_config = habits
+            self.model.set_attn_implementation(attention)
+        return found
+
+    def _prefix(self, context: Sequence[int], query: Sequence[int]) -> DynamicCache | None:
+        """The context's keys and values, where the model answers the same behind them as behind the whole prompt."""
+        if self.shares_context is False:
+            return None
+        tokens = torch.tensor([list(context)], device=self.model.device)
+        cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).get("past_key_values")
+        if not isinstance(cache, DynamicCache):
+            self.shares_context = False
+        elif self.shares_context is None:
+            prompt = [[*context, *query]]
+            self.shares_context = self._write(prompt, cache) == self._write(prompt, None)
+        return cache if self.shares_context else None
+
+    def _batch_size(self, tokens: int) -> int:
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        row = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize * tokens
+        return max(1, min(LARGEST_BATCH, CACHE_BYTES // row))
+
+    def _write(self, prompts: list[list[int]], prefix: DynamicCache | None) -> list[list[int]]:
+        """Answers to prompts of one length, which begin with what `prefix` holds."""
+        tokens = torch.tensor(prompts, device=self.model.device)
+        settings = GenerationConfig(
+            max_new_tokens=self.params.max_tokens,
+            do_sample=False,
+            eos_token_id=self.end_ids or None,
+            pad_token_id=self.end_ids[0] if self.end_ids else 0,
+            use_cache=True,
+        )
+        cache = copy.deepcopy(prefix)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(prompts))
+        processors = LogitsProcessorList()
+        if self.params.temperature > 0:
+            processors.append(_Gumbel(prompts, self.params))
+        model: Any = self.model
+        out = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=settings,
+            past_key_values=cache,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([_Ended(self, tokens.shape[1])]),
+        )
+        return [self._cut(row) for row in out[:, tokens.shape[1] :].tolist()]
+
+    def _cut(self, written: list[int]) -> list[int]:
+        """What was written up to its end: a row that ended before others of its batch was padded."""
+        for count in range(1, len(written) + 1):
+            if self.has_ended(written[:count]):
+                return written[:count]
+        return written
+
+    def has_ended(self, written: Sequence[int]) -> bool:
+        """Whether the last token ends the model's text or completes a stop text."""
+        if written[-1] in self.end_ids:
+            return True
+        text = self.tokenizer.decode(list(written))
+        return any(stop in text for stop in self.params.stop)
+
+
+class _Ended(StoppingCriteria):
+    """Rows whose answer has ended."""
+
+    def __init__(self, generator: Generator, start: int) -> None:
+        self.generator, self.start = generator, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]  # noqa: ARG002
+        rows = input_ids[:, self.start :].tolist()
+        return torch.tensor([self.generator.has_ended(row) for row in rows], device=input_ids.device)
+
+
+class _Gumbel(LogitsProcessor):
+    """Logits over the temperature plus Gumbel noise: the largest is a draw from the tempered distribution."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], params: CompletionParams) -> None:
+        seeds = [sha256_json([params.seed, sha256_ids(prompt)]) for prompt in prompts]
+        self.generators = [np.random.default_rng(int(seed[:16], 16)) for seed in seeds]
+        self.temperature = params.temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG002
+        noise = np.stack([generator.gumbel(size=scores.shape[-1]) for generator in self.generators])
+        return scores.float() / self.temperature + torch.from_numpy(noise).to(scores.device, torch.float32)

@@ -1,0 +1,7 @@
+"""Check params.yaml and write it with all defaults → artifacts/params.yaml."""
+
+from pipeline.params import resolve
+from stages import run
+
+if __name__ == "__main__":
+    run(resolve)
