@@ -1,4 +1,4 @@
-"""Downloads: what is written, what is refused, and what is said without a network. The index is a server of this machine, the hub a stand-in."""
+"""Downloads: what is written, what is refused, and what is said without a network. The index is a server here, the hub a stand-in."""
 
 import hashlib
 import http.server

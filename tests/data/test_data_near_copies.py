@@ -14,9 +14,9 @@ from pipeline.data.near_copies import Copy, Originals, normalise
 WORDS = st.sampled_from(["a", "great", "Great!", "film", "films,", "the", "plot", "sticks", "?!", "naïve", "ß", "…"])
 TEXTS = st.lists(st.lists(WORDS, min_size=1, max_size=8).map(" ".join), max_size=9)
 FOOTER = (
-    "Kind regards, the service team of Muster and Sons, 12 Long Street, Anytown, open on weekdays from nine to five. This message and what is "
-    "attached to it are confidential and meant for the person they are addressed to alone; if that is not you, please delete them, tell the "
-    "sender, and do not pass on, copy or use anything you have read here. Think of the trees before you print."
+    "Kind regards, the service team of Muster and Sons, 12 Long Street, Anytown, open on weekdays from nine to five. This message and all "
+    "that is attached to it are confidential and meant for the person they are addressed to alone; if that is not you, please delete them, "
+    "tell the sender, and do not pass on, copy or use anything you have read here. Think of the trees before you print."
 )
 
 

@@ -1,4 +1,4 @@
-"""Draws: balanced, reproducible, extended and not redrawn by a larger number, disjoint, free of copies, and blind to unlabelled texts' labels."""
+"""Draws: balanced, reproducible, extended by a larger number, disjoint, free of copies, and blind to the labels of unlabelled texts."""
 
 import random
 from collections import Counter
@@ -42,7 +42,7 @@ def ids(examples: list[Example]) -> list[str]:
 
 
 def every_role(roles: Roles) -> list[list[Example]]:
-    return [*roles.evaluation.values(), roles.demonstrations, roles.transfer]
+    return list(roles.drawn.values())
 
 
 def copies_among(examples: list[Example], originals: list[str]) -> int:
@@ -52,10 +52,10 @@ def copies_among(examples: list[Example], originals: list[str]) -> int:
 
 def test_draws_are_balanced_and_of_the_size_asked_for(sources: dict[str, SourceExamples]) -> None:
     roles = assign(data(), LABELS, sources)
-    assert Counter(e.label for e in roles.evaluation["a"]) == {"negative": 5, "positive": 5}
-    assert len(roles.evaluation["b"]) == 20, "null takes all there are"
-    assert Counter(e.label for e in roles.demonstrations) == {"negative": 3, "positive": 3}
-    assert len(roles.transfer) == 10
+    assert Counter(e.label for e in roles.drawn["evaluation.a"]) == {"negative": 5, "positive": 5}
+    assert len(roles.drawn["evaluation.b"]) == 20, "null takes all there are"
+    assert Counter(e.label for e in roles.drawn["demonstrations"]) == {"negative": 3, "positive": 3}
+    assert len(roles.drawn["transfer"]) == 10
 
 
 def test_an_example_has_one_role_across_sources_too(unlike: Texts, source: Source) -> None:
@@ -77,25 +77,25 @@ def test_the_order_of_the_file_does_not_count(sources: dict[str, SourceExamples]
 def test_a_larger_transfer_set_extends_the_earlier_one_and_moves_nothing_else(sources: dict[str, SourceExamples]) -> None:
     small, large = assign(data(), LABELS, sources), assign(data(transfer={"source": "a", "limit": 40}), LABELS, sources)
     whole = assign(data(transfer={"source": "a"}), LABELS, sources)
-    assert ids(large.transfer)[:10] == ids(small.transfer)
-    assert ids(whole.transfer)[:40] == ids(large.transfer)
-    assert ids(small.demonstrations) == ids(whole.demonstrations)
-    assert {n: ids(e) for n, e in small.evaluation.items()} == {n: ids(e) for n, e in whole.evaluation.items()}
+    assert ids(large.drawn["transfer"])[:10] == ids(small.drawn["transfer"])
+    assert ids(whole.drawn["transfer"])[:40] == ids(large.drawn["transfer"])
+    assert ids(small.drawn["demonstrations"]) == ids(whole.drawn["demonstrations"])
+    assert [ids(small.drawn[f"evaluation.{name}"]) == ids(whole.drawn[f"evaluation.{name}"]) for name in "ab"] == [True, True]
 
 
 def test_more_demonstrations_or_evaluation_examples_extend_the_earlier_draw(sources: dict[str, SourceExamples]) -> None:
     small = assign(data(), LABELS, sources)
     more = assign(data(demonstrations={"source": "a", "per_label": 6}), LABELS, sources)
-    assert set(ids(small.demonstrations)) < set(ids(more.demonstrations))
+    assert set(ids(small.drawn["demonstrations"])) < set(ids(more.drawn["demonstrations"]))
     larger = assign(data(evaluation={"a": {"source": "a", "domain": "in", "per_label": 9}}), LABELS, sources)
-    assert set(ids(small.evaluation["a"])) < set(ids(larger.evaluation["a"]))
+    assert set(ids(small.drawn["evaluation.a"])) < set(ids(larger.drawn["evaluation.a"]))
 
 
 def test_another_seed_draws_others(sources: dict[str, SourceExamples]) -> None:
-    assert ids(assign(data(), LABELS, sources).transfer) != ids(assign(data(seed=1), LABELS, sources).transfer)
-    own = assign(data(demonstrations={"source": "a", "per_label": 3, "seed": 1}), LABELS, sources)
-    assert ids(own.demonstrations) != ids(assign(data(), LABELS, sources).demonstrations)
-    assert {n: ids(e) for n, e in own.evaluation.items()} == {n: ids(e) for n, e in assign(data(), LABELS, sources).evaluation.items()}
+    assert ids(assign(data(), LABELS, sources).drawn["transfer"]) != ids(assign(data(seed=1), LABELS, sources).drawn["transfer"])
+    same, own = assign(data(), LABELS, sources), assign(data(demonstrations={"source": "a", "per_label": 3, "seed": 1}), LABELS, sources)
+    assert ids(own.drawn["demonstrations"]) != ids(assign(data(), LABELS, sources).drawn["demonstrations"])
+    assert [ids(own.drawn[f"evaluation.{name}"]) == ids(same.drawn[f"evaluation.{name}"]) for name in "ab"] == [True, True]
 
 
 @settings(max_examples=20)
@@ -106,7 +106,7 @@ def test_gold_labels_never_choose_unlabelled_texts(sources: dict[str, SourceExam
     texts = unlike(60, seed=2)
     one, other = ([draw.choice([*LABELS, None]) for _ in texts] for _ in range(2))
     params = data(sources={name: {"path": f"{name}.csv"} for name in "abc"}, evaluation=ALL_OF_B, transfer={"source": "c", "limit": 25})
-    drawn = [assign(params, LABELS, sources | {"c": source("c", texts, labels)}).transfer for labels in (one, other, [None] * 60)]
+    drawn = [assign(params, LABELS, sources | {"c": source("c", texts, labels)}).drawn["transfer"] for labels in (one, other, [None] * 60)]
     assert ids(drawn[0]) == ids(drawn[1]) == ids(drawn[2])
     assert {e.label for e in drawn[0]} == {*LABELS, None}, "all kinds of rows are drawn"
 
@@ -115,8 +115,8 @@ def test_rows_without_a_label_are_drawn_as_unlabelled_texts_alone(unlike: Texts,
     labels = [[*LABELS, None, None][i % 4] for i in range(80)]
     whole = data(transfer={"source": "a"}, evaluation={"a": {"source": "a", "domain": "in", "per_label": 5}})
     roles = assign(whole, LABELS, {"a": source("a", unlike(80), labels)})
-    assert None not in {e.label for e in [*roles.demonstrations, *roles.evaluation["a"]]}
-    assert sum(e.label is None for e in roles.transfer) == 40
+    assert None not in {e.label for e in [*roles.drawn["demonstrations"], *roles.drawn["evaluation.a"]]}
+    assert sum(e.label is None for e in roles.drawn["transfer"]) == 40
 
 
 def test_near_copies_of_evaluation_texts_are_removed_and_recorded(unlike: Texts, source: Source) -> None:
@@ -124,8 +124,8 @@ def test_near_copies_of_evaluation_texts_are_removed_and_recorded(unlike: Texts,
     copies = [text.upper() + "!" for text in held_out[:6]] + [text + " x" for text in held_out[6:10]]
     sources = {"a": source("a", [*copies, *unlike(40)]), "b": source("b", held_out)}
     roles = assign(data(evaluation=ALL_OF_B, transfer={"source": "a"}, demonstrations={"source": "a", "per_label": 15}), LABELS, sources)
-    assert (len(roles.demonstrations), len(roles.transfer)) == (30, 10)
-    assert not copies_among([*roles.demonstrations, *roles.transfer], held_out)
+    assert (len(roles.drawn["demonstrations"]), len(roles.drawn["transfer"])) == (30, 10)
+    assert not copies_among([*roles.drawn["demonstrations"], *roles.drawn["transfer"]], held_out)
     assert roles.copies["transfer"] == {"evaluation.b": 10, "demonstrations": 0}
     assert sorted(entry.line for entry in roles.quarantined.values()) == list(range(1, 11)), "each row once"
     assert all(entry.copy_of and entry.copy_of["line"] == entry.line for entry in roles.quarantined.values())
@@ -135,10 +135,10 @@ def test_copies_of_demonstrations_stay_out_of_the_transfer_set(sources: dict[str
     base = unlike(30)
     doubled = source("a", [*base, *(text + "." for text in base)])
     roles = assign(data(evaluation=ALL_OF_B, transfer={"source": "a"}), LABELS, {"a": doubled, "b": sources["b"]})
-    assert not copies_among(roles.transfer, [text_of(e) for e in roles.demonstrations])
-    either_form = 2 * len({text_of(e).rstrip(".") for e in roles.demonstrations})
+    assert not copies_among(roles.drawn["transfer"], [text_of(e) for e in roles.drawn["demonstrations"]])
+    either_form = 2 * len({text_of(e).rstrip(".") for e in roles.drawn["demonstrations"]})
     assert roles.copies["transfer"]["demonstrations"] == either_form - 6 > 0
-    assert len(roles.transfer) == 60 - either_form
+    assert len(roles.drawn["transfer"]) == 60 - either_form
 
 
 def test_an_evaluation_set_may_be_called_demonstrations(unlike: Texts, source: Source) -> None:
@@ -152,15 +152,15 @@ def test_extra_sources_are_drawn_from_under_the_same_rules(sources: dict[str, So
     """Up to their limits, after what was drawn before, without what another role has or a copy of an evaluation text."""
     evaluation = {"a": {"source": "a", "domain": "in", "per_label": 5}}
     alone = assign(data(evaluation=evaluation), LABELS, sources)
-    near = text_of(alone.evaluation["a"][0]) + "!"
+    near = text_of(alone.drawn["evaluation.a"][0]) + "!"
     held = {"a": sources["a"], "b": source("b", [*unlike(20, seed=1), near])}
     roles = assign(data(evaluation=evaluation, transfer={"source": "a", "limit": 10, "extra_sources": {"b": None}}), LABELS, held)
-    assert ids(roles.transfer[:10]) == ids(alone.transfer)
-    assert {example.source for example in roles.transfer[10:]} == {"b"}
-    assert len(roles.transfer) == 10 + 20
+    assert ids(roles.drawn["transfer"][:10]) == ids(alone.drawn["transfer"])
+    assert {example.source for example in roles.drawn["transfer"][10:]} == {"b"}
+    assert len(roles.drawn["transfer"]) == 10 + 20
     assert roles.copies["transfer"]["evaluation.a"] == 1
     some = assign(data(evaluation=evaluation, transfer={"source": "a", "limit": 10, "extra_sources": {"b": 6}}), LABELS, held)
-    assert ids(some.transfer) == ids(roles.transfer[:16])
+    assert ids(some.drawn["transfer"]) == ids(roles.drawn["transfer"][:16])
     assert set(Counter(i for members in every_role(roles) for i in ids(members)).values()) == {1}
 
 
@@ -170,8 +170,8 @@ def test_long_examples_are_not_demonstrations_but_are_learnt_from(
     texts = [text + (" and so on and on" if i >= 20 else "") for i, text in enumerate(unlike(60))]
     params = data(demonstrations={"source": "a", "per_label": 4, "max_words": 5}, evaluation=ALL_OF_B, transfer={"source": "a"})
     roles = assign(params, LABELS, {"a": source("a", texts), "b": sources["b"]})
-    assert max(len(text_of(e).split()) for e in roles.demonstrations) <= 5
-    assert max(len(text_of(e).split()) for e in roles.transfer) > 5
+    assert max(len(text_of(e).split()) for e in roles.drawn["demonstrations"]) <= 5
+    assert max(len(text_of(e).split()) for e in roles.drawn["transfer"]) > 5
 
 
 @pytest.mark.parametrize(
