@@ -31,6 +31,8 @@ SHARD_BYTES = 64 << 20
 """About what a shard takes in memory at most."""
 FULL_VOCABULARY, HIDDEN_SIZE, LABEL_BYTES = 1 << 16, 2048, 200
 """What a model is taken to have, for the size of shards; bytes of a row beside its distributions."""
+CACHES = "caches.json"
+"""In a target set: the caches that its students may learn whole, as {teacher: {"manifest_sha256": sha256_json(manifest)}}."""
 AGAIN = "Run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
 
 
