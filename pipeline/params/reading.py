@@ -76,8 +76,8 @@ def resolved_params(path: Path = RESOLVED) -> Params:
     return parse_params({key: value for key, value in raw.items() if key not in derived}, path)
 
 
-def resolve(project: Path = Path()) -> None:
-    """Check params.yaml, the local files it names and the installed versions; write artifacts/params.yaml.
+def checked_params(project: Path = Path()) -> Params:
+    """The project's params, if a run would take them: they are right, the local files are there, the libraries are the pinned ones.
 
     Raises UsageError with every fault.
     """
@@ -85,6 +85,12 @@ def resolve(project: Path = Path()) -> None:
     faults = [*absent_files(params, project), *other_versions(project / "constraints.txt")]
     if faults:
         raise UsageError("\n".join(faults))
+    return params
+
+
+def resolve(project: Path = Path()) -> None:
+    """Check params.yaml as `checked_params` does, and write artifacts/params.yaml."""
+    params = checked_params(project)
     versions = {group: {name: version(name) for name in names} for group, names in VERSIONS.items()}
     derived = {"versions": versions, "context_models": params.context_models()}
     write_yaml({**params.model_dump(mode="json"), **derived}, project / RESOLVED)
