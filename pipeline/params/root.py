@@ -60,6 +60,11 @@ class Params(Frozen):
         return self
 
     @property
+    def summary(self) -> str:
+        """How many of each a run makes, in a line."""
+        return ", ".join(f"{len(getattr(self, block))} {block}" for block in ("teachers", "targets", "students", "baselines"))
+
+    @property
     def learnable(self) -> set[str]:
         """What a student may learn from."""
         return {f"targets/{name}" for name in self.targets} | {f"teachers/{name}" for name in self.teachers} | {DEMONSTRATIONS_FILE}
