@@ -17,7 +17,17 @@ from pipeline.params.methods import (
     TunedParams,
     TuningParams,
 )
-from pipeline.params.reading import checked_params, load_params, parse_params, pick, read_yaml, resolve, resolved_params, write_yaml, yaml_text
+from pipeline.params.reading import (
+    checked_params,
+    load_params,
+    parse_params,
+    pick,
+    read_yaml,
+    resolve,
+    resolved_params,
+    write_yaml,
+    yaml_text,
+)
 from pipeline.params.root import Params
 from pipeline.params.task import CompletionParams, FormParams, TaskParams
 

@@ -50,7 +50,7 @@ def make_workspace(name: str, project: Path) -> Path:
 
 
 def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path:
-    """Write a workspace whose params are `raw`, or bring it up to date, and return it. Local paths become absolute; downloads stay its own."""
+    """Write a workspace whose params are `raw`, or bring it up to date, and return it. Local paths become absolute, but not downloads'."""
     raw = copy.deepcopy(raw)
     for entry in [*raw["models"].values(), *raw["data"]["sources"].values()]:
         if not entry["path"].startswith(f"{DOWNLOADS}/"):
@@ -66,7 +66,7 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
     write_yaml(raw, workspace / "params.yaml")
     settings = ConfigParser(interpolation=None)
     settings.read([project / ".dvc" / name for name in ("config", "config.local")], encoding="utf-8")
-    cache = project.resolve() / ".dvc" / settings.get("cache", "dir", fallback="cache")
+    cache = (project / ".dvc" / settings.get("cache", "dir", fallback="cache")).resolve()
     settings.read_dict({"core": {"no_scm": "true"}, "cache": {"dir": str(cache)}})
     (workspace / ".dvc").mkdir(exist_ok=True)
     with (workspace / ".dvc" / "config").open("w", encoding="utf-8") as file:
@@ -77,4 +77,5 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
 def reproduce(workspace: Path, project: Path, stages: Sequence[str] = ()) -> bool:
     """Run `dvc repro` in a workspace, with this Python and the project's `.work`; whether it went well. DVC prints why if not."""
     environment = os.environ | {"SHOTLESS_PYTHON": sys.executable, "SHOTLESS_WORK": str(Folders.here(project).work.resolve())}
-    return subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=workspace, env=environment, check=False).returncode == 0
+    command = [sys.executable, "-m", "dvc", "repro", *stages]
+    return subprocess.run(command, cwd=workspace, env=environment, check=False).returncode == 0  # noqa: S603  names of stages
