@@ -101,7 +101,7 @@ def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: Mon
 
 
 def draw(rows: Iterable[tuple[str, Item]], count: int, seed: int) -> list[tuple[str, Item]]:
-    """At most `count` rows, drawn by the hash of their text, so that the same texts in any order give the same draw; in the lines' order."""
+    """At most `count` rows in the order of their lines. The hash of a text decides, so the same texts in any order give the same draw."""
     drawn = heapq.nsmallest(count, rows, key=lambda row: sha256_text(f"{seed}\0{row[0]}"))
     return sorted(drawn, key=lambda row: row[1].line)
 

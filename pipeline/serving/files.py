@@ -18,8 +18,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.examples import MISSING
-from pipeline.data.readers import BadRow, BlankLine, MissingColumnError, read_rows
+from pipeline.data.readers import MISSING, BadRow, BlankLine, MissingColumnError, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import replacing
 from pipeline.params.data import FORMATS

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
-from pipeline.data.examples import MISSING, BadValueError, field_text
+from pipeline.data.examples import BadValueError, field_text
+from pipeline.data.readers import MISSING
 from pipeline.errors import UsageError
 from pipeline.models.folders import context_limit, load_model, weights_sha256
 from pipeline.models.machine import default_device, use_machine
