@@ -68,7 +68,10 @@ def compare_methods(params: Params, folders: Folders) -> None:
         answers = {name: free_text.parsed(table, form) for name, table in tables.items()}
         shares = free_text.shares_of(form).items()
         rows = [
-            {"what": share, **row} for pair in pairs for share, right in shares for row in comparisons(*pair, answers, domains, right, **bootstrap)
+            {"what": share, **row}
+            for pair in pairs
+            for share, right in shares
+            for row in comparisons(*pair, answers, domains, right, **bootstrap)
         ]
     document = {"reference": reference, "pairs": "all" if every else "reference", "to_reference": close, "comparisons": rows}
     write_json(document, folders.metrics / "compare.json")

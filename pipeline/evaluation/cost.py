@@ -79,7 +79,9 @@ class Job(BaseModel):
         """What else times depend on: device, number formats, threads, torch."""
         device = default_device()
         info = Path("/proc/cpuinfo")
-        named = re.search(r"^model name\s*: (.*)$", info.read_text(encoding="utf-8", errors="replace") if info.is_file() else "", re.MULTILINE)
+        named = re.search(
+            r"^model name\s*: (.*)$", info.read_text(encoding="utf-8", errors="replace") if info.is_file() else "", re.MULTILINE
+        )
         processor = named.group(1) if named else platform.processor() or platform.machine()
         return {
             "device": device.type,

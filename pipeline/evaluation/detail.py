@@ -32,16 +32,16 @@ SMALLEST_SLICE = 20
 Scores = Mapping[str, pl.DataFrame]
 
 
-def detail(
-    table: pa.Table, labels: Sequence[str], members: Scores, domains: Mapping[str, str], *, resamples: int, seed: int
-) -> Json:
+def detail(table: pa.Table, labels: Sequence[str], members: Scores, domains: Mapping[str, str], *, resamples: int, seed: int) -> Json:
     """`sets` {set: `reliability`, `confusion`} and `slices`: the key of `slice_rows`, `n`, `accuracy`, `ci95` for each.
 
     `table` follows `schema.PREDICTIONS`; `members[set]` says which slices its examples belong to (`membership`), `domains[set]` is "in" or
     "out". Rows of several runs are pooled in bins and in the matrix; in slices an example's score is their mean.
     """
     by_set = frames(table, labels)
-    sets = {name: {"reliability": reliability(frame, labels, name), "confusion": confusion(frame, labels)} for name, frame in by_set.items()}
+    sets = {
+        name: {"reliability": reliability(frame, labels, name), "confusion": confusion(frame, labels)} for name, frame in by_set.items()
+    }
     scores = {name: example_scores(frame, name) for name, frame in by_set.items()}
     slices = [
         {**key, "n": len(sample), "accuracy": float(sample.mean()), "ci95": mean_interval([sample], resamples=resamples, seed=seed)}

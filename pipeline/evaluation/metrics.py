@@ -118,7 +118,13 @@ def mean_accuracy(table: pa.Table, sets: Sequence[str], *, resamples: int, seed:
 
 
 def compare(
-    table: pa.Table | pl.DataFrame, other: pa.Table | pl.DataFrame, sets: Sequence[str], *, resamples: int, seed: int, right: pl.Expr = RIGHT
+    table: pa.Table | pl.DataFrame,
+    other: pa.Table | pl.DataFrame,
+    sets: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    right: pl.Expr = RIGHT,
 ) -> Json:
     """Mean difference in accuracy over evaluation sets, `table` minus `other`: `difference`, `ci95`, `clear` (the interval excludes zero).
 
@@ -153,7 +159,9 @@ def example_scores(frame: pl.DataFrame, where: str, right: pl.Expr = RIGHT) -> p
     if frame.select("run", "example_id").is_duplicated().any():
         raise CorruptError(f"predictions for set {where!r}: an example occurs twice in one run. Run `evaluate` again.")
     # A missing prediction (an ill-formed answer in free text) is wrong.
-    scores = frame.group_by("example_id", maintain_order=True).agg(right.fill_null(value=False).mean().alias("score"), pl.len().alias("rows"))
+    scores = frame.group_by("example_id", maintain_order=True).agg(
+        right.fill_null(value=False).mean().alias("score"), pl.len().alias("rows")
+    )
     runs = frame["run"].n_unique()
     if (incomplete := scores.filter(pl.col("rows") != runs)).height:
         raise CorruptError(

@@ -47,7 +47,9 @@ class Answering:
         scorer = Scorer(self.folder, task, work=self.work, threads=params.runtime.threads, dtype=self.dtype)
         other = [key for key, value in (self.identity or {}).items() if key != "cache" and scorer.identity.get(key) != value]
         if other:
-            raise MismatchError(f"{self.folder}: not the model that the teacher's scores are of ({', '.join(other)} differs). Run `dvc repro`.")
+            raise MismatchError(
+                f"{self.folder}: not the model that the teacher's scores are of ({', '.join(other)} differs). Run `dvc repro`."
+            )
         return scorer
 
 
