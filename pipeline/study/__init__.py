@@ -1,1 +1,0 @@
-"""The study: many runs of the pipeline, planned in one file, and what they say together."""
