@@ -30,7 +30,13 @@ MARK_ROLES = re.compile(r' (role="graphics-[a-z]+"|aria-roledescription="[^"]*"|
 def accuracy(document: Json, where: str) -> Markup:
     """Accuracy of each method on one evaluation set, with its 95 % interval; the dashed line is the reference."""
     rows = [
-        {"method": name, "kind": method["kind"], "accuracy": 100 * entry["accuracy"], "low": 100 * entry["ci95"][0], "high": 100 * entry["ci95"][1]}
+        {
+            "method": name,
+            "kind": method["kind"],
+            "accuracy": 100 * entry["accuracy"],
+            "low": 100 * entry["ci95"][0],
+            "high": 100 * entry["ci95"][1],
+        }
         for name, method in document["methods"].items()
         for entry in [method["sets"][where]]
     ]
@@ -58,26 +64,6 @@ def spread(document: Json, method: str) -> Markup:
     ).properties(width=WIDTH, height=ROW * len(sets))
     spoken = "; ".join(f"{where} {', '.join(percent(value) for value in each)}" for where, each in sets.items())
     return _svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
-
-
-def calibration_shift(target: Json, label: str) -> Markup | None:
-    """Share of one label that each context of a target set answers, before and after calibration; None if nothing changed."""
-    rows = [
-        {"context": f"{teacher} · {context}", "raw": 100 * change["shares_raw"][label], "calibrated": 100 * change["shares_calibrated"][label]}
-        for teacher, entry in target.get("teachers", {}).items()
-        for context, change in entry.get("contexts", {}).items()
-    ]
-    if all(row["raw"] == row["calibrated"] for row in rows):
-        return None
-    names, heading = [row["context"] for row in rows], f"answered {label}, %"
-    base = alt.Chart(_data(rows)).encode(y=alt.Y("context:N", sort=names, title=None, axis=_names()))
-    chart = alt.layer(
-        base.mark_rule(stroke=RULE, strokeWidth=2).encode(x=_x("raw", 0, heading), x2="calibrated:Q"),
-        base.mark_point(filled=True, size=55, opacity=1, fill="var(--paper)", stroke=MUTED, strokeWidth=2).encode(x=_x("raw", 0, heading)),
-        base.mark_point(filled=True, size=60, opacity=1, color=STUDENT).encode(x=_x("calibrated", 0, heading)),
-    ).properties(width=WIDE, height=ROW * len(rows))
-    spoken = "; ".join(f"{row['context']} {row['raw']:.0f} raw, {row['calibrated']:.0f} calibrated" for row in rows)
-    return _svg(chart, f"Share of {label} answered by context, percent: {spoken}", names)
 
 
 def curve(curve: pl.DataFrame, student: str, students: int) -> Markup:
@@ -110,7 +96,8 @@ def reliability(found: Collected, method: str) -> Markup:
         base.mark_point(filled=True, opacity=0.9).encode(shape=shape, size=size),
     ).properties(width=190, height=190)
     spoken = "; ".join(
-        f"{DOMAINS[row['domain']].lower()}, confidence {row['confidence']:.0f} %: {row['accuracy']:.0f} % right of {row['n']:,}" for row in rows
+        f"{DOMAINS[row['domain']].lower()}, confidence {row['confidence']:.0f} %: {row['accuracy']:.0f} % right of {row['n']:,}"
+        for row in rows
     )
     return _svg(chart, f"Reliability of {method}: {spoken}")
 
@@ -119,7 +106,7 @@ def _pooled_bins(found: Collected, method: str, domain: str) -> list[Json]:
     """The bins of several sets as one: counts add up; confidence and accuracy, in percent, are means over examples."""
     bins: dict[float, list[Json]] = {}
     for where in sets_of(found.document, domain):
-        for entry in found.detail[method]["sets"][where]["reliability"]:
+        for entry in found.of("detail", method)["sets"][where]["reliability"]:
             bins.setdefault(entry["low"], []).append(entry)
     totals = {low: sum(entry["n"] for entry in entries) for low, entries in sorted(bins.items())}
     return [
@@ -152,8 +139,8 @@ def frontier(document: Json, domain: str) -> tuple[list[Json], list[Json]]:
 def tradeoff(document: Json, domain: str) -> Markup | None:
     """Mean accuracy over a domain against latency; the stepped line joins the frontier. None if fewer than two methods were measured.
 
-    The frontier's methods and the reference are named, the most accurate first; a name that would run into another one is left out, since
-    the table below has it.
+    Names are placed beside their points: first those on the frontier, then the reference, then by accuracy. A name that would run into a
+    point or another name is left out, since the table has it.
     """
     rows, unbeaten = frontier(document, domain)
     if len(rows) < 2:
@@ -173,54 +160,26 @@ def tradeoff(document: Json, domain: str) -> Markup | None:
         base.mark_rule(strokeWidth=1.5, opacity=0.4).encode(y=y("low"), y2="high:Q", color=color),
         base.mark_point(filled=True, size=70, opacity=1).encode(y=y("accuracy"), color=color, shape=shape),
     ]
-    taken: list[tuple[float, float, float]] = []
-    named = [row for row in rows if row in unbeaten or row["method"] == document["reference"]]
-    for row in sorted(named, key=lambda row: -row["accuracy"]):
-        place = math.log(row["latency"] / left) / math.log(right / left)
-        at_x, at_y = TRADEOFF_WIDTH * place, TRADEOFF_HEIGHT * (1 - (row["accuracy"] - low) / (100 - low))
-        size = 9 + 6.6 * len(row["method"])
-        start, end = (at_x, at_x + size) if place < 0.5 else (at_x - size, at_x)
-        if all(abs(at_y - height) > 14 or end < other_start or other_end < start for other_start, other_end, height in taken):
-            taken.append((start, end, at_y))
-            text = alt.Chart(_data([row])).mark_text(align="left" if place < 0.5 else "right", dx=9 if place < 0.5 else -9, fill=INK)
+    at = {row["method"]: (TRADEOFF_WIDTH * math.log(row["latency"] / left) / math.log(right / left), row["accuracy"]) for row in rows}
+    taken = [(place - 6, place + 6, height) for place, height in at.values()]
+    for row in sorted(rows, key=lambda row: (row not in unbeaten, row["method"] != document["reference"], -row["accuracy"])):
+        place, height = at[row["method"]]
+        first, size = place < TRADEOFF_WIDTH / 2, 9 + 6.6 * len(row["method"])
+        start, end = (place + 7, place + size) if first else (place - size, place - 7)
+        if all(abs(height - other) * TRADEOFF_HEIGHT > 14 * (100 - low) or end < begins or ends < start for begins, ends, other in taken):
+            taken.append((start, end, height))
+            text = alt.Chart(_data([row])).mark_text(align="left" if first else "right", dx=9 if first else -9, fill=INK)
             layers.append(text.encode(x=x, y=y("accuracy"), text="method:N"))
     spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} % at {row['latency']:,.0f} ms" for row in rows)
     chart = alt.layer(*layers).properties(width=TRADEOFF_WIDTH, height=TRADEOFF_HEIGHT)
     return _svg(chart, f"Accuracy against latency: {spoken}")
 
 
-def cost_by_context(measured: Sequence[Json], key: str, unit: str, factor: float, student: str | None, level: float | None) -> Markup | None:
-    """A cost (`key` × `factor`, in `unit`) by the tokens of the prompt, a line for each model; a student's is level, since its prompt has
-    no context. `measured` are the rows `by_demonstrations` of a cost file. None if fewer than two prompts were measured.
-    """
-    rows = [
-        {"model": row["model"].removeprefix("models/"), "tokens": row["prompt_tokens"], "value": factor * row[key], "count": str(row["demonstrations"])}
-        for row in measured
-        if row.get(key) is not None
-    ]
-    if len(rows) < 2:
-        return None
-    right, top = 1.06 * max(row["tokens"] for row in rows), 1.12 * max([*(row["value"] for row in rows), factor * (level or 0)])
-    x = alt.X("tokens:Q", title="prompt tokens", scale=alt.Scale(domain=[0, right], nice=False), axis=_ticks(format="~s"))
-    y = alt.Y("value:Q", title=unit, scale=alt.Scale(domain=[0, top], nice=False), axis=_ticks())
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, detail="model:N")
-    layers: list[Any] = [
-        base.mark_line(stroke=MUTED, strokeWidth=2),
-        base.mark_point(filled=True, shape="circle", size=60, opacity=1, color=MUTED),
-        base.mark_text(dy=-12, fill=INK).encode(text="count:N"),
-    ]
-    spoken = "; ".join(f"{row['model']}, {row['count']} demonstrations: {row['value']:,.3g}" for row in rows)
-    if student is not None and level is not None:
-        flat = [{"tokens": 0.0, "value": factor * level}, {"tokens": right, "value": factor * level, "name": student}]
-        layers.append(alt.Chart(_data(flat)).mark_line(stroke=STUDENT, strokeWidth=2, strokeDash=[6, 3]).encode(x=x, y=y))
-        layers.append(alt.Chart(_data(flat[1:])).mark_text(align="right", dy=12, fill=STUDENT).encode(x=x, y=y, text="name:N"))
-        spoken += f"; student {student}: {factor * level:,.3g}"
-    return _svg(alt.layer(*layers).properties(width=TRADEOFF_WIDTH, height=180), f"{unit} by prompt tokens: {spoken}")
-
-
 def _data(rows: Sequence[Json]) -> alt.InlineData:
     """Rows of a chart, with numbers rounded to what a screen can show."""
-    return alt.InlineData(values=[{key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows])
+    return alt.InlineData(
+        values=[{key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    )
 
 
 def _lowest(document: Json) -> float:
@@ -251,7 +210,7 @@ def _ticks(count: int = 5, **settings: Any) -> alt.Axis:
 
 
 def _svg(chart: Any, label: str, names: Sequence[str] = ()) -> Markup:
-    """A chart as an SVG element with one label. `names` stand at its left: the reader's font may be wider than the one they are measured in."""
+    """A chart as an SVG element with one label. It leaves room for `names` at its left in a font wider than the one they are measured in."""
     axis = {"labelColor": INK, "titleColor": MUTED, "gridColor": GRID}
     fonts = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelFont": "sans-serif", "titleFont": "sans-serif"}
     padding = {"left": 4 + round(1.2 * max(map(len, names), default=0)), "right": 10, "top": 4, "bottom": 4}

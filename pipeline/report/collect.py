@@ -5,7 +5,7 @@ had early: the page names each file that is missing and the stage that writes it
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,50 +23,82 @@ from pipeline.schema import ANSWERS, PREDICTIONS, read_examples, read_table
 
 Json = dict[str, Any]
 DOMAINS = {"in": "In domain", "out": "Out of domain"}
-COST_KEYS = (
-    "prompt_tokens", "latency_ms", "latency_p95_ms", "throughput", "peak_rss_bytes", "parameters", "weights_bytes", "disk_bytes",
-    "forward_passes", "measured",
-)  # fmt: skip
 MOST_QUARANTINED = 5
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What was found. Dicts follow the order of the params and have an entry for each file that exists."""
+    """What was found on disk."""
 
     params: Params
     document: Json
     """The numbers of `report/metrics.json`; see `_labels_document` and `_answers_document`."""
-    predictions: dict[str, pl.DataFrame]
-    """Method → its rows, as `schema.PREDICTIONS` or `schema.ANSWERS`. Baselines come first, then students."""
-    cost: dict[str, Json]
-    """Method → its cost, measured with the model and prompts of the predictions."""
+    files: dict[str, Json]
+    """Every JSON file that exists, by its path from the project."""
     stale_cost: frozenset[str]
-    """Methods whose cost was measured with another model or other prompts."""
-    detail: dict[str, Json]
-    """Method → reliability bins, confusion counts, slices."""
-    compare: Json
-    risks: dict[str, Json]
-    """Student → risk checks."""
-    targets: dict[str, Json]
-    training: dict[str, Json]
-    curves: dict[str, pl.DataFrame]
-    """Student → training curve with the columns step and loss, of its first seed."""
-    manifests: dict[str, Json]
-    """Student → manifest of its folder."""
-    fidelity: dict[str, Json]
-    """Teacher → what its score cache keeps, measured on rows that were scored again."""
-    capture: dict[str, Json]
-    """Teacher → seconds and rows of its capture."""
-    prepare: Json
-    """Counts of sources, roles and contexts; empty if there are none."""
-    break_even: Json
-    texts: dict[str, dict[str, str]]
-    """Evaluation set → example_id → its input fields, joined by " / "."""
-    quarantined: tuple[Json, ...]
-    """The first rows that were set aside."""
+    """Methods whose cost was measured with another model or other prompts than their predictions; `files` lacks it."""
     missing: dict[str, str]
     """Optional file that does not exist → the stage that writes it."""
+    predictions: dict[str, pl.DataFrame]
+    """Method → its rows, as `schema.PREDICTIONS` or `schema.ANSWERS`."""
+    curves: dict[str, pl.DataFrame]
+    """Student → training curve of its first seed, with the columns step and loss."""
+    texts: dict[str, dict[str, str]]
+    """Evaluation set → example_id → its input fields, joined by " / "."""
+    quarantined: list[Json]
+    """The first rows that were set aside."""
+
+    def of(self, kind: str, name: str) -> Json:
+        """`of("cost", "cd")` is metrics/cost/cd.json; empty if there is no such file."""
+        return self.files.get(f"metrics/{kind}/{name}.json", {})
+
+
+def collect(params: Params, folders: Folders) -> Collected:
+    """Read all results of the methods in `params`.
+
+    Raises UsageError naming every required file that is missing, CorruptError if a file cannot be read or belongs to another run.
+    """
+    stages = {name: stage_of(params, name) for name in [*params.baselines, *params.students]}
+    tables = {f"artifacts/predictions/{name}.parquet": stage for name, stage in stages.items()}
+    metrics = {f"metrics/eval/{name}.json": stage for name, stage in stages.items()}
+    required = tables | metrics | {"metrics/compare.json": "compare"}
+    expected = required | _optional(params, stages)
+    paths = {
+        name: {"artifacts": folders.artifacts, "metrics": folders.metrics}[name.split("/")[0]] / name.partition("/")[2] for name in expected
+    }
+    missing = {name: stage for name, stage in expected.items() if not paths[name].is_file()}
+    if absent := {name: stage for name, stage in missing.items() if name in required}:
+        commands = " ".join(dict.fromkeys(absent.values()))
+        raise UsageError(f"{choices(absent)}: no such file, and the report needs it. Run `dvc repro {commands}`.")
+    files = {name: _object(path, expected[name]) for name, path in paths.items() if path.suffix == ".json" and name not in missing}
+    for method, stage in stages.items():
+        _check_evaluation(files[f"metrics/eval/{method}.json"], paths[f"artifacts/predictions/{method}.parquet"], params, stage)
+    compare = files["metrics/compare.json"]
+    if compare["reference"] != params.evaluation.reference or {*compare["to_reference"], compare["reference"]} != set(stages):
+        raise CorruptError(f"{paths['metrics/compare.json']}: compares other methods than params.yaml has. Run `dvc repro compare`.")
+    measured = {name: files[cost]["measured"].get("subject") for name in stages if (cost := f"metrics/cost/{name}.json") in files}
+    stale = {name for name, subject in measured.items() if subject != files[f"metrics/eval/{name}.json"].get("subject")}
+    there = {name: path for name, path in paths.items() if name not in missing}
+    rows, fields = PREDICTIONS if params.task.completion is None else ANSWERS, params.task.fields
+    found = Collected(
+        params=params,
+        document={},
+        files={name: value for name, value in files.items() if name not in {f"metrics/cost/{method}.json" for method in stale}},
+        stale_cost=frozenset(stale),
+        missing=missing,
+        predictions={Path(name).stem: cast("pl.DataFrame", pl.from_arrow(read_table(paths[name], rows))) for name in tables},
+        curves={path.stem: _curve(path) for path in there.values() if path.suffix == ".csv"},
+        texts={
+            path.stem: {
+                example.example_id: " / ".join(example.fields[field] for field in fields) for example in read_examples(path, fields)
+            }
+            for name, path in there.items()
+            if name.startswith("artifacts/data/evaluation/")
+        },
+        quarantined=[row for path in there.values() if path.suffix == ".jsonl" for row in _first_lines(path)],
+    )
+    make = _labels_document if params.task.completion is None else _answers_document
+    return replace(found, document=make(found, {name: files[f"metrics/eval/{name}.json"]["sets"] for name in stages}))
 
 
 def stage_of(params: Params, method: str) -> str:
@@ -78,53 +110,6 @@ def licence_of(params: Params, path: str, otherwise: str = "the user's own") -> 
     """The licence of a file: that of the download which it is part of, else `otherwise`."""
     first, _, rest = path.partition("/")
     return params.downloads[rest.partition("/")[0]].licence if first == "downloads" else otherwise
-
-
-def collect(params: Params, folders: Folders) -> Collected:
-    """Read all results of the methods in `params`.
-
-    Raises UsageError naming every required file that is missing, CorruptError if a file cannot be read or belongs to another run.
-    """
-    methods, students = [*params.baselines, *params.students], list(params.students)
-    stages = {name: stage_of(params, name) for name in methods}
-    reader = _Reader(folders)
-    evaluated = reader.each("metrics/eval/{}.json", stages)
-    compare = reader.one("metrics/compare.json", "compare")
-    tables = {name: folders.artifacts / "predictions" / f"{name}.parquet" for name in methods}
-    absent = reader.missing | {f"artifacts/predictions/{name}.parquet": stages[name] for name, path in tables.items() if not path.is_file()}
-    if absent or compare is None:
-        commands = " ".join(dict.fromkeys(absent.values()))
-        raise UsageError(f"{choices(absent)}: no such file, and the report needs it. Run `dvc repro {commands}`.")
-    rows = PREDICTIONS if params.task.completion is None else ANSWERS
-    for name, entry in evaluated.items():
-        _check_evaluation(name, entry, tables[name], params)
-    if compare.get("reference") != params.evaluation.reference or set(compare["to_reference"]) != set(methods) - {compare["reference"]}:
-        raise CorruptError(f"{folders.metrics / 'compare.json'}: compares other methods than params.yaml has. Run `dvc repro compare`.")
-    measured = reader.each("metrics/cost/{}.json", stages if params.task.completion is None else {})
-    stale = frozenset(name for name, cost in measured.items() if evaluated[name].get("subject") != cost.get("measured", {}).get("subject"))
-    found = Collected(
-        params=params,
-        document={},
-        predictions={name: cast("pl.DataFrame", pl.from_arrow(read_table(path, rows))) for name, path in tables.items()},
-        cost={name: cost for name, cost in measured.items() if name not in stale},
-        stale_cost=stale,
-        detail=reader.each("metrics/detail/{}.json", stages),
-        compare=compare,
-        risks=reader.each("metrics/risk/{}.json", _stages("risk", students)),
-        targets=reader.each("metrics/targets/{}.json", _stages("targets", params.targets)),
-        training=reader.each("metrics/train/{}.json", _stages("student", students)),
-        curves=reader.curves(students),
-        manifests=reader.each("artifacts/students/{}/manifest.json", _stages("student", students)),
-        fidelity=reader.each("metrics/fidelity/{}.json", _stages("teacher", params.teachers)),
-        capture=reader.each("metrics/runtime/teacher-{}.json", _stages("teacher", params.teachers)),
-        prepare=reader.one("metrics/prepare.json", "prepare") or {},
-        break_even=(reader.one("metrics/runtime/break-even.json", "compare") or {}) if params.task.completion is None else {},
-        texts=reader.texts(params),
-        quarantined=reader.quarantined("artifacts/data/quarantine.jsonl"),
-        missing=reader.missing,
-    )
-    make = _labels_document if params.task.completion is None else _answers_document
-    return replace(found, document=make(found, evaluated))
 
 
 def sets_of(document: Json, domain: str) -> list[str]:
@@ -144,157 +129,127 @@ def main_domain(document: Json) -> str:
 
 def best(document: Json, domain: str, kind: str | None = None) -> list[str]:
     """The methods of one kind (None: of all) with the highest mean accuracy over a domain; several if they tie."""
-    means = {
-        name: method["means"][domain]["accuracy"]
-        for name, method in document["methods"].items()
-        if domain in method["means"] and kind in {None, method["kind"]}
-    }
+    means = {name: m["means"][domain].get("accuracy", 0) for name, m in document["methods"].items() if kind in {None, m["kind"]}}
     return [name for name, value in means.items() if value == max(means.values())]
 
 
 def ranked_students(document: Json) -> list[str]:
     """Students by mean accuracy over the main domain, the best first."""
-    domain = main_domain(document)
-    students = [name for name, method in document["methods"].items() if method["kind"] == "student"]
-    return sorted(students, key=lambda name: -document["methods"][name]["means"][domain]["accuracy"])
+    means = {
+        name: m["means"][main_domain(document)].get("accuracy", 0) for name, m in document["methods"].items() if m["kind"] == "student"
+    }
+    return sorted(means, key=lambda name: -means[name])
 
 
-def comparison(document: Json, method: str, other: str, domain: str) -> Json | None:
-    """The paired comparison of two methods over a domain, `method` minus `other`; None if it was not made."""
+def comparison(document: Json, method: str, other: str, domain: str, what: str | None = None) -> Json | None:
+    """The paired comparison of two methods over a domain, `method` minus `other`; None if it was not made. Free text has one for each
+    share (`what`).
+    """
     for row in document["comparisons"]:
-        if row["domain"] == domain and (row["method"], row["other"]) == (method, other):
+        if (row["domain"], row.get("what"), row["method"], row["other"]) == (domain, what, method, other):
             return row
-        if row["domain"] == domain and (row["method"], row["other"]) == (other, method):
-            low, high = row["ci95"]
-            sides = {"only_method_right": row.get("only_other_right"), "only_other_right": row.get("only_method_right")}
-            return {**row, **sides, "method": method, "other": other, "difference": -row["difference"], "ci95": [-high, -low]}
+        if (row["domain"], row.get("what"), row["other"], row["method"]) == (domain, what, method, other):
+            turned = {"method": method, "other": other, "difference": -row["difference"], "ci95": [-end for end in reversed(row["ci95"])]}
+            return {**row, **turned, "only_method_right": row["only_other_right"], "only_other_right": row["only_method_right"]}
     return None
 
 
-class _Reader:
-    """Reads files below artifacts/ and metrics/, named by their path from the project, and notes those that are missing."""
+def _optional(params: Params, stages: Mapping[str, str]) -> dict[str, str]:
+    """Every optional file of a run → the stage that writes it."""
+    files = {"metrics/prepare.json": "prepare", "artifacts/data/quarantine.jsonl": "prepare", "metrics/runtime/break-even.json": "compare"}
+    files |= {f"metrics/{kind}/{name}.json": stage for kind in ("cost", "detail") for name, stage in stages.items()}
+    files |= {f"artifacts/data/evaluation/{name}.parquet": "prepare" for name in params.data.evaluation}
+    files |= {f"metrics/targets/{name}.json": f"targets@{name}" for name in params.targets}
+    for name in params.teachers:
+        files |= dict.fromkeys((f"metrics/fidelity/{name}.json", f"metrics/runtime/teacher-{name}.json"), f"teacher@{name}")
+    for name in params.students:
+        written = (f"metrics/train/{name}.json", f"metrics/curves/{name}.csv", f"artifacts/students/{name}/manifest.json")
+        files |= dict.fromkeys(written, f"student@{name}") | {f"metrics/risk/{name}.json": f"risk@{name}"}
+    return files
 
-    def __init__(self, folders: Folders) -> None:
-        self._folders = {"artifacts": folders.artifacts, "metrics": folders.metrics}
-        self.missing: dict[str, str] = {}
 
-    def path(self, name: str) -> Path:
-        first, _, rest = name.partition("/")
-        return self._folders[first] / rest
+def _object(path: Path, stage: str) -> Json:
+    if not isinstance(value := read_json(path), dict):
+        raise CorruptError(f"{path}: expected a JSON object, found {type(value).__name__}. Run `dvc repro -f {stage}`.")
+    return value
 
-    def one(self, name: str, stage: str) -> Json | None:
+
+def _curve(path: Path) -> pl.DataFrame:
+    try:
+        curve = pl.read_csv(path)
+        curve = curve.filter(pl.col("seed") == pl.col("seed").first()) if "seed" in curve.columns else curve
+        return curve.select(pl.col("step").cast(pl.Int64), pl.col("loss").cast(pl.Float64))
+    except PolarsError as error:
+        raise CorruptError(
+            f"{path}: expected numbers in the columns step and loss ({error}). Run `dvc repro -f student@{path.stem}`."
+        ) from None
+
+
+def _first_lines(path: Path) -> list[Json]:
+    with path.open(encoding="utf-8") as file:
         try:
-            value = read_json(self.path(name))
-        except FileNotFoundError:
-            self.missing[name] = stage
-            return None
-        if not isinstance(value, dict):
-            raise CorruptError(f"{self.path(name)}: expected a JSON object, found {type(value).__name__}. Run `dvc repro -f {stage}`.")
-        return value
-
-    def each(self, pattern: str, stages: Mapping[str, str]) -> dict[str, Json]:
-        found = {name: self.one(pattern.format(name), stage) for name, stage in stages.items()}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def curves(self, students: Iterable[str]) -> dict[str, pl.DataFrame]:
-        found = {}
-        for student in students:
-            name = f"metrics/curves/{student}.csv"
-            if not self.path(name).is_file():
-                self.missing[name] = f"student@{student}"
-                continue
-            try:
-                curve = pl.read_csv(self.path(name))
-                curve = curve.filter(pl.col("seed") == pl.col("seed").first()) if "seed" in curve.columns else curve
-                found[student] = curve.select(pl.col("step").cast(pl.Int64), pl.col("loss").cast(pl.Float64))
-            except PolarsError as error:
-                raise CorruptError(
-                    f"{self.path(name)}: expected the columns step and loss, of numbers ({error}). Run `dvc repro -f student@{student}`."
-                ) from None
-        return found
-
-    def texts(self, params: Params) -> dict[str, dict[str, str]]:
-        found = {}
-        for key in params.data.evaluation:
-            name = f"artifacts/data/evaluation/{key}.parquet"
-            if self.path(name).is_file():
-                examples = read_examples(self.path(name), params.task.fields)
-                found[key] = {e.example_id: " / ".join(e.fields[field] for field in params.task.fields) for e in examples}
-            else:
-                self.missing[name] = "prepare"
-        return found
-
-    def quarantined(self, name: str) -> tuple[Json, ...]:
-        if not self.path(name).is_file():
-            self.missing[name] = "prepare"
-            return ()
-        with self.path(name).open(encoding="utf-8") as file:
-            try:
-                return tuple(json.loads(line) for line in islice(file, MOST_QUARANTINED))
-            except ValueError as error:
-                raise CorruptError(f"{self.path(name)}: not JSON lines ({error}). Run `dvc repro -f prepare`.") from None
+            return [json.loads(line) for line in islice(file, MOST_QUARANTINED)]
+        except ValueError as error:
+            raise CorruptError(f"{path}: not JSON lines ({error}). Run `dvc repro -f prepare`.") from None
 
 
-def _stages(stage: str, names: Iterable[str]) -> dict[str, str]:
-    return {name: f"{stage}@{name}" for name in names}
-
-
-def _check_evaluation(name: str, entry: Json, predictions: Path, params: Params) -> None:
+def _check_evaluation(entry: Json, predictions: Path, params: Params, stage: str) -> None:
     """Metrics belong to the predictions on disk and to the evaluation sets of the params."""
-    found, wanted, remedy = set(entry["sets"]), set(params.data.evaluation), f"Run `dvc repro {stage_of(params, name)}`."
-    if found != wanted:
-        raise CorruptError(f"metrics/eval/{name}.json: has the sets {choices(found)}, params.yaml has {choices(wanted)}. {remedy}")
-    if (written := entry.get("predictions_sha256")) is not None and sha256_file(predictions) != written:
-        raise CorruptError(f"{predictions}: not the predictions that metrics/eval/{name}.json is about. {remedy}")
+    name, wanted = f"metrics/eval/{predictions.stem}.json", set(params.data.evaluation)
+    if set(entry["sets"]) != wanted:
+        raise CorruptError(f"{name}: has the sets {choices(entry['sets'])}, params.yaml has {choices(wanted)}. Run `dvc repro {stage}`.")
+    if entry["predictions_sha256"] != sha256_file(predictions):
+        raise CorruptError(f"{predictions}: not the predictions that {name} is about. Run `dvc repro {stage}`.")
 
 
 def _labels_document(found: Collected, evaluated: Mapping[str, Json]) -> Json:
     """`reference`; `sets` {name: domain, n}; `methods` {name: kind, sets {name: metrics with `agreement`}, means {"in" | "out": accuracy,
     ci95, agreement, ece}, cost or None}; `comparisons`: the rows of metrics/compare.json that are about a whole domain.
     """
-    params, reference = found.params, found.params.evaluation.reference
-    methods: Json = {}
-    for name, entry in evaluated.items():
-        shares = found.compare["to_reference"].get(name, {})
-        sets = {key: entry["sets"][key] | {"agreement": shares[key]["agreement"] if shares else 1.0} for key in params.data.evaluation}
-        means = {}
-        for domain in DOMAINS:
-            if members := [key for key, own in params.data.evaluation.items() if own.domain == domain]:
-                table = found.predictions[name].to_arrow()
-                accuracy = mean_accuracy(table, members, resamples=params.evaluation.bootstrap, seed=params.evaluation.seed)
-                means[domain] = accuracy | {key: round(fmean(sets[member][key] for member in members), 6) for key in ("agreement", "ece")}
-        cost = found.cost.get(name)
-        kept = None if cost is None else {key: cost[key] for key in COST_KEYS if key in cost}
-        methods[name] = {"kind": _kind(params, name), "sets": sets, "means": means, "cost": kept}
-    return {
-        "reference": reference,
-        "sets": {key: {"domain": entry.domain, "n": evaluated[reference]["sets"][key]["n"]} for key, entry in params.data.evaluation.items()},
-        "methods": methods,
-        "comparisons": [row for row in found.compare["comparisons"] if row["set"] is None],
-    }
+    document = _frame(found, evaluated)
+    settings = {"resamples": found.params.evaluation.bootstrap, "seed": found.params.evaluation.seed}
+    for name, method in document["methods"].items():
+        shares = found.files["metrics/compare.json"]["to_reference"].get(name)
+        for where, entry in method["sets"].items():
+            entry["agreement"] = shares[where]["agreement"] if shares else 1.0
+        for domain in domains_of(document):
+            members = sets_of(document, domain)
+            accuracy = mean_accuracy(found.predictions[name].to_arrow(), members, **settings)
+            others = {key: round(fmean(method["sets"][where][key] for where in members), 6) for key in ("agreement", "ece")}
+            method["means"][domain] = accuracy | others
+        method["cost"] = {key: value for key, value in found.of("cost", name).items() if key != "by_demonstrations"} or None
+    return document
 
 
 def _answers_document(found: Collected, evaluated: Mapping[str, Json]) -> Json:
-    """`answers` True; `reference`; `keys` of the answers' form; `sets` {name: domain, n}; `methods` {name: kind, sets {name: n, tokens,
-    well_formed and accuracy with `_ci95`, agreement {"text" or key: share}}}. What the task does not define is left out.
+    """The same for free text, with `answers` True and the `keys` of the answers' form. `sets` of a method have n, tokens, well_formed and
+    accuracy with `_ci95`, agreement {"text" or key: share}, if the task defines them; `means` have the shares.
     """
-    params, reference = found.params, found.params.evaluation.reference
-    form = params.task.completion.form if params.task.completion is not None else None
-    methods: Json = {}
-    for name, entry in evaluated.items():
-        shares = found.compare["to_reference"].get(name)
-        sets = {key: entry["sets"][key] | ({"agreement": shares[key]} if shares else {}) for key in params.data.evaluation}
-        methods[name] = {"kind": _kind(params, name), "sets": sets}
-    examples = found.predictions[reference].group_by("set").agg(pl.col("example_id").n_unique())
-    sizes = dict(examples.iter_rows())
+    document, compare = _frame(found, evaluated), found.files["metrics/compare.json"]
+    form = found.params.task.completion.form if found.params.task.completion is not None else None
+    for name, method in document["methods"].items():
+        for where, entry in method["sets"].items():
+            entry |= {"agreement": compare["to_reference"][name][where]} if name != document["reference"] else {}
+        for domain in domains_of(document):
+            entries = [method["sets"][where] for where in sets_of(document, domain)]
+            shares = [key for key in ("well_formed", "accuracy") if key in entries[0]]
+            method["means"][domain] = {key: round(fmean(entry[key] for entry in entries), 6) for key in shares}
+    return {"answers": True, "keys": [] if form is None else list(form.keys), **document}
+
+
+def _frame(found: Collected, evaluated: Mapping[str, Json]) -> Json:
+    """What both kinds of document have."""
+    params, sets = found.params, found.params.data.evaluation
     return {
-        "answers": True,
-        "reference": reference,
-        "keys": [] if form is None else list(form.keys),
-        "sets": {key: {"domain": entry.domain, "n": sizes[key]} for key, entry in params.data.evaluation.items()},
-        "methods": methods,
+        "reference": params.evaluation.reference,
+        "sets": {where: {"domain": sets[where].domain, "n": evaluated[params.evaluation.reference][where]["n"]} for where in sets},
+        "methods": {
+            name: {
+                "kind": "student" if name in params.students else "baseline",
+                "sets": {where: dict(own[where]) for where in sets},
+                "means": {},
+            }
+            for name, own in evaluated.items()
+        },
+        "comparisons": [row for row in found.files["metrics/compare.json"]["comparisons"] if row["set"] is None],
     }
-
-
-def _kind(params: Params, method: str) -> str:
-    return "student" if method in params.students else "baseline"

@@ -3,13 +3,12 @@
 The page has no script, font or picture from outside; the content security policy in its head forbids them. jinja2 escapes everything that
 comes from data or params. Charts are the only markup passed through, and they are built from escaped parts.
 
-A section is an entry of `SECTIONS` (anchor, name in the navigation, heading, a function that gives the values of its template, or None if
-the section does not apply) and `templates/sections/ANCHOR.html.jinja`.
+A section is an entry of `SECTIONS` (anchor, name in the navigation, heading, a function that gives what its template needs beyond `found`,
+or None if the section does not apply) and `templates/sections/ANCHOR.html.jinja`.
 """
 
 import platform
 import re
-from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from io import StringIO
@@ -21,25 +20,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from ruamel.yaml import YAML
 
-from pipeline.evaluation.judging import values_of
+from pipeline.evaluation.free_text import values_of
 from pipeline.files import Folders, sha256_json, sha256_text, write_json, write_text
 from pipeline.params import Params
 from pipeline.params.reading import VERSIONS
-from pipeline.report import charts, tables
+from pipeline.report import charts, prose, tables
 from pipeline.report.card import render_card
-from pipeline.report.collect import (
-    DOMAINS, Collected, Json, best, collect, comparison, domains_of, licence_of, main_domain, ranked_students, stage_of,
-)  # fmt: skip
-from pipeline.report.prose import (
-    DASH, accuracy_for_time, findings, layers, lead, listed, measured_on, missing_files, percent, plural, points, scaled, span, title,
-)  # fmt: skip
+from pipeline.report.collect import DOMAINS, Collected, Json, collect, domains_of, licence_of, ranked_students, stage_of
+from pipeline.report.prose import percent
 
 MAX_CURVES = 12
 STUDENTS_COMPARED = 3
 """Students shown side by side in slices and risk checks: the best ones."""
 SAMPLES, LONGEST_TEXT, FLIPS, ATTRIBUTIONS, STRONGEST_WORDS = 12, 320, 3, 4, 4
 """Texts shown on the page, and their longest length."""
-Values = dict[str, Any]
+FILTERS = (prose.compact, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span)
 
 
 def build_report(params: Params, folders: Folders, project: Path) -> None:
@@ -58,24 +53,24 @@ def build_report(params: Params, folders: Folders, project: Path) -> None:
 
 def render_page(found: Collected) -> str:
     """The report as HTML. A section that does not apply is left out."""
-    environment, free = _environment(escaping=True), found.document.get("answers", False)
+    environment = _environment(escaping=True)
+    common = {"found": found, "document": found.document, "reference": found.document["reference"]}
     sections = []
-    for anchor, nav, heading, values in ANSWER_SECTIONS if free else SECTIONS:
+    for anchor, nav, heading, values in ANSWER_SECTIONS if "answers" in found.document else SECTIONS:
         if (given := values(found)) is not None:
             template = environment.get_template(f"sections/{anchor}.html.jinja")
-            common = {"params": found.params, "document": found.document, "reference": found.document["reference"]}
-            body = template.render(**common, missing=lambda *prefixes: missing_files(found, *prefixes), **given)
+            body = template.render(**common, missing=lambda *prefixes: prose.missing_files(found, *prefixes), **given)
             sections.append({"anchor": anchor, "nav": nav, "heading": heading, "body": Markup(body)})  # noqa: S704  a template's output
-    figures = _answer_figures(found) if free else _figures(found)
-    return environment.get_template("page.html.jinja").render(title=title(found.params), lead=lead(found), figures=figures, sections=sections)
+    texts = {"title": prose.title(found.params), "lead": prose.lead(found), "figures": prose.key_figures(found)}
+    return environment.get_template("page.html.jinja").render(**texts, sections=sections)
 
 
 def _environment(*, escaping: bool) -> Environment:
     """jinja2 with this package's templates; an undefined name is an error. The filter `code` sets names in backticks as code."""
 
     def code(text: str) -> Markup:
-        whole = re.sub(r"(?<=\d)–(?=[\d−])", "\u2060–\u2060", text.replace(" %", "\u00a0%"))  # no line break inside
-        return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(whole))))  # noqa: S704  escaped above
+        whole = re.sub(r"(?<=\d)–(?=[\d−])", "\u2060–\u2060", str(escape(text)).replace(" %", "\u00a0%"))  # no line break inside
+        return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", whole))  # noqa: S704  escaped above
 
     environment = Environment(
         loader=PackageLoader("pipeline.report"),
@@ -85,163 +80,107 @@ def _environment(*, escaping: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["code"] = code
+    environment.filters |= {"code": code} | {function.__name__: function for function in FILTERS}
+    functions = (licence_of, prose.calibrated, prose.layers, prose.learnt)
+    environment.globals |= {"cell": tables.Cell} | {function.__name__: function for function in functions}
     return environment
 
 
-def _figures(found: Collected) -> list[tuple[str, str, str]]:
-    """At most four of (figure, what it is, note) about the best student."""
-    document, reference = found.document, found.document["reference"]
-    domain = main_domain(document)
-    names = best(document, domain, "student")
-    if not names:
-        return []
-    top, teacher = document["methods"][names[0]], document["methods"][reference]
-    ours, theirs = top["means"][domain], teacher["means"][domain]["accuracy"]
-    row = comparison(document, names[0], reference, domain)
-    unclear = "" if row is None or row["clear"] else "; not told apart"
-    figures = [
-        (f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", f"best student, `{names[0]}`; 95 % interval {span(ours['ci95'])}"),
-        (points(ours["accuracy"] - theirs), f"points compared with {reference}", f"which has {percent(theirs)} %{unclear}"),
-    ]
-    for key, unit, what in (("prompt_tokens", "", "prompt tokens an example"), ("latency_ms", " ms", "an example, median")):
-        both = [(method["cost"] or {}).get(key) for method in (top, teacher)]
-        if None not in both:
-            figures.append((f"{both[0]:,.0f}{unit}", what, f"instead of {both[1]:,.0f}{unit}"))
-    if len(figures) < 4 and (count := found.training.get(names[0], {}).get("parameters")) is not None:
-        figures.append((scaled(count), "parameters", layers(found, names[0])))
-    return figures
-
-
-def _answer_figures(found: Collected) -> list[tuple[str, str, str]]:
-    """The share of well-formed answers of each student, beside the teacher's."""
-    sets = {name: [own["well_formed"] for own in m["sets"].values() if "well_formed" in own] for name, m in found.document["methods"].items()}
-    shares = {name: sum(values) / len(values) for name, values in sets.items() if values}
-    reference = found.document["reference"]
-    note = f"the teacher {percent(shares.get(reference))} %, means over sets"
-    return [(f"{percent(shares[name])} %", "well formed", f"`{name}`; {note}") for name in found.params.students if name in shares][:4]
-
-
-def _results(found: Collected) -> Values:
-    return {
-        "headline": tables.headline(found),
-        "charts": {where: charts.accuracy(found.document, where) for where in found.document["sets"]},
-        "domains": {where: DOMAINS[entry["domain"]].lower() for where, entry in found.document["sets"].items()},
-        "comparisons": tables.comparisons(found.document),
+def _results(found: Collected) -> Json:
+    drawn = {
+        f"{where}, {DOMAINS[own['domain']].lower()}": charts.accuracy(found.document, where)
+        for where, own in found.document["sets"].items()
     }
+    return {"headline": tables.headline(found), "charts": drawn, "comparisons": tables.comparisons(found.document)}
 
 
-def _cost(found: Collected) -> Values:
-    document = found.document
-    top, domain = next(iter(ranked_students(document)), None), main_domain(document)
-    measured, own = found.cost.get(document["reference"], {}).get("by_demonstrations") or [], found.cost.get(top or "", {})
-    by_context = {
-        heading: charts.cost_by_context(measured, key, unit, factor, top, own.get(key))
-        for heading, key, unit, factor in (("Latency", "latency_ms", "ms an example", 1.0), ("Peak memory", "peak_rss_bytes", "GB", 1e-9))
-    }
-    lacking = [line for entry in (found.break_even.get("students") or {}).values() for line in entry.get("missing") or []]
-    unbeaten = charts.frontier(document, domain)[1]
-    drawn = {DOMAINS[own]: charts.tradeoff(document, own) for own in domains_of(document)}
+def _cost(found: Collected) -> Json:
+    tradeoff = {DOMAINS[domain]: charts.tradeoff(found.document, domain) for domain in domains_of(found.document)}
+    break_even = found.of("runtime", "break-even").get("students", {})
     return {
-        "tradeoff": {heading: chart for heading, chart in drawn.items() if chart},
-        "frontier": accuracy_for_time(document, unbeaten, domain) if unbeaten else "",
-        "cost": tables.cost(found),
-        "measured_on": measured_on(found),
+        "tradeoff": {heading: chart for heading, chart in tradeoff.items() if chart},
+        "measured_on": prose.measured_on(found),
         "stale": " ".join(stage_of(found.params, name) for name in sorted(found.stale_cost)),
-        "by_context": {heading: chart for heading, chart in by_context.items() if chart},
-        "by_demonstrations": tables.by_demonstrations(found),
-        "break_even": tables.break_even(found),
-        "lacking": list(dict.fromkeys(lacking)),
-        "student": top,
+        "break_even": [_break_even(name, entry) for name, entry in break_even.items()],
+        "lacking": list(dict.fromkeys(line for entry in break_even.values() for line in entry["missing"])),
     }
 
 
-def _confidence(found: Collected) -> Values:
+def _break_even(name: str, entry: Json) -> Json:
+    """A student's seconds, and after how many predictions they are saved, as (text, note)."""
+    parts = [seconds for key in ("capture_seconds", "tuning_seconds", "base_training_seconds") for seconds in entry.get(key, {}).values()]
+    row: Json = {"name": name, "makers": None if None in parts else sum(parts), "training": entry["training_seconds"]}
+    for key in ("one_by_one", "batched"):
+        count, saved = entry[key]["predictions"], entry[key]["saved_seconds"] or 0.0
+        row[key] = ("never" if saved < 0 else prose.DASH, "") if count is None else (f"{count:,}", f"saves {1000 * saved:,.0f} ms each")
+    return row
+
+
+def _confidence(found: Collected) -> Json:
     shown = [*ranked_students(found.document)[:STUDENTS_COMPARED], found.document["reference"]]
-    drawn = {name: charts.reliability(found, name) for name in shown if name in found.detail}
+    drawn = {name: charts.reliability(found, name) for name in shown if found.of("detail", name)}
     return {"charts": drawn, "calibration": tables.calibration(found), "has_both": len(domains_of(found.document)) > 1}
 
 
-def _mistakes(found: Collected) -> Values:
+def _mistakes(found: Collected) -> Json:
     students, reference = ranked_students(found.document), found.document["reference"]
     return {
         "confusion": tables.confusion(found, [*students[:1], reference]),
         "slices": tables.slices(found, [*students[:STUDENTS_COMPARED], reference]),
         "student": next(iter(students), None),
-        "voters": _voters(found),
         "examples": _disagreements(found, students[0]) if students else [],
     }
 
 
-def _risks(found: Collected) -> Values | None:
-    shown = [name for name in ranked_students(found.document) if name in found.risks][:STUDENTS_COMPARED]
-    if not found.params.students:
-        return None
-    return {
-        "student": next(iter(shown), None),
-        "swaps": tables.swaps(found, shown),
-        "flipped": {name: flips for name in shown if (flips := _flipped(found.risks[name]))},
-        "gaps": tables.gaps(found, shown),
-        "disagreement": tables.disagreement(found, shown[0]) if shown else None,
-        "attributions": _attributions(found.risks[shown[0]]) if shown else [],
-    }
+def _risks(found: Collected) -> Json | None:
+    shown = [name for name in ranked_students(found.document) if found.of("risk", name)][:STUDENTS_COMPARED]
+    flipped = {name: _flipped(found.of("risk", name)) for name in shown}
+    given = {"shown": shown, "flipped": flipped, "attributions": _attributions(found.of("risk", shown[0])) if shown else []}
+    return given if found.params.students else None
 
 
-def _contexts(found: Collected) -> Values:
-    params, document = found.params, found.document
+def _contexts(found: Collected) -> Json:
+    document = found.document
     several = [name for name, method in document["methods"].items() if any("contexts" in entry for entry in method["sets"].values())]
-    target, labels = params.baselines[document["reference"]].target_set, params.task.labels
-    tokens = {name: list(entry["tokens"].values()) for name, entry in found.prepare.get("contexts", {}).items() if entry.get("tokens")}
+    counted = found.files.get("metrics/prepare.json", {}).get("contexts", {})
+    tokens = {name: list(entry["tokens"].values()) for name, entry in counted.items() if entry["tokens"]}
     return {
         "charts": {name: charts.spread(document, name) for name in several},
-        "spread": tables.spread(document),
-        "targets": tables.target_sets(found),
-        "tokens": [f"`{name}`: {plural(len(own), 'context')} of {min(own):,} to {max(own):,} tokens" for name, own in tokens.items()],
-        "shift": tables.calibration_shift(found),
-        # With more than two labels, the share of one of them does not tell much.
-        "shift_chart": charts.calibration_shift(found.targets.get(target, {}), labels[-1]) if len(labels) == 2 else None,
-        "target": target,
-        "caches": tables.caches(found),
+        "tokens": [f"`{name}`: {prose.plural(len(own), 'context')} of {min(own):,} to {max(own):,} tokens" for name, own in tokens.items()],
+        "fidelity": {name: entry for name in found.params.teachers if (entry := found.of("fidelity", name))},
     }
 
 
-def _training(found: Collected) -> Values | None:
-    if not found.params.students:
-        return None
+def _training(found: Collected) -> Json | None:
     shown = list(found.curves.items())[:MAX_CURVES]
     drawn = {name: charts.curve(curve, name, len(shown)) for name, curve in shown}
-    return {"students": tables.students(found), "curves": drawn, "curves_left_out": len(found.curves) - len(shown)}
+    return {"curves": drawn, "curves_left_out": len(found.curves) - len(shown)} if found.params.students else None
 
 
-def _data(found: Collected) -> Values:
-    given = {"roles": tables.roles(found), "sources": tables.sources(found), "quarantined": tables.quarantined(found)}
-    models = {name: licence_of(found.params, model.path, model.licence) for name, model in found.params.models.items()}
-    return {**given, "models": models, "leaks": found.prepare.get("leaks_left")}
-
-
-def _reproduce(found: Collected) -> Values:
+def _reproduce(found: Collected) -> Json:
     """Params, what was downloaded, digests of the students, versions of the libraries."""
-    params, text = found.params, StringIO()
+    params, text, idle = found.params, StringIO(), {"runtime", "monitor"}
     yaml = YAML(typ="safe", pure=True)
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.default_flow_style, yaml.width = False, 120
-    yaml.dump(params.model_dump(mode="json", exclude_defaults=True, exclude={"runtime", "monitor"}), text)
-    identity = {"Params": {"sha256": sha256_json(params.model_dump(mode="json", exclude={"runtime", "monitor"}))}}
-    identity |= {f"Download {name}": {key: str(v) for key, v in entry.model_dump(exclude_defaults=True).items()} for name, entry in params.downloads.items()}
-    for name, manifest in found.manifests.items():
-        identity[f"Student {name}"] = {file: entry["sha256"] for file, entry in manifest.get("files", {}).items()}
+    yaml.dump(params.model_dump(mode="json", exclude_defaults=True, exclude=idle), text)
+    identity: Json = {"Params": {"sha256": sha256_json(params.model_dump(mode="json", exclude=idle))}}
+    identity |= {f"Download {name}": entry.model_dump(exclude_defaults=True) for name, entry in params.downloads.items()}
+    for name in params.students:
+        if (manifest := found.files.get(f"artifacts/students/{name}/manifest.json")) is not None:
+            identity[f"Student {name}"] = {file: entry["sha256"] for file, entry in manifest["files"].items()}
     versions = {"python": platform.python_version()} | {name: version(name) for group in VERSIONS.values() for name in group}
     return {"identity": identity | {"Versions": versions}, "text": text.getvalue()}
 
 
-def _answers(found: Collected) -> Values:
+def _answers(found: Collected) -> Json:
     completion = found.params.task.completion
-    return {"table": tables.answers(found.document), "samples": _samples(found), "form": completion and completion.form}
+    given = {"table": tables.answers(found.document), "comparisons": tables.comparisons(found.document), "samples": _samples(found)}
+    return given | {"form": completion and completion.form}
 
 
-Section = tuple[str, str, str, Callable[[Collected], Values | None]]
-SECTIONS: list[Section] = [
-    ("shows", "What it shows", "What this run shows", lambda found: {"findings": findings(found.document)}),
+SECTIONS: list[tuple[str, str, str, Callable[[Collected], Json | None]]] = [
+    ("shows", "What it shows", "What this run shows", lambda found: {"findings": prose.findings(found.document)}),
     ("results", "Results", "Results", _results),
     ("cost", "Cost", "Cost", _cost),
     ("calibration", "Confidence", "Confidence", _confidence),
@@ -249,50 +188,39 @@ SECTIONS: list[Section] = [
     ("risks", "Risks", "Risk checks", _risks),
     ("contexts", "Contexts", "Contexts and targets", _contexts),
     ("training", "Training", "Training", _training),
-    ("data", "Data", "Data", _data),
+    ("data", "Data", "Data", lambda _: {}),
     ("reproduce", "Reproduce", "Reproduce", _reproduce),
 ]
-ANSWER_SECTIONS: list[Section] = [("answers", "Results", "Results", _answers), *SECTIONS[-3:]]
+ANSWER_SECTIONS = [("answers", "Results", "Results", _answers), *SECTIONS[-3:]]
 
 
 def _disagreements(found: Collected, student: str) -> list[Json]:
     """Of each evaluation set, the most confident disagreement in which the student is right and the one in which it is wrong."""
-    reference, voters = found.document["reference"], _voters(found)
-    votes: dict[tuple[str, str], Counter[str]] = {}
-    for *key, answer in found.predictions[voters].select("set", "example_id", "predicted").iter_rows() if voters else ():
-        votes.setdefault((key[0], key[1]), Counter())[answer] += 1
-    sides = [found.predictions[name].with_columns(pl.col("probabilities").list.max().alias("p")) for name in (student, reference)]
-    rows = sides[0].join(sides[1], on=["set", "example_id"], suffix="_reference").filter(pl.col("predicted") != pl.col("predicted_reference"))
-    rows = rows.with_columns((pl.col("p") * pl.col("p_reference")).alias("sure")).sort(["sure", "example_id"], descending=[True, False])
-    shown = []
-    for where, texts in found.texts.items():
-        for right in (True, False):
-            own = rows.filter((pl.col("set") == where) & ((pl.col("predicted") == pl.col("label")) == right))
-            for row in own.head(1).iter_rows(named=True):
-                counted = sorted(votes.get((where, row["example_id"]), {}).items(), key=lambda item: (-item[1], item[0]))
-                answers = {
-                    "gold": row["label"],
-                    student: f"{row['predicted']}, {percent(row['p'], 0)} %",
-                    reference: f"{row['predicted_reference']}, {percent(row['p_reference'], 0)} %",
-                    "contexts’ votes": ", ".join(f"{label} {count}" for label, count in counted),
-                }
-                text = _shortened(texts.get(row["example_id"], ""))
-                where_right = f"{where} · student {'right' if right else 'wrong'}"
-                shown.append({"where": where_right, "texts": [text], "pairs": {key: value for key, value in answers.items() if value}})
-    return shown
-
-
-def _voters(found: Collected) -> str | None:
-    """The baseline whose contexts vote: preferably one of the reference's own teachers, and a calibrated one."""
-    params = found.params
-    teachers = set(params.targets[params.baselines[found.document["reference"]].target_set].teachers)
-    targets = {name: params.targets[entry.target_set] for name, entry in params.baselines.items() if entry.contexts == "each"}
-    return max(targets, key=lambda name: (set(targets[name].teachers) <= teachers, targets[name].calibration != "none"), default=None)
+    reference, keys = found.document["reference"], ["set", "example_id"]
+    ours, theirs = (found.predictions[name].with_columns(p=pl.col("probabilities").list.max()) for name in (student, reference))
+    rows = ours.join(theirs, on=keys, suffix="_reference").filter(pl.col("predicted") != pl.col("predicted_reference"))
+    rows = rows.with_columns(sure=pl.col("p") * pl.col("p_reference"), right=pl.col("predicted") == pl.col("label"))
+    rows = rows.sort(["sure", "example_id"], descending=[True, False]).unique(["set", "right"], keep="first", maintain_order=True)
+    chosen = {(row["set"], row["right"]): row for row in rows.iter_rows(named=True)}
+    return [
+        {
+            "where": f"{where} · student {'right' if right else 'wrong'}",
+            "texts": [_shortened(found.texts[where].get(row["example_id"], ""))],
+            "pairs": {
+                "gold": row["label"],
+                student: f"{row['predicted']}, {percent(row['p'], 0)} %",
+                reference: f"{row['predicted_reference']}, {percent(row['p_reference'], 0)} %",
+            },
+        }
+        for where in found.texts
+        for right in (True, False)
+        if (row := chosen.get((where, right))) is not None
+    ]
 
 
 def _flipped(risk: Json) -> list[Json]:
     """Texts whose answer changed with a swap, before and after."""
-    examples = [(entry["name"].replace("_", " "), one) for entry in risk.get("swaps", []) for one in entry.get("examples", [])]
+    examples = [(entry["name"].replace("_", " "), one) for entry in risk["swaps"] for one in entry["examples"]]
     return [
         {
             "where": swap,
@@ -310,18 +238,16 @@ def _flipped(risk: Json) -> list[Json]:
 def _attributions(risk: Json) -> list[Json]:
     """Sampled disagreements with their words: each field as pieces (text, "for" or "against" if the word weighs much, else "")."""
     shown = []
-    for entry in risk.get("attributions", [])[:ATTRIBUTIONS]:
-        bar = max((abs(word["weight"]) for word in entry["words"]), default=0.0) / 2
-        texts = []
+    for entry in risk["attributions"][:ATTRIBUTIONS]:
+        strongest, texts = sorted(entry["words"], key=lambda word: -abs(word["weight"]))[:STRONGEST_WORDS], []
         for field, text in entry["fields"].items():
-            pieces, at = [], 0
+            pieces, at = list[tuple[str, str]](), 0
             for word in sorted((word for word in entry["words"] if word["field"] == field), key=lambda word: word["start"]):
-                if abs(word["weight"]) >= bar > 0:
+                if abs(word["weight"]) >= abs(strongest[0]["weight"]) / 2 > 0:
                     side = "for" if word["weight"] > 0 else "against"
                     pieces += [(text[at : word["start"]], ""), (text[word["start"] : word["end"]], side)]
                     at = word["end"]
-            texts.append([piece for piece in [*pieces, (text[at:], "")] if piece[0]])
-        strongest = sorted(entry["words"], key=lambda word: -abs(word["weight"]))[:STRONGEST_WORDS]
+            texts.append([*pieces, (text[at:], "")])
         pairs = {
             "gold": entry["label"],
             risk["student"]: f"{entry['student']}, {percent(entry['student_p'], 0)} %",
@@ -335,22 +261,21 @@ def _attributions(risk: Json) -> list[Json]:
 def _samples(found: Collected) -> list[Json]:
     """Examples drawn by their hash, evenly over the sets that have texts, with each method's answer in its first run."""
     form = found.params.task.completion.form if found.params.task.completion is not None else None
-    first: dict[str, Json] = {}
-    for method, frame in found.predictions.items():
-        rows = frame.unique(["set", "example_id"], keep="first", maintain_order=True)
-        first[method] = {(row["set"], row["example_id"]): row for row in rows.iter_rows(named=True)}
+
+    def said(row: dict[str, Any]) -> str:
+        answer = row["answer"].strip()
+        return _shortened(answer) + (" (ill-formed)" if form is not None and values_of(answer, form) is None else "")
+
+    first = {method: frame.unique(["set", "example_id"], keep="first", maintain_order=True) for method, frame in found.predictions.items()}
+    answers = {(method, row["set"], row["example_id"]): row for method, frame in first.items() for row in frame.iter_rows(named=True)}
     shown = []
-    for number, (where, texts) in enumerate(found.texts.items()):
-        share = SAMPLES // len(found.texts) + (number < SAMPLES % len(found.texts))
-        gold = {key[1]: row["label"] for own in first.values() for key, row in own.items() if key[0] == where and key[1] in texts}
-        for example in sorted(gold, key=lambda example: sha256_text("sample\0" + example))[:share]:
-            pairs = {}
-            for method, own in first.items():
-                answer = own[where, example]["answer"].strip() if (where, example) in own else None
-                ill = answer is not None and form is not None and values_of(answer, form) is None
-                pairs[method] = DASH if answer is None else _shortened(answer) + (" (ill-formed)" if ill else "")
-            heading = where if gold[example] is None else f"{where} · gold {gold[example]}"
-            shown.append({"where": heading, "texts": [_shortened(texts[example])], "pairs": pairs})
+    for where, texts in found.texts.items():
+        drawn = sorted((example for example in texts), key=lambda example: sha256_text("sample\0" + example))
+        for example in drawn[: max(1, SAMPLES // len(found.texts))]:
+            rows = {method: answers[method, where, example] for method in first if (method, where, example) in answers}
+            gold = next((f" · gold {row['label']}" for row in rows.values() if row["label"] is not None), "")
+            pairs = {method: said(row) for method, row in rows.items()}
+            shown.append({"where": where + gold, "texts": [_shortened(texts[example])], "pairs": pairs})
     return shown
 
 

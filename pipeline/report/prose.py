@@ -5,7 +5,6 @@ sentence whose numbers are missing is left out. Names are in backticks, which th
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from pipeline.params import Params, StudentParams, TargetParams
 from pipeline.report.collect import DOMAINS, Collected, Json, best, comparison, domains_of, main_domain, sets_of
@@ -26,9 +25,9 @@ def points(difference: float) -> str:
     return "0.0" if text in {"+0.0", "−0.0"} else text
 
 
-def span(interval: list[float]) -> str:
+def span(interval: list[float], digits: int = 1) -> str:
     """An interval of fractions as percentages: 82.0–90.1."""
-    return f"{percent(interval[0])}–{percent(interval[1])}"
+    return f"{percent(interval[0], digits)}–{percent(interval[1], digits)}"
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -104,7 +103,7 @@ def calibrated(target: TargetParams) -> str:
 
 def layers(found: Collected, student: str) -> str:
     """Which layers of its base a student keeps, and how many if training recorded it."""
-    kept, recorded = found.params.students[student].layers, found.training.get(student, {}).get("layers")
+    kept, recorded = found.params.students[student].layers, found.of("train", student).get("layers")
     number = len(recorded) if isinstance(recorded, list) else recorded
     if kept is None:
         return "all layers" if number is None else f"all {number} layers"
@@ -131,16 +130,40 @@ def lead(found: Collected) -> list[str]:
         contexts, demonstrations = context_sizes(params, target)
         models = listed(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers))
         text = f"The teacher is {models}, prompted with {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}."
-        if (rows := found.targets.get(target, {}).get("rows")) is not None:
+        if (rows := found.of("targets", target).get("rows")) is not None:
             text += f" Its answers to {rows:,} unlabelled examples are what students can learn from."
         lines = [text]
     else:
         lines = [f"The teacher is `{reference}`. Students learn from its answers, token by token, and see the bare input."]
     for name, student in params.students.items():
-        size = f" ({scaled(count)} parameters)" if (count := found.training.get(name, {}).get("parameters")) is not None else ""
+        size = f" ({scaled(count)} parameters)" if (count := found.of("train", name).get("parameters")) is not None else ""
         kept = f"layers {student.layers} of " if student.layers else ""
         lines.append(f"`{name}` is {kept}`{student.base}`{size}, {learnt(student)}.")
     return lines
+
+
+def key_figures(found: Collected) -> list[tuple[str, str, str]]:
+    """At most four of (figure, what it is, note) about the best student; for free text the share of well-formed answers of each student."""
+    document, methods = found.document, found.document["methods"]
+    domain, reference = main_domain(document), document["reference"]
+    theirs = methods[reference]["means"][domain]
+    if document.get("answers"):
+        shares = {name: methods[name]["means"][domain].get("well_formed") for name in found.params.students}
+        note = f"{reference} {percent(theirs.get('well_formed'))} %, {DOMAINS[domain].lower()}"
+        return [(f"{percent(share)} %", "well formed", f"`{name}`; {note}") for name, share in shares.items() if share is not None][:4]
+    if not found.params.students:
+        return []
+    top = best(document, domain, "student")[0]
+    ours, row = methods[top]["means"][domain], comparison(document, top, reference, domain)
+    note = f"which has {percent(theirs['accuracy'])} %" + ("" if row is None or row["clear"] else "; not told apart")
+    figures = [
+        (f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", f"best student, `{top}`; 95 % interval {span(ours['ci95'])}")
+    ]
+    figures.append((points(ours["accuracy"] - theirs["accuracy"]), f"points compared with {reference}", note))
+    for key, unit, what in (("prompt_tokens", "", "prompt tokens an example"), ("latency_ms", " ms", "an example, median")):
+        both = [found.of("cost", name).get(key) for name in (top, reference)]
+        figures += [(f"{both[0]:,.0f}{unit}", what, f"instead of {both[1]:,.0f}{unit}")] if None not in both else []
+    return figures
 
 
 def missing_files(found: Collected, *prefixes: str) -> str:
@@ -150,14 +173,16 @@ def missing_files(found: Collected, *prefixes: str) -> str:
         return ""
     untracked = any(file.startswith(("metrics/cost", "metrics/runtime")) for file in absent)
     commands = " ".join(dict.fromkeys([*absent.values(), "report"]))
-    text = f"Not found: {listed(absent)}. `dvc repro {'-f -s ' if untracked else ''}{commands}` writes {'it' if len(absent) == 1 else 'them'}."
+    text = (
+        f"Not found: {listed(absent)}. `dvc repro {'-f -s ' if untracked else ''}{commands}` writes {'it' if len(absent) == 1 else 'them'}."
+    )
     return f"{text} These are times of one machine, which DVC does not keep." if untracked else text
 
 
 def measured_on(found: Collected) -> str:
     """What costs were measured with: device, number format, threads, number of texts."""
-    said = dict.fromkeys(_measured(cost.get("measured", {}), cost.get("throughput") or {}) for cost in found.cost.values())
-    return " ".join(text for text in said if text)
+    measured = [found.of("cost", name).get("measured", {}) for name in found.document["methods"]]
+    return " ".join(dict.fromkeys(text for one in measured if (text := _measured(one))))
 
 
 def findings(document: Json) -> list[str]:
@@ -166,7 +191,7 @@ def findings(document: Json) -> list[str]:
         lines = ["This run has no student: it shows prompting alone."]
     else:
         lines = [_best_student(document, domain) for domain in reversed(domains_of(document))]
-        lines += [*_better_prompt(document), _confidence(document), *_cost(document)]
+        lines += [*_better_prompt(document), _confidence(document)]
     return lines + _spread(document) + _one_label(document)
 
 
@@ -177,12 +202,6 @@ def difference(row: Json) -> str:
         return f"level with `{row['other']}` {interval}"
     side = "above" if row["difference"] > 0 else "below"
     return f"{percent(abs(row['difference']))} points {side} `{row['other']}` {interval}"
-
-
-def accuracy_for_time(document: Json, frontier: list[Json], domain: str) -> str:
-    """Which methods nothing beats in both accuracy and latency; `frontier` has method, accuracy in percent and latency in ms."""
-    named = [f"`{row['method']}` ({row['accuracy']:.1f} % at {row['latency']:,.0f} ms)" for row in frontier]
-    return f"{DOMAINS[domain]}, no method is both faster and more accurate than {' or '.join(named)}." if len(document["methods"]) > 1 else ""
 
 
 def _best_student(document: Json, domain: str) -> str:
@@ -215,23 +234,9 @@ def _confidence(document: Json) -> str:
     top = best(document, domain, "student")[0]
     ours, theirs = (percent(document["methods"][name]["means"][domain]["ece"]) for name in (top, reference))
     return (
-        f"{DOMAINS[domain]}, the confidence of `{top}` is off by {ours} points on average (expected calibration error), that of `{reference}` "
-        f"by {theirs}."
+        f"{DOMAINS[domain]}, the confidence of `{top}` is off by {ours} points on average (expected calibration error), "
+        f"that of `{reference}` by {theirs}."
     )
-
-
-def _cost(document: Json) -> list[str]:
-    top, reference = best(document, main_domain(document), "student")[0], document["reference"]
-    ours, theirs = (document["methods"][name]["cost"] or {} for name in (top, reference))
-    words: dict[str, tuple[str, Any]] = {
-        "prompt_tokens": ("prompt tokens", number),
-        "latency_ms": ("ms an example", number),
-        "peak_rss_bytes": ("of memory at the peak", lambda value: scaled(value, "B")),
-        "parameters": ("parameters", scaled),
-    }
-    both = {key: form for key, form in words.items() if ours.get(key) is not None and theirs.get(key) is not None}
-    parts = [f"{say(ours[key])} {unit} instead of {say(theirs[key])}" for key, (unit, say) in both.items()]
-    return [f"`{top}` compared with `{reference}`: {', '.join(parts)}."] if parts else []
 
 
 def _spread(document: Json) -> list[str]:
@@ -261,10 +266,10 @@ def most_answered(method: Json) -> tuple[str, str, float]:
     return max(shares, key=lambda one: one[2])
 
 
-def _measured(measured: Json, throughput: Json) -> str:
+def _measured(measured: Json) -> str:
     """One sentence from a cost file's record of how it was measured."""
-    parts = [str(measured[key]) for key in ("device", "dtype") if measured.get(key)]
-    parts += [plural(measured["threads"], "thread")] if measured.get("threads") else []
-    counts = [f"latency over {plural(measured['examples'], 'text')} one by one"] if measured.get("examples") else []
-    counts += [f"examples a second over {plural(throughput['examples'], 'text')} in batches"] if throughput.get("examples") else []
-    return f"Measured on {', '.join(parts) or 'this machine'}; {' and '.join(counts)}." if counts else ""
+    machine = [str(measured.get("processor") or measured.get("device") or "this machine"), *measured.get("dtypes", ())]
+    machine += [plural(measured["threads"], "thread")] if measured.get("threads") else []
+    counts = {"examples": "latency over {} one by one", "batched": "examples a second over {} in batches"}
+    counted = [text.format(plural(measured[key], "text")) for key, text in counts.items() if measured.get(key)]
+    return f"Measured on {', '.join(machine)}: {' and '.join(counted)}." if counted else ""
