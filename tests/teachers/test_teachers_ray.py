@@ -5,13 +5,13 @@ import shutil
 import signal
 
 import pytest
+from pipeline.teachers.sheets import Sheet
 from test_teacher_capture import KEPT, SHOTS, TASK, TEXTS, World, bytes_of
 
 from pipeline.cache.store import Store
-from pipeline.teachers import ray_workers
-from pipeline.teachers.sheets import Sheet
 from pipeline.errors import ShotlessError
 from pipeline.teachers import capture as capture_module
+from pipeline.teachers import ray_workers
 from pipeline.teachers.capture import capture
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (the extra `ray`)")
