@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.errors import ShotlessError
 from pipeline.evaluation import cost as cost_module
@@ -83,6 +84,7 @@ def seen(monkeypatch):
 
         def score(self, asked):
             found.append([list(prompt.ids) for prompt in asked])
+            return SimpleNamespace(label_logprobs=torch.zeros(1))
 
     peak = cost_module.peak_rss_bytes
     monkeypatch.setattr(cost_module, "load_model", load)
