@@ -101,8 +101,8 @@ def comparisons(
     """The differences of two methods, `method` minus `other`, for each domain (`set` None) and each evaluation set.
 
     `scores[method][set]` is from `metrics.example_scores`. A row has `n` examples; `difference` in accuracy (over a domain, the mean over
-    its sets), `ci95`, and `clear` if the interval excludes zero; `only_method_right`, `only_other_right` (examples; over a domain, of all sets)
-    and `mcnemar_p`, which are None if a method answers an example several times. Raises CorruptError if the examples differ.
+    its sets), `ci95`, and `clear` if the interval excludes zero; `only_method_right`, `only_other_right` (examples of all its sets) and
+    `mcnemar_p`, which are None if a method answers an example several times. Raises CorruptError if the examples differ.
     """
     pairs = {}
     for name, mine in scores[method].items():
@@ -180,7 +180,7 @@ def makers(student: str, params: Params) -> list[tuple[str, str]]:
 
 
 def payback(spent: float | None, student: float | None, reference: float | None) -> Json:
-    """`student_seconds`, `reference_seconds`, `saved_seconds` of one prediction; `predictions` that save what was spent, None if none do."""
+    """`student_seconds`, `reference_seconds`, `saved_seconds` of a prediction; `predictions` that save what was spent, None if none do."""
     saved = None if student is None or reference is None else reference - student
     predictions = None if spent is None or saved is None or saved <= 0 else math.ceil(spent / saved)
     return rounded({"student_seconds": student, "reference_seconds": reference, "saved_seconds": saved}) | {"predictions": predictions}
