@@ -35,7 +35,7 @@ def random_rows(seed: int, n: int = 40, contexts: int = 1, sets: tuple[str, ...]
                 rows.append(
                     {
                         "set": name,
-                        "context_id": f"c{context}" if contexts > 1 else "",
+                        "run": f"c{context}" if contexts > 1 else "",
                         "example_id": f"{name}-{i:04d}",
                         "label": LABELS[gold[i]],
                         "predicted": LABELS[int(p[i].argmax())],
@@ -82,7 +82,7 @@ def test_metrics_equal_their_definitions(seed: int) -> None:
 def test_several_contexts_give_means_over_contexts() -> None:
     rows = random_rows(1, contexts=3, sets=("in",))
     found = evaluate(rows)["in"]
-    each = [naive_metrics([row for row in rows if row["context_id"] == f"c{i}"]) for i in range(3)]
+    each = [naive_metrics([row for row in rows if row["run"] == f"c{i}"]) for i in range(3)]
     for key in each[0]:
         assert found[key] == pytest.approx(np.mean([metrics[key] for metrics in each]), abs=2e-6)
     accuracies = [metrics["accuracy"] for metrics in each]
@@ -98,7 +98,7 @@ def test_one_context_has_no_contexts_entry() -> None:
 def test_repeating_a_context_narrows_no_interval() -> None:
     """Contexts share their examples, so the same answers four times over are no more evidence than once."""
     once = random_rows(2, sets=("in",))
-    copies = [row | {"context_id": f"c{i}"} for i in range(4) for row in once]
+    copies = [row | {"run": f"c{i}"} for i in range(4) for row in once]
     assert evaluate(copies)["in"]["ci95"] == evaluate(once)["in"]["ci95"]
 
 
@@ -143,7 +143,7 @@ def test_metrics_do_not_depend_on_label_order() -> None:
 @pytest.mark.parametrize(
     "bad", [[math.nan, 0.5, 0.5], [0.2, 0.2, 0.2], [1.2, -0.1, -0.1], [0.5, 0.5]], ids=["nan", "sum", "negative", "length"]
 )
-def test_what_is_no_distribution_is_an_error_naming_the_row(bad: list[float]) -> None:
+def test_what_is_not_a_distribution_is_an_error_naming_the_row(bad: list[float]) -> None:
     rows = random_rows(0)
     rows[7] = rows[7] | {"probabilities": bad}
     with pytest.raises(CorruptError, match=r"set 'in': example in-0007"):
@@ -161,7 +161,7 @@ def test_an_unknown_label_an_uneven_context_and_a_repeat_are_errors() -> None:
     rows = random_rows(0)
     with pytest.raises(CorruptError, match="'label' has odd; the task's labels are a-neutral, negative, positive"):
         evaluate([rows[0] | {"label": "odd"}, *rows[1:]])
-    with pytest.raises(CorruptError, match="in-0000 has 2 of 3 contexts"):
+    with pytest.raises(CorruptError, match="in-0000 has 2 of 3 runs"):
         evaluate(random_rows(0, contexts=3)[1:])
     with pytest.raises(CorruptError, match="twice"):
         evaluate([*rows, rows[0]])
