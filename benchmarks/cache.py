@@ -29,9 +29,9 @@ from benchmarks.machine import about
 from pipeline.cache.distributions import decode
 from pipeline.cache.encodings import columns_of, encode
 from pipeline.cache.fidelity import fidelity
-from pipeline.cache.rows import write_rows
-from pipeline.files import write_json
-from pipeline.files import sha256_json
+from pipeline.cache.folder import SHARD_LEVEL
+from pipeline.cache.store import write_rows
+from pipeline.files import sha256_json, write_json
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 
@@ -87,7 +87,7 @@ def _measure(real: Positions, params: CacheParams) -> dict[str, Any]:
     table = _rows(columns_of(encode(real.teacher, params, uniforms), np.full(count // each, each)), count // each)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "shard.parquet"
-        write_rows(table, file)
+        write_rows(table, file, SHARD_LEVEL)
         sizes = _column_bytes(file)
         of_keys = file.stat().st_size - sum(size for name, size in sizes.items() if name not in KEYS)
         cached = decode(pq.read_table(file), params)

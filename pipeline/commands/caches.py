@@ -7,7 +7,6 @@ import typer
 from pipeline.errors import CorruptError, MismatchError
 
 if TYPE_CHECKING:
-
     from pipeline.files import Folders
     from pipeline.params import Params, TeacherParams
     from pipeline.task import Task
