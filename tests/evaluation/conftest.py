@@ -167,7 +167,7 @@ class World:
     def teacher(self, name):
         """What a target set, or a cache's manifest, says of a teacher."""
         model, contexts = TEACHERS[name]
-        identity = Scorer(self.artifacts / model, Task(self.params.task)).identity
+        identity = Scorer(self.artifacts / model, Task(self.params.task), work=None).identity
         listed = [{"name": context.name, "context_id": context.context_id, "tokens": 1} for context in contexts]
         return {"model": model, "contexts": listed, "dtype": "float32", "identity": identity}
 
