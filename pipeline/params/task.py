@@ -70,7 +70,7 @@ class TaskParams(Frozen):
 
     template: str
     """The prompt of one input; `{field}` is an input field. It ends where the answer begins."""
-    verbalisers: dict[str, str] = Field(default={})
+    verbalisers: Annotated[dict[str, str], AfterValidator(lambda words: dict(sorted(words.items())))] = Field(default={})
     """Label → the text that stands for it, with its leading space if it needs one. The order does not matter."""
     completion: CompletionParams | None = None
     """Answers in free text, instead of labels."""
