@@ -1,7 +1,7 @@
 """The score cache as an artifact: a folder of Parquet shards and a `manifest.json`, written last, with the sha256 of each shard.
 
-A cache travels: it is read from a local folder or from any URL that fsspec knows (`s3://bucket/few_shot`); it is written locally. Every
-shard is compared with its hash before it is used.
+A cache travels: it is read from a local folder or from a URL (`s3://bucket/few_shot`; s3, gs, abfs and hf through pyarrow, others through
+fsspec); it is written locally. Every shard is compared with its hash before it is used.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow.fs import FileSystem
 
 from pipeline.cache.store import write_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
@@ -158,14 +159,23 @@ def _read(folder: Path | str, name: str) -> bytes:
     try:
         if isinstance(folder, Path):
             return (folder / name).read_bytes()
-        import fsspec  # a local run does without
-
-        system, path = fsspec.url_to_fs(f"{folder.rstrip('/')}/{name}")
-        return system.cat_file(path)
+        return _fetch(f"{folder.rstrip('/')}/{name}")
     except FileNotFoundError:
         raise CorruptError(f"{folder}/{name}: missing. {AGAIN}") from None
     except (OSError, ImportError, ValueError) as error:
         raise ShotlessError(f"{folder}/{name}: cannot be read: {error}") from error
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        system, path = FileSystem.from_uri(url)
+    except pa.ArrowInvalid:  # not one of those that pyarrow reads itself
+        import fsspec
+
+        other, path = fsspec.url_to_fs(url)
+        return other.cat_file(path)
+    with system.open_input_file(path) as file:
+        return file.read()
 
 
 class CacheReader:

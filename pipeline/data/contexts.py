@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 
 from pipeline.errors import UsageError
@@ -56,6 +57,7 @@ def build_contexts(name: str, params: ContextParams, task: Task, demonstrations:
             f"contexts.{name}.count: {params.count}, and {params.demonstrations} demonstrations with `vary: {params.vary}` make only "
             f"{possible} different contexts. Lower `count`, or {remedy}."
         )
+    answer_of = attrgetter("label" if task.params.completion is None else "completion")  # params see to it that there is one
     contexts: list[Context] = []
     seen: set[tuple[str, ...]] = set()
     for at in range(params.count):
@@ -69,7 +71,7 @@ def build_contexts(name: str, params: ContextParams, task: Task, demonstrations:
             mark = tuple(ids) if params.vary == "order" else tuple(sorted(ids))
             if mark not in seen:
                 seen.add(mark)
-                contexts.append(Context(f"{name}/{at}", params.instruction, tuple(_demonstration(example, task) for example in own)))
+                contexts.append(Context(f"{name}/{at}", params.instruction, tuple((dict(e.fields), answer_of(e)) for e in own)))
                 break
     return contexts
 
@@ -92,7 +94,7 @@ def check_fit(name: str, params: ContextParams, contexts: Sequence[Context], mod
         return added
     # Only inputs that may be too long are tokenised: as a rule few or none.
     room = model.limit - max(added) - tokens.longest_answer
-    long = [e for e in examples if TOKENS_PER_BYTE * len(tokens.task.query(e.fields).encode()) > room - len(e.fields)] or examples[:1]
+    long = [e for e in examples if TOKENS_PER_BYTE * len(tokens.task.query(e.fields).encode()) > room] or examples[:1]
     lengths = [len(prompt.ids) for prompt in tokens.prompts(NO_CONTEXT, long)]
     longest = [long[at] for at in sorted(range(len(long)), key=lambda at: -lengths[at])[:LONGEST]]
     for context, length in zip(contexts, added, strict=True):
@@ -104,12 +106,6 @@ def check_fit(name: str, params: ContextParams, contexts: Sequence[Context], mod
                 "Lower `demonstrations`, task.max_chars or data.demonstrations.max_words, or choose a model with a longer limit."
             )
     return added
-
-
-def _demonstration(example: Example, task: Task) -> tuple[dict[str, str], str]:
-    answer = example.label if task.params.completion is None else example.completion
-    assert answer is not None, "a demonstration has an answer"  # params say so of its source
-    return dict(example.fields), answer
 
 
 def _shuffled(examples: Sequence[Example], key: str) -> list[Example]:

@@ -8,6 +8,7 @@ text that appears with two labels all stay as texts without a label. So gold lab
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -49,10 +50,6 @@ class Quarantined:
     value: str
     copy_of: dict[str, Any] | None = None
     """For a near copy: role, source and line of the example it is like, and how similar the two are."""
-
-    def describe(self) -> str:
-        """One line for a message."""
-        return f"{self.file}:{self.line}: {self.field + ': ' if self.field else ''}{self.reason}: {self.value!r}"
 
     def json_line(self) -> str:
         """One line of quarantine.jsonl."""
@@ -172,16 +169,17 @@ def _one_of_each(checked: list[Example], name: str, file: str) -> tuple[list[Exa
     return examples, sorted(conflicts, key=lambda entry: entry.line)
 
 
-def check_limit(source: SourceExamples, limit: float, quarantine: Path) -> None:
-    """Raise UsageError if more than a share `limit` of a source's rows are bad; `quarantine` is the file that lists them."""
+def check_limit(source: SourceExamples, limit: float, quarantine: Path | None = None) -> None:
+    """Raise UsageError if more than a share `limit` of a source's rows are bad; `quarantine` is the file that lists them, if there is one."""
     rows = source.counts["rows"]
     if source.bad_rows <= limit * rows:
         return
-    first = "".join(f"\n  {entry.describe()}" for entry in source.quarantine[:BAD_ROWS_SHOWN])
+    shown = source.quarantine[:BAD_ROWS_SHOWN]
+    first = "".join(f"\n  {e.file}:{e.line}: {e.field + ': ' if e.field else ''}{e.reason}: {e.value!r}" for e in shown)
     raise UsageError(
         f"data.sources.{source.name}: {source.bad_rows:,} of {rows:,} rows of {source.file} cannot be used ({source.bad_rows / rows:.1%}), "
         f"more than data.bad_rows_limit allows ({limit:.1%}). The first:{first}\n"
-        f"All are in {quarantine}. Correct the file, its `format` or its columns, or raise data.bad_rows_limit."
+        f"{f'All are in {quarantine}. ' if quarantine else ''}Correct the file, its `format` or its columns, or raise data.bad_rows_limit."
     )
 
 
@@ -192,6 +190,7 @@ def write_source(name: str, params: Params, folders: Folders) -> None:
     """
     entry, task = pick("data.sources", params.data.sources, name), Task(params.task)
     source, folder = read_source(name, entry, Path(entry.path), task), folders.artifacts / "sources" / name
+    shutil.rmtree(folder, ignore_errors=True)
     write_text("".join(row.json_line() for row in source.quarantine), folder / "quarantine.jsonl")
     check_limit(source, params.data.bad_rows_limit, folder / "quarantine.jsonl")
     write_examples(source.examples, task.fields, folder / "examples.parquet", tuple(entry.slices))

@@ -31,7 +31,7 @@ def prepare(params: Params, folders: Folders) -> None:
     used_models = sorted({name for names in context_models.values() for name in names})
     models = {name: open_context_model(task, folders.artifacts / "models" / name) for name in used_models}
 
-    sources = {name: read_written_source(name, data.sources[name], task, folders) for name in _used_sources(params)}
+    sources = {name: read_written_source(name, data.sources[name], task, folders) for name in data.sources}
     in_sources = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
     reading = {(model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
     readers = [(models[model].tokens, Context("", instruction)) for model, instruction in sorted(reading)]
@@ -41,32 +41,31 @@ def prepare(params: Params, folders: Folders) -> None:
 
     roles = assign(data, task.labels, sources)
     write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")
-    write_examples(roles.demonstrations, task.fields, folder / "demonstrations.parquet")
+    demonstrations, transfer = roles.drawn["demonstrations"], roles.drawn["transfer"]
+    evaluation = {name: roles.drawn[f"evaluation.{name}"] for name in data.evaluation}
+    write_examples(demonstrations, task.fields, folder / "demonstrations.parquet")
     # Gold labels never leave the sources, nor do answers that the teacher is to write.
-    unlabelled = [replace(e, label=None, completion=e.completion if task.answers_are_given else None) for e in roles.transfer]
+    unlabelled = [replace(e, label=None, completion=e.completion if task.answers_are_given else None) for e in transfer]
     write_examples(unlabelled, task.fields, folder / "transfer.parquet")
-    for name, examples in roles.evaluation.items():
+    for name, examples in evaluation.items():
         slices = tuple(data.sources[data.evaluation[name].source].slices)
         write_examples(examples, task.fields, folder / "evaluation" / f"{name}.parquet", slices)
 
-    inputs = [*roles.transfer, *(example for examples in roles.evaluation.values() for example in examples)]
+    inputs = [*transfer, *(example for examples in evaluation.values() for example in examples)]
     context_counts: dict[str, Any] = {}
     for name, entry in params.contexts.items():
-        contexts = build_contexts(name, entry, task, roles.demonstrations, data.seed)
+        contexts = build_contexts(name, entry, task, demonstrations, data.seed)
         tokens = [check_fit(name, entry, contexts, models[model], inputs) for model in context_models[name]]
         write_contexts(contexts, folder / "contexts" / f"{name}.parquet")
         context_counts[name] = {"tokens": {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}}
 
-    counts = {"sources": {name: source.counts for name, source in sources.items()}, "roles": _counts(roles), "contexts": context_counts}
+    counts = {
+        "sources": {name: source.counts for name, source in sources.items()},
+        "roles": _counts(roles, list(evaluation)),
+        "contexts": context_counts,
+    }
     write_json(counts, folders.metrics / "prepare.json")
     _print(counts)
-
-
-def _used_sources(params: Params) -> list[str]:
-    """Sources that some role draws from, in the order of the params."""
-    data = params.data
-    used = {data.demonstrations.source, *data.transfer.limits, *(entry.source for entry in data.evaluation.values())}
-    return [name for name in data.sources if name in used]
 
 
 def _set_faulty_aside(source: SourceExamples, readers: Sequence[tuple[TaskTokens, Context]]) -> list[Quarantined]:
@@ -78,30 +77,31 @@ def _set_faulty_aside(source: SourceExamples, readers: Sequence[tuple[TaskTokens
             kept.append(example)
         else:
             found.append(Quarantined(source.name, source.file, example.line, "", fault, shorten(text_of(example))))
-    source.examples = kept
-    source.counts["examples"] = len(kept)
     if found:
+        source.examples = kept
+        source.counts |= {"examples": len(kept), "labelled": sum(example.label is not None for example in kept)}
         source.counts["quarantined"]["control token"] = len(found)
     return found
 
 
-def _counts(roles: Roles) -> dict[str, Any]:
+def _counts(roles: Roles, sets: Sequence[str]) -> dict[str, Any]:
     """Numbers of each role. The transfer set's labels are not counted: they stay in the sources."""
 
-    def labelled(examples: Sequence[Example]) -> dict[str, Any]:
-        return {"drawn": len(examples), "labels": dict(sorted(Counter(str(example.label) for example in examples).items()))}
+    def labelled(role: str) -> dict[str, Any]:
+        labels = Counter(str(example.label) for example in roles.drawn[role])
+        return {"drawn": labels.total(), "labels": dict(sorted(labels.items()))}
 
     def removed(role: str) -> dict[str, int]:
-        return {name: roles.copies[role][f"evaluation.{name}"] for name in roles.evaluation}
+        return {name: roles.copies[role][f"evaluation.{name}"] for name in sets}
 
     return {
-        "demonstrations": labelled(roles.demonstrations) | {"copies_of_evaluation_removed": removed("demonstrations")},
+        "demonstrations": labelled("demonstrations") | {"copies_of_evaluation_removed": removed("demonstrations")},
         "transfer": {
-            "drawn": len(roles.transfer),
+            "drawn": len(roles.drawn["transfer"]),
             "copies_of_evaluation_removed": removed("transfer"),
             "copies_of_demonstrations_removed": roles.copies["transfer"]["demonstrations"],
         },
-        "evaluation": {name: labelled(examples) for name, examples in roles.evaluation.items()},
+        "evaluation": {name: labelled(f"evaluation.{name}") for name in sets},
     }
 
 

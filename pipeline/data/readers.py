@@ -146,14 +146,16 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]] | BadRow | BlankL
         lines = remembered(file)
         reader, first = csv.reader(lines, strict=True), 1
         while True:
-            first, _ = first + len(record), record.clear()
+            first += len(record)
+            record.clear()
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                while sum(line.count('"') for line in record) % 2 and next(lines, None) is not None:
-                    pass
+                quotes = sum(line.count('"') for line in record)
+                while quotes % 2 and (line := next(lines, None)) is not None:
+                    quotes += line.count('"')
                 for number in range(first, first + len(record)):
                     yield BadRow(number, "", "not CSV", f"{error}, in the record that begins on line {first}")
                 continue

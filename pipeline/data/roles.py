@@ -23,20 +23,14 @@ LEAST_DRAW = 64
 
 @dataclass
 class Roles:
-    """The examples of each role, in rank order, and the near copies that were kept out."""
+    """The examples of each role, and the near copies that were kept out. Roles are `evaluation.NAME`, `demonstrations` and `transfer`."""
 
-    evaluation: dict[str, list[Example]] = field(default_factory=dict)
-    demonstrations: list[Example] = field(default_factory=list)
-    transfer: list[Example] = field(default_factory=list)
+    drawn: dict[str, list[Example]] = field(default_factory=dict)
+    """Role → its examples in rank order (the transfer set: source by source)."""
     copies: dict[str, Counter[str]] = field(default_factory=dict)
-    """Role → earlier role (`evaluation.NAME` or `demonstrations`) → near copies of its examples that were met and kept out."""
+    """Role → earlier role → near copies of its examples that were met and kept out."""
     quarantined: dict[str, Quarantined] = field(default_factory=dict)
     """example_id → what the row is a near copy of."""
-
-
-def rank(seed: int, role: str, example: Example) -> str:
-    """Where an example is in a draw; small ones are drawn first."""
-    return sha256_text(f"{seed}\0{role}\0{example.example_id}")
 
 
 def text_of(example: Example) -> str:
@@ -50,60 +44,44 @@ def assign(data: DataParams, labels: Sequence[str], sources: Mapping[str, Source
     Raises UsageError if a role finds too few examples, with role, label, numbers, and what made the source smaller.
     """
     roles = Roles()
-    used: dict[str, str] = {}  # example_id → role
-    held_out: dict[str, list[Example]] = {}  # role → its examples
     for name, wanted in data.evaluation.items():
-        role = f"evaluation.{name}"
-        draw = _Draw(role, sources[wanted.source], data, used, {}, roles)
-        roles.evaluation[name] = held_out[role] = draw.balanced(labels, wanted.per_label)
-        used |= {example.example_id: role for example in held_out[role]}
+        draw = _Draw(f"evaluation.{name}", sources[wanted.source], data, roles)
+        roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
 
     wanted = data.demonstrations
-    draw = _Draw("demonstrations", sources[wanted.source], data, used, held_out, roles)
+    draw = _Draw("demonstrations", sources[wanted.source], data, roles)
     if wanted.max_words is not None:
         short = [example for example in draw.pool if len(text_of(example).split()) <= wanted.max_words]
         draw.lost[f"longer than max_words ({wanted.max_words})"] = len(draw.pool) - len(short)
         draw.pool = short
     draw.seed = data.seed if wanted.seed is None else wanted.seed
-    roles.demonstrations = draw.balanced(labels, wanted.per_label)
-    used |= {example.example_id: "demonstrations" for example in roles.demonstrations}
+    roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
 
     for source, limit in data.transfer.limits.items():
-        draw = _Draw("transfer", sources[source], data, used, held_out | {"demonstrations": roles.demonstrations}, roles)
-        drawn = draw.first(draw.pool, limit)
-        if not drawn:
+        draw = _Draw("transfer", sources[source], data, roles)
+        if not (drawn := draw.first(draw.pool, limit)):
             raise UsageError(
                 f"data.transfer: no example is left in source {source!r}{draw.story()}. Name another source, or add rows to it."
             )
-        roles.transfer += drawn
-        used |= {example.example_id: "transfer" for example in drawn}
+        roles.drawn["transfer"] = roles.drawn.get("transfer", []) + drawn
     return roles
 
 
 class _Draw:
-    """A draw of one role from one source: what it may take, and what made that less.
+    """A draw of one role from one source: what it may take, and what made that less. Near copies that it keeps out are added to `roles`."""
 
-    `groups` are the examples of which it may not take near copies. What it keeps out is added to `roles`.
-    """
-
-    def __init__(
-        self,
-        role: str,
-        source: SourceExamples,
-        data: DataParams,
-        used: Mapping[str, str],
-        groups: Mapping[str, Sequence[Example]],
-        roles: Roles,
-    ) -> None:
+    def __init__(self, role: str, source: SourceExamples, data: DataParams, roles: Roles) -> None:
         self.role, self.source, self.seed, self.near_copy = role, source, data.seed, data.near_copy
+        used = {example.example_id: other for other, examples in roles.drawn.items() for example in examples}
         self.pool = [example for example in source.examples if example.example_id not in used]
         self.lost = Counter({"quarantined": source.bad_rows, "exact repeats": source.counts["exact_repeats_removed"]})
         self.lost.update(f"in {used[example.example_id]}" for example in source.examples if example.example_id in used)
-        self._groups, self._roles, self._shown = groups, roles, ""
-        self._counts = roles.copies.setdefault(role, Counter(dict.fromkeys(groups, 0)))
-        texts = {name: [text_of(example) for example in examples] for name, examples in groups.items()}
-        rows = sorted(source.examples, key=lambda example: example.example_id) if groups else []
+        earlier = {} if role.startswith("evaluation.") else {name: own for name, own in roles.drawn.items() if name != "transfer"}
+        rows = sorted(source.examples, key=lambda example: example.example_id) if earlier else []
+        texts = {name: [text_of(example) for example in own] for name, own in earlier.items()}
         self._originals = Originals(texts, [text_of(example) for example in rows], data.near_copy)
+        self._roles, self._shown = roles, ""
+        self._copies = roles.copies.setdefault(role, Counter(dict.fromkeys(earlier, 0)))
 
     def balanced(self, labels: Sequence[str], per_label: int | None) -> list[Example]:
         """`per_label` examples of each label (None: all there are), together in rank order; of all examples if there are no labels."""
@@ -137,7 +115,7 @@ class _Draw:
         return (f" (of its {rows}: {', '.join(parts)})" if parts else f" (all of its {rows} are usable)") + self._shown
 
     def _ranked(self, examples: Sequence[Example]) -> list[Example]:
-        return sorted(examples, key=lambda example: rank(self.seed, self.role, example))
+        return sorted(examples, key=lambda example: sha256_text(f"{self.seed}\0{self.role}\0{example.example_id}"))
 
     def _without_copies(self, examples: Sequence[Example]) -> list[Example]:
         kept = []
@@ -145,17 +123,15 @@ class _Draw:
             if copy is None:
                 kept.append(example)
                 continue
-            original = self._groups[copy.group][copy.original]
-            self._counts[copy.group] += 1
+            original, like, text = self._roles.drawn[copy.group][copy.original], f"near copy of {copy.group}", shorten(text_of(example))
+            self._copies[copy.group] += 1
             self.lost[f"near copies of {copy.group}"] += 1
             where = {"role": copy.group, "source": original.source, "line": original.line, "similarity": round(copy.similarity, 4)}
-            entry = Quarantined(
-                example.source, self.source.file, example.line, "", f"near copy of {copy.group}", shorten(text_of(example)), where
-            )
+            entry = Quarantined(example.source, self.source.file, example.line, "", like, text, where)
             self._roles.quarantined.setdefault(example.example_id, entry)  # demonstrations and transfer set may meet the same row
             self._shown = self._shown or (
-                f". Line {example.line} of {self.source.file} ({entry.value!r}) is {copy.similarity:.0%} like line {original.line} of "
-                f"source {original.source!r} ({shorten(text_of(original))!r}). If such texts are different inputs, raise data.near_copy "
+                f". Line {example.line} of {self.source.file} ({text!r}) is {copy.similarity:.0%} like line {original.line} of source "
+                f"{original.source!r} ({shorten(text_of(original))!r}). If such texts are different inputs, raise data.near_copy "
                 f"({self.near_copy:g})"
             )
         return kept

@@ -9,28 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_rows import ENCODINGS, params_of, random_logits, table_of
 
 from pipeline.cache.distributions import check_retained, decode, fit_vocabulary, hidden_states
 from pipeline.cache.encodings import columns_of, encode, temperatures
 from pipeline.errors import MismatchError, UsageError
-from pipeline.params import CacheParams
-
-ENCODINGS = ["top_k", "top_k_tail", "sampled", "hybrid", "full"]
-
-
-def random_logits(positions=6, vocabulary=40, scale=3.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(positions, vocabulary, generator=generator) * scale
-
-
-def table_of(logits, params, uniforms=None, lengths=None, hidden=None):
-    uniforms = torch.full((len(logits),), 0.3) if uniforms is None else uniforms
-    lengths = np.ones(len(logits), dtype=int) if lengths is None else np.array(lengths)
-    return pa.table(columns_of(encode(logits, params, uniforms, hidden), lengths))
-
-
-def params_of(encoding, **changes):
-    return CacheParams(**{"encoding": encoding, "top_k": 5, "samples": 4, "resolution_nats": None, **changes})
 
 
 def tempered(logits, temperature):
