@@ -4,7 +4,6 @@ import copy
 import os
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-pytest_plugins = ["stage_world"]  # fixtures of tests/faults; a conftest.py there would be imported in place of this one
 settings.register_profile("any machine", deadline=None)  # a busy machine fails no property
 settings.load_profile("any machine")
 
@@ -117,23 +115,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker hands what it has counted to the one that prints."""
-    world = sys.modules.get("faults_world")
-    if world is not None and hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["faults"] = [[*key, times] for key, times in world.COUNTS.items()]
-
-
-def pytest_testnodedown(node: Any) -> None:
-    """Take over what a worker has counted."""
-    for kind, ending, times in getattr(node, "workeroutput", {}).get("faults", []):
-        import_module("faults_world").COUNTS[kind, ending] += times
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of faults and how they ended. Here, since a conftest.py in tests/faults would be imported in place of this one."""
-    world = sys.modules.get("faults_world")
-    if world is not None and world.COUNTS:
-        terminalreporter.section(f"faults and how they ended (SHOTLESS_FAULTS={world.LARGER})")
-        for line in world.table():
-            terminalreporter.write_line(line)

@@ -20,21 +20,20 @@ TASK = {"template": "Review: {text}\nSentiment:", "verbalisers": {"negative": " 
 
 
 def source(path, labelled):
-    return {"origin": {"source": "local", "path": path}, "format": "jsonl"} | ({} if labelled else {"label": None})
+    return {"path": path} | ({} if labelled else {"label": None})
 
 
 def small_params():
     return {
         "task": TASK,
-        "models": {"tiny": {"source": "local", "path": "mine/model"}},
+        "models": {"tiny": {"path": "mine/model"}},
         "data": {
             "sources": {"pile": source("mine/pile.jsonl", False), "gold": source("mine/gold.jsonl", True)},
             "demonstrations": {"source": "gold", "per_label": 1},
             "transfer": {"source": "pile"},
             "evaluation": {"test": {"source": "gold", "domain": "in", "per_label": 1}},
         },
-        "contexts": {"orders": {"demonstrations": 2, "count": 2, "tokenizer": "models/tiny"}},
-        "tunings": {},
+        "contexts": {"orders": {"demonstrations": 2, "count": 2}},
         "teachers": {"few_shot": {"model": "models/tiny", "contexts": "orders", "cache": {"top_k": 4}}},
         "targets": {"few_shot": {"teachers": {"few_shot": 1.0}}},
         "students": {"cd": {"base": "models/tiny", "learn_from": "targets/few_shot", "steps": 3, "learning_rate": 1e-3}},

@@ -1,13 +1,12 @@
-"""Cached rows read back as distributions that a loss can be taken of, whatever encoding they were written in.
+"""Cached rows as distributions that a loss can be taken of, whatever their encoding.
 
-A distribution is a few entries with their exact log-probabilities, and one of four things for the others (`Tail`). What a loss has to know
-is the same for all encodings, so none asks which it was. Everything is padded batches of tensors: reading is a handful of array operations
-for a batch, none for a row.
+A distribution is a few entries with their own log-probabilities, and one of four things for the others (`Tail`). A loss need not know the
+encoding. Everything is padded batches of tensors.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,30 +18,30 @@ from pipeline.errors import MismatchError, UsageError
 from pipeline.params import CacheParams
 
 Tail = Literal["none", "bucket", "drawn", "cut"]
-"""What stands for the entries that are not kept exactly: nothing, for all are; one bucket of known mass; entries drawn from them at random,
-each standing for a part of their mass; nothing, though they had mass, and the kept ones were scaled up to sum to 1."""
+"""What represents the entries that are not kept. `none`: all are kept; `bucket`: their total mass; `drawn`: entries drawn from them, each
+with a part of their mass; `cut`: nothing, and the kept entries are scaled up to sum to 1."""
 TAILS: dict[str, Tail] = {"top_k": "cut", "top_k_tail": "bucket", "sampled": "drawn", "hybrid": "drawn", "full": "none"}
 LEAST_RETAINED = 0.5
-"""Mass that must be left at a student's temperature, in the mean over positions."""
+"""Least mean mass on kept and drawn entries at a student's temperature."""
 NEGLIGIBLE_MASS = 1e-4
-"""What a teacher may give to the padding of its vocabulary, which a student's vocabulary lacks."""
+"""Most mass that a teacher may give to token ids that a student's vocabulary lacks: padding."""
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """P distributions over a vocabulary at one temperature: K entries kept exactly, M drawn. Natural logarithms.
+    """P distributions over a vocabulary at one temperature: K entries kept, M drawn. Natural logarithms.
 
-    Σ exp(log_probabilities) + rest is 1, and so is Σ exp(log_probabilities) + Σ sampled_weights where entries are drawn (on average over
-    draws, if the temperature is not 1). An entry that is padding has id 0, log-probability -inf and weight 0.
+    Σ exp(log_probabilities) + rest + Σ sampled_weights is 1 (on average over draws, if the temperature is not 1). Padding has id 0,
+    log-probability -inf and weight 0.
     """
 
     ids: Tensor  # [P, K] int64
     log_probabilities: Tensor  # [P, K] float32
-    sampled_ids: Tensor  # [P, M] int64, none of them among `ids`
+    sampled_ids: Tensor  # [P, M] int64, not among `ids`
     sampled_log_probabilities: Tensor  # [P, M] float32, each entry's own
     sampled_weights: Tensor  # [P, M] float32, the mass that it stands for
-    rest: Tensor  # [P] float32, mass without any entry: the bucket's
-    retained: Tensor  # [P] float32, the teacher's mass on the entries that are kept or drawn
+    rest: Tensor  # [P] float32, the bucket's mass
+    retained: Tensor  # [P] float32, the teacher's mass on kept and drawn entries
     entropy: Tensor  # [P] float32, of the teacher's whole distribution
     tail: Tail
 
@@ -62,45 +61,43 @@ TENSORS = tuple(name for name in Distributions.__annotations__ if name != "tail"
 
 
 def certain(ids: Tensor) -> Distributions:
-    """All mass on one token at each position, as a text that is given says: ids [P]."""
+    """All mass on one given token at each position: ids [P]."""
     nothing = torch.zeros(len(ids), 0, device=ids.device)
     zero = nothing.new_zeros(len(ids))
     one = torch.ones_like(zero)
     return Distributions(ids.unsqueeze(-1), zero.unsqueeze(-1), nothing.long(), nothing, nothing, zero, one, zero, "none")
 
 
-def decode(rows: pa.Table | pa.RecordBatch, params: CacheParams, temperature: float = 1.0) -> Distributions:
-    """The distributions of all positions of `rows`, one row's after the other's.
+def decode(rows: pa.Table, params: CacheParams, temperature: float = 1.0) -> Distributions:
+    """The distributions of all positions of `rows`, row by row. `params` are those that the cache was captured with.
 
-    `rows` have the columns of `schema.SCORES` that begin with topk, sampled and full, tail_mass, log_norms, entropies. `params` are what
-    the cache was captured with. Rounded entries are scaled so that they and the tail sum to 1. At another temperature τ than 1, p^(1/τ)/Z
-    with Z from the entries and the stored norm of the others; draws, made at 1, are weighted by the ratio of the two probabilities.
-    Raises UsageError where the cache cannot be read at `temperature`.
+    Rounded entries are scaled so that they and the tail sum to 1. At a temperature τ ≠ 1 an entry has p^(1/τ) / Z, Z from the entries and
+    the stored norm of the others; draws, made at 1, are weighted by the ratio of the two probabilities. Raises UsageError if the cache
+    does not have what `temperature` needs.
     """
     known = temperatures(params)
     if temperature not in known:
         raise UsageError(
-            f"temperature {temperature:g}: this cache holds what is needed for {', '.join(f'{t:g}' for t in known)}. Take one of these, or "
+            f"temperature {temperature:g}: this cache has what is needed for {', '.join(f'{t:g}' for t in known)}. Take one of these, or "
             f"add it to teachers.*.cache.temperatures, which makes the teacher score again."
         )
     at = known.index(temperature)
-    columns = _Columns(rows)
     if params.encoding == "full":
-        log_p = columns.padded("full_logprobs", -np.inf)
+        log_p = _padded(rows, "full_logprobs", -np.inf)
         ids = torch.arange(log_p.shape[1]).expand(log_p.shape)
     else:
-        log_p = columns.padded("topk_logprobs", -np.inf)
-        ids = columns.padded("topk_ids", 0).long()
-    tail_mass = columns.scalars("tail_mass")
-    drawn_ids, drawn_log_p = columns.padded("sampled_ids", 0).long(), columns.padded("sampled_logprobs", -np.inf)
-    share = columns.padded("sampled_counts", 0).float()
+        log_p = _padded(rows, "topk_logprobs", -np.inf)
+        ids = _padded(rows, "topk_ids", 0).long()
+    tail_mass = torch.from_numpy(np.array(_positions(rows, "tail_mass")))
+    drawn_ids, drawn_log_p = _padded(rows, "sampled_ids", 0).long(), _padded(rows, "sampled_logprobs", -np.inf)
+    share = _padded(rows, "sampled_counts", 0).float()
     share = share / share.sum(-1, keepdim=True).clamp_min(1)  # of the tail's mass, at temperature 1
     if log_p.shape[1]:  # what rounding took from the entries' sum, or added
         log_p = log_p + (torch.log1p(-tail_mass.clamp_max(1 - 1e-6)) - log_p.logsumexp(-1)).unsqueeze(-1)
     log_tail = tail_mass.log()
     weights = share * tail_mass.unsqueeze(-1)
     if at:
-        log_tail = columns.padded("log_norms", -np.inf, len(known) - 1)[:, at - 1]
+        log_tail = _padded(rows, "log_norms", -np.inf, len(known) - 1)[:, at - 1]
         log_p, drawn_tempered = log_p / temperature, drawn_log_p / temperature
         log_z = torch.logsumexp(torch.cat([log_p, log_tail.unsqueeze(-1)], -1), -1, keepdim=True)
         log_p, log_tail, drawn_tempered = log_p - log_z, log_tail - log_z.squeeze(-1), drawn_tempered - log_z
@@ -117,37 +114,37 @@ def decode(rows: pa.Table | pa.RecordBatch, params: CacheParams, temperature: fl
         sampled_weights=weights,
         rest=rest if params.encoding == "top_k_tail" else torch.zeros_like(rest),
         retained=(head + drawn_log_p.exp().sum(-1)).clamp_max(1.0) if params.encoding in DRAWN else head,
-        entropy=columns.padded("entropies", 0.0, len(known))[:, at],
+        entropy=_padded(rows, "entropies", 0.0, len(known))[:, at],
         tail=TAILS[params.encoding],
     )
 
 
-def hidden_states(rows: pa.Table | pa.RecordBatch) -> Tensor:
-    """The kept layers' outputs at all positions of `rows`, side by side, [P, D] float16; D is 0 where none were kept."""
-    return _Columns(rows).padded("hidden_states", 0)
+def hidden_states(rows: pa.Table) -> Tensor:
+    """The kept layers' outputs at all positions of `rows`, side by side, [P, D] float16; D is 0 if none were kept."""
+    return _padded(rows, "hidden_states", 0)
 
 
 def check_retained(distributions: Distributions, params: CacheParams, temperature: float, least: float = LEAST_RETAINED) -> float:
-    """Mean retained mass; `distributions` are a sample of a cache's positions, or all, at `temperature`.
+    """Mean retained mass of some of a cache's positions at `temperature`.
 
-    Raises UsageError where it is under `least`: a student would learn from what happened to be kept. Entries drawn at the very temperature
-    they are used at are an unbiased sample however little mass they have, and are let pass.
+    Raises UsageError if it is under `least`: a student would learn what happened to be kept. Entries drawn at the temperature they are
+    used at pass: they are an unbiased sample however little mass they have.
     """
     mean = float(distributions.retained.mean())
     if mean >= least or (temperature == 1.0 and distributions.tail == "drawn"):
         return mean
     kept = {"sampled": f"{params.samples} draws", "hybrid": f"top {params.top_k} and {params.samples} draws"}
     raise UsageError(
-        f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass in the mean over {len(distributions)} "
-        f"positions ({kept.get(params.encoding, f'top {params.top_k}')}), and {least:.0%} is the least: lower the student's `temperature`, "
-        "or raise teachers.*.cache.top_k or .samples, or take encoding `full`."
+        f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass, the mean of {len(distributions)} positions "
+        f"({kept.get(params.encoding, f'top {params.top_k}')}), and {least:.0%} are needed. Lower the student's `temperature`, raise "
+        "teachers.*.cache.top_k or .samples, or take encoding `full`."
     )
 
 
 def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
-    """The same for a student whose token ids end before `size`: entries past it, a teacher's padding, are taken out.
+    """The same without the entries from `size` on, which a student's vocabulary lacks: a teacher's padding.
 
-    Raises MismatchError where they have mass: then the two do not share a vocabulary.
+    Raises MismatchError if they have mass: then the two do not share a vocabulary.
     """
     past, drawn_past = distributions.ids >= size, distributions.sampled_ids >= size
     if not past.any() and not drawn_past.any():
@@ -157,7 +154,7 @@ def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
         top = int(max(distributions.ids.max() if past.any() else 0, distributions.sampled_ids.max() if drawn_past.any() else 0))
         raise MismatchError(
             f"the teacher gives up to {float(lost.max()):.2%} of its mass to token ids past the student's vocabulary of {size} (the "
-            f"largest is {top}): they do not share a tokenizer. Take a student of the teacher's family, or a teacher of the student's."
+            f"largest is {top}), so they do not share a tokenizer. Take a student of the teacher's family."
         )
     return replace(
         distributions,
@@ -169,32 +166,20 @@ def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
     )
 
 
-class _Columns:
-    """Lists of lists, a list for each position, as arrays over all positions."""
+def _positions(rows: pa.Table, name: str) -> pa.Array:
+    """A column's entries for each position, over all rows."""
+    column: Any = rows[name].combine_chunks()
+    return column.flatten()
 
-    def __init__(self, rows: pa.Table | pa.RecordBatch) -> None:
-        self.rows = rows
 
-    def _positions(self, name: str) -> pa.Array:
-        column = self.rows.column(name)
-        if isinstance(column, pa.ChunkedArray):
-            column = column.combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # an empty table, or one too large for a chunk
-            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-        return column.flatten()
-
-    def scalars(self, name: str) -> Tensor:
-        """A number a position, [P]."""
-        return torch.from_numpy(np.array(self._positions(name)))
-
-    def padded(self, name: str, padding: float, least: int = 0) -> Tensor:
-        """A list a position, [P, longest], or [P, least] where that is more."""
-        lists = self._positions(name)
-        lengths = np.diff(lists.offsets.to_numpy())
-        values = lists.flatten().to_numpy(zero_copy_only=False)
-        width = int(lengths.max(initial=least))
-        if len(values) == len(lengths) * width:  # all of one length
-            return torch.from_numpy(np.array(values.reshape(len(lengths), width)))
-        out = np.full((len(lengths), width), padding, dtype=values.dtype)
-        out[np.arange(width) < lengths[:, None]] = values
-        return torch.from_numpy(out)
+def _padded(rows: pa.Table, name: str, padding: float, least: int = 0) -> Tensor:
+    """A column's list for each position, [P, longest], or [P, least] if that is more."""
+    lists = _positions(rows, name)
+    lengths = np.diff(lists.offsets.to_numpy())
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    width = int(lengths.max(initial=least))
+    if len(values) == len(lengths) * width:  # all of one length
+        return torch.from_numpy(np.array(values.reshape(len(lengths), width)))
+    out = np.full((len(lengths), width), padding, dtype=values.dtype)
+    out[np.arange(width) < lengths[:, None]] = values
+    return torch.from_numpy(out)

@@ -1,17 +1,16 @@
-"""What a cache keeps of a distribution over the vocabulary: logits in, the columns of `schema.SCORES` out.
+"""What a cache keeps of a distribution over the vocabulary: logits in, columns of `schema.STORED` out.
 
-Every encoding is the same few columns: entries kept exactly (`topk_*`), entries drawn at random that stand for the rest (`sampled_*`), or
-all (`full_logprobs`), each with the mass that has no entry of its own. One reader therefore serves all of them (`cache/distributions.py`).
-Draws are systematic: one uniform number a position, equally spaced points on the cumulative distribution of what is not kept exactly. An
-entry of probability p is drawn in proportion to it on average, as with independent draws (2503.16870), with less variance; the number comes
-from the prompt's hash, so that a row's bytes do not depend on its batch.
+Every encoding is the same few columns: entries kept (`topk_*`), entries drawn that represent the rest (`sampled_*`), or all
+(`full_logprobs`), and the mass of the rest. So one reader serves all of them (`cache/distributions.py`).
 
-A draw stands for a mass of 1/`samples`. In a hybrid, an entry of that probability or more would be drawn for certain, so it is kept exactly
-instead; only the tail is drawn from, `samples` times its mass. So where the teacher is sure a position is a few bytes, and where it is not,
-many: for a given size of the cache that has less error than the same numbers of kept and drawn entries everywhere.
+Draws are systematic: one uniform number a position, equally spaced points on the cumulative distribution of the rest. An entry is drawn in
+proportion to its probability on average, as with independent draws (2503.16870), with less variance. The number comes from the prompt's
+hash, so a row's bytes do not depend on its batch. A draw represents a mass of 1/`samples`. In a hybrid, an entry of that probability or
+more would be drawn for certain, so it is kept instead, and the tail is drawn from `samples` times its mass. A sure position takes a few
+bytes, an unsure one more: for its size that has less error than fixed numbers of entries.
 
-Rounding to a resolution keeps float32 columns that any reader understands: where the resolution is a power of two the low bits are zero
-and compress away. A log-probability is then wrong by half of it at most, and a divergence by about resolution²/24 nats.
+Rounding to a resolution keeps float32 columns that any reader understands: if it is a power of two, the low bits are zero and compress
+away. A log-probability is then off by half of it at most, and a divergence by about resolution²/24 nats.
 """
 
 import math
@@ -25,17 +24,17 @@ import torch
 from torch import Tensor
 
 from pipeline.params import CacheParams
-from pipeline.schema import SCORES
+from pipeline.schema import STORED
 
 ENTRIES_AT_ONCE = 2**23
-"""Logits that are worked on together: beside them a few arrays of this size are in memory."""
+"""Logits that are worked on together; a few arrays of this size are in memory."""
 DRAWN = frozenset({"sampled", "hybrid"})
 """Encodings with entries drawn at random."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """P positions as they are stored; a width is 0 where the encoding has no such part. Natural logarithms."""
+    """P positions as they are stored; a width is 0 if the encoding has no such part. Natural logarithms."""
 
     topk_ids: Tensor  # [P, K] int32, most probable first
     topk_logprobs: Tensor  # [P, K] float32; -inf: no entry
@@ -44,7 +43,7 @@ class Encoded:
     sampled_counts: Tensor  # [P, M] int32; 0: no entry
     full_logprobs: Tensor  # [P, V] float32, by token id
     log_z: Tensor  # [P] float32, log-sum-exp of the logits
-    tail_mass: Tensor  # [P] float32, probability outside the top k; 0 where all is kept
+    tail_mass: Tensor  # [P] float32, probability outside the top k; 0 if all is kept
     log_norms: Tensor  # [P, T - 1] float32, log Σ p^(1/τ) outside the top k, for each τ ≠ 1 of `temperatures(...)`
     entropies: Tensor  # [P, T] float32, of the whole distribution at each τ of `temperatures(...)`
     hidden_states: Tensor  # [P, D] float16, the chosen layers' outputs one after the other
@@ -65,10 +64,9 @@ def temperatures(params: CacheParams) -> tuple[float, ...]:
 
 
 def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states: Tensor | None = None) -> Encoded:
-    """Positions as the cache keeps them.
+    """Positions as the cache keeps them; each depends on its own logits alone.
 
-    `logits` [P, V] float32, -inf where an entry is masked; `uniforms` [P] in [0, 1), read where entries are drawn; `hidden_states` [P, D].
-    Each position's numbers depend on its own logits alone.
+    `logits` [P, V] float32, -inf for a masked entry; `uniforms` [P] in [0, 1), for encodings with draws; `hidden_states` [P, D].
     """
     states = logits.new_zeros(len(logits), 0) if hidden_states is None else hidden_states
     size = max(1, ENTRIES_AT_ONCE // logits.shape[-1])
@@ -89,7 +87,7 @@ def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: Cac
         unsure = kept < -math.log(params.samples)
         unsure[:, 0] = False
         kept = kept.masked_fill(unsure, -math.inf)
-    # the tail's own entries are summed: 1 - Σ p would be rounding noise where little is left
+    # the tail's own entries are summed: 1 - Σ p is rounding noise if little is left
     none_kept = torch.where(kept > -math.inf, -math.inf, 0.0)
     log_tail = torch.full_like(log_p, -math.inf) if full else log_p.scatter_add(-1, top.indices, none_kept)
     tail = log_tail.exp()
@@ -117,9 +115,9 @@ def _rounded(values: Tensor, params: CacheParams) -> Tensor:
 
 
 def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Systematic draws from `tail` [P, V], about `samples` times its mass, which need not be 1, and one at least.
+    """Systematic draws from `tail` [P, V]: about `samples` times its mass, which need not be 1, and one at least.
 
-    Returns ids [P, M] int32 rising, and how often each was drawn [P, M] int32, 0 for none.
+    Returns ids [P, M] int32 rising, and how often each was drawn [P, M] int32; 0: no entry.
     """
     cumulative = tail.double().cumsum(-1)
     total = cumulative[:, -1:]
@@ -136,16 +134,16 @@ def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]
 
 
 def columns_of(encoded: Encoded, positions: np.ndarray) -> dict[str, pa.Array]:
-    """The columns of `schema.SCORES` that hold distributions, a row for each entry of `positions` [N], its number of positions.
+    """The columns of `schema.STORED` that have distributions; `positions` [N] are the numbers of positions of N rows.
 
-    Entries that are none (drawn 0 times, or of probability 0 among the top k) are left out: lists differ in length.
+    Padding (drawn 0 times, or of probability 0 among the top k) is left out, so lists differ in length.
     """
     rows = _offsets(positions)
     kept = {"sampled": (encoded.sampled_counts > 0).cpu().numpy(), "topk": (encoded.topk_logprobs > -math.inf).cpu().numpy()}
     columns: dict[str, pa.Array] = {}
     for field in fields(encoded):
         values = getattr(encoded, field.name).cpu().numpy()
-        value_type: Any = SCORES.field(field.name).type.value_type
+        value_type: Any = STORED.field(field.name).type.value_type
         if values.ndim == 1:
             columns[field.name] = pa.ListArray.from_arrays(rows, pa.array(values, type=value_type))
             continue

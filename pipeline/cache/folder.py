@@ -1,73 +1,76 @@
-"""The score cache as an artifact: Parquet shards and a manifest that says what they are and what their bytes must be.
+"""The score cache as an artifact: a folder of Parquet shards and a `manifest.json`, written last, with the sha256 of each shard.
 
-The manifest is written last, so its presence means done, and carries a hash of itself. Reading checks every shard's hash and row count, and
-the fingerprint against the run's own: a cache is used only where it belongs. Whatever there is of it, memory holds one shard.
+A cache travels: it is read from a local folder or from any URL that fsspec knows (`s3://bucket/few_shot`); it is written locally. Every
+shard is compared with its hash before it is used.
 """
 
+import json
+import mmap
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipeline.cache.fingerprint import Fingerprint
-from pipeline.cache.rows import MOST_ROWS, pieces_of, ranges_of, read_rows, rows_per_shard, with_pieces, write_rows
-from pipeline.errors import CorruptError, ShotlessError
-from pipeline.files import json_text, one_writer, read_json, remove_leftovers
-from pipeline.files import sha256_bytes, sha256_file, sha256_json
-from pipeline.places import Place, Remote, write_bytes
-from pipeline.schema import SCHEMA_VERSION, SCORES
+from pipeline.cache.store import write_rows
+from pipeline.errors import CorruptError, ShotlessError, UsageError
+from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_bytes, write_manifest
+from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
+from pipeline.task import Task
 
-ROWS_PER_SHARD = MOST_ROWS
-MANIFEST = "manifest.json"
+SHARD_LEVEL = 19
+"""zstd level of shards, which are written once and carried about; it saves a tenth over level 3."""
+MOST_ROWS = 16_384
+SHARD_BYTES = 64 << 20
+"""About what a shard takes in memory at most."""
+FULL_VOCABULARY, HIDDEN_SIZE, LABEL_BYTES = 1 << 16, 2048, 200
+"""What a model is taken to have, for the size of shards; bytes of a row beside its distributions."""
 CACHES = "caches.json"
-"""In a target set: which caches belong to it, by the hash of their manifest."""
-AGAIN = "run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
+"""In a target set: the caches that its students may learn whole, as {teacher: {"manifest_sha256": sha256_json(manifest)}}."""
+AGAIN = "Run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
 
 
 @dataclass(frozen=True)
 class ScoreCache:
-    """A cache read back: rows as in `schema.SCORES`, and the manifest."""
+    """A cache in memory: rows of `schema.SCORES`, or some of its columns, and the manifest."""
 
     rows: pa.Table
     manifest: dict[str, Any]
 
 
-def write_cache(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
-    """Write shards of the rows of `tables` in their order, then the manifest with `about` in it. Memory holds one shard.
+def described_task(task: Task) -> dict[str, Any]:
+    """What a manifest says of a task under the key `task`: template, verbalisers by label, and how free answers come about."""
+    params = task.params
+    return {"template": params.template, "verbalisers": dict(sorted(params.verbalisers.items())), "completion": params.answering}
 
-    The bytes follow from the rows, not from how they are divided into tables. A second writer waits for the first;
-    a remote store has no lock, and of two writers there one may end with a cache that is refused when it is read.
+
+def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, Any]) -> None:
+    """Write the rows of `tables` (`schema.SCORES`) in their order as shards, then the manifest. Memory holds one shard.
+
+    The shards' bytes follow from the rows, not from how these are divided into tables. `about` goes into the manifest: `teacher`; `model`
+    ("models/NAME"); `identity` (of the store); `cache` (`CacheParams` as JSON); `task` (`described_task`); `labels`; `contexts` (dicts of
+    `context_id`, `name`, `tokens`); `content_free` (example ids); `engines`. The manifest adds `schema_version`, `shards` (file → rows),
+    and `files` (file → sha256, bytes).
     """
-    with one_writer(folder) if isinstance(folder, Path) else nullcontext():
-        write_shards(folder, tables, fingerprint, about)
-
-
-def write_shards(folder: Place, tables: Iterable[pa.Table], fingerprint: Fingerprint, about: dict[str, Any]) -> None:
-    """The same for whoever is the folder's one writer, and stays it for longer."""
-    (folder / MANIFEST).unlink(missing_ok=True)  # until all is written, this is no cache
-    shards: list[dict[str, Any]] = []
-    for number, rows in enumerate(_in_shards(tables, min(ROWS_PER_SHARD, rows_per_shard(fingerprint)))):
-        path = folder / f"part-{number:05d}.parquet"
-        data = write_rows(rows, path)
-        about_it = {"file": path.name, "rows": len(rows), "sha256": sha256_bytes(data), "bytes": len(data)}
-        shards.append(about_it | {"pieces": pieces_of(data)})
-    named = {shard["file"] for shard in shards}
-    for other in [file for file in folder.iterdir() if file.name.startswith("part-") and file.name not in named]:
-        other.unlink()
-    for left in folder.glob(".*.tmp") if isinstance(folder, Path) else ():
-        remove_leftovers(left.with_name(left.name[1:].rpartition(".")[0].rpartition(".")[0]))
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": fingerprint.model_dump(),
-        "fingerprint_sha256": fingerprint.sha256,
-        **about,
-        "shards": shards,
-        "totals": {"rows": sum(shard["rows"] for shard in shards), "bytes": sum(shard["bytes"] for shard in shards)},
-    }
-    write_bytes(json_text(manifest | {"manifest_sha256": sha256_json(manifest)}).encode(), folder / MANIFEST)
+    size = rows_per_shard(about["cache"], about["task"]["completion"])
+    with one_writer(folder.with_name(f".{folder.name}.lock")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)  # until all shards are written, the folder is not a cache
+        shards: dict[str, int] = {}
+        for number, rows in enumerate(_in_shards(tables, size)):
+            name = f"part-{number:05d}.parquet"
+            write_rows(rows, folder / name, SHARD_LEVEL)
+            shards[name] = len(rows)
+        for other in folder.iterdir():
+            if other.name not in shards:
+                other.unlink()
+        write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards}, list(shards))
 
 
 def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -81,107 +84,126 @@ def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
         yield held
 
 
-def read_manifest(folder: Place) -> dict[str, Any]:
-    """The manifest of a cache.
+def rows_per_shard(cache: Mapping[str, Any], completion: Mapping[str, Any] | None) -> int:
+    """Rows of each shard but the last: a power of two that follows from what is captured, and from nothing else."""
+    entries = {"sampled": cache["samples"], "hybrid": cache["top_k"] + cache["samples"], "full": FULL_VOCABULARY}
+    position = 12 * entries.get(cache["encoding"], cache["top_k"]) + 8 * (1 + len(cache["temperatures"]))
+    position += 2 * HIDDEN_SIZE * len(cache["hidden_layers"]) + 20
+    rows = SHARD_BYTES // (LABEL_BYTES + position * (1 if completion is None else completion["max_tokens"]))
+    return min(MOST_ROWS, 1 << max(4, rows.bit_length() - 1))
 
-    Raises ShotlessError where it is missing: the capture did not end. Raises CorruptError where it is not what was written.
+
+def cache_manifest(folder: Path | str) -> dict[str, Any]:
+    """A cache's manifest. Its shards are not looked at.
+
+    Raises ShotlessError if there is none, CorruptError if it is not the manifest of a cache that this version reads.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = read_json(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise ShotlessError(f"{path}: missing, so this capture did not end; `dvc repro` goes on with it.") from None
-    except ValueError as error:
-        raise CorruptError(f"{path}: not valid JSON ({error}); {AGAIN}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        raise CorruptError(f"{path}: schema version {found}, this version reads {SCHEMA_VERSION}; run `dvc repro`.")
-    written = manifest.pop("manifest_sha256", None)
-    if (found := sha256_json(manifest)) != written:
-        raise CorruptError(f"{path}: its contents have sha256 {found}, and were written with {written}; {AGAIN}")
+    if isinstance(folder, Path):
+        manifest = read_manifest(folder)
+    else:
+        try:
+            manifest = json.loads(_read(folder, MANIFEST))
+        except ValueError as error:
+            raise CorruptError(f"{folder}/{MANIFEST}: not JSON ({error}). Copy the cache again.") from None
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if found != SCHEMA_VERSION or not isinstance(manifest.get("shards"), dict):
+        raise CorruptError(f"{folder}/{MANIFEST}: schema version {found}, this version reads {SCHEMA_VERSION}. Run `dvc repro`.")
     return manifest
 
 
-def manifest_sha256(folder: Place) -> str:
-    """The hash that names what a cache holds, shards and all. Raises what `read_manifest` raises."""
-    return sha256_json(read_manifest(folder))
-
-
-def shard_fault(folder: Place, shard: Mapping[str, Any]) -> str | None:
-    """What is wrong with the bytes of a shard that a manifest names; None where nothing is."""
-    path = folder / shard["file"]
+def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a shard, or some of their columns. Raises CorruptError naming the shard and what is wrong with it."""
+    entry, schema = manifest["files"][name], SCORES if columns is None else pa.schema([SCORES.field(column) for column in columns])
+    data = _read(folder, name)
+    if (found := sha256_bytes(data)) != entry["sha256"]:
+        size = "" if len(data) == entry["bytes"] else f", {len(data):,} bytes instead of {entry['bytes']:,}"
+        raise CorruptError(f"{folder}/{name}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…{size}. {AGAIN}")
     try:
-        if isinstance(path, Remote):
-            return _fault_of(path, path.read_bytes(), shard)
-        if not path.is_file():
-            return f"{path}: the manifest names this shard, and it is missing"
-        size, found = path.stat().st_size, sha256_file(path)
-    except FileNotFoundError:
-        return f"{path}: the manifest names this shard, and it is missing"
-    except OSError as error:
-        return f"{path}: cannot be read: {error.strerror or error}"
-    return _difference(path, size, found, shard)
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            rows = file.read(schema.names).cast(schema)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise CorruptError(f"{folder}/{name}: not a shard of this version: {error}. {AGAIN}") from error
+    if len(rows) != manifest["shards"][name]:
+        raise CorruptError(f"{folder}/{name}: {len(rows):,} rows, its manifest says {manifest['shards'][name]:,}. {AGAIN}")
+    return rows
 
 
-def _fault_of(path: Place, data: bytes, shard: Mapping[str, Any]) -> str | None:
-    return _difference(path, len(data), sha256_bytes(data), shard)
+def read_cache(folder: Path | str, columns: Sequence[str] | None = None) -> ScoreCache:
+    """All rows of a cache in memory, or some of their columns: for label scores. `CacheReader` is for distributions.
 
-
-def _difference(path: Place, size: int, found: str, shard: Mapping[str, Any]) -> str | None:
-    if found == shard["sha256"]:
-        return None
-    length = "" if size == shard["bytes"] else f" and {size:,} bytes are not {shard['bytes']:,}"
-    return f"{path}: sha256 {found} is not the manifest's {shard['sha256']}{length}"
-
-
-def read_shard(folder: Place, shard: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a shard, checked against the manifest before it is read.
-
-    Of a remote one each byte is fetched once: all of them, or where `columns` are asked for these and the footer.
-
-    Raises CorruptError naming the shard and what is wrong with it.
+    Raises what `cache_manifest` and `read_shard` raise.
     """
-    path = folder / shard["file"]
-    if isinstance(path, Remote):
-        source = _fetched(path, shard, columns)
-    elif fault := shard_fault(folder, shard):
-        raise CorruptError(f"{fault}; {AGAIN}")
-    else:
-        source = path
+    manifest = cache_manifest(folder)
     schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
-    table = read_rows(source, schema)
-    if len(table) != shard["rows"]:
-        raise CorruptError(f"{folder / shard['file']}: {len(table)} rows, the manifest says {shard['rows']}; {AGAIN}")
-    return table
+    shards = [read_shard(folder, manifest, name, columns) for name in manifest["shards"]]
+    return ScoreCache(pa.concat_tables([schema.empty_table(), *shards]), manifest)
 
 
-def _fetched(path: Remote, shard: Mapping[str, Any], columns: Sequence[str] | None) -> bytes | bytearray:
-    """A remote shard's bytes, checked; zeros stand for columns that were not asked for, where the manifest has its pieces."""
-    pieces = shard.get("pieces")
+def _read(folder: Path | str, name: str) -> bytes:
+    """A file of a cache. Raises CorruptError if it is missing, ShotlessError if its store cannot be reached."""
     try:
-        if pieces is None or columns is None or len(columns) == len(SCORES):
-            data = path.read_bytes()
-            fault = _fault_of(path, data, shard)
-        else:
-            numbers = [*sorted(SCORES.get_field_index(name) for name in columns), len(SCORES)]
-            data, fault = with_pieces(shard["bytes"], pieces, path.read_ranges(ranges_of(pieces, numbers)), numbers), None
+        if isinstance(folder, Path):
+            return (folder / name).read_bytes()
+        import fsspec  # a local run does without
+
+        system, path = fsspec.url_to_fs(f"{folder.rstrip('/')}/{name}")
+        return system.cat_file(path)
     except FileNotFoundError:
-        fault = f"{path}: the manifest names this shard, and it is missing"
-    except (OSError, CorruptError) as error:
-        fault = f"{path}: {error}"
-    else:
-        if fault is None:
-            return data
-    raise CorruptError(f"{fault}; {AGAIN}")
+        raise CorruptError(f"{folder}/{name}: missing. {AGAIN}") from None
+    except (OSError, ImportError, ValueError) as error:
+        raise ShotlessError(f"{folder}/{name}: cannot be read: {error}") from error
 
 
-def read_cache(folder: Place, columns: Sequence[str] | None = None) -> ScoreCache:
-    """All rows of a cache, or some columns of them, in memory: for label scores. `CacheReader` reads distributions.
+class CacheReader:
+    """Rows of a cache by number, in the order of `read_cache`, as fast as training asks for them.
 
-    Raises CorruptError naming the shard and what is wrong with it.
+    The shards are decoded once, into an uncompressed Arrow file without a name under `work`, which is memory-mapped. `columns` limits what
+    is decoded. Raises what `read_cache` raises.
     """
-    manifest = read_manifest(folder)
-    schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
-    return ScoreCache(
-        pa.concat_tables([schema.empty_table(), *(read_shard(folder, shard, columns) for shard in manifest["shards"])]), manifest
-    )
+
+    def __init__(self, folder: Path | str, work: Path, columns: Sequence[str] | None = None) -> None:
+        self.folder = folder
+        self.manifest = cache_manifest(folder)
+        self.columns = list(SCORES.names if columns is None else columns)
+        schema = pa.schema([SCORES.field(name) for name in dict.fromkeys([*KEY, *self.columns])])
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work) as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                for name in self.manifest["shards"]:
+                    writer.write_table(read_shard(folder, self.manifest, name, schema.names).combine_chunks())
+            file.flush()
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_file(pa.py_buffer(pages))
+        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
+        """Rows [N] by number, in the order asked for, repeats included. Raises UsageError if there is no such row."""
+        wanted = np.asarray(rows, dtype=np.int64)
+        if len(outside := wanted[(wanted < 0) | (wanted >= len(self))]):
+            raise UsageError(f"{self.folder}: there is no row {outside[0]}; it has {len(self):,} rows, counted from 0.")
+        owners = np.searchsorted(self._ends, wanted, side="right")
+        batches, order = [], []
+        for owner in np.unique(owners).tolist():
+            places = np.flatnonzero(owners == owner)
+            batch = self._batches[owner].select(self.columns)
+            batches.append(batch.take(pa.array(wanted[places] - (self._ends[owner] - len(batch)))))
+            order.append(places)
+        if not batches:
+            return pa.schema([SCORES.field(name) for name in self.columns]).empty_table()
+        found = pa.Table.from_batches(batches).combine_chunks()
+        return found if len(order) == 1 else found.take(pa.array(np.argsort(np.concatenate(order)))).combine_chunks()
+
+    def find(self, keys: Iterable[tuple[str, str]]) -> np.ndarray:
+        """Row numbers [N] int64 of (context_id, example_id) pairs; -1 if there is no such row."""
+        wanted = pa.array([f"{context}\n{example}" for context, example in keys], pa.string())
+        found = pc.call_function("index_in", [wanted], pc.SetLookupOptions(self._keys))
+        return found.fill_null(-1).to_numpy().astype(np.int64)
+
+    @cached_property
+    def _keys(self) -> pa.ChunkedArray:
+        joined = [pc.call_function("binary_join_element_wise", [*(batch[name] for name in KEY), "\n"]) for batch in self._batches]
+        return pa.chunked_array(joined, pa.string())

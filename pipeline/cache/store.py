@@ -1,272 +1,247 @@
-"""The content-addressed store of rows, under `.work/`: what has been scored once is never scored again.
+"""The store: scored rows under the work folder, found by `prompt_sha`. What is in it is never scored again.
 
-DVC empties a stage's output folder before the stage runs, so the store lies outside it. Rows are kept by (context, example) in one folder
-for each fingerprint, in sealed files (`rows.py`). A request is taken in blocks of as many rows as a shard of the cache has; a block is
-planned once and its plan is kept: parts of whole batches, each one file. A killed run finds the plan, skips the parts that are there, and
-scores the others in the very batches an unbroken run would have used, so that the bytes are the same. Memory holds one block and the keys.
+DVC empties a stage's output folder before the stage runs, so the store lies outside. It has one folder for each identity: all that decides
+a row's numbers except its prompt (weights, number format, what is kept of a distribution, versions).
 
-A part whose bytes are not those that its name promises is never read: it is set aside, and its part of the plan is scored again, in the
-same batches, to the same bytes.
+    work/scores/IDENTITY/identity.json
+                         plan-00000.parquet         which prompts are scored together
+                         part-00000-000003.parquet  the rows of one part of plan 0
+
+A plan is written before its first part is scored. A run that was killed finds the plan and scores the parts that are not there in the same
+batches, so the rows have the same bytes as those of an unbroken run. A damaged part is set aside and scored again, in the same batches too.
 """
 
-import shutil
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
-from pydantic import ValidationError
+import pyarrow.parquet as pq
 
-from pipeline.cache.fingerprint import Fingerprint
-from pipeline.cache.keys import KEY, Key, KeyIndex, Request, blocks, digest, keys_of
-from pipeline.cache.rows import read_rows, read_sealed, rows_per_shard, sealed_stem, write_sealed
-from pipeline.errors import CorruptError, NotJsonError, ShotlessError
-from pipeline.files import make_folder, read_json, read_sealed_json, replacing, write_json, write_sealed_json
-from pipeline.schema import SCORES
+from pipeline.errors import CorruptError, ShotlessError
+from pipeline.files import one_writer, read_json, replacing, sha256_json, write_json
+from pipeline.schema import STORED, read_table, write_table
 
-LOCK_SECONDS = 3600
-SET_ASIDE = ".damaged"
-KEYS = pa.schema([SCORES.field(name) for name in KEY])
-PLAN = pa.schema([pa.field("part", pa.int64(), nullable=False), *KEYS])
+PLAN = pa.schema([pa.field("part", pa.int32(), nullable=False), pa.field("prompt_sha", pa.string(), nullable=False)])
+ABOUT = b"shotless"
+"""Key of a part's Parquet metadata: JSON with the `seconds` that scoring it took and the `engine` that did it."""
+DAMAGED = ".damaged"
+PART_LEVEL = 3
+"""zstd level of parts, which are written while the teacher waits."""
+SPLIT = (pa.int32(), pa.float32())
+"""Numbers stored as split byte streams. DuckDB does not read half floats so."""
 
-Divide = Callable[[list[Key]], list[list[Key]]]
+Divide = Callable[[list[str]], list[list[str]]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are scored and written together."""
+    """Prompts that are scored and written together."""
 
-    stem: str
-    keys: tuple[Key, ...]
+    name: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A part that is on disk."""
+
+    path: Path
+    rows: int
+    seconds: float
+    engine: dict[str, Any]
 
 
 class Store:
-    """Scored rows of one fingerprint."""
+    """The scored rows of one identity."""
 
-    def __init__(self, root: Path, fingerprint: Fingerprint) -> None:
-        self.folder = root / "scores" / fingerprint.sha256[:32]
-        self.plans = self.folder / "plans"
-        make_folder(self.plans)
-        self.rows_per_block = rows_per_shard(fingerprint)
-        about = self.folder / "fingerprint.json"
-        try:
-            found = read_json(about)
-        except (FileNotFoundError, NotJsonError):
-            found = None
-        if found != fingerprint.model_dump():  # new, or damaged: the folder's own name says what belongs in it
-            write_json(fingerprint.model_dump(), about)
-        self._files: list[Path] = []  # by number in the index
-        self._stems: set[str] = set()
-        self._damaged: dict[str, list[Path]] = {}
-        self._index = KeyIndex()
-
-    @classmethod
-    def at(cls, folder: Path) -> "Store":
-        """The store in a folder. Raises CorruptError where its fingerprint.json is not what the folder is named after."""
-        about = folder / "fingerprint.json"
-        try:
-            fingerprint = Fingerprint.model_validate(read_json(about))
-        except (FileNotFoundError, ValidationError) as error:
-            raise CorruptError(f"{about}: cannot be read as a fingerprint ({error}); the teacher's next run writes it again.") from None
-        if fingerprint.sha256[:32] != folder.name:
-            raise CorruptError(f"{about}: is not what its folder is named after; the teacher's next run writes it again.")
-        return cls(folder.parents[1], fingerprint)
+    def __init__(self, work: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = work / "scores" / sha256_json(identity)[:32]
+        self._held: dict[str, _Held] = {}
+        self._rows: dict[str, tuple[str, int]] = {}  # prompt_sha → part, row in it
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if _identity_of(self.folder) != identity:  # new, or damaged: the folder is named after what belongs there
+            write_json(identity, self.folder / "identity.json")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer at a time: a second run waits for the first, and then finds its rows."""
-        path = self.folder / "lock"
-        try:
-            with FileLock(path, timeout=LOCK_SECONDS):
-                for left_behind in [*self.folder.glob(".part-*.tmp"), *self.plans.glob(".*.tmp")]:
-                    left_behind.unlink()
-                self._refresh()
-                yield
-        except Timeout:
-            raise ShotlessError(
-                f"{path}: another run has been scoring for {LOCK_SECONDS} s; wait for it, or end it and run again."
-            ) from None
+        """Be the one writer. A second run waits here, and then finds the first one's rows. Damaged parts are set aside."""
+        with one_writer(self.folder / "lock"):
+            for leftover in self.folder.glob(".p*.tmp"):
+                leftover.unlink()
+            for path, error in self._look():
+                print(f"{error} It is set aside, and its rows are scored again when they are needed.", file=sys.stderr)
+                path.replace(path.with_name(path.name + DAMAGED))
+            yield
 
-    def missing(self, request: Sequence[Key]) -> np.ndarray:
-        """Which rows of a request have to be scored, [N] bool. The lock is held."""
-        found = [self._index.find(block)[:, 0] < 0 for block in blocks(request, self.rows_per_block)]
-        return np.concatenate(found) if found else np.zeros(0, dtype=bool)
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """The prompts that have to be scored: each once, in their order. The lock is held."""
+        return [key for key in dict.fromkeys(keys) if key not in self._rows]
 
-    def parts(self, request: Request, divide: Divide) -> Iterator[Part]:
-        """The parts that a request still needs, to be scored and written in turn. The lock is held.
+    def parts(self, missing: Sequence[str], divide: Divide) -> Iterator[Part]:
+        """What to score and write, in this order. The lock is held.
 
-        Damaged parts come first, as they were planned. `divide` turns missing keys of a block into parts, and is asked once for a block.
+        Parts of earlier plans come first, the damaged ones before others, if all of their prompts are missing. `divide` turns the rest
+        into lists of prompts that are scored together.
         """
-        for stem in sorted(self._damaged):
-            keys = self._planned(stem)
-            if request.holds(keys).all() and (self._index.find(keys)[:, 0] < 0).any():
-                yield Part(stem, keys)
-        missing = self.missing(request)
-        for number, block in enumerate(blocks(request, self.rows_per_block)):
-            mask = missing[number * self.rows_per_block :][: len(block)]
-            if mask.any():
-                yield from self._plan(block, {key for key, absent in zip(block, mask, strict=True) if absent}, divide)
+        wanted = set(missing)
+        planned = [part for part in self._planned() if part.name not in self._held]
+        for part in sorted(planned, key=lambda part: (not self._set_aside(part.name).exists(), part.name)):
+            if wanted.issuperset(part.keys):
+                wanted.difference_update(part.keys)
+                yield part
+        if rest := [key for key in missing if key in wanted]:
+            numbers = [int(path.name.split("-")[1][:5]) for path in self.folder.glob("p*-*")]
+            number, divided = max(numbers, default=-1) + 1, divide(rest)
+            rows = [(part, key) for part, keys in enumerate(divided) for key in keys]
+            columns = {name: [row[at] for row in rows] for at, name in enumerate(PLAN.names)}
+            write_table(pa.table(columns, schema=PLAN), self.folder / f"plan-{number:05d}.parquet")
+            yield from (Part(f"part-{number:05d}-{part:06d}", tuple(keys)) for part, keys in enumerate(divided))
 
-    def write(self, part: Part, rows: pa.Table, seconds: float | None = None) -> None:
-        """Write the rows of one part, whole or not at all, and beside them the `seconds` that scoring took, where they are known."""
-        if seconds is not None:
-            write_sealed_json({"seconds": round(seconds, 4)}, self._time_of(part.stem))
-        self._add(write_sealed(rows, self.folder, part.stem), part.keys)
-        for damaged in self._damaged.pop(part.stem, []):
-            _discard(damaged)
+    def write(self, part: Part, rows: pa.Table, seconds: float, engine: Mapping[str, Any]) -> None:
+        """Write a part's rows (`schema.STORED`, in the order of its keys), the seconds that scoring them took, and which engine did it."""
+        if (found := rows["prompt_sha"].to_pylist()) != list(part.keys):
+            raise ValueError(f"{part.name}: {len(found)} rows that are not those of its {len(part.keys)} prompts")
+        about = {"seconds": round(seconds, 4), "engine": dict(engine)}
+        path = self.folder / f"{part.name}.parquet"
+        write_rows(rows.cast(STORED).replace_schema_metadata({ABOUT: json.dumps(about)}), path, PART_LEVEL)
+        self._add(path, found, about)
+        self._set_aside(part.name).unlink(missing_ok=True)
 
-    def adopt(self, shard: Path, sha256: str) -> bool:
-        """Take in a shard of a cache of this fingerprint, as it is, where a row of it is lacking. The lock is held. True: it was."""
-        keys = keys_of(read_rows(shard, KEYS))
-        if (self._index.find(keys)[:, 0] >= 0).all():
-            return False
-        path = self.folder / f"part-{sha256[:32]}-{sha256}.parquet"
-        with replacing(path) as temporary:
-            shutil.copyfile(shard, temporary)
-        self._add(path, keys)
-        return True
+    def read(self, keys: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of some prompts in their order: the columns of `schema.STORED`, or some of them.
 
-    def seconds(self, request: Request) -> tuple[float, int]:
-        """The seconds that scoring the rows of a request took, whenever that was, and how many of the rows these seconds cover."""
-        if not self._files:
-            with self.lock():
-                pass
-        total, covered = 0.0, 0
-        for file in self._files:
-            time = self._time_of(sealed_stem(file))
-            with suppress(FileNotFoundError, CorruptError):  # no time, or a damaged one: its rows count as not covered
-                taken = read_sealed_json(time)["seconds"]
-                held = keys_of(read_rows(file, KEYS))
-                found = int(request.holds(held).sum())
-                covered += found
-                total += taken * found / len(held)
-        return total, covered
+        Raises ShotlessError if a row is not there, CorruptError if a part was damaged since it was last read.
+        """
+        self._look_once()
+        if missing := self.missing(keys):
+            raise ShotlessError(f"{self.folder}: {len(missing):,} of {len(keys):,} rows are not here. Run the stage again: it scores them.")
+        schema = STORED if columns is None else pa.schema([STORED.field(name) for name in columns])
+        places = [self._rows[key] for key in keys]
+        by_part: dict[str, list[int]] = {}
+        for place, (name, _) in enumerate(places):
+            by_part.setdefault(name, []).append(place)
+        tables = [read_table(self._held[name].path, schema).take([places[at][1] for at in own]) for name, own in by_part.items()]
+        order = np.concatenate([np.array(own) for own in by_part.values()]) if by_part else np.zeros(0, dtype=int)
+        return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks().take(np.argsort(order))
 
-    def _time_of(self, stem: str) -> Path:
-        return self.folder / "times" / f"{stem}.json"
+    def seconds(self, keys: Sequence[str]) -> tuple[float, int]:
+        """The seconds that scoring these prompts took, whenever that was, and how many of them are here."""
+        counts = self._counts(keys)
+        return sum(self._held[name].seconds * count / self._held[name].rows for name, count in counts.items()), counts.total()
 
-    def scan(self) -> Iterator[tuple[Path, Sequence[Key], CorruptError | None]]:
-        """Every part not looked at yet with its keys, and what is wrong with it: a damaged one's keys are those that were planned."""
-        for file in sorted(set(self.folder.glob("part-*.parquet")) - set(self._files)):
+    def engines(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """The engines that scored these prompts, each once, in an order that depends on them alone."""
+        found = {json.dumps(self._held[name].engine, sort_keys=True): self._held[name].engine for name in self._counts(keys)}
+        return [found[text] for text in sorted(found)]
+
+    def faults(self) -> list[str]:
+        """What is damaged here, a line each. Nothing is changed."""
+        found = [str(error) for _, error in self._look()]
+        for path in sorted(self.folder.glob("plan-*.parquet")):
             try:
-                yield file, keys_of(read_rows(read_sealed(file), KEYS)), None
+                read_table(path, PLAN)
             except CorruptError as error:
-                yield file, self._planned(sealed_stem(file)), error
-
-    def damaged_plans(self) -> list[str]:
-        """What is wrong with plans. No row is lost with one, but a part of it that is lost too will be scored in other batches."""
-        faults = []
-        for plan in sorted(self.plans.glob("*.parquet")):
-            try:
-                _read_plan(plan)
-            except CorruptError as error:
-                faults.append(str(error))
-        return faults
-
-    def damaged_notes(self) -> list[tuple[Path, CorruptError]]:
-        """What stands beside the rows and is not what was written: times, and the engine's report. No row hangs on them."""
-        found = []
-        for note in [*sorted((self.folder / "times").glob("*.json")), *self.folder.glob("engine.json")]:
-            try:
-                read_sealed_json(note)
-            except CorruptError as error:
-                found.append((note, error))
+                found.append(str(error))
         return found
 
-    def read(self, request: Sequence[Key], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The rows of a request in its order, block by block, with the columns of `schema.SCORES` or some of them.
+    def _counts(self, keys: Sequence[str]) -> Counter[str]:
+        """Part → how many of its rows are asked for."""
+        self._look_once()
+        return Counter(self._rows[key][0] for key in dict.fromkeys(keys) if key in self._rows)
 
-        Raises ShotlessError where a row is not there, CorruptError where a file has changed since the lock was taken.
-        """
-        if not self._files:
+    def _set_aside(self, name: str) -> Path:
+        return self.folder / f"{name}.parquet{DAMAGED}"
+
+    def _look_once(self) -> None:
+        if not self._held:
             with self.lock():
                 pass
-        places = [self._index.find(block) for block in blocks(request, self.rows_per_block)]
-        if missing := sum(int((found[:, 0] < 0).sum()) for found in places):
-            raise ShotlessError(f"{self.folder}: {missing} of {len(request)} rows were not scored; run the stage again.")
-        return (self._take(found, columns) for found in places)
 
-    def _take(self, places: np.ndarray, columns: Sequence[str] | None) -> pa.Table:
-        """Rows by (file number, row in it), in order; each file is read once."""
-        schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
-        tables, order = [], []
-        for number in np.unique(places[:, 0]):
-            wanted = np.flatnonzero(places[:, 0] == number)
-            tables.append(read_rows(read_sealed(self._files[number]), schema).take(places[wanted, 1]))
-            order.append(wanted)
-        rows = pa.concat_tables(tables).combine_chunks()
-        return rows.take(np.argsort(np.concatenate(order)))
+    def _look(self) -> list[tuple[Path, CorruptError]]:
+        """Read the parts that are new since the last look, every page of them; returns the damaged ones."""
+        damaged = []
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            if path.stem not in self._held:
+                try:
+                    keys = read_table(path, STORED)["prompt_sha"].to_pylist()
+                    self._add(path, keys, _about(path))
+                except CorruptError as error:
+                    damaged.append((path, error))
+        return damaged
 
-    def _plan(self, block: list[Key], missing: set[Key], divide: Divide) -> Iterator[Part]:
-        """Parts of a block's missing rows: those of its plan that are not there, then what has no plan yet, or no longer one."""
-        name = digest(block)
-        last = -1
-        for plan in sorted(self.plans.glob(f"{name}-*.parquet")):
-            last = int(sealed_stem(plan).rpartition("-")[2])
+    def _add(self, path: Path, keys: list[str], about: Mapping[str, Any]) -> None:
+        self._held[path.stem] = _Held(path, len(keys), about["seconds"], about["engine"])
+        for row, key in enumerate(keys):
+            self._rows.setdefault(key, (path.stem, row))
+
+    def _planned(self) -> Iterator[Part]:
+        """The parts of all plans. A damaged plan goes: the prompts of its unfinished parts are planned again."""
+        for path in sorted(self.folder.glob("plan-*.parquet")):
             try:
-                planned = _read_plan(plan)
+                plan = read_table(path, PLAN)
             except CorruptError as error:
-                print(f"{error}; what it planned is planned again", file=sys.stderr)
-                plan.unlink()
+                print(f"{error} What it planned is planned again.", file=sys.stderr)
+                path.replace(path.with_name(path.name + DAMAGED))
                 continue
-            for number, keys in enumerate(planned):
-                stem = f"part-{sealed_stem(plan)}-{number:06d}"
-                if stem not in self._stems and not missing.isdisjoint(keys):
-                    yield Part(stem, keys)
-                    missing -= set(keys)
-        if missing:
-            stem = f"{name}-{last + 1:03d}"
-            divided = divide([key for key in block if key in missing])
-            rows = [(number, *key) for number, keys in enumerate(divided) for key in keys]
-            write_sealed(pa.table(list(map(pa.array, zip(*rows, strict=True))), schema=PLAN), self.plans, stem)
-            for number, keys in enumerate(divided):
-                yield Part(f"part-{stem}-{number:06d}", tuple(keys))
-
-    def _planned(self, stem: str) -> tuple[Key, ...]:
-        """The keys of a part that was planned; none where its plan is gone or damaged."""
-        plan, _, number = stem.removeprefix("part-").rpartition("-")
-        for file in self.plans.glob(f"{plan}-*.parquet") if plan.count("-") == 1 else ():
-            with suppress(CorruptError, IndexError):
-                return _read_plan(file)[int(number)]
-        return ()
-
-    def _refresh(self) -> None:
-        """Read the keys of files that are new since the last look; set damaged ones aside."""
-        for file, keys, error in self.scan():
-            if error is None:
-                self._add(file, keys)
-            else:
-                print(f"{error}; its rows are scored again", file=sys.stderr)
-                file.replace(file.with_name(file.name + SET_ASIDE))
-        self._damaged = {}
-        for file in sorted(self.folder.glob(f"*{SET_ASIDE}")):
-            stem = sealed_stem(file.with_suffix(""))
-            if (self._index.find(self._planned(stem))[:, 0] < 0).any():
-                self._damaged.setdefault(stem, []).append(file)
-            else:
-                _discard(file)  # its rows are here again, or nothing says which they were
-
-    def _add(self, file: Path, keys: Sequence[Key]) -> None:
-        self._index.add(len(self._files), keys)
-        self._files.append(file)
-        self._stems.add(sealed_stem(file))
+            by_part: dict[int, list[str]] = {}
+            for number, key in zip(plan["part"].to_pylist(), plan["prompt_sha"].to_pylist(), strict=True):
+                by_part.setdefault(number, []).append(key)
+            yield from (Part(f"part-{path.stem[5:]}-{number:06d}", tuple(keys)) for number, keys in by_part.items())
 
 
-def _read_plan(plan: Path) -> list[tuple[Key, ...]]:
-    """The keys of each part of a plan. Raises CorruptError."""
-    table = read_rows(read_sealed(plan), PLAN).to_pydict()
-    parts: dict[int, list[Key]] = {}
-    for number, context, example in zip(table["part"], *(table[name] for name in KEY), strict=True):
-        parts.setdefault(number, []).append((context, example))
-    return [tuple(parts[number]) for number in sorted(parts)]
+def stores(work: Path) -> list[tuple[Path, int, dict[str, Any] | None]]:
+    """Every store under a work folder: its folder, its bytes, and its identity, None if that is not what the folder is named after."""
+    folders = sorted(path for path in work.glob("scores/*") if path.is_dir())
+    return [(folder, sum(file.stat().st_size for file in folder.iterdir()), _identity_of(folder)) for folder in folders]
 
 
-def _discard(damaged: Path) -> None:
-    if damaged.is_dir():  # what a damaged file system may have made of a file
-        shutil.rmtree(damaged)
-    else:
-        damaged.unlink(missing_ok=True)
+def write_rows(rows: pa.Table, path: Path, level: int) -> None:
+    """Write scored rows as one Parquet file of one row group, whole or not at all: equal rows give equal bytes.
+
+    Numbers are split into byte streams: sign and exponent of log-probabilities and the high bytes of ids compress well, the rest hardly.
+    Each page has a checksum.
+    """
+    leaves = {_leaf(field.name, field.type): _number(field.type) for field in rows.schema if not pa.types.is_string(field.type)}
+    settings: dict[str, Any] = {
+        "compression": "zstd",
+        "compression_level": level,
+        "row_group_size": max(1, len(rows)),
+        "use_dictionary": [name for name in rows.schema.names if name == "context_id"],
+        "column_encoding": {leaf: "BYTE_STREAM_SPLIT" if number in SPLIT else "PLAIN" for leaf, number in leaves.items()},
+        "write_statistics": [field.name for field in rows.schema if not pa.types.is_nested(field.type)],
+        "write_page_checksum": True,
+    }
+    with replacing(path) as temporary:
+        pq.write_table(rows.combine_chunks(), temporary, **settings)
+
+
+def _leaf(name: str, kind: pa.DataType) -> str:
+    """The name that Parquet gives a column's numbers."""
+    return _leaf(f"{name}.list.element", kind.value_type) if pa.types.is_list(kind) else name
+
+
+def _number(kind: pa.DataType) -> pa.DataType:
+    return _number(kind.value_type) if pa.types.is_list(kind) else kind
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(pq.read_schema(path).metadata[ABOUT])
+        return {"seconds": float(about["seconds"]), "engine": dict(about["engine"])}
+    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError) as error:
+        raise CorruptError(f"{path}: does not say who scored it ({error!r}).") from None
+
+
+def _identity_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        identity = read_json(folder / "identity.json")
+    except (FileNotFoundError, CorruptError):
+        return None
+    return identity if sha256_json(identity)[:32] == folder.name else None

@@ -1,6 +1,9 @@
 """What the machine has, and what follows from it: threads, device, memory, number format, and which library multiplies."""
 
+import ctypes
 import os
+import resource
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE_SIZE = 768
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""Products that oneDNN, and torch's own layer above it, keep a compiled kernel with its buffers for: 1,024 each unless told.
+"""Products that oneDNN, and torch's layer above it, keep a compiled kernel with its buffers for; 1,024 each by default.
 
 Packed passes differ in length, and each length is five to twelve products: with SmolLM2-135M memory grew by 12 MB a pass. 32 serve all
 layers of a pass.
@@ -20,12 +23,12 @@ BFLOAT16_SINCE = (8, 0)
 
 
 def use_machine(threads: int | None) -> int:
-    """Set torch up for products on this machine: `threads`, or as many as there are cores for this process; returns the number."""
-    for name, count in KERNELS_KEPT.items():  # read at the first product, so that torch may have been imported before
+    """Set torch up for products on this machine with `threads`, or as many as this process has cores; returns the number."""
+    for name, count in KERNELS_KEPT.items():  # read at the first product, so torch may have been imported before
         os.environ.setdefault(name, count)
     chosen = threads or cores()
     torch.set_num_threads(chosen)
-    if _mkl_holds_back() and _medium_is_float32():
+    if _mkl_is_slow() and _medium_is_float32():
         torch.set_float32_matmul_precision("medium")
     return chosen
 
@@ -36,10 +39,15 @@ def cores() -> int:
     return min(available, psutil.cpu_count(logical=False) or available)
 
 
-def _mkl_holds_back() -> bool:
-    """Whether torch multiplies by MKL on a processor with AVX-512 that is not Intel's: MKL then keeps to AVX2, at half the rate."""
+def _cpu_info() -> str:
     info = Path("/proc/cpuinfo")
-    intel = not info.is_file() or "GenuineIntel" in info.read_text(encoding="utf-8", errors="replace")
+    return info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+
+
+def _mkl_is_slow() -> bool:
+    """Whether torch multiplies by MKL on a processor with AVX-512 that is not Intel's: MKL then uses AVX2, at half the rate."""
+    info = _cpu_info()
+    intel = not info or "GenuineIntel" in info
     return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not intel
 
 
@@ -47,8 +55,8 @@ def _mkl_holds_back() -> bool:
 def _medium_is_float32() -> bool:
     """Whether precision "medium" rounds as float32 does here.
 
-    It hands products to oneDNN and allows it bfloat16, which only processors with matrix units (AMX) make use of; on others it brings
-    oneDNN's float32 kernels, 2.2 times as fast as MKL's on an AMD EPYC.
+    It hands products to oneDNN and allows it bfloat16, which only processors with matrix units (AMX) use. On others it brings oneDNN's
+    float32 kernels, 2.2 times as fast as MKL's on an AMD EPYC.
     """
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator) for _ in range(2))
@@ -72,14 +80,34 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def fast_dtype(device: torch.device) -> str:
-    """Name in `DTYPES` of the format to run a model in: bfloat16 where there are matrix units for it (AMX, or a GPU's), else float32.
+    """Name in `DTYPES` of the format to run a model in: bfloat16 if there are matrix units for it (AMX, or a GPU's), else float32.
 
-    What it says is part of a score cache's fingerprint, so it is read off the hardware, and not timed: on a busy machine a probe's answer
-    changes, and a teacher would score all its rows again in another format. Without matrix units bfloat16 is no gain: with products twice
-    as fast (AVX-512) a pass at 1,024 context tokens took 0.8 of the time, for 0.07 nats of rounding in the labels' log-odds.
+    It is part of the identity of scores, so it is read off the hardware and not timed: on a busy machine a timing's answer changes, and a
+    teacher would score all its rows again. Without matrix units bfloat16 is no gain: with products twice as fast (AVX-512) a pass at 1,024
+    context tokens took 0.8 of the time, for 0.07 nats of rounding in the labels' log-odds.
     """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else "float32"
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text(encoding="utf-8", errors="replace").split() if info.is_file() else []
-    return "bfloat16" if "amx_bf16" in flags else "float32"
+    return "bfloat16" if "amx_bf16" in _cpu_info().split() else "float32"
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far, in bytes.
+
+    On Linux it is the kernel's account of this process's memory: `ru_maxrss` survives `exec`, so a child begins with its parent's peak.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system if the C library is one that holds on to it (glibc).
+
+    Passes of different lengths leave holes among the large results that come and go; by itself glibc only gives back the end of its heap.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,15 +1,18 @@
 """One forward pass over many rows, laid end to end without padding, behind a context that is held once.
 
-Rows are packed into a single sequence, so that every matrix product works on real tokens only; attention is split into a row's own tokens
-and the shared context (`pipeline.models.attention`).
+Every matrix product works on real tokens only. Attention has two parts, merged by their log-sum-exp as in cascade attention: a row's own
+tokens, a small padded batch, the only padding there is; and the context, whose one copy of keys and values all rows' queries meet. Key
+heads are never repeated in memory: grouped query heads are folded into the query length or broadcast with stride 0.
 
-It plugs into transformers' public `AttentionInterface`, so every architecture that uses it and takes `position_ids` fits; what it cannot
-do (sliding windows shorter than the prompt, attention sinks, soft-capped scores) raises `UnsupportedModelError`. The trade-off: it
-trusts nothing, and `pipeline.teachers.choice` compares it with the plain forward before use.
+It plugs into transformers' public `AttentionInterface`, so every architecture that uses it and takes `position_ids` fits. What it cannot do
+(sliding windows shorter than the prompt, attention sinks, soft-capped scores) raises `UnsupportedModelError`. Nothing is assumed from an
+architecture's name: `models.forward.packed_if_exact` compares the pass with the plain forward before use.
 
-The last layer runs on answer positions alone: its keys and values are recorded on all rows, by leaving the layer as soon as its
-attention is reached, and the layer is then run on the rows that are asked for. A context is read in chunks, so that a long one needs no
-more memory than its keys and values.
+The last layer runs on answer positions alone: its keys and values are recorded on all tokens, by leaving the layer as soon as its attention
+is reached, and the layer is then run on the tokens that are asked for. A context is read in chunks, so that a long one needs no more memory
+than its keys and values.
+
+Letters of shapes: B rows, L places of the longest row, T packed tokens, H query heads, D head size, N outputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,18 +25,130 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from pipeline.models.attention import LayerKeyValues, answer_part, attention_with_lse, grouped, merge, own_part, shared_part
-from pipeline.models.context import ContextKeys
-from pipeline.models.fused import fuse
+from pipeline.models.cpu_kernels import fuse
 from pipeline.models.rows import Packed
 
 ATTENTION = "shotless_packed"
 CHUNK = 1024
 """Tokens of a context that are read in one pass."""
+LONGEST_SMALL = 256
+"""Rows of at most this many tokens have all their attention scores held at once: 4 bytes × heads × tokens × this, a pass."""
+LayerKeyValues = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [1, key heads, tokens, head size]."""
 
 
 class UnsupportedModelError(Exception):
-    """The architecture does something that the packed pass does not reproduce; use the generic engine."""
+    """The architecture does something that the packed pass does not reproduce; use the plain forward."""
+
+
+class ContextKeys:
+    """Keys and values of a context at every layer, in one block with room for `capacity` tokens, of which `length` have been read.
+
+    One block, and not a piece for each layer: pieces that stay would lie between the large results that come and go, and the allocator
+    would give memory back and fetch it again, page by page (51,000 page faults in reading 1,024 tokens, a tenth of the time).
+    """
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._blocks: dict[tuple[int, ...], Tensor] = {}  # by heads and size: layers differ in a few architectures
+        self._held: list[LayerKeyValues | None] = [None] * layers
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put a layer's keys and values [1, key heads, T, head size] behind those that have been read."""
+        held = self._held[layer]
+        if held is None:
+            held = self._held[layer] = (self._room(layer, 0, key), self._room(layer, 1, value))
+        for room, new in zip(held, (key, value), strict=True):
+            room[:, :, self.length : self.length + new.shape[2]].copy_(new)
+
+    def layers(self) -> list[LayerKeyValues]:
+        """What has been read, for each layer, without a copy; an empty list before anything was read."""
+        if not self.length:
+            return []
+        return [(held[0][:, :, : self.length], held[1][:, :, : self.length]) for held in self._held if held is not None]
+
+    def _room(self, layer: int, which: int, like: Tensor) -> Tensor:
+        _, heads, _, size = like.shape
+        if (heads, size) not in self._blocks:
+            self._blocks[heads, size] = torch.empty(len(self._held), 2, 1, heads, self.capacity, size, dtype=like.dtype, device=like.device)
+        return self._blocks[heads, size][layer, which]
+
+
+class PackedModel:
+    """A causal language model that scores packed rows behind a shared context.
+
+    `answers_only` runs the last layer on answer positions alone; architectures that reshape by the sequence length do not take it. The
+    model's attention implementation is set to `ATTENTION`. Gated MLPs and norms run by `models.cpu_kernels`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, answers_only: bool = True) -> None:
+        self.model = model
+        self.answers_only = answers_only
+        self.layers = decoder_layers(model)
+        self.first_layer = 0
+        """Layers below are skipped: whoever sets this gives the states that enter this layer."""
+        try:
+            model.set_attn_implementation(ATTENTION)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{type(model).__name__} does not take an attention function: {error}") from error
+        self._restore = fuse(model)
+        self._hook = self.layers[-1].register_forward_pre_hook(_keep_answers, with_kwargs=True) if answers_only else None
+
+    def detach(self) -> None:
+        """Give the model back as it was, except for its attention implementation, which the caller sets."""
+        self._restore()
+        if self._hook is not None:
+            self._hook.remove()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def read_context(self, ids: Sequence[int]) -> list[LayerKeyValues]:
+        """Keys and values of a context, for each layer; an empty list for an empty context."""
+        context = self.room_for(len(ids))
+        self.read_on(context, ids)
+        return context.layers()
+
+    def room_for(self, tokens: int) -> ContextKeys:
+        """An empty context that `read_on` may fill with `tokens` tokens."""
+        return ContextKeys(len(self.layers), tokens)
+
+    def read_on(self, context: ContextKeys, ids: Sequence[int]) -> None:
+        """Read more tokens of a context, behind those that it has. Raises ValueError if there is no room for them."""
+        if context.length + len(ids) > context.capacity:
+            raise ValueError(f"room for {context.capacity} tokens, of which {context.length} are taken; {len(ids)} more do not fit")
+        for start in range(0, len(ids), CHUNK):
+            chunk, before = list(ids[start : start + CHUNK]), context.length
+            tokens = torch.tensor([chunk], dtype=torch.long, device=self.device)
+            positions = torch.arange(before, before + len(chunk), device=self.device)[None]
+            state = _Pass(context.layers(), before + len(chunk), context=context, leave_at=len(self.layers) - 1)
+            with _active(state) as current:
+                try:
+                    self.model(input_ids=tokens, position_ids=positions, use_cache=False)
+                except _KeysRecorded:
+                    pass
+                else:
+                    raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
+            if len(current.reached) != len(self.layers):
+                raise UnsupportedModelError(f"{len(current.reached)} of {len(self.layers)} layers have keys and values")
+            context.length += len(chunk)
+
+    def logits(self, packed: Packed, prefix: list[LayerKeyValues]) -> Tensor:
+        """Logits at the outputs of packed rows, [N, vocabulary], with a gradient if one is enabled."""
+        last = len(self.layers) - 1
+        longest = int(packed.position_ids.max()) + 1
+        with _active(_Pass(prefix, longest, packed, answers_at=last if self.answers_only else None)) as current:
+            keep = 0 if self.answers_only else packed.outputs
+            out = self.model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, logits_to_keep=keep)
+        if len(current.reached) != len(self.layers) - self.first_layer:
+            raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
+        logits = out.logits[0]
+        if logits.shape[0] != packed.outputs.shape[0]:
+            raise UnsupportedModelError(f"{logits.shape[0]} rows of logits for {packed.outputs.shape[0]} answer positions")
+        return logits
 
 
 @dataclass
@@ -50,7 +165,7 @@ class _Pass:
     reached: set[int] = field(default_factory=set)  # layers whose attention came here
 
 
-class _KeysRecorded(Exception):  # noqa: N818  leaving a layer early is no error
+class _KeysRecorded(Exception):  # noqa: N818  leaving a layer early is not an error
     """Leaves a layer as soon as its keys and values are known."""
 
 
@@ -99,7 +214,7 @@ def _chunk_part(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tupl
 
 
 def _refuse(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, settings: dict[str, Any], longest: int) -> None:
-    """Raise on what would change the result and is not reproduced here."""
+    """Raise UnsupportedModelError on what would change the result and is not reproduced here."""
     window = settings.get("sliding_window")
     reasons = {
         "attention dropout": dropout > 0,
@@ -109,87 +224,11 @@ def _refuse(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, set
         "soft-capped attention scores": settings.get("softcap") is not None,
         "attention sinks": settings.get("s_aux") is not None,
         "a position bias": settings.get("position_bias") is not None,
-        "query heads that are no multiple of the key heads": query.shape[1] % key.shape[1] != 0,
+        "query heads that are not a multiple of the key heads": query.shape[1] % key.shape[1] != 0,
     }
     for reason, present in reasons.items():
         if present:
             raise UnsupportedModelError(f"the model uses {reason}")
-
-
-class PackedModel:
-    """A causal language model that scores packed rows behind a shared context.
-
-    `answers_only` runs the last layer on answer positions alone; some architectures reshape by the sequence length and do not take it.
-    The model's attention implementation is set to `ATTENTION`.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, answers_only: bool = True) -> None:
-        self.model = model
-        self.answers_only = answers_only
-        self.layers = decoder_layers(model)
-        self.first_layer = 0
-        """Layers below are passed by: whoever sets this gives the states that enter it (`pipeline.students.frozen`)."""
-        try:
-            model.set_attn_implementation(ATTENTION)
-        except ValueError as error:
-            raise UnsupportedModelError(f"{type(model).__name__} does not take an attention function: {error}") from error
-        self._restore = fuse(model)
-        self._hook = self.layers[-1].register_forward_pre_hook(_keep_answers, with_kwargs=True) if answers_only else None
-
-    def detach(self) -> None:
-        """Give the model back as it was, but for its attention implementation, which the caller sets."""
-        self._restore()
-        if self._hook is not None:
-            self._hook.remove()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
-
-    def read_context(self, ids: Sequence[int]) -> list[LayerKeyValues]:
-        """Keys and values of a context, for each layer; an empty list for an empty context."""
-        context = self.room_for(len(ids))
-        self.read_on(context, ids)
-        return context.layers()
-
-    def room_for(self, tokens: int) -> ContextKeys:
-        """An empty context that `read_on` may fill with so many tokens."""
-        return ContextKeys(len(self.layers), tokens)
-
-    def read_on(self, context: ContextKeys, ids: Sequence[int]) -> None:
-        """Read more tokens of a context, behind those that it has. Raises ValueError where there is no room for them."""
-        if context.length + len(ids) > context.capacity:
-            raise ValueError(f"room for {context.capacity} tokens, of which {context.length} are taken; {len(ids)} more do not fit")
-        for start in range(0, len(ids), CHUNK):
-            chunk, before = list(ids[start : start + CHUNK]), context.length
-            tokens = torch.tensor([chunk], dtype=torch.long, device=self.device)
-            positions = torch.arange(before, before + len(chunk), device=self.device)[None]
-            state = _Pass(context.layers(), before + len(chunk), context=context, leave_at=len(self.layers) - 1)
-            with _active(state) as current:
-                try:
-                    self.model(input_ids=tokens, position_ids=positions, use_cache=False)
-                except _KeysRecorded:
-                    pass
-                else:
-                    raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
-            if len(current.reached) != len(self.layers):
-                raise UnsupportedModelError(f"{len(current.reached)} of {len(self.layers)} layers have keys and values")
-            context.length += len(chunk)
-
-    def logits(self, packed: Packed, prefix: list[LayerKeyValues]) -> Tensor:
-        """Logits at the outputs of packed rows, [N, vocabulary], with a gradient where one is asked for."""
-        last = len(self.layers) - 1
-        longest = int(packed.position_ids.max()) + 1
-        with _active(_Pass(prefix, longest, packed, answers_at=last if self.answers_only else None)) as current:
-            keep = 0 if self.answers_only else packed.outputs
-            out = self.model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, logits_to_keep=keep)
-        if len(current.reached) != len(self.layers) - self.first_layer:
-            raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
-        logits = out.logits[0]
-        if logits.shape[0] != packed.outputs.shape[0]:
-            raise UnsupportedModelError(f"{logits.shape[0]} rows of logits for {packed.outputs.shape[0]} answer positions")
-        return logits
 
 
 @contextmanager
@@ -231,3 +270,103 @@ def _keep_answers(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return type(value)(map(cut, value)) if isinstance(value, (tuple, list)) else value
 
     return cut(args), {name: cut(value) for name, value in kwargs.items()}
+
+
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp of its scores.
+
+    query [B, H, Q, D], key and value [B, H, K, D], mask added to the scores [B, 1, Q, K] → [B, H, Q, D], [B, H, Q]. On the CPU by
+    torch's flash kernel; elsewhere from the definition.
+    """
+    if query.device.type == "cpu":
+        mask = None if mask is None else mask.to(query.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if causal:
+        unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(unseen, -torch.inf)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp().to(value.dtype) @ value, lse
+
+
+def small_attention_with_lse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same for many short rows, with key heads as they are.
+
+    query [B, H, Q, D], key and value [B, key heads, K, D], mask [B or 1, 1, Q, K] → [B, H, Q, D], [B, H, Q].
+
+    All scores are held at once, so that a batched product does the work: on rows of 48 tokens the flash kernel, which works on one row
+    and head at a time, takes 2 to 9 times as long. Query heads of one key head are folded into the query length.
+    """
+    batch, heads, queries, size = query.shape
+    groups = heads // key.shape[1]
+    folded = query.reshape(batch * key.shape[1], groups * queries, size)
+    keys, values = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
+    seen = mask.to(query.dtype)[:, 0].repeat(1, groups, 1)  # [B or 1, groups · Q, K]
+    if len(seen) > 1:
+        seen = seen.repeat_interleave(key.shape[1], 0)
+    scores = torch.baddbmm(seen, folded, keys.transpose(1, 2), alpha=scale)
+    weights = scores.softmax(-1)
+    # the log-sum-exp off the largest score and its weight, which is never 0: one pass less than from the scores
+    lse = scores.amax(-1).float() - weights.amax(-1).float().log()
+    return (weights @ values).reshape(query.shape), lse.reshape(batch, heads, queries)
+
+
+def merge(own: tuple[Tensor, Tensor], shared: tuple[Tensor, Tensor]) -> Tensor:
+    """Two attentions over disjoint keys, [T, H, D] with log-sum-exp [T, H], as one over all keys."""
+    weight = torch.sigmoid(own[1] - shared[1]).unsqueeze(-1).to(own[0].dtype)
+    return torch.lerp(shared[0], own[0], weight)
+
+
+def grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, ·, D] and [B, key heads, ·, D] → [B·key heads, H / key heads, ·, D], keys broadcast with stride 0."""
+    batch, heads, length, size = query.shape
+    groups = heads // key.shape[1]
+    query = query.reshape(batch * key.shape[1], groups, length, size)
+    key, value = (x.reshape(batch * x.shape[1], 1, x.shape[2], x.shape[3]).expand(-1, groups, -1, -1) for x in (key, value))
+    return query, key, value
+
+
+def shared_part(query: Tensor, prefix: LayerKeyValues, scale: float) -> tuple[Tensor, Tensor]:
+    """All queries [1, H, T, D] against the context → [T, H, D], [T, H]. Grouped heads are folded into the query length."""
+    _, heads, tokens, size = query.shape
+    key, value = prefix
+    folded = query.reshape(1, key.shape[1], -1, size)
+    out, lse = attention_with_lse(folded, key, value, causal=False, scale=scale)
+    return out.reshape(heads, tokens, size).transpose(0, 1), lse.reshape(heads, tokens).t()
+
+
+def own_part(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float) -> tuple[Tensor, Tensor]:
+    """Each token against its own row's tokens before it → [T, H, D], [T, H]."""
+    rows, width = packed.gather.shape
+    heads = query.shape[1]
+    padded = [x[0].transpose(0, 1)[packed.gather].transpose(1, 2) for x in (query, key, value)]  # [B, heads, L, D]
+    if width <= LONGEST_SMALL:
+        mask = packed.mask if packed.mask is not None else _causal(width, query.device)
+        out, lse = small_attention_with_lse(*padded, mask=mask, scale=scale)
+    else:
+        mask = None if packed.mask is None else packed.mask.repeat_interleave(key.shape[1], 0)
+        out, lse = attention_with_lse(*grouped(*padded), causal=mask is None, scale=scale, mask=mask)
+    out = out.reshape(rows, heads, width, -1).transpose(1, 2).reshape(rows * width, heads, -1)
+    lse = lse.reshape(rows, heads, width).transpose(1, 2).reshape(rows * width, heads)
+    return out[packed.scatter], lse[packed.scatter]
+
+
+def _causal(width: int, device: torch.device) -> Tensor:
+    """[1, 1, L, L] to be added to scores."""
+    return torch.full((1, 1, width, width), -torch.inf, device=device).triu(1)
+
+
+def answer_part(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float) -> tuple[Tensor, Tensor]:
+    """Answer positions alone, query [1, H, N, D], against their rows' recorded keys → [N, H, D], [N, H]."""
+    heads, outputs = query.shape[1], query.shape[2]
+    places = packed.gather[packed.output_rows]  # [N, L]
+    single = query[0].transpose(0, 1).unsqueeze(2)  # [N, H, 1, D]
+    keys, values = (x[0].transpose(0, 1)[places].transpose(1, 2) for x in (key, value))
+    unseen = torch.zeros(packed.visible.shape, device=query.device).masked_fill(~packed.visible, -torch.inf)
+    mask = unseen[:, None, None, :].repeat_interleave(key.shape[1], 0)
+    out, lse = attention_with_lse(*grouped(single, keys, values), causal=False, scale=scale, mask=mask)
+    return out.reshape(outputs, heads, -1), lse.reshape(outputs, heads)

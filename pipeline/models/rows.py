@@ -11,23 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Completions = Sequence[Sequence[int]]
+"""Token ids of each label's verbaliser, or of each row's own answer."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a packed pass: a query, and branches that each continue it."""
+    """One row of a pass: a query, and branches that each continue it."""
 
     query: Sequence[int]
     branches: tuple[Sequence[int], ...] = ()
-    """Token ids that follow the query, each branch blind to the others: the first tokens of multi-token completions."""
+    """Token ids that follow the query, each branch blind to the others: all but the last token of multi-token completions."""
 
     @property
     def length(self) -> int:
         """Tokens of the row."""
         return len(self.query) + sum(map(len, self.branches))
-
-
-Completions = Sequence[Sequence[int]]
-"""Token ids of each label's verbaliser, or of each row's own answer."""
 
 
 def rows_of(queries: Sequence[Sequence[int]], completions: Completions) -> list[Row]:
@@ -38,22 +37,21 @@ def rows_of(queries: Sequence[Sequence[int]], completions: Completions) -> list[
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid end to end. T tokens in all, B rows of at most L tokens, N outputs."""
+    """Rows laid end to end: T tokens in all, B rows of at most L tokens, N outputs."""
 
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T]
     gather: Tensor  # [B, L] token of each row's place; padding repeats the row's first token
     scatter: Tensor  # [T] place in B·L of each token
-    outputs: Tensor  # [N] tokens whose logits are asked for: the query's last, then every branch token
+    outputs: Tensor  # [N] tokens whose logits are asked for: for each row the query's last, then every branch token
     output_rows: Tensor  # [N] row of each output
-    mask: Tensor | None  # [B, 1, L, L] added to scores where rows branch; None: causal
+    mask: Tensor | None  # [B, 1, L, L] added to scores if rows branch; None: causal
     visible: Tensor  # [N, L] whether an output sees its row's place
 
 
 def pack(rows: Sequence[Row], start: int, device: torch.device | str = "cpu") -> Packed:
     """Lay rows end to end; `start` is the number of context tokens before each."""
-    lengths = [row.length for row in rows]
-    width = max(lengths)
+    width = max(row.length for row in rows)
     ids: list[int] = []
     positions: list[int] = []
     gather, scatter, outputs, output_rows, visible = [], [], [], [], []

@@ -9,7 +9,8 @@ from pipeline.errors import choices
 from pipeline.params.task import Fraction, Frozen
 
 DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
-Calibration = Literal["none", "contextual", "batch"]
+Calibration = Literal["none", "contextual", "batch", "batch_log"]
+"""What takes a context's lean out of its scores; `pipeline/targets/calibration.py` says what each is."""
 
 
 class CacheParams(Frozen):
@@ -48,7 +49,7 @@ class TargetParams(Frozen):
 
     teachers: dict[str, PositiveFloat] = Field(min_length=1)
     """Teacher → weight. A teacher's contexts share its weight."""
-    calibration: Calibration = "batch"
+    calibration: Calibration = "batch_log"
     calibrations: dict[str, Calibration] = Field(default={})
     """Teachers that are calibrated otherwise than `calibration` says: a zero-shot prompt may lean less than the data of one domain do."""
     calibrate_by: Literal["set", "source"] = "set"
@@ -62,8 +63,8 @@ class TargetParams(Frozen):
     @model_validator(mode="after")
     def _calibrations_have_a_use(self) -> Self:
         kinds = {self.calibrations.get(teacher, self.calibration) for teacher in self.teachers}
-        if self.calibrate_by == "source" and "batch" not in kinds:
-            raise ValueError(f"`calibrate_by: source` is for `calibration: batch`, and calibration is {self.calibration!r}; leave it out")
+        if self.calibrate_by == "source" and not kinds & {"batch", "batch_log"}:
+            raise ValueError(f"`calibrate_by: source` is for `batch` or `batch_log`, and calibration is {self.calibration!r}; leave it out")
         if unknown := set(self.calibrations) - set(self.teachers):
             raise ValueError(f"calibrations: {choices(unknown)} not among its teachers; choose from: {choices(self.teachers)}")
         return self

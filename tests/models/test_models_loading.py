@@ -10,14 +10,15 @@ from conftest import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UsageError
-from pipeline.models.identity import tokenizer_sha256, weights_sha256
-from pipeline.models.loading import (
+from pipeline.models.folders import (
     check_folder,
     context_limit,
     load_model,
     load_tokenizer,
     parameter_counts,
     save_model,
+    tokenizer_sha256,
+    weights_sha256,
 )
 
 WITHOUT_SDPA = {"mamba": {"state_size": 4}, "bloom": {"n_head": 4, "n_layer": 4}, "gemma2": {"num_key_value_heads": 2, "head_dim": 8}}

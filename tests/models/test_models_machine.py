@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.models import machine
-from pipeline.models.fused import fuse
+from pipeline.models.cpu_kernels import fuse
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_kernels_are_kept_for_few_lengths_and_a_user_s_own_number_stands(setting
 @pytest.mark.parametrize("holds_back", [True, False])
 def test_products_stay_float32_whichever_library_multiplies(settings, monkeypatch, holds_back):
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(machine, "_mkl_holds_back", lambda: holds_back)
+    monkeypatch.setattr(machine, "_mkl_is_slow", lambda: holds_back)
     machine.use_machine(None)
     left, right = (torch.randn(300, 300, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert float(((left @ right).double() - left.double() @ right.double()).abs().max()) < 1e-3  # bfloat16 errs by 0.1
@@ -45,7 +45,7 @@ def test_products_stay_float32_whichever_library_multiplies(settings, monkeypatc
 
 def test_a_precision_that_rounds_to_bfloat16_is_not_taken(settings, monkeypatch):
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(machine, "_mkl_holds_back", lambda: True)
+    monkeypatch.setattr(machine, "_mkl_is_slow", lambda: True)
     monkeypatch.setattr(machine, "_medium_is_float32", lambda: False)
     machine.use_machine(None)
     assert torch.get_float32_matmul_precision() == "highest"

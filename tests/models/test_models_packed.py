@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from pipeline.models import packed
-from pipeline.models.attention import attention_with_lse, grouped, merge
-from pipeline.models.packed import PackedModel, UnsupportedModelError, decoder_layers
+from pipeline.models.packed import PackedModel, UnsupportedModelError, attention_with_lse, decoder_layers, grouped, merge
 from pipeline.models.rows import Row, pack
 
 SEVERAL = ["llama", "gpt2", "opt", "qwen2", "gpt_neox", "mistral"]

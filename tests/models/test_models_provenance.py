@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 from conftest import PROJECT
+from pipeline.models.provenance import check_provenance
 from serving_world import TEMPLATE, VERBALISERS, make_student, shotless
 
 from pipeline.errors import MismatchError, UsageError
 from pipeline.evaluation.predict import predict_student
-from pipeline.models.provenance import check_provenance
 from pipeline.params import TaskParams
 from pipeline.serving.student import open_student
 from pipeline.task import Task

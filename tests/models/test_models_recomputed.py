@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.models.fused import fuse
-from pipeline.models.recomputed import gated, rms_norm
+from pipeline.models.cpu_kernels import fuse, gated, rms_norm
 
 
 def numbers(*shape, seed=0):

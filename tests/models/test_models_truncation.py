@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.models.loading import load_model, save_model
+from pipeline.models.folders import cut_layers, load_model, parse_layers, save_model
 from pipeline.models.packed import decoder_layers
-from pipeline.models.truncation import cut_layers, parse_layers
 
 IDS = torch.tensor([[5, 9, 3, 7, 11, 5, 260, 41, 8, 120, 77, 31]])
 WITH_LISTS = {  # architectures whose layers differ by a list in the config

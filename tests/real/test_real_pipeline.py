@@ -24,7 +24,7 @@ pytestmark = pytest.mark.real
 SLICE = {
     "data": {
         "demonstrations": {"per_label": 4},
-        "transfer": {"limit": 36, "beside": {"amazon": None, "tweets": None, "editorials": 12}},
+        "transfer": {"limit": 36, "extra_sources": {"amazon": None, "tweets": None, "editorials": 12}},
         "evaluation": {
             "movie": {"per_label": 8},
             "editorials": {"per_label": 8},
@@ -33,7 +33,7 @@ SLICE = {
         },
     },
     "contexts": {"orders": {"demonstrations": 8, "count": 2}},
-    "tunings": {"tuned": {"steps": 3}},
+    "tuned": {"tuned": {"steps": 3}},
     "students": {"cd": {"steps": 3}, "pbft": None},
     "baselines": {"icl_calibrated": None, "icl_ensemble": None},
     "targets": {"few_shot": None},
@@ -57,7 +57,7 @@ def dvc(workspace: Path, *command: str) -> str:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A preset's workspace, after `dvc repro`; with models and students it takes gigabytes, so it goes when its tests have ended."""
     project = tmp_path_factory.mktemp("project")
-    for item in ("dvc.yaml", "params.yaml", ".dvcignore"):
+    for item in ("dvc.yaml", "params.yaml", "constraints.txt", ".dvcignore"):
         shutil.copyfile(PROJECT / item, project / item)
     for folder in ("pipeline", "stages"):
         shutil.copytree(PROJECT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -84,8 +84,8 @@ def test_the_report_has_every_method_on_every_set(workspace):
 
 def test_the_fast_engine_ran_and_agreed_with_the_plain_forward(workspace):
     for teacher in ("few_shot", "zero_shot"):
-        engine = json.loads((workspace / "artifacts" / "scores" / teacher / "manifest.json").read_text("utf-8"))["engine"]
-        assert engine["name"] == "shared_prefix", engine
+        engines = json.loads((workspace / "artifacts" / "teachers" / teacher / "manifest.json").read_text("utf-8"))["engines"]
+        assert [engine["name"] for engine in engines] == ["shared_prefix"], engines
 
 
 def test_a_second_run_does_nothing_and_a_students_change_runs_that_student_alone(workspace):
@@ -96,7 +96,7 @@ def test_a_second_run_does_nothing_and_a_students_change_runs_that_student_alone
     yaml.dump(changed, workspace / "params.yaml")
     lines = dvc(workspace, "repro").splitlines()
     assert [line for line in lines if line.startswith("Running")] == [
-        f"Running stage '{stage}':" for stage in ("student@cd", "evaluate@cd", "check@cd", "compare", "report")
+        f"Running stage '{stage}':" for stage in ("params", "student@cd", "evaluate@cd", "risk@cd", "compare", "report")
     ]
 
 
@@ -115,7 +115,7 @@ def test_the_student_answers_alike_in_plain_transformers(workspace):
 
 
 def test_a_teacher_killed_midway_goes_on_to_the_same_bytes(workspace):
-    scores = workspace / "artifacts" / "scores" / "few_shot"
+    scores = workspace / "artifacts" / "teachers" / "few_shot"
     unbroken = {file.name: file.read_bytes() for file in scores.iterdir()}
     shutil.rmtree(scores)
     shutil.rmtree(workspace / ".work")

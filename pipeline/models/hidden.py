@@ -23,7 +23,7 @@ class HiddenStates:
         self._outputs[number] = output[0] if isinstance(output, tuple) else output
 
     def at(self, outputs: Tensor | slice) -> Tensor | None:
-        """States at `outputs` of the tokens, layers side by side, [..., layers · H]; None where no layer is kept.
+        """States at `outputs` of the tokens, layers side by side, [rows, outputs, layers · H]; None if no layer is kept.
 
         A layer that ran on the asked tokens alone is taken as it is.
         """
@@ -41,7 +41,7 @@ class HiddenStates:
 def hidden_states(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[HiddenStates]:
     """Catch the outputs of `layers` (negative ones count from the last) while the block runs.
 
-    Raises UsageError where the model has no such layer.
+    Raises UsageError if the model has no such layer.
     """
     kept = HiddenStates(len(layers))
     if not layers:

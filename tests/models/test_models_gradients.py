@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 
-from pipeline.students.gradients import MatrixGradients
+from pipeline.models.cpu_kernels import MatrixGradients
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}
 

@@ -1,0 +1,123 @@
+"""Logits at the answer positions of rows: packed if that gives the plain forward's numbers on a probe, else plain.
+
+The plain forward runs rows of equal length together, so that nothing is padded. It is right for every architecture, and the packed pass is
+compared with it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.models.hidden import hidden_states
+from pipeline.models.packed import LayerKeyValues, PackedModel, UnsupportedModelError
+from pipeline.models.rows import Row, pack
+
+TOLERANCE_NATS, LOW_PRECISION_TOLERANCE_NATS = 1e-4, 1e-3
+"""Largest difference of a log-probability that float32 rounding explains, for float32 weights and for others (see `in_float32`)."""
+
+
+def plain_logits(model: PreTrainedModel, rows: Sequence[Row], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+    """Logits [N, V] at the rows' outputs by the plain forward, with a gradient if one is enabled; and `layers`' outputs there, [N, D].
+
+    N is in `pack`'s order: for each row the query's last token, then every branch token. Each branch costs a pass of its own.
+    """
+    prompts: list[tuple[list[int], int]] = []  # token ids, and how many of the last positions are outputs
+    for row in rows:
+        branches = row.branches or ((),)
+        prompts += [([*row.query, *branch], len(branch) + (number == 0)) for number, branch in enumerate(branches)]
+
+    def shape(number: int) -> tuple[int, int]:
+        return len(prompts[number][0]), prompts[number][1]
+
+    logits: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
+    for (_, positions), group in groupby(sorted(range(len(prompts)), key=shape), key=shape):
+        numbers = list(group)
+        tokens = torch.tensor([prompts[number][0] for number in numbers], dtype=torch.long, device=model.device)
+        with hidden_states(model, layers) as kept:
+            out = model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits[:, -positions:]
+        logits |= dict(zip(numbers, out, strict=True))
+        if (own := kept.at(slice(-positions, None))) is not None:
+            states |= dict(zip(numbers, own, strict=True))
+    order = range(len(prompts))
+    return torch.cat([logits[number] for number in order]), torch.cat([states[number] for number in order]) if states else None
+
+
+def packed_logits(
+    packed: PackedModel, rows: Sequence[Row], prefix: Sequence[LayerKeyValues] = (), start: int = 0, layers: Sequence[int] = ()
+) -> tuple[Tensor, Tensor | None]:
+    """The same by the packed pass, behind a `prefix` of `start` tokens."""
+    laid = pack(rows, start, packed.device)
+    with hidden_states(packed.model, layers) as kept:
+        logits = packed.logits(laid, list(prefix))
+    states = kept.at(laid.outputs)
+    return logits, None if states is None else states[0]
+
+
+def packed_if_exact(
+    model: PreTrainedModel, difference: Callable[[PackedModel], float], tolerance: float = TOLERANCE_NATS
+) -> tuple[PackedModel | None, str]:
+    """A packed pass whose `difference` from the plain forward, nats, is at most `tolerance`; else None. And why.
+
+    The model's attention implementation is the packed one if there is a packed pass, and as it was if there is none.
+    """
+    plain_attention = model.config._attn_implementation or "eager"
+    refusals = []
+    for answers_only in (True, False):
+        what = "the last layer on " + ("answer positions alone" if answers_only else "all tokens")
+        packed = None
+        try:
+            packed = PackedModel(model, answers_only=answers_only)
+            with torch.no_grad():
+                found = difference(packed)
+        except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+            # A foreign architecture may fail anywhere inside its own code; the reason is kept, and the plain forward still works.
+            refusals.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        else:
+            numbers = f"a probe differs by {found:.1e} nats from the plain forward (allowed {tolerance:.0e})"
+            if found <= tolerance:
+                return packed, f"{what}; {numbers}"
+            refusals.append(f"{what}: {numbers}")
+        if packed is not None:
+            packed.detach()
+        model.set_attn_implementation(plain_attention)
+    return None, "packed rows were refused: " + "; ".join(refusals)
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[float]:
+    """Compute in float32 inside the block, whatever the weights' format; gives the tolerance, in nats, for comparing two passes there.
+
+    In bfloat16 two right passes differ by tenths of a nat of rounding, so a comparison there would let wrong ones pass. In float32 the same
+    weights leave less than `LOW_PRECISION_TOLERANCE_NATS` between them, and more means another function. Each module's weights are
+    widened for its own forward and narrowed after it, which loses nothing, so memory holds one module's weights twice.
+    """
+    formats = {parameter: parameter.dtype for parameter in model.parameters() if parameter.dtype in {torch.bfloat16, torch.float16}}
+    if not formats:
+        yield TOLERANCE_NATS
+        return
+
+    def widen(module: nn.Module, _args: Any) -> None:
+        with torch.inference_mode(mode=False):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float() if parameter in formats else parameter.data
+
+    def narrow(module: nn.Module, _args: Any = None, _out: Any = None) -> None:
+        with torch.inference_mode(mode=False):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(formats.get(parameter, parameter.dtype))
+
+    hooks = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    hooks += [module.register_forward_hook(narrow) for module in model.modules()]
+    try:
+        yield LOW_PRECISION_TOLERANCE_NATS
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in model.modules():  # a pass that was left early did not narrow
+            narrow(module)
