@@ -92,7 +92,7 @@ class TuningParams(Frozen):
     freeze_embeddings: bool = False
     """Leave token and position tables (and a head tied to them) as they are. Tunings other than `full` do so anyway."""
     freeze_layers: Annotated[int, Field(ge=0)] = 0
-    """So many of the lowest layers, with the embeddings, stay as they are; what they give for a row is computed once."""
+    """The number of lowest layers that stay as they are, with the embeddings."""
     lora: LoraParams | None = None
     """Null: the defaults of `LoraParams`. Read where `tuning: lora`."""
     adapters: Literal["merged", "kept"] = "merged"
@@ -166,23 +166,32 @@ class StudentParams(TuningParams):
     """Weight of a cross-entropy beside the loss to the targets: the paper's balance of both."""
     ce_target: Literal["demonstrations", "targets"] = "demonstrations"
     """On the demonstrations' gold labels, or on the targets' most probable label."""
+    ce_batch_size: PositiveInt | None = None
+    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and come
+    round often; more cost time and add little."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
     """Teacher → what is learnt of its cache beside `learn_from`: one that the target set lists in `auxiliary_caches`, or that of `teachers/NAME`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
     """Seeds to train with, one after the other, in place of `seed`: one entry, whose results are means over them. The student's folder is
     that of the first, with the others in `seeds/`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the transfer set that is not learnt from: the step whose weights agree best with its targets (mean KL) is the one that is
-    kept. 0: the last step's weights are kept."""
+    """Share of the transfer set that is not learnt from. The weights of the step that agrees best with its targets (mean KL) are kept. 0: those
+    of the last step are kept."""
     evaluate_every: PositiveInt = 10
-    """Steps between two looks at what is held back."""
+    """Steps between two validations."""
     patience: PositiveInt | None = None
-    """Looks without an improvement after which training stops early; null: it runs through all steps."""
+    """Validations without an improvement after which training stops early; null: it runs through all steps."""
 
     @model_validator(mode="after")
     def _targets_are_needed(self) -> Self:
         if self.learn_from == DEMONSTRATIONS_FILE:
-            about = {"loss": self.loss != "kl", "validation_fraction": self.validation_fraction > 0, "auxiliary": bool(self.auxiliary), "ce_target": self.ce_target == "targets"}
+            about = {
+                "loss": self.loss != "kl",
+                "ce_weight": self.ce_weight > 0,
+                "validation_fraction": self.validation_fraction > 0,
+                "auxiliary": bool(self.auxiliary),
+                "ce_target": self.ce_target == "targets",
+            }
             for key, given in about.items():
                 if given:
                     raise ValueError(f"`{key}` is about targets, and learn_from is {self.learn_from}; leave it out, or name a target set")
@@ -190,13 +199,15 @@ class StudentParams(TuningParams):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
         if self.ce_target == "targets" and not (self.ce_weight and self.learn_from.startswith("targets/")):
             raise ValueError("`ce_target: targets` needs a `ce_weight` and a target set to learn from")
+        if self.ce_batch_size is not None and not (self.ce_weight and self.ce_target == "demonstrations"):
+            raise ValueError("`ce_batch_size` is for a `ce_weight` on the demonstrations; leave it out, or set `ce_weight`")
         matched = [layer for term in self.auxiliary.values() if term.hidden_weight for _, layer in term.layers]
         if matched and (self.tuning == "head" or any(0 <= layer < self.freeze_layers for layer in matched)):
             raise ValueError("`auxiliary.*.hidden_weight` is about layers that are not learnt here; leave it out, or learn them")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)}: one stands twice; each has to be another")
+            raise ValueError(f"seeds {list(self.seeds)}: one occurs twice; each trains a student of its own")
         if self.patience is not None and not self.validation_fraction:
-            raise ValueError("`patience` needs a part of the transfer set to look at; set `validation_fraction`, for example to 0.1")
+            raise ValueError("`patience` needs a validation part; set `validation_fraction`, for example to 0.1")
         return self
 
     @property

@@ -11,7 +11,6 @@ differ, a projection is learnt (1412.6550); it belongs to the training, not to t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from pipeline.models.packed import PackedModel
 from pipeline.models.rows import Row, rows_of
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example
-from pipeline.students.data import shortest_and_longest
+from pipeline.students.data import StudentRow, shortest_and_longest
 from pipeline.students.vocabulary_losses import Divergence, divergence_nats, fused_divergence
 from pipeline.task import TaskTokens
 
@@ -39,18 +38,12 @@ SAMPLE = 4096
 """Rows whose retained mass is checked, and whose states give the deviations of each dimension."""
 LEAST_DEVIATION = 1e-3
 """Of a dimension, as a share of its layer's mean deviation: a dimension that hardly varies does not count beyond it."""
-MATCHING = "matching"
-"""The name of the projections' module in a model that is being trained."""
 
 
 @dataclass(frozen=True)
-class CachedRow:
-    """One answer of a teacher, as a student reads it."""
+class CachedRow(StudentRow):
+    """One answer of a teacher, as a student reads it. Its `example_id` is CONTEXT_ID:EXAMPLE_ID."""
 
-    example_id: str
-    """`CONTEXT_ID:EXAMPLE_ID`."""
-    ids: tuple[int, ...]
-    """The student's prompt."""
     answer: tuple[int, ...]
     """The answer's tokens; empty for labels, which have the one position behind the prompt."""
     number: int
@@ -58,13 +51,8 @@ class CachedRow:
 
     @property
     def positions(self) -> int:
-        """Its distributions."""
+        """Distributions that are learnt."""
         return max(1, len(self.answer))
-
-    @property
-    def tokens(self) -> int:
-        """What the student reads: the answer's last token is not."""
-        return len(self.ids) + self.positions - 1
 
     @property
     def packed(self) -> Row:
@@ -73,7 +61,7 @@ class CachedRow:
 
 
 class CachedRows(Sequence[CachedRow]):
-    """Rows of a cache, kept as Arrow columns: a row is an object while a step uses it."""
+    """Rows of a cache, kept as Arrow columns: a row becomes an object when a step takes it."""
 
     def __init__(self, keys: pa.Table, prompts: dict[str, tuple[int, ...]]) -> None:
         """`keys` has `COLUMNS`; `prompts` are a student's prompts by example."""
@@ -92,14 +80,6 @@ class CachedRows(Sequence[CachedRow]):
         """Those of the rows whose place in `mask` [N] is true."""
         return CachedRows(self._keys.filter(pa.array(mask)), self._prompts)
 
-    def of_examples(self, example_ids: Sequence[str]) -> "CachedRows":
-        """The rows of some examples."""
-        return CachedRows(self._keys.filter(_is_in(self._keys["example_id"], example_ids)), self._prompts)
-
-
-def _is_in(column: pa.ChunkedArray, values: Sequence[str]) -> Any:
-    return pc.call_function("is_in", [column], pc.SetLookupOptions(pa.array(values, pa.string())))
-
 
 class TeacherCache:
     """A teacher's score cache, as a student of this task and tokenizer may learn from it."""
@@ -113,29 +93,30 @@ class TeacherCache:
         reads_input = (manifest["task"]["completion"] or {}).get("source") == "input"
         self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer) if reads_input else tokens
         self._content_free = list(manifest["content_free"])
-        found = {**manifest["task"], "tokenizer": manifest["tokenizer_sha256"]}
+        found = {**manifest["task"], "tokenizer": manifest["identity"].get("tokenizer_sha256")}
         wanted = {**described_task(self._tokens.task), "tokenizer": tokenizer_sha256}
-        if different := [f"  {key}: the cache has {found[key]!r}, this student {wanted[key]!r}" for key in wanted if found[key] != wanted[key]]:
+        different = [f"  {key}: the cache has {found[key]!r}, this student {one!r}" for key, one in wanted.items() if found[key] != one]
+        if different:
             raise MismatchError(
                 f"{folder}: its distributions are over another tokenizer's ids, or belong to another task:\n" + "\n".join(different) + "\n"
                 "A student of another family learns from a target set over the labels (`learn_from: targets/NAME`)."
             )
 
     def rows(self, transfer: Sequence[Example]) -> CachedRows:
-        """All rows to learn from, in the cache's order.
+        """The rows of all transfer examples, in the cache's order.
 
-        Raises MismatchError if an example is not in the transfer set, UsageError if too little of the teacher's mass is left at the
+        Raises MismatchError if one of its examples is not in the transfer set, UsageError if too little of the teacher's mass is left at the
         temperature.
         """
         keys = read_cache(self.folder, COLUMNS[:3]).rows
         keys = keys.append_column("number", pa.array(np.arange(len(keys))))
-        keys = keys.filter(pc.call_function("invert", [_is_in(keys["example_id"], self._content_free)]))
-        asked = set(pc.call_function("unique", [keys["example_id"]]).to_pylist())
+        keys = keys.filter(~pc.field("example_id").isin(self._content_free))
+        asked = set(keys["example_id"].unique().to_pylist())
         examples = [example for example in transfer if example.example_id in asked]
-        if unknown := asked - {example.example_id for example in examples}:
-            raise MismatchError(f"{self.folder}: example {min(unknown)} is not in the transfer set. Run `dvc repro teacher@{self.folder.name}`.")
-        if not examples:
-            raise MismatchError(f"{self.folder}: no rows to learn from. Run `dvc repro teacher@{self.folder.name}`.")
+        if not asked or len(examples) < len(asked):
+            lacking = sorted(asked - {example.example_id for example in examples})
+            fault = f"example {lacking[0]} is not in the transfer set" if lacking else "no rows to learn from"
+            raise MismatchError(f"{self.folder}: {fault}. Run `dvc repro teacher@{self.folder.name}`.")
         prompts = self._tokens.prompts(NO_CONTEXT, examples)
         rows = CachedRows(keys, {example.example_id: prompt.ids for example, prompt in zip(examples, prompts, strict=True)})
         check_retained(self.distributions(rows[:SAMPLE]), self.params, self.temperature)
@@ -204,35 +185,19 @@ class Matching(nn.Module):
         return ((torch.stack(own, 1) - teacher.to(student.device)) / self.deviation).square().mean((-1, -2))
 
 
-def attach_matchings(model: PreTrainedModel, terms: Sequence[CacheTerm], seed: int) -> list[Matching | None]:
-    """A `Matching` for each term with a `hidden_weight`, trained along with the model until its module `MATCHING` is deleted.
-
-    Raises UsageError if the student lacks a layer.
-    """
-    config = model.config.get_text_config()
-    made: list[Matching | None] = []
-    for term in terms:
-        if wrong := [layer for layer in term.student_layers if not -config.num_hidden_layers <= layer < config.num_hidden_layers]:
-            last = config.num_hidden_layers - 1
-            raise UsageError(f"students.*.auxiliary.{term.cache.folder.name}.layers: the student has layers 0 to {last}, not {wrong[0]}.")
-        states = _teacher_states(term, term.rows[:SAMPLE]) if term.hidden_weight else None
-        made.append(None if states is None else Matching(states, config.hidden_size, seed))
-    model.add_module(MATCHING, nn.ModuleList(compress(made, made)).to(model.device))
-    return made
-
-
-def _teacher_states(term: CacheTerm, rows: Sequence[CachedRow]) -> Tensor:
-    """The cached states of the teacher's layer of each pair, [P, pairs, H]."""
-    kept = term.cache.params.hidden_layers
-    return term.cache.hidden_states(rows)[:, [kept.index(layer) for layer, _ in term.layers]]
-
-
 class CacheLoss:
     """A cache term's loss under a model. If logits are hidden · headᵀ (+ bias), they are never held for all positions at once."""
 
-    def __init__(self, model: PreTrainedModel, packed: PackedModel | None, term: CacheTerm, matching: Matching | None) -> None:
-        self.term = term
-        self._model, self._packed, self._matching = model, packed, matching
+    def __init__(self, model: PreTrainedModel, packed: PackedModel | None, term: CacheTerm, seed: int) -> None:
+        """Raises UsageError if the student lacks a layer."""
+        self.term, self.matching = term, None
+        self._model, self._packed, config = model, packed, model.config.get_text_config()
+        if term.hidden_weight:
+            depth = config.num_hidden_layers
+            if wrong := [layer for layer in term.student_layers if not -depth <= layer < depth]:
+                where = f"students.*.auxiliary.{term.cache.folder.name}.layers"
+                raise UsageError(f"{where}: the student has no layer {wrong[0]}; it has {depth}, 0 to {depth - 1}.")
+            self.matching = Matching(self._teacher_states(term.rows[:SAMPLE]), config.hidden_size, seed).to(model.device)
         self.is_fused = self._head_is_all()
 
     def __call__(self, batch: Sequence[CachedRow], positions: int) -> Tensor:
@@ -243,8 +208,8 @@ class CacheLoss:
         term = self.term
         given, states = self._forward(batch, term.student_layers, self.is_fused)
         total = self._divergence(term.divergence, given, batch) * (term.weight / positions) if term.weight else given.new_zeros(())
-        if self._matching is not None and states is not None:
-            total = total + term.hidden_weight * self._matching(states, _teacher_states(term, batch)).sum() / positions
+        if self.matching is not None and states is not None:
+            total = total + term.hidden_weight * self.matching(states, self._teacher_states(batch)).sum() / positions
         return total
 
     @torch.no_grad()
@@ -252,14 +217,18 @@ class CacheLoss:
         """Σ KL(teacher ‖ student) over the positions of some rows, whatever the term's divergence is."""
         return float(self._divergence("kl", self._forward(batch, (), self.is_fused)[0], batch))
 
+    def _teacher_states(self, rows: Sequence[CachedRow]) -> Tensor:
+        """The cached states of the teacher's layer of each pair, [P, pairs, H]."""
+        kept = self.term.cache.params.hidden_layers
+        return self.term.cache.hidden_states(rows)[:, [kept.index(layer) for layer, _ in self.term.layers]]
+
     def _divergence(self, divergence: Divergence, given: Tensor, batch: Sequence[CachedRow]) -> Tensor:
         """Σ divergence over the positions; `given` are the head's inputs if the loss is fused, else logits."""
         head, cache = self._head, self.term.cache
         distributions = fit_vocabulary(cache.distributions(batch), len(head.weight)).to(given.device)
         if not self.is_fused:
             return divergence_nats(divergence, distributions, given, cache.temperature).sum()
-        ones = torch.ones(len(given), device=given.device)
-        return fused_divergence(divergence, distributions, given, head.weight, head.bias, weights=ones, temperature=cache.temperature)[0]
+        return fused_divergence(divergence, distributions, given, head.weight, head.bias, cache.temperature)
 
     @property
     def _head(self) -> Any:
@@ -285,6 +254,8 @@ class CacheLoss:
         return float((given - expected).abs().max()) <= 1e-3
 
 
-def logits_of(model: PreTrainedModel, packed: PackedModel | None, rows: Sequence[Row], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+def logits_of(
+    model: PreTrainedModel, packed: PackedModel | None, rows: Sequence[Row], layers: Sequence[int] = ()
+) -> tuple[Tensor, Tensor | None]:
     """Logits [P, V] at the rows' outputs and `layers`' outputs there, by the packed pass if there is one."""
     return plain_logits(model, rows, layers) if packed is None else packed_logits(packed, rows, layers=layers)

@@ -6,7 +6,6 @@ times the size of the learnt weights (four with the best ones). One of other par
 
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from pipeline.students.tuning import trained_weights
 
 SECONDS_BETWEEN = 120.0
 """Work that a kill costs at most. Writing the 1.3 GB of a 135M model took 3 to 5 s on a busy machine."""
+OF_WEIGHT = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each weight."""
 
 
 @dataclass
@@ -38,26 +39,21 @@ class Reached:
         """Number of the best validation. Of equal ones the first, which moved the model least."""
         return min(range(len(self.validations)), key=lambda number: self.validations[number][1])
 
-    @property
-    def best_step(self) -> int:
-        """Steps after which the weights were those that are kept."""
-        return self.validations[self.best][0] if self.validations else len(self.losses)
-
-    def validated(self, model: nn.Module, kl_nats: float) -> None:
-        """Add a validation of the present weights, which are copied if they are the best."""
+    def add(self, model: nn.Module, kl_nats: float) -> None:
+        """A validation of the present weights, which are copied if they are the best."""
         self.validations.append((len(self.losses), kl_nats))
         if self.best == len(self.validations) - 1:
             self.best_weights = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
 
     def is_over(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no improvement."""
-        return patience is not None and bool(self.validations) and len(self.validations) - 1 - self.best >= patience
+        return patience is not None and len(self.validations) - 1 - self.best >= patience
 
     @torch.no_grad()
     def restore_best(self, model: nn.Module) -> None:
-        """Put the best weights back into the model."""
-        for name, weight in trained_weights(model).items() if self.validations else ():
-            weight.copy_(self.best_weights[name])
+        """Put the best weights, if there are any, into the model."""
+        for name, best in self.best_weights.items():
+            model.get_parameter(name).copy_(best)
 
 
 @dataclass
@@ -88,22 +84,21 @@ class Checkpoint:
         tensors = {name: torch.tensor(getattr(reached, name), dtype=torch.float64) for name in ("losses", "validations")}
         tensors |= {f"best.{name}": tensor for name, tensor in reached.best_weights.items()}
         for name, weight in trained_weights(model).items():
-            tensors[f"weight.{name}"] = weight.detach().contiguous()
-            # a weight that no step has reached has no moments
-            tensors |= {f"{moment}.{name}": tensor.contiguous() for moment, tensor in optimizer.state.get(weight, {}).items()}
+            state = optimizer.state.get(weight, {})  # empty for a weight that no step has reached
+            tensors |= {f"{key}.{name}": tensor.detach().contiguous() for key, tensor in {"weight": weight, **state}.items()}
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
-        self._remove(keep=self.path)
+        self.remove(but=self.path)
         self._taken = time.monotonic()
 
     @torch.no_grad()
     def load(self, model: nn.Module, optimizer: Optimizer) -> Reached:
-        """Put a saved state into model and optimizer. Without one, and if it cannot be read, the training starts at its beginning."""
+        """Put a saved state into model and optimizer. Without one that can be read, the training starts at its beginning."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != self.fingerprint:
                     return Reached()
-                tensors: Mapping[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
         except FileNotFoundError:
             return Reached()
         except (SafetensorError, OSError) as error:
@@ -111,21 +106,16 @@ class Checkpoint:
             return Reached()
         for name, weight in trained_weights(model).items():
             weight.copy_(tensors[f"weight.{name}"])
-            found = {moment: tensors.get(f"{moment}.{name}") for moment in ("step", "exp_avg", "exp_avg_sq")}
-            if state := {moment: tensor.to(weight.device) for moment, tensor in found.items() if tensor is not None}:
-                optimizer.state[weight] = state
-                weight.grad = torch.zeros_like(weight)  # it had a gradient: a step that does not reach it moves it all the same
-        return Reached(
-            tensors["losses"].tolist(),
-            [(int(step), kl) for step, kl in tensors["validations"].tolist()],
-            {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")},
-        )
+            if f"step.{name}" in tensors:
+                optimizer.state[weight] = {key: tensors[f"{key}.{name}"].to(weight.device) for key in OF_WEIGHT}
+                weight.grad = torch.zeros_like(weight)  # it had a gradient, so a step that does not reach it moves it all the same
+        best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
+        validations = [(int(step), kl) for step, kl in tensors["validations"].tolist()]
+        return Reached(tensors["losses"].tolist(), validations, best)
 
-    def remove(self) -> None:
-        """The training is done: no checkpoint of this student stays."""
-        self._remove(keep=None)
-
-    def _remove(self, keep: Path | None) -> None:
-        for path in self.folder.glob(f"{self.name}-{'[0-9a-f]' * 16}.safetensors"):
-            if path != keep:
+    def remove(self, but: Path | None = None) -> None:
+        """Remove this student's checkpoints, all or `but` one, and what a killed run left of this one."""
+        hexadecimal = "[0-9a-f]" * 16
+        for path in (*self.folder.glob(f"{self.name}-{hexadecimal}.safetensors"), *self.folder.glob(f".{self.path.name}.*.tmp")):
+            if path != but:
                 path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -18,22 +18,30 @@ from pipeline.files import read_json, sha256_json
 from pipeline.schema import NO_CONTEXT, TARGETS, Example, read_examples, read_table
 from pipeline.task import TaskTokens
 
-LabelLoss = Literal["kl", "reverse_kl", "jensen_shannon", "cross_entropy"]
-
 
 @dataclass(frozen=True)
-class TargetRow:
-    """A student's prompt, and the label distribution that it is to answer."""
+class StudentRow:
+    """A student's prompt; what is to be learnt at its answer positions is in the subclasses."""
 
     example_id: str
     ids: tuple[int, ...]
-    target: tuple[float, ...]
-    """Probabilities of the sorted labels. A gold label has all of it."""
+
+    @property
+    def positions(self) -> int:
+        """Distributions that are learnt."""
+        return 1
 
     @property
     def tokens(self) -> int:
-        """Of the prompt."""
-        return len(self.ids)
+        """What the student reads, except for verbalisers: a free answer's last token is not read."""
+        return len(self.ids) + self.positions - 1
+
+
+@dataclass(frozen=True)
+class TargetRow(StudentRow):
+    """A prompt and the probabilities of the sorted labels behind it. A gold label has all probability."""
+
+    target: tuple[float, ...]
 
     @property
     def label(self) -> int:
@@ -41,11 +49,14 @@ class TargetRow:
         return max(range(len(self.target)), key=self.target.__getitem__)
 
 
+AnyRow = TypeVar("AnyRow", bound=StudentRow)
+
+
 @dataclass(frozen=True)
 class LabelTerm:
     """A summand of the objective over the labels: each step takes `batch_size` rows and adds `weight` × their mean loss."""
 
-    loss: LabelLoss
+    loss: Literal["kl", "reverse_kl", "jensen_shannon", "cross_entropy"]
     """`cross_entropy` is that of the target's most probable label."""
     weight: float
     batch_size: int
@@ -54,37 +65,30 @@ class LabelTerm:
     """Of the cross-entropy of the most probable label, beside a divergence on the same rows."""
 
 
-class StudentRow(Protocol):
-    """A row of either kind: over the labels, or of a cache (`auxiliary.CachedRow`)."""
-
-    @property
-    def example_id(self) -> str:
-        """What it is ordered by."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """What the student reads of it, but for verbalisers."""
-        ...
-
-
-AnyRow = TypeVar("AnyRow", bound=StudentRow)
-
-
 class Batches(Generic[AnyRow]):
     """The rows of each step: a function of the seed, the step and the rows' ids."""
 
     def __init__(self, rows: Sequence[AnyRow], size: int, seed: int) -> None:
         self._rows, self._size = rows, size
-        self._epoch: Callable[[int], np.ndarray] = lru_cache(maxsize=2)(
-            lambda epoch: permutation((row.example_id for row in rows), seed, epoch)
-        )
+        self._epoch: Callable[[int], np.ndarray] = lru_cache(2)(lambda epoch: permutation((row.example_id for row in rows), seed, epoch))
 
     def at(self, step: int) -> list[AnyRow]:
         """The rows of a step, counted from 0."""
-        count = len(self._rows)
-        places = range(step * self._size, (step + 1) * self._size)
-        return [self._rows[int(self._epoch(place // count)[place % count])] for place in places]
+        epochs = (divmod(place, len(self._rows)) for place in range(step * self._size, (step + 1) * self._size))
+        return [self._rows[int(self._epoch(epoch)[place])] for epoch, place in epochs]
+
+
+def permutation(example_ids: Iterable[str], seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: numbers of the rows [N] int64, sorted by the first 64 bits of sha256_json([seed, epoch, id])."""
+    return np.argsort(np.array([int(sha256_json([seed, epoch, one])[:16], 16) for one in example_ids], dtype=np.uint64), kind="stable")
+
+
+def micro_batches(batches: Sequence[Sequence[AnyRow]], size: int | None) -> Iterator[list[list[AnyRow]]]:
+    """A step's batches, one for each term, in pieces of at most `size` rows. Each piece has a batch, maybe empty, for each term."""
+    numbered = [(number, row) for number, batch in enumerate(batches) for row in batch]
+    size = size or max(1, len(numbered))
+    for start in range(0, len(numbered), size):
+        yield [[row for n, row in numbered[start : start + size] if n == number] for number in range(len(batches))]
 
 
 def shortest_and_longest(rows: Sequence[AnyRow]) -> list[AnyRow]:
@@ -94,27 +98,15 @@ def shortest_and_longest(rows: Sequence[AnyRow]) -> list[AnyRow]:
     return [rows[order[place]] for place in (0, len(rows) // 2, -1)]
 
 
-def permutation(example_ids: Iterable[str], seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: numbers of the rows [N] int64, sorted by the first 64 bits of sha256_json([seed, epoch, id])."""
-    return np.argsort(np.array([int(sha256_json([seed, epoch, one])[:16], 16) for one in example_ids], dtype=np.uint64), kind="stable")
-
-
-def micro_batches(batches: Sequence[Sequence[TargetRow]], size: int | None) -> Iterator[list[list[TargetRow]]]:
-    """A step's batches, one for each term, in pieces of at most `size` rows. Each piece has a batch, maybe empty, for each term."""
-    numbered = [(number, row) for number, batch in enumerate(batches) for row in batch]
-    for start in range(0, len(numbered), size or max(1, len(numbered))):
-        piece = numbered[start : start + (size or len(numbered))]
-        yield [[row for n, row in piece if n == number] for number in range(len(batches))]
-
-
-def validation_part(example_ids: Sequence[str], fraction: float) -> np.ndarray:
+def validation_part(rows: Sequence[StudentRow], fraction: float) -> np.ndarray:
     """Which rows belong to the validation part: [N] bool.
 
     A row belongs to it if the hash of its example is in the first `fraction` of all hashes. So it is the same for every student and seed, a
     transfer set that grows moves no example to the other side, and all contexts of an example are on one side. The fraction is met on
     average. Raises UsageError if either side is empty.
     """
-    held = np.array([int(sha256_json(["validation", one.rpartition(":")[2]])[:13], 16) / 16**13 < fraction for one in example_ids])
+    examples = [row.example_id.rpartition(":")[2] for row in rows]
+    held = np.array([int(sha256_json(["validation", example])[:13], 16) / 16**13 < fraction for example in examples])
     if held.all() or not held.any():
         lacking = "to learn from" if held.all() else "to validate on"
         raise UsageError(f"validation_fraction: {fraction} of {len(held)} examples leaves none {lacking}. Choose another fraction, or 0.")
@@ -122,38 +114,34 @@ def validation_part(example_ids: Sequence[str], fraction: float) -> np.ndarray:
 
 
 def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
-    """The demonstrations with all probability on their gold labels. Raises MismatchError if one has another label."""
+    """The demonstrations with their gold labels. Raises MismatchError if one has another label."""
     examples, labels = read_examples(file, tokens.task.fields), tokens.task.labels
     if other := [example for example in examples if example.label not in labels]:
-        raise MismatchError(
-            f"{file}: example {other[0].example_id} has the label {other[0].label!r}, and the task has {choices(labels)}. "
-            "Run `dvc repro prepare`."
-        )
+        found = f"example {other[0].example_id} has the label {other[0].label!r}"
+        raise MismatchError(f"{file}: {found}, and the task has {choices(labels)}. Run `dvc repro prepare`.")
     return _rows(file, examples, [tuple(float(label == example.label) for label in labels) for example in examples], tokens)
 
 
-def target_set(folder: Path, transfer_file: Path, tokens: TaskTokens) -> list[TargetRow]:
+def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) -> list[TargetRow]:
     """The rows of a target set, in its order.
 
     Raises MismatchError if it was made for another task, or has an example that the transfer set lacks.
     """
-    task, again = tokens.task, f"Run `dvc repro targets@{folder.name}`."
-    made_with = read_json(folder / "calibration.json")
-    wanted = {"template": task.params.template, "verbalisers": dict(task.params.verbalisers), "labels": list(task.labels)}
-    for key, value in wanted.items():
+    again, made_with = f"Run `dvc repro targets@{folder.name}`.", read_json(folder / "calibration.json")
+    task = tokens.task.params
+    for key, value in {"template": task.template, "verbalisers": dict(task.verbalisers), "labels": list(task.labels)}.items():
         if made_with.get(key) != value:
             raise MismatchError(f"{folder / 'calibration.json'}: made with {key} {made_with.get(key)!r}, this task has {value!r}. {again}")
-    transfer = {example.example_id: example for example in read_examples(transfer_file, task.fields)}
+    by_id = {example.example_id: example for example in transfer}
     targets = read_table(folder / "targets.parquet", TARGETS)
     ids = targets["example_id"].to_pylist()
-    if unknown := next((one for one in ids if one not in transfer), None):
-        raise MismatchError(f"{folder / 'targets.parquet'}: example {unknown} is not in {transfer_file}. {again}")
-    return _rows(folder, [transfer[one] for one in ids], map(tuple, targets["probabilities"].to_pylist()), tokens)
+    if unknown := [one for one in ids if one not in by_id]:
+        raise MismatchError(f"{folder / 'targets.parquet'}: example {unknown[0]} is not in the transfer set. {again}")
+    return _rows(folder, [by_id[one] for one in ids], map(tuple, targets["probabilities"].to_pylist()), tokens)
 
 
 def _rows(source: Path, examples: Sequence[Example], targets: Iterable[tuple[float, ...]], tokens: TaskTokens) -> list[TargetRow]:
     if not examples:
         raise MismatchError(f"{source}: no rows. A student needs at least one example to learn from.")
-    prompts = tokens.prompts(NO_CONTEXT, examples)
-    triples = zip(examples, prompts, targets, strict=True)
+    triples = zip(examples, tokens.prompts(NO_CONTEXT, examples), targets, strict=True)
     return [TargetRow(example.example_id, prompt.ids, target) for example, prompt, target in triples]

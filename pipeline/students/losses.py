@@ -51,8 +51,7 @@ def jensen_shannon_nats(target: Tensor, log_probabilities: Tensor) -> Tensor:
     """The mean KL of target and student to their mean: [B, L] → [B] nats, at most log 2."""
     log_mean = torch.logaddexp(target.log(), log_probabilities) - math.log(2.0)
     to_target = torch.special.xlogy(target, target) - target * log_mean
-    to_student = log_probabilities.exp() * (log_probabilities - log_mean)
-    return 0.5 * (to_target + to_student).sum(-1)
+    return 0.5 * (to_target + log_probabilities.exp() * (log_probabilities - log_mean)).sum(-1)
 
 
 def cross_entropy_nats(labels: Sequence[int] | Tensor, log_probabilities: Tensor) -> Tensor:
@@ -65,24 +64,21 @@ DIVERGENCES = {"kl": kl_nats, "reverse_kl": reverse_kl_nats, "jensen_shannon": j
 
 
 def objective(
-    terms: Sequence[LabelTerm], batches: Sequence[Sequence[TargetRow]], log_probabilities: Tensor, sizes: Sequence[int] | None = None
+    terms: Sequence[LabelTerm], batches: Sequence[Sequence[TargetRow]], log_probabilities: Tensor, sizes: Sequence[int]
 ) -> Tensor:
     """Σ weight × mean loss of each term, nats. `log_probabilities` [B, L] has the terms' batches one after the other.
 
-    `sizes` are the terms' rows in the whole step, if `batches` are a piece of it: the values of all pieces then add up to the step's.
+    `sizes` are the terms' rows in the whole step, of which `batches` may be a piece: the values of all pieces add up to the step's.
     """
     total = log_probabilities.new_zeros(())
     parts = log_probabilities.split([len(batch) for batch in batches])
-    for term, batch, part, size in zip(terms, batches, parts, sizes or map(len, batches), strict=True):
+    for term, batch, part, size in zip(terms, batches, parts, sizes, strict=True):
         if not batch:
             continue
-        labels = [row.label for row in batch]
-        if term.loss == "cross_entropy":
-            loss = cross_entropy_nats(labels, part)
-        else:
-            loss = DIVERGENCES[term.loss](targets_of(batch, part), part)
-            if term.label_weight:
-                total = total + term.label_weight * (cross_entropy_nats(labels, part).sum() / size)
+        of_labels = cross_entropy_nats([row.label for row in batch], part)
+        if term.label_weight:
+            total = total + term.label_weight * (of_labels.sum() / size)
+        loss = of_labels if term.loss == "cross_entropy" else DIVERGENCES[term.loss](targets_of(batch, part), part)
         total = total + term.weight * (loss.sum() / size)
     return total
 

@@ -27,7 +27,7 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all that train a student."""
+    """All processes that train a student, and which one this is."""
 
     rank: int = 0
     count: int = 1
@@ -49,21 +49,18 @@ class Processes:
 
     def total(self, value: float) -> float:
         """The sum of a number over all processes, the same bits on each."""
-        if self.count == 1:
-            return value
-        held = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(held)
+        held = torch.tensor(value, dtype=torch.float64)
+        if self.count > 1:
+            held = held.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(held)
         return float(held)
 
     @torch.no_grad()
     def add_gradients(self, weights: Sequence[nn.Parameter]) -> None:
         """Sum gradients over all processes, in place. A process without a row in a step gives zeros."""
-        if self.count == 1:
-            return
         sums = []
-        for weight in weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
+        for weight in weights if self.count > 1 else ():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             sums.append(dist.all_reduce(weight.grad, async_op=True))
         for work in filter(None, sums):
             work.wait()
@@ -74,9 +71,8 @@ class Processes:
         if self.count > 1:
             dist.all_gather_object(found, value)
         if len(set(found)) > 1:
-            raise ShotlessError(
-                f"{what}: processes differ ({', '.join(map(str, found))}). They need the same params and work folder ($SHOTLESS_WORK)."
-            )
+            differing = ", ".join(map(str, found))
+            raise ShotlessError(f"{what}: processes differ ({differing}). They need the same params and work folder ($SHOTLESS_WORK).")
 
 
 ALONE = Processes()

@@ -13,31 +13,33 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
+from pipeline.cache.folder import CACHES, cache_manifest
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import MANIFEST, Folders, one_writer, read_json, sha256_file, sha256_json, sha256_text, write_json, write_manifest, write_text
-from pipeline.models.folders import (
-    check_folder,
-    context_limit,
-    cut_layers,
-    load_model,
-    load_tokenizer,
-    parameter_counts,
-    parse_layers,
-    save_model,
-    tokenizer_sha256,
-    weights_sha256,
+from pipeline.files import (
+    MANIFEST,
+    Folders,
+    one_writer,
+    read_json,
+    sha256_file,
+    sha256_json,
+    sha256_text,
+    write_json,
+    write_manifest,
+    write_text,
 )
+from pipeline.models import folders as models
 from pipeline.models.machine import default_device, peak_rss_bytes, use_machine
 from pipeline.models.trained import about_trained
-from pipeline.params import DEMONSTRATIONS_FILE, Params, StudentParams, TuningParams, pick
+from pipeline.params import DEMONSTRATIONS_FILE, Params, StudentParams, TunedParams, pick
 from pipeline.progress import rate
-from pipeline.schema import Example, read_examples
+from pipeline.schema import read_examples
 from pipeline.students.auxiliary import CacheTerm, TeacherCache
 from pipeline.students.checkpoint import SECONDS_BETWEEN, Checkpoint
-from pipeline.students.data import LabelTerm, StudentRow, demonstrations, target_set, validation_part
+from pipeline.students.data import LabelTerm, demonstrations, target_set, validation_part
 from pipeline.students.loop import Outcome, Validation, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
@@ -45,8 +47,6 @@ from pipeline.task import Task, TaskTokens
 
 TRAINING_VERSION = 3
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
-CACHES = "caches.json"
-"""In a target set: which auxiliary caches belong to it, by the hash of their manifest."""
 
 
 def train_student(
@@ -68,11 +68,10 @@ def tune_teacher(name: str, params: Params, folders: Folders, checkpoint_seconds
 
     Writes artifacts/tuned/NAME, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and metrics/runtime/tuned-NAME.json.
     """
-    tuned = pick("tuned", params.tuned, name)
-    file = folders.artifacts / DEMONSTRATIONS_FILE
+    tuned, file = pick("tuned", params.tuned, name), folders.artifacts / DEMONSTRATIONS_FILE
     tokens = _tokens(folders, tuned.base, params)
     terms = [LabelTerm("cross_entropy", 1.0, tuned.batch_size, demonstrations(file, tokens))]
-    job = _Job("tuned", name, tuned, tuned.base, None, DEMONSTRATIONS_FILE, {"demonstrations": sha256_file(file)}, tokens, terms, [], None)
+    job = _Job("tuned", name, tuned, DEMONSTRATIONS_FILE, tokens, {"demonstrations": sha256_file(file)}, terms, [], None)
     _train(job, {"": tuned}, params.runtime.threads, folders, ALONE, checkpoint_seconds)
 
 
@@ -83,123 +82,113 @@ class _Job:
     kind: str
     """`student` or `tuned`."""
     name: str
-    params: TuningParams
-    base: str
-    layers: str | None
+    params: StudentParams | TunedParams
     learn_from: str
+    tokens: TaskTokens
     sources: Mapping[str, str]
     """Hashes of what is learnt from."""
-    tokens: TaskTokens
     label_terms: list[LabelTerm]
     cache_terms: list[CacheTerm]
     validation: Validation | None
 
     @property
-    def metrics_name(self) -> str:
-        """The name of its files in metrics/."""
-        return self.name if self.kind == "student" else f"tuned-{self.name}"
+    def layers(self) -> str | None:
+        """The base's layers to keep; None: all."""
+        return self.params.layers if isinstance(self.params, StudentParams) else None
 
-    def provenance(self, base: Path) -> dict[str, Any]:
-        """Where the weights come from, by content: no clock and no machine."""
-        return {
+    def about(self, base: Path) -> dict[str, Any]:
+        """What the folder's manifest says of the weights' origin, by content: no clock and no machine."""
+        provenance = {
             "kind": self.kind,
-            "base": self.base,
-            "base_weights_sha256": weights_sha256(base),
-            "base_tokenizer_sha256": tokenizer_sha256(base),
+            "base": self.params.base,
+            "base_weights_sha256": models.weights_sha256(base),
+            "base_tokenizer_sha256": models.tokenizer_sha256(base),
             "layers": self.layers,
             "learn_from": self.learn_from,
             "sources_sha256": dict(self.sources),
             "params": self.params.model_dump(mode="json"),
             "training_version": TRAINING_VERSION,
         }
+        return about_trained(self.name, self.tokens, provenance)
 
-    def check_lengths(self, base: Path) -> None:
-        """Raise UsageError if a row with its answer is longer than the model takes."""
-        branch = max(map(len, self.tokens.completions), default=1) - 1
-        lengths = [(row.tokens + branch, row.example_id) for term in self.label_terms for row in term.rows]
-        lengths += [(row.tokens, row.example_id) for term in self.cache_terms for row in term.rows]
-        longest, example_id = max(lengths)
-        limit = context_limit(base)
-        if limit is not None and longest > limit:
-            raise UsageError(
-                f"example {example_id} has {longest} tokens with its answer, and {base} takes {limit}. Lower `task.max_chars`, so that longer "
-                "inputs are quarantined."
-            )
+
+def _tokens(folders: Folders, base: str, params: Params) -> TaskTokens:
+    """The task in the tokens of a base."""
+    models.check_folder(folders.artifacts / base)
+    return TaskTokens(Task(params.task), models.load_tokenizer(folders.artifacts / base))
 
 
 def _student_job(name: str, student: StudentParams, tokens: TaskTokens, folders: Folders) -> _Job:
     """What a student learns, checked; the same for all its seeds."""
     source, file = folders.artifacts / student.learn_from, folders.artifacts / DEMONSTRATIONS_FILE
-    label_terms, cache_terms, sources = list[LabelTerm](), list[CacheTerm](), dict[str, str]()
-    validation, learnt = None, None
     from_labels, from_targets = student.learn_from == DEMONSTRATIONS_FILE, student.learn_from.startswith("targets/")
     transfer = [] if from_labels else read_examples(folders.artifacts / "data" / "transfer.parquet", tokens.task.fields)
+    label_terms, cache_terms, sources, held, learnt = list[LabelTerm](), list[CacheTerm](), dict[str, str](), None, None
 
     def cache_of(folder: Path, temperature: float) -> TeacherCache:
-        return TeacherCache(folder, folders.work, tokens, tokenizer_sha256(folders.artifacts / student.base), temperature)
+        return TeacherCache(folder, folders.work, tokens, models.tokenizer_sha256(folders.artifacts / student.base), temperature)
 
     if from_targets:
         rows = target_set(source, transfer, tokens)
-        learnt = [row.example_id for row in rows]
+        sources |= {key: sha256_file(source / key) for key in ("targets.parquet", "calibration.json")}
         if student.validation_fraction:
-            held = validation_part(learnt, student.validation_fraction)
-            validation = Validation([row for row, of_it in zip(rows, held, strict=True) if of_it], student.evaluate_every, student.patience)
-            rows = [row for row, of_it in zip(rows, held, strict=True) if not of_it]
+            mask = validation_part(rows, student.validation_fraction)
+            held = [row for row, of_it in zip(rows, mask, strict=True) if of_it]
+            rows = [row for row, of_it in zip(rows, mask, strict=True) if not of_it]
+        learnt = {row.example_id for row in rows}
         on_labels = student.ce_weight if student.ce_target == "targets" else 0.0
         loss = "cross_entropy" if student.loss == "hard" else student.loss
         label_terms.append(LabelTerm(loss, 1.0, student.batch_size, rows, on_labels))
-        sources |= {key: sha256_file(source / key) for key in ("targets.parquet", "calibration.json")}
     elif not from_labels:
         cache = cache_of(source, student.temperature)
+        sources["cache"] = sha256_json(cache_manifest(source))
         rows = cache.rows(transfer)
         if student.validation_fraction:
-            held = validation_part([row.example_id for row in rows], student.validation_fraction)
-            validation = Validation(rows.where(held), student.evaluate_every, student.patience)
-            rows = rows.where(~held)
-        assert student.loss != "hard"
+            mask = validation_part(rows, student.validation_fraction)
+            held, rows = rows.where(mask), rows.where(~mask)
+            learnt = {row.example_id.rpartition(":")[2] for row in rows}
+        assert student.loss != "hard"  # refused with the params
         cache_terms.append(CacheTerm(student.loss, 1.0, student.batch_size, rows, cache))
-        sources["cache"] = sha256_file(source / MANIFEST)
     for teacher, also in student.auxiliary.items():
         folder = folders.artifacts / "teachers" / teacher
-        sources[f"auxiliary.{teacher}"] = _manifest_of(folder, source, f"students.{name}.auxiliary.{teacher}")
+        sources[f"auxiliary.{teacher}"] = sha256_json(cache_manifest(folder))
+        if from_targets and (wanted := read_json(source / CACHES)[teacher]["manifest_sha256"]) != (
+            found := sources[f"auxiliary.{teacher}"]
+        ):
+            made_beside = f"{student.learn_from} was made beside a cache with manifest {wanted[:12]}…"
+            raise MismatchError(
+                f"students.{name}.auxiliary.{teacher}: {made_beside}, and {folder} has {found[:12]}…. Run `dvc repro targets@{source.name}`."
+            )
         cache = cache_of(folder, also.temperature)
         rows = cache.rows(transfer)
-        rows = rows if learnt is None else rows.of_examples(learnt)
-        if student.validation_fraction:
-            rows = rows.where(~validation_part([row.example_id for row in rows], student.validation_fraction))
+        if learnt is not None:
+            rows = rows.where(np.array([row.example_id.rpartition(":")[2] in learnt for row in rows]))
         size = also.batch_size or student.batch_size
         cache_terms.append(CacheTerm(also.loss, also.weight, size, rows, cache, also.hidden_weight, also.layers))
     if from_labels or (student.ce_weight and student.ce_target == "demonstrations"):
         size = student.batch_size if from_labels else student.ce_batch_size or max(1, student.batch_size // 4)
         label_terms.append(LabelTerm("cross_entropy", 1.0 if from_labels else student.ce_weight, size, demonstrations(file, tokens)))
         sources["demonstrations"] = sha256_file(file)
-    return _Job(
-        "student", name, student, student.base, student.layers, student.learn_from, sources, tokens, label_terms, cache_terms, validation
-    )
+    validation = None if held is None else Validation(held, student.evaluate_every, student.patience)
+    return _Job("student", name, student, student.learn_from, tokens, sources, label_terms, cache_terms, validation)
 
 
-def _manifest_of(folder: Path, learn_from: Path, where: str) -> str:
-    """The hash of a cache's manifest. Raises MismatchError if the target set was made beside another cache of that name."""
-    found = sha256_file(folder / MANIFEST)
-    if learn_from.parent.name == "targets":
-        wanted = read_json(learn_from / CACHES)[folder.name]["manifest_sha256"]
-        if wanted != found:
-            raise MismatchError(
-                f"{where}: {learn_from} was made beside a cache with manifest {wanted[:12]}…, and {folder} has {found[:12]}…. "
-                f"Run `dvc repro targets@{learn_from.name}`."
-            )
-    return found
-
-
-def _tokens(folders: Folders, base: str, params: Params) -> TaskTokens:
-    """The task in the tokens of a base."""
-    check_folder(folders.artifacts / base)
-    return TaskTokens(Task(params.task), load_tokenizer(folders.artifacts / base))
+def _check_lengths(job: _Job, base: Path) -> None:
+    """Raise UsageError if a row with its answer is longer than the model takes."""
+    branch, limit = max(map(len, job.tokens.completions), default=1) - 1, models.context_limit(base)
+    lengths = [(row.tokens + branch, row.example_id) for term in job.label_terms for row in term.rows]
+    lengths += [(row.tokens, row.example_id) for term in job.cache_terms for row in term.rows]
+    longest, example_id = max(lengths)
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"example {example_id} has {longest} tokens with its answer, and {base} takes {limit}. Lower `task.max_chars`, which quarantines "
+            "longer inputs."
+        )
 
 
 def _train(
     job: _Job,
-    runs: Mapping[str, TuningParams],
+    runs: Mapping[str, StudentParams] | Mapping[str, TunedParams],
     threads: int | None,
     folders: Folders,
     processes: Processes,
@@ -207,16 +196,17 @@ def _train(
 ) -> None:
     """All trainings of a job, one run at a time, then its metrics."""
     output = folders.artifacts / ("students" if job.kind == "student" else "tuned") / job.name
-    job.check_lengths(folders.artifacts / job.base)
+    _check_lengths(job, folders.artifacts / job.params.base)
     lock = folders.work / "training" / f"{sha256_text(str(output.resolve()))[:16]}.lock"
     with one_writer(lock) if processes.first else nullcontext():
-        used = use_machine(processes.threads(threads))
-        ran = {
-            run.seed: _run(replace(job, params=run), output / place, len(runs) > 1, used, folders, processes, checkpoint_seconds)
-            for place, run in runs.items()
-        }
+        threads = use_machine(processes.threads(threads))
+        ran = dict[int, _Ran]()
+        for place, run in runs.items():
+            own = f"{job.kind}-{job.name}" + (f"-seed{run.seed}" if len(runs) > 1 else "")
+            checkpoint = Checkpoint(folders.work / "training", own, "", checkpoint_seconds, keeps_end=len(runs) > 1)
+            ran[run.seed] = _run(replace(job, params=run), output / place, checkpoint, threads, folders, processes)
         if processes.first:
-            _write_metrics(job, ran, used, folders.metrics)
+            _write_metrics(job, ran, threads, folders.metrics)
             for one in ran.values():
                 one.checkpoint.remove()
 
@@ -230,70 +220,66 @@ class _Ran:
     checkpoint: Checkpoint
 
 
-def _run(
-    job: _Job, output: Path, is_one_of_many: bool, threads: int, folders: Folders, processes: Processes, checkpoint_seconds: float
-) -> _Ran:
+def _run(job: _Job, output: Path, checkpoint: Checkpoint, threads: int, folders: Folders, processes: Processes) -> _Ran:
     """Train with one seed and write its folder."""
-    base, params = folders.artifacts / job.base, job.params
-    provenance = job.provenance(base)
-    about = about_trained(job.name, job.tokens, provenance)
-    # others round otherwise
-    round_alike = {"threads": threads, "processes": processes.count, "torch": torch.__version__, "transformers": transformers.__version__}
-    own = f"{job.kind}-{job.name}" + (f"-seed{params.seed}" if is_one_of_many else "")
-    checkpoint = Checkpoint(folders.work / "training", own, sha256_json([about, round_alike]), checkpoint_seconds, is_one_of_many)
-    model = load_model(base, device=default_device())
+    base = folders.artifacts / job.params.base
+    about = job.about(base)
+    rounding = {"threads": threads, "processes": processes.count, "torch": torch.__version__, "transformers": transformers.__version__}
+    checkpoint = replace(checkpoint, fingerprint=sha256_json([about, rounding]))
+    model = models.load_model(base, device=default_device())
     if job.layers is not None:
-        cut_layers(model, parse_layers(job.layers, model.config.get_text_config().num_hidden_layers))
+        models.cut_layers(model, models.parse_layers(job.layers, model.config.get_text_config().num_hidden_layers))
     if processes.first:
-        (output / MANIFEST).unlink(missing_ok=True)
+        (output / MANIFEST).unlink(missing_ok=True)  # until all is written, the folder is not complete
     outcome = train(
         model,
         job.tokens.completions,
         job.label_terms,
-        params,
-        title=f"{job.kind} {job.name}" + (f", seed {params.seed}" if is_one_of_many else ""),
+        job.params,
+        title=checkpoint.name.replace("-", " ", 1),
         cache_terms=job.cache_terms,
         validation=job.validation,
         checkpoint=checkpoint,
-        adapter=(output / "adapter", job.base) if params.adapters == "kept" else None,
+        adapter=(output / "adapter", job.params.base) if job.params.adapters == "kept" else None,
         processes=processes,
     )
+    steps = len(outcome.reached.losses)
     counts = {
-        "steps": len(outcome.reached.losses),
-        "examples": outcome.examples,
+        "steps": steps,
+        "examples": steps * sum(term.batch_size for term in (*job.label_terms, *job.cache_terms)),
         "tokens": outcome.tokens,
-        "parameters": parameter_counts(model)[0],
-        "trained_parameters": outcome.trained_parameters,
+        "parameters": models.parameter_counts(model)[0],
+        "trained_parameters": outcome.tuning.trained_parameters,
         "layers": int(model.config.get_text_config().num_hidden_layers),
     }
     choice = {}
     if job.validation is not None:
         validations = dict(outcome.reached.validations)
         choice = {
-            "best_step": outcome.reached.best_step,
+            "best_step": outcome.best_step,
             "held_back_examples": len(job.validation.rows),
-            "held_back_kl_nats": _significant(validations[outcome.reached.best_step]),
+            "held_back_kl_nats": _significant(validations[outcome.best_step]),
             "held_back_kl_nats_before": _significant(validations[0]),
         }
     if processes.first:
         model.config._name_or_path = ""
-        output.mkdir(parents=True, exist_ok=True)
-        save_model(model, load_tokenizer(base), output)
-        names = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
-        own_files = [name for name in names if not name.startswith("seeds/") and name != "README.md"]
-        write_manifest(output, {**about, "counts": counts, **choice, "trains": outcome.trains, "forward": outcome.forward}, own_files)
-    last = outcome.reached.losses[-max(1, len(outcome.reached.losses) // 10) :]
+        models.save_model(model, models.load_tokenizer(base), output)
+        files = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
+        own = [name for name in files if not name.startswith("seeds/") and name != "README.md"]
+        write_manifest(output, {**about, "counts": counts, **choice, "trains": outcome.tuning.trains, "forward": outcome.forward}, own)
+    last = outcome.reached.losses[-max(1, steps // 10) :]
     return _Ran(counts | choice | {"final_loss": _significant(math.fsum(last) / len(last))}, outcome, checkpoint)
 
 
 def _write_metrics(job: _Job, ran: Mapping[int, _Ran], threads: int, metrics: Path) -> None:
     """Metrics of the first seed, with each seed's loss and choice of step if there are several; the curve; what differs from run to run."""
-    values: dict[str, Any] = {**next(iter(ran.values())).metrics, "base": job.base, "learn_from": job.learn_from}
+    name = job.name if job.kind == "student" else f"tuned-{job.name}"
+    values: dict[str, Any] = {**next(iter(ran.values())).metrics, "base": job.params.base, "learn_from": job.learn_from}
     if len(ran) > 1:
         kept = ("steps", "final_loss", "best_step", "held_back_kl_nats")
         values["seeds"] = {str(seed): {key: one.metrics[key] for key in kept if key in one.metrics} for seed, one in ran.items()}
-    write_json(values, metrics / "train" / f"{job.metrics_name}.json")
-    write_text(_curve(job, {seed: one.outcome for seed, one in ran.items()}), metrics / "curves" / f"{job.metrics_name}.csv")
+    write_json(values, metrics / "train" / f"{name}.json")
+    write_text(_curve(job, {seed: one.outcome for seed, one in ran.items()}), metrics / "curves" / f"{name}.csv")
     outcomes = [one.outcome for one in ran.values()]
     seconds = sum(outcome.seconds for outcome in outcomes)
     runtime = {
@@ -307,12 +293,8 @@ def _write_metrics(job: _Job, ran: Mapping[int, _Ran], threads: int, metrics: Pa
 
 
 def _curve(job: _Job, outcomes: Mapping[int, Outcome]) -> str:
-    """A line for each step, counted from 1: the loss before its update in nats, the learning rate, and the mean KL of a validation after it.
-
-    Of several seeds one follows the other.
-    """
-    validated, seeded = job.validation is not None, len(outcomes) > 1
-    file = StringIO()
+    """A line for each step, counted from 1: the loss before its update in nats, the learning rate, the KL of a validation after it."""
+    validated, seeded, file = job.validation is not None, len(outcomes) > 1, StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["step", "loss", "learning_rate", *(["held_back_kl"] if validated else []), *(["seed"] if seeded else [])])
     for seed, outcome in outcomes.items():
