@@ -1,14 +1,14 @@
 """Methods against each other, from their predictions on disk, and after how many predictions a student has paid for itself.
 
-Every pair is compared on the same examples, twice: by a paired bootstrap of the difference, and by McNemar's exact test, which asks whether
-the examples that only one of the two gets right could have fallen either way by the toss of a coin. Pairs grow with the square of the
-number of methods; with more than `ALL_PAIRS_UP_TO`, each method is compared with the reference alone. The p-values are of single pairs:
-of twenty pairs without a difference, one falls below 0.05.
+Every pair is compared on the same examples, twice: by a paired bootstrap of the difference, which is far sharper than asking whether two
+intervals overlap, and by McNemar's exact test, which asks whether the examples that only one of the two gets right could have fallen either
+way by the toss of a coin. Pairs grow with the square of the number of methods; with more than `ALL_PAIRS_UP_TO`, each method is compared
+with the reference alone. The p-values are of single pairs: of twenty pairs without a difference, one falls below 0.05.
 
-Break-even: spent is what the student needed, that is scoring the transfer set with its teachers, tuning the models that are tuned, and
-training. Saved with each prediction is the reference's time less the student's, one by one (latency) and in batches (throughput). Not
-counted: people's time, downloads, evaluation, and memory. Times come from `metrics/cost` and `metrics/runtime`, which DVC does not track.
-If one is missing, or is of another model, the result says which instead of guessing.
+Break-even: a student costs scoring the transfer set with its teachers, tuning the models that are tuned, and training. It saves, with each
+prediction, the reference's time less its own, one by one (latency) and in batches (throughput). Not counted: people's time, downloads,
+evaluation, and memory. Times come from `metrics/cost` and `metrics/runtime`, which DVC does not track. If one is missing, or is of another
+model, the result says which instead of guessing.
 """
 
 import math
@@ -23,19 +23,9 @@ import pyarrow as pa
 from scipy.special import rel_entr
 from scipy.stats import binomtest
 
+from pipeline.errors import CorruptError, UsageError
 from pipeline.evaluation import free_text
-from pipeline.evaluation.metrics import (
-    RIGHT,
-    Json,
-    beside_reference,
-    check_probabilities,
-    compare,
-    frames,
-    mean_interval,
-    rounded,
-    scores_by_set,
-    significant,
-)
+from pipeline.evaluation.metrics import Json, check_probabilities, frames, mean_interval, rounded, scores_by_set
 from pipeline.files import Folders, read_json, write_json
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, PREDICTIONS, read_table
@@ -48,12 +38,11 @@ SMALLEST_PROBABILITY = 1e-12
 def compare_methods(params: Params, folders: Folders) -> None:
     """Write metrics/compare.json: `reference`, `pairs` ("all" or "reference"), `to_reference` and `comparisons` of all methods.
 
-    If answers are free text, `to_reference` is `free_text.agreement`, and a comparison says `what` is compared: `well_formed` or `accuracy`.
+    If answers are free text, `to_reference` is `free_text.agreement`, and a comparison is of one share: `what` ("well_formed", "accuracy").
     """
-    names, reference = [*params.students, *params.baselines], params.evaluation.reference
-    completion = params.task.completion
-    paths = {name: folders.artifacts / "predictions" / f"{name}.parquet" for name in names}
-    tables = {name: read_table(path, PREDICTIONS if completion is None else ANSWERS) for name, path in paths.items()}
+    names, reference, completion = [*params.students, *params.baselines], params.evaluation.reference, params.task.completion
+    schema = PREDICTIONS if completion is None else ANSWERS
+    tables = {name: read_table(folders.artifacts / "predictions" / f"{name}.parquet", schema) for name in names}
     domains = {name: entry.domain for name, entry in params.data.evaluation.items()}
     bootstrap = {"resamples": params.evaluation.bootstrap, "seed": params.evaluation.seed}
     every = len(names) <= ALL_PAIRS_UP_TO
@@ -61,18 +50,15 @@ def compare_methods(params: Params, folders: Folders) -> None:
     others = {name: table for name, table in tables.items() if name != reference}
     if completion is None:
         close = {name: to_reference(table, tables[reference], params.task.labels, **bootstrap) for name, table in others.items()}
-        rows = [row for pair in pairs for row in comparisons(*pair, tables, domains, **bootstrap)]
+        scores = {name: scores_by_set(table, list(domains)) for name, table in tables.items()}
+        rows = [row for pair in pairs for row in comparisons(*pair, scores, domains, **bootstrap)]
     else:
-        form = completion.form
-        close = {name: free_text.agreement(table, tables[reference], form) for name, table in others.items()}
-        answers = {name: free_text.parsed(table, form) for name, table in tables.items()}
-        shares = free_text.shares_of(form).items()
-        rows = [
-            {"what": share, **row}
-            for pair in pairs
-            for share, right in shares
-            for row in comparisons(*pair, answers, domains, right, **bootstrap)
-        ]
+        close = {name: free_text.agreement(table, tables[reference], completion.form) for name, table in others.items()}
+        parsed = {name: free_text.parsed(table, completion.form) for name, table in tables.items()}
+        rows: list[Json] = []
+        for share, right in free_text.shares_of(completion.form).items():
+            scores = {name: scores_by_set(table, list(domains), right) for name, table in parsed.items()}
+            rows += [{"what": share, **row} for pair in pairs for row in comparisons(*pair, scores, domains, **bootstrap)]
     document = {"reference": reference, "pairs": "all" if every else "reference", "to_reference": close, "comparisons": rows}
     write_json(document, folders.metrics / "compare.json")
 
@@ -81,53 +67,62 @@ def to_reference(table: pa.Table, reference: pa.Table, labels: Sequence[str], *,
     """How close a method's answers are to the reference's, for each evaluation set.
 
     `n` examples, `agreement` (share of equal answers), `agreement_ci95`, `kl_nats`, `kl_ci95`. KL is KL(reference ‖ method), what
-    distillation minimises: a mean over examples and runs. Raises what `metrics.beside_reference` raises.
+    distillation minimises: a mean over examples and runs. Raises UsageError if the reference answers an example several times, CorruptError
+    if it does not answer one.
     """
-    frames(reference, labels), frames(table, labels)  # labels are known
-    found: dict[str, Json] = {}
-    for (name,), part in beside_reference(table, reference).group_by("set", maintain_order=True):
-        theirs = part.select("example_id", predicted="predicted_reference", probabilities="probabilities_reference")
-        target, ours = (check_probabilities(frame, labels, str(name)) for frame in (theirs, part))
+    theirs, found = frames(reference, labels), {}
+    for name, frame in frames(table, labels).items():
+        answered = set(theirs[name]["example_id"]) if name in theirs else set()
+        if lacking := set(frame["example_id"]) - answered:
+            raise CorruptError(
+                f"predictions for set {name!r}: the reference did not answer {len(lacking)} examples, first {min(lacking)[:12]}. "
+                "Run the `evaluate` stages again."
+            )
+        if theirs[name]["example_id"].is_duplicated().any():
+            raise UsageError("evaluation.reference: it answers an example in each of its contexts. Choose one with `contexts: ensemble`.")
+        other = frame.select("example_id").join(theirs[name], on="example_id", how="left", maintain_order="left")
+        target, ours = (check_probabilities(rows, labels, name) for rows in (other, frame))
         kl = rel_entr(target, ours.clip(SMALLEST_PROBABILITY)).sum(axis=1)
-        same = (part["predicted"] == theirs["predicted"]).cast(pl.Float64)
-        means = pl.DataFrame({"example_id": part["example_id"], "kl_nats": kl, "agreement": same})
-        means = means.group_by("example_id", maintain_order=True).mean()
-        found[str(name)] = {"n": means.height}
-        for key, interval in (("agreement", "agreement_ci95"), ("kl_nats", "kl_ci95")):
-            sample = means[key].to_numpy()
-            found[str(name)] |= {key: float(sample.mean()), interval: mean_interval([sample], resamples=resamples, seed=seed)}
+        same = (frame["predicted"] == other["predicted"]).cast(pl.Float64)
+        means = frame.select("example_id", agreement=same, kl_nats=pl.Series(kl)).group_by("example_id", maintain_order=True).mean()
+        agreement, kl = means["agreement"].to_numpy(), means["kl_nats"].to_numpy()
+        found[name] = {
+            "n": means.height,
+            "agreement": float(agreement.mean()),
+            "agreement_ci95": mean_interval([agreement], resamples=resamples, seed=seed),
+            "kl_nats": float(kl.mean()),
+            "kl_ci95": mean_interval([kl], resamples=resamples, seed=seed),
+        }
     return rounded(found)
 
 
 def comparisons(
-    method: str,
-    other: str,
-    tables: Mapping[str, pa.Table] | Mapping[str, pl.DataFrame],
-    domains: Mapping[str, str],
-    right: pl.Expr = RIGHT,
-    *,
-    resamples: int,
-    seed: int,
+    method: str, other: str, scores: Mapping[str, Mapping[str, pl.DataFrame]], domains: Mapping[str, str], *, resamples: int, seed: int
 ) -> list[Json]:
     """The differences of two methods, `method` minus `other`, for each domain (`set` None) and each evaluation set.
 
-    A row has `n` examples, `difference` in accuracy (over a domain, the mean over its sets), `ci95` and `clear` as `metrics.compare` has
-    them; `only_method_right`, `only_other_right` (examples; over a domain, of all its sets together) and `mcnemar_p`, which are None if a
-    method answers an example several times, once in each run. `right` says which rows score 1.
+    `scores[method][set]` is from `metrics.example_scores`. A row has `n` examples; `difference` in accuracy (over a domain, the mean over
+    its sets), `ci95`, and `clear` if the interval excludes zero; `only_method_right`, `only_other_right` (examples of all its sets) and
+    `mcnemar_p`, which are None if a method answers an example several times. Raises CorruptError if the examples differ.
     """
+    pairs = {}
+    for name, mine in scores[method].items():
+        theirs = scores[other][name]
+        pairs[name] = mine.join(theirs, on="example_id", suffix="_other", maintain_order="left")
+        if not pairs[name].height == mine.height == theirs.height:
+            raise CorruptError(f"predictions for set {name!r}: {method} and {other} answered different examples. Run `dvc repro`.")
+    members = {domain: [name for name, own in domains.items() if own == domain] for domain in ("in", "out")}
+    wheres = [(domain, name, [name] if name else own) for domain, own in members.items() if own for name in (None, *own)]
     rows = []
-    for domain in ("in", "out"):
-        members = [name for name, own in domains.items() if own == domain]
-        for name, sets in [(None, members), *((member, [member]) for member in members)] if members else []:
-            found = compare(tables[method], tables[other], sets, resamples=resamples, seed=seed, right=right)
-            mine, theirs = (scores_by_set(tables[key], sets, right) for key in (method, other))
-            pairs = pl.concat([mine[key].join(theirs[key], on="example_id", suffix="_other", maintain_order="left") for key in sets])
-            one, two = pairs["score"].to_numpy(), pairs["score_other"].to_numpy()
-            tested: Json = {"only_method_right": None, "only_other_right": None, "mcnemar_p": None}
-            if np.isin([one, two], (0, 1)).all():
-                counts = int((one > two).sum()), int((one < two).sum())
-                tested = dict(zip(tested, (*counts, significant(mcnemar_exact(*counts))), strict=True))
-            rows.append({"method": method, "other": other, "domain": domain, "set": name, "n": len(one), **found, **tested})
+    for domain, where, sets in wheres:
+        samples = [(pairs[name]["score"] - pairs[name]["score_other"]).to_numpy() for name in sets]
+        low, high = mean_interval(samples, resamples=resamples, seed=seed, lowest=-1.0)
+        row = {"method": method, "other": other, "domain": domain, "set": where, "n": sum(map(len, samples))}
+        row |= {"difference": float(np.mean([sample.mean() for sample in samples])), "ci95": [low, high], "clear": low > 0 or high < 0}
+        both = pl.concat([pairs[name] for name in sets]).select("score", "score_other").to_numpy()
+        counts = int((both[:, 0] > both[:, 1]).sum()), int((both[:, 0] < both[:, 1]).sum())
+        tested = (*counts, float(f"{mcnemar_exact(*counts):.3g}")) if np.isin(both, (0, 1)).all() else (None,) * 3
+        rows.append(rounded(row) | dict(zip(("only_method_right", "only_other_right", "mcnemar_p"), tested, strict=True)))
     return rows
 
 
@@ -145,24 +140,22 @@ def write_break_even(params: Params, folders: Folders) -> None:
 def break_even(student: str, params: Params, metrics: Path) -> Json:
     """What a student cost and saves.
 
-    `capture_seconds` {teacher: s}, `tuning_seconds` {tuned: s}, `base_training_seconds` {another student that it began from or learnt from: s},
+    `capture_seconds` {teacher: s}, `tuning_seconds` {tuned: s}, `base_training_seconds` {other student that it is made with: s},
     `training_seconds`, `spent_seconds`; `one_by_one` and `batched`, see `payback`; `missing`, in words. What needs a missing time is None.
     """
     missing: list[str] = []
-    made = makers(student, params)
-    capture = {name: _capture_seconds(name, metrics, missing) for kind, name in made if kind == "teachers"}
-    tuning = {name: _training_seconds("tuned", name, metrics, missing) for kind, name in made if kind == "tuned"}
-    students = {name: _training_seconds("student", name, metrics, missing) for kind, name in made if kind == "students"}
-    parts = [*capture.values(), *tuning.values(), *students.values()]
+    seconds: dict[str, dict[str, float | None]] = {"teachers": {}, "tuned": {}, "students": {}}
+    for kind, name in makers(student, params):
+        seconds[kind][name] = _seconds(kind, name, metrics, missing)
+    parts = [part for own in seconds.values() for part in own.values()]
     spent = None if None in parts else round(math.fsum(part for part in parts if part is not None), 3)
     costs = [_cost(name, metrics, missing) for name in (student, params.evaluation.reference)]
-    latency = [None if cost is None else cost["latency_ms"] / 1000 for cost in costs]
-    batched = [None if cost is None else 1 / cost["throughput"]["examples_per_second"] for cost in costs]
+    latency, batched = ([cost and cost[n] for cost in costs] for n in (0, 1))
     return {
-        "capture_seconds": capture,
-        "tuning_seconds": tuning,
-        "base_training_seconds": {name: seconds for name, seconds in students.items() if name != student},
-        "training_seconds": students[student],
+        "capture_seconds": seconds["teachers"],
+        "tuning_seconds": seconds["tuned"],
+        "training_seconds": seconds["students"].pop(student),
+        "base_training_seconds": seconds["students"],
         "spent_seconds": spent,
         "one_by_one": payback(spent, *latency),
         "batched": payback(spent, *batched),
@@ -178,58 +171,49 @@ def makers(student: str, params: Params) -> list[tuple[str, str]]:
         kind, _, name = waiting.pop(0).partition("/")
         if kind == "targets":
             waiting += [f"teachers/{teacher}" for teacher in params.targets[name].teachers]
-        if kind not in {"students", "teachers", "tuned"} or (kind, name) in found:
-            continue
-        found[kind, name] = None
-        if kind == "teachers":
-            waiting.append(params.teachers[name].model)
-        elif kind == "tuned":
-            waiting.append(params.tuned[name].base)
-        else:
-            own = params.students[name]
-            waiting += [own.learn_from, *(f"teachers/{teacher}" for teacher in own.auxiliary), own.base]
+        elif kind in {"students", "teachers", "tuned"} and (kind, name) not in found:
+            found[kind, name] = None
+            if kind == "students":
+                own = params.students[name]
+                waiting += [own.learn_from, *(f"teachers/{teacher}" for teacher in own.auxiliary), own.base]
+            else:
+                waiting.append(params.teachers[name].model if kind == "teachers" else params.tuned[name].base)
     return list(found)
 
 
 def payback(spent: float | None, student: float | None, reference: float | None) -> Json:
-    """`student_seconds` and `reference_seconds` for one prediction, `saved_seconds`, and `predictions`: the smallest number that saves as much
-    as was spent, None if nothing is saved.
-    """
+    """`student_seconds`, `reference_seconds`, `saved_seconds` of a prediction; `predictions` that save what was spent, None if none do."""
     saved = None if student is None or reference is None else reference - student
     predictions = None if spent is None or saved is None or saved <= 0 else math.ceil(spent / saved)
     return rounded({"student_seconds": student, "reference_seconds": reference, "saved_seconds": saved}) | {"predictions": predictions}
 
 
-def _capture_seconds(teacher: str, metrics: Path, missing: list[str]) -> float | None:
-    file = metrics / "runtime" / f"teacher-{teacher}.json"
-    found = _read(file, f"`dvc repro -f -s teacher@{teacher}` writes it", missing)
-    if found is not None and found["rows_timed"] < found["rows"]:
-        missing.append(f"{file}: the times of {found['rows'] - found['rows_timed']} of {found['rows']} rows are not known")
+def _seconds(kind: str, name: str, metrics: Path, missing: list[str]) -> float | None:
+    """What the stage of a teacher, tuned model or student took."""
+    stage, prefix = {"teachers": ("teacher", "teacher"), "tuned": ("tune", "tuned"), "students": ("student", "student")}[kind]
+    file = metrics / "runtime" / f"{prefix}-{name}.json"
+    found = _read(file, f"`dvc repro -f -s {stage}@{name}` writes it", missing)
+    if found is None:
         return None
-    return found and found["seconds"]
-
-
-def _training_seconds(kind: str, name: str, metrics: Path, missing: list[str]) -> float | None:
-    """Of a student or a tuned teacher, as `kind` says."""
-    file = metrics / "runtime" / f"{kind}-{name}.json"
-    found = _read(file, f"`dvc repro -f -s {'tune' if kind == 'tuned' else kind}@{name}` writes it", missing)
-    if found is not None and found["resumed_at_step"]:
-        missing.append(f"{file}: an interrupted training went on at step {found['resumed_at_step']}, and only the rest was timed")
+    if (untimed := found.get("rows", 0) - found.get("rows_timed", 0)) or found.get("resumed_at_step"):
+        what = (
+            f"the times of {untimed} of {found['rows']} rows are not known" if untimed else "only the rest of a resumed training was timed"
+        )
+        missing.append(f"{file}: {what}")
         return None
-    return found and found["seconds"]
+    return found["seconds"]
 
 
-def _cost(method: str, metrics: Path, missing: list[str]) -> Json | None:
-    """A method's cost, if it was measured on what made its predictions."""
-    file = metrics / "cost" / f"{method}.json"
-    cost = _read(file, "the method's evaluation writes it", missing)
-    evaluated = _read(metrics / "eval" / f"{method}.json", "the method's evaluation writes it", missing)
+def _cost(method: str, metrics: Path, missing: list[str]) -> tuple[float, float] | None:
+    """Seconds of a prediction, one by one and in batches, if they were measured on what made the method's predictions."""
+    file, remedy = metrics / "cost" / f"{method}.json", "the method's evaluation writes it"
+    cost, evaluated = (_read(one, remedy, missing) for one in (file, metrics / "eval" / f"{method}.json"))
     if cost is None or evaluated is None:
         return None
     if cost["measured"]["subject"] != evaluated.get("subject"):
         missing.append(f"{file}: measured on another model or other prompts than those of the predictions")
         return None
-    return cost
+    return cost["latency_ms"] / 1000, 1 / cost["throughput"]["examples_per_second"]
 
 
 def _read(file: Path, remedy: str, missing: list[str]) -> Any:

@@ -1,32 +1,30 @@
 """What an answer costs: prompt tokens, latency, memory, throughput, each measured in a process that does only this.
 
 The parent writes a job: model folders, and prompts as token ids. The child, `python -m pipeline.evaluation.cost JOB`, loads the models as
-the predictions' scorer does, on a GPU if there is one and in the same number format. It answers examples one by one with their full prompts,
-as a caller without a prefix cache would, and notes times and the peak of its memory. Only then it answers more examples in batches, by the
-engine that predictions are made with: that is the throughput.
+the predictions' scorer does, on a GPU if there is one and in the same number format. It answers examples one by one with their full
+prompts, as a caller without a prefix cache would, and notes times and the peak of its memory. Then it answers more examples in batches, by
+the engine that predictions are made with: the throughput. A student answers with no context. An ensemble's answer takes all its contexts;
+of contexts on their own, the first is measured.
 
-A student answers with no context. An ensemble's answer takes all its contexts; a context on its own takes one, and the first is measured. A
-baseline's models are also measured behind a rising number of demonstrations; if there are fewer than asked for, they come round again.
-
-Figures are facts of one machine and say which. They are not outputs of DVC, and they carry the hash of what was measured, so that the report
-can tell figures of another model. Methods that send the same prompts to the same models share one measurement; a method's stage that runs
-again measures again.
+Figures are facts of one machine and say which. They are not outputs of DVC, and they carry the hash of what was measured, so that the
+report can tell figures of another model. Methods that send the same prompts to the same models share one measurement, but a method's stage
+that runs again measures again.
 """
 
 import json
 import platform
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.evaluation.metrics import Json
@@ -35,7 +33,7 @@ from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.models.folders import context_limit, load_model, load_tokenizer, parameter_counts, weights_sha256
 from pipeline.models.machine import DTYPES, cores, default_device, peak_rss_bytes, use_machine
 from pipeline.params import Params, TaskParams
-from pipeline.schema import Context, Example, Prompt, read_examples
+from pipeline.schema import NO_CONTEXT, Context, Example, Prompt, read_examples
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers.engines import open_engine
 from pipeline.teachers.scores import LABELS_ONLY
@@ -47,10 +45,8 @@ PROBES = 3
 FIGURES = ("prompt_tokens", "latency_ms", "peak_rss_bytes", "throughput")
 
 
-class Prompts(BaseModel):
+class Prompts(BaseModel, frozen=True):
     """What one model is asked."""
-
-    model_config = ConfigDict(frozen=True)
 
     folder: str
     weights: str
@@ -60,10 +56,8 @@ class Prompts(BaseModel):
     """For each context, the prompt of each example."""
 
 
-class Job(BaseModel):
-    """All prompts of a method. An example's answer takes every model's prompts for it; the first `timed` examples are answered one by one."""
-
-    model_config = ConfigDict(frozen=True)
+class Job(BaseModel, frozen=True):
+    """All prompts of a method. An example's answer takes every model's prompts for it; the first `timed` are answered one by one."""
 
     task: TaskParams
     models: list[Prompts]
@@ -77,72 +71,64 @@ class Job(BaseModel):
 
     def machine(self) -> Json:
         """What else times depend on: device, number formats, threads, torch."""
-        device = default_device()
-        info = Path("/proc/cpuinfo")
-        named = re.search(
-            r"^model name\s*: (.*)$", info.read_text(encoding="utf-8", errors="replace") if info.is_file() else "", re.MULTILINE
-        )
-        processor = named.group(1) if named else platform.processor() or platform.machine()
-        return {
-            "device": device.type,
-            "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-            "dtypes": sorted({prompts.dtype for prompts in self.models}),
-            "threads": self.threads,
-            "torch": torch.__version__,
-        }
+        device, info = default_device(), Path("/proc/cpuinfo")
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = (names or [platform.processor() or platform.machine()])[0]
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
+        dtypes = sorted({prompts.dtype for prompts in self.models})
+        return {"device": device.type, "processor": name, "dtypes": dtypes, "threads": self.threads, "torch": torch.__version__}
 
 
 def measure_method(name: str, models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Json:
     """Measure a method on the first of `examples` and write its figures to metrics/cost/NAME.json; see `run_job`.
 
     `models` are from `predictions.models_of`. A baseline also has `by_demonstrations`, a row for each of its models and each number in
-    `evaluation.cost_demonstrations`: `model`, `demonstrations`, `context_tokens` and the `FIGURES`; `repeated` if the demonstrations came
-    round again; `too_long_for` (tokens that the model takes) instead of figures if a prompt does not fit.
+    `evaluation.cost_demonstrations`: `model`, `demonstrations`, `context_tokens` and the `FIGURES`; `repeated` if there are fewer
+    demonstrations, so that they come round again; `too_long_for` (tokens that the model takes) instead of figures if a prompt does not fit.
     """
-    output = folders.metrics / "cost" / f"{name}.json"
+    output, baseline = folders.metrics / "cost" / f"{name}.json", params.baselines.get(name)
     since = output.stat().st_mtime if output.is_file() else 0.0
-    one = models[0]
-    if name in params.baselines and params.baselines[name].contexts == "ensemble":
-        figures = measure(_job(models, params, examples), folders.work, since)
-    else:  # one of several seeds or contexts
-        figures = measure(_job([Answering(one.folder, one.contexts[:1], one.dtype)], params, examples), folders.work, since)
-    if name in params.baselines:
-        rows = figures["by_demonstrations"] = []
-        for model in {model.folder: model for model in models}.values():
-            for count in params.evaluation.cost_demonstrations:
-                row, job = _behind(count, model, params, folders, examples)
-                figures_of = {} if job is None else measure(job, folders.work, since)
-                rows.append({**row, **{key: figures_of[key] for key in FIGURES if key in figures_of}})
+    together = baseline is not None and baseline.contexts == "ensemble"
+    asked = models if together else [replace(models[0], contexts=models[0].contexts[:1])]
+    figures = measure(_job(asked, params, folders, examples), folders.work, since)
+    if baseline is not None:
+        each = {model.folder: model for model in models}.values()
+        figures["by_demonstrations"] = [row for model in each for row in _by_demonstrations(model, params, folders, examples, since)]
     write_json(figures, output)
     return figures
 
 
-def _behind(count: int, model: Answering, params: Params, folders: Folders, examples: Sequence[Example]) -> tuple[Json, Job | None]:
-    """A model behind `count` demonstrations, in the file's order; no job if a prompt does not fit."""
+def _by_demonstrations(model: Answering, params: Params, folders: Folders, examples: Sequence[Example], since: float) -> Iterator[Json]:
     there = read_examples(folders.artifacts / "data" / "demonstrations.parquet", params.task.fields)
-    context = Context("", demonstrations=tuple((example.fields, example.label or "") for example in islice(cycle(there), count)))
-    job = _job([Answering(model.folder, (context,), model.dtype)], params, examples)
     tokens, limit = TaskTokens(Task(params.task), load_tokenizer(model.folder)), context_limit(model.folder)
-    bare = tokens.prompts(Context(""), examples[:1])[0].ids
-    row: Json = {"model": model.folder.relative_to(folders.artifacts).as_posix(), "demonstrations": count}
-    row |= {"context_tokens": len(job.models[0].ids[0][0]) - len(bare)} | ({"repeated": True} if count > len(there) else {})
-    if limit is not None and max(map(len, job.models[0].ids[0])) + tokens.longest_answer - 1 > limit:
-        return row | {"too_long_for": limit}, None
-    return row, job
+    bare = len(tokens.prompts(NO_CONTEXT, examples[:1])[0].ids)
+    for count in params.evaluation.cost_demonstrations:
+        context = Context("", demonstrations=tuple((example.fields, example.label or "") for example in islice(cycle(there), count)))
+        job = _job([replace(model, contexts=(context,))], params, folders, examples)
+        [ids] = job.models[0].ids
+        row: Json = {"model": model.folder.relative_to(folders.artifacts).as_posix(), "demonstrations": count}
+        row |= {"context_tokens": len(ids[0]) - bare} | ({"repeated": True} if count > len(there) else {})
+        if limit is not None and max(map(len, ids)) + tokens.longest_answer - 1 > limit:
+            yield row | {"too_long_for": limit}
+        else:
+            figures = measure(job, folders.work, since)
+            yield row | {key: figures[key] for key in FIGURES}
 
 
-def _job(models: Sequence[Answering], params: Params, examples: Sequence[Example]) -> Job:
+def _job(models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Job:
     timed = min(params.evaluation.cost_examples, len(examples))
     asked, found = examples[: max(timed, THROUGHPUT_EXAMPLES)], []
     for model in models:
         tokens = TaskTokens(Task(params.task), load_tokenizer(model.folder))
         ids = [[list(prompt.ids) for prompt in tokens.prompts(context, asked)] for context in model.contexts]
-        found.append(Prompts(folder=str(model.folder), weights=weights_sha256(model.folder), dtype=model.dtype, ids=ids))
+        weights = weights_sha256(model.folder, folders.work / "hashes")
+        found.append(Prompts(folder=str(model.folder), weights=weights, dtype=model.dtype, ids=ids))
     return Job(task=params.task, models=found, timed=timed, threads=params.runtime.threads or cores())
 
 
 def measure(job: Job, work: Path, since: float = 0.0) -> Json:
-    """The figures of a job: those that were measured on this machine after `since` (a file's time), or new ones, in a process of its own."""
+    """The figures of a job, measured in a process of its own unless they were on this kind of machine after `since` (a file's time)."""
     about = job.model_dump(mode="json", exclude={"models": {"__all__": {"folder"}}})
     kept = work / "cost" / f"{sha256_json([COST_VERSION, about, job.machine()])[:32]}.json"
     try:
@@ -166,58 +152,62 @@ def measure(job: Job, work: Path, since: float = 0.0) -> Json:
 def run_job(job: Job) -> Json:
     """Answer the first examples one by one, after one to warm up, then all in batches, and return the figures.
 
-    `measured` (`subject`, number of `examples` one by one and `batched`, and the machine); `prompt_tokens` an example; `latency_ms`, the median;
-    `peak_rss_bytes` up to the batches, which includes Python and its libraries (`before_loading_rss_bytes`); `peak_device_bytes` on a GPU;
-    `parameters`, `weights_bytes`, `disk_bytes`, `forward_passes` an example; `throughput` (`examples`, `examples_per_second`, `engine`).
+    `measured` (`subject`, number of `examples` one by one and `batched`, and the machine); `prompt_tokens` of an example; `latency_ms`, the
+    median; `peak_rss_bytes` up to the batches, with Python and its libraries (`before_loading_rss_bytes`); `peak_device_bytes` on a GPU;
+    `parameters`, `weights_bytes`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}.
     """
     use_machine(job.threads)
     before, device = peak_rss_bytes(), default_device()
     folders = {(prompts.weights, prompts.dtype): Path(prompts.folder) for prompts in job.models}
     loaded = {key: load_model(folder, DTYPES[key[1]], device) for key, folder in folders.items()}
-    seconds: list[float] = []
-    for number in [0, *range(job.timed)]:
-        start = time.perf_counter()
-        for prompts in job.models:
-            _answer(loaded[prompts.weights, prompts.dtype], [of_context[number] for of_context in prompts.ids])
-        seconds.append(time.perf_counter() - start)
-    every = [[ids for prompts in job.models for ids in (of_context[number] for of_context in prompts.ids)] for number in range(job.timed)]
+    by_example = [
+        [(loaded[prompts.weights, prompts.dtype], of_context[number]) for prompts in job.models for of_context in prompts.ids]
+        for number in range(job.timed)
+    ]
+    seconds = [_seconds(asked) for asked in [by_example[0], *by_example]][1:]
     on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    files = [file for folder in folders.values() for file in folder.iterdir() if file.is_file()]
     figures = {
         "measured": {"subject": job.subject, "examples": job.timed, "batched": len(job.models[0].ids[0]), **job.machine()},
-        "prompt_tokens": float(np.mean([sum(map(len, prompts)) for prompts in every])),
-        "latency_ms": round(1000 * float(np.median(seconds[1:])), 2),
+        "prompt_tokens": float(np.mean([sum(len(ids) for _, ids in asked) for asked in by_example])),
+        "latency_ms": round(1000 * float(np.median(seconds)), 2),
         "peak_rss_bytes": peak_rss_bytes(),
         **on_device,
         "before_loading_rss_bytes": before,
         "parameters": sum(parameter_counts(model)[0] for model in loaded.values()),
-        "weights_bytes": sum(file.stat().st_size for folder in folders.values() for file in folder.glob("*.safetensors")),
-        "disk_bytes": sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir() if file.is_file()),
-        "forward_passes": len(every[0]),
+        "weights_bytes": sum(file.stat().st_size for file in files if file.suffix == ".safetensors"),
+        "disk_bytes": sum(file.stat().st_size for file in files),
+        "forward_passes": len(by_example[0]),
     }
     return figures | {"throughput": _throughput(job, loaded, folders)}
 
 
-def _throughput(job: Job, loaded: dict[tuple[str, str], Any], folders: dict[tuple[str, str], Path]) -> Json:
+@torch.inference_mode()
+def _seconds(asked: Sequence[tuple[Any, list[int]]]) -> float:
+    """Of the plain forward passes that one example's answer takes."""
+    start = time.perf_counter()
+    for model, ids in asked:
+        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1).logits
+        logits.cpu()  # a GPU has answered only now
+    return time.perf_counter() - start
+
+
+def _throughput(job: Job, loaded: Mapping[tuple[str, str], Any], folders: Mapping[tuple[str, str], Path]) -> Json:
     """Examples a second in batches, a context's prompts together; an example's answer is that of all its prompts."""
     seconds, names = 0.0, []
     for key, model in loaded.items():
-        asked = [[Prompt(tuple(ids)) for ids in of_context] for p in job.models if (p.weights, p.dtype) == key for of_context in p.ids]
+        asked = [
+            [Prompt(tuple(ids)) for ids in own] for prompts in job.models if (prompts.weights, prompts.dtype) == key for own in prompts.ids
+        ]
         tokens = TaskTokens(Task(job.task), load_tokenizer(folders[key]))
         engine = open_engine(model, tokens, LABELS_ONLY, max(asked, key=lambda prompts: len(prompts[0].ids))[:PROBES])
         names.append(engine.name)
         start = time.perf_counter()
         for prompts in asked:
-            engine.score(prompts)
+            engine.score(prompts).label_logprobs.cpu()
         seconds += time.perf_counter() - start
     count = len(job.models[0].ids[0])
     return {"examples": count, "examples_per_second": round(count / seconds, 3), "engine": ", ".join(dict.fromkeys(names))}
-
-
-@torch.inference_mode()
-def _answer(model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    for prompt in prompts:
-        logits = model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False, logits_to_keep=1).logits
-        logits.cpu()  # a GPU has answered only now
 
 
 if __name__ == "__main__":

@@ -13,18 +13,7 @@ import polars as pl
 import pyarrow as pa
 from scipy.stats import chi2_contingency
 
-from pipeline.evaluation.metrics import (
-    ECE_BINS,
-    Floats,
-    Json,
-    check_probabilities,
-    confidence_bins,
-    example_scores,
-    frames,
-    mean_interval,
-    rounded,
-    significant,
-)
+from pipeline.evaluation.metrics import ECE_BINS, Floats, Json, binned, check_probabilities, example_scores, frames, mean_interval, rounded
 from pipeline.schema import SLICE, Example
 
 LENGTHS = ("short", "middle", "long")
@@ -51,20 +40,10 @@ def detail(table: pa.Table, labels: Sequence[str], members: Scores, domains: Map
 
 
 def reliability(frame: pl.DataFrame, labels: Sequence[str], where: str) -> list[Json]:
-    """The bins of the expected calibration error that have rows: `low` (excluded), `high` (included), `n`, mean `confidence`, `accuracy`."""
+    """The bins of the expected calibration error that have rows: `low`, `high`, `n`, mean `confidence`, `accuracy`."""
     confidence = check_probabilities(frame, labels, where).max(axis=1)
     right = (frame["predicted"] == frame["label"]).to_numpy()
     return binned(confidence, ECE_BINS, {"confidence": confidence, "accuracy": right})
-
-
-def binned(confidence: Floats, bins: int, values: Mapping[str, Any]) -> list[Json]:
-    """The bins (low, high] of a confidence that have examples: `n`, and the mean of each of `values`. Arrays: (examples,)."""
-    bin_of = confidence_bins(confidence, bins)
-    return [
-        {"low": b / bins, "high": (b + 1) / bins, "n": int((bin_of == b).sum())}
-        | {key: float(array[bin_of == b].mean()) for key, array in values.items()}
-        for b in np.unique(bin_of).tolist()
-    ]
 
 
 def confusion(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -121,13 +100,21 @@ def gaps(student: Scores, reference: Scores, labels: Sequence[str], members: Sco
     """One row for each dimension, domain, and set (None: all of the domain) with at least two slices of `SMALLEST_SLICE` examples.
 
     `student[set]` and `reference[set]` are from `metrics.example_scores`. A row has `p_value` of the student's right answers, and for
-    `student` and `reference` the `lowest` and `highest` slice and their `gap`. Between domains, `domain` is None.
+    `student` and `reference` the `lowest` and `highest` slice and their `gap`. Between domains, `domain` is None. A domain's only set
+    is not listed again.
     """
-    ours, theirs = (_groups(scores, labels, members, domains) for scores in (student, reference))
+    present = [domains[name] for name in student]
+    groups: list[dict[tuple[str, str | None, str | None], dict[str, Floats]]] = [{}, {}]
+    for scores, own in zip((student, reference), groups, strict=True):
+        for key, sample in slice_rows(scores, labels, members, domains):
+            if len(sample) >= SMALLEST_SLICE and (key["set"] is None or present.count(key["domain"]) > 1):
+                domain = None if key["dimension"] == "domain" else key["domain"]
+                own.setdefault((key["dimension"], domain, key["set"]), {})[key["slice"]] = sample
     return [
-        {"dimension": key[0], "domain": key[1], "set": key[2], "p_value": homogeneity(list(slices.values()))}
-        | rounded({"student": _extremes(slices), "reference": _extremes(theirs[key])})
-        for key, slices in ours.items()
+        dict(zip(("dimension", "domain", "set"), key, strict=True))
+        | {"p_value": homogeneity(list(slices.values()))}
+        | rounded({"student": _extremes(slices), "reference": _extremes(groups[1][key])})
+        for key, slices in groups[0].items()
         if len(slices) > 1
     ]
 
@@ -141,20 +128,7 @@ def homogeneity(samples: Sequence[Floats]) -> float | None:
     wrong = np.array([len(sample) for sample in samples]) - right
     if not right.sum() or not wrong.sum():
         return None
-    return significant(cast("Any", chi2_contingency(np.stack([right, wrong]))).pvalue)
-
-
-def _groups(
-    scores: Scores, labels: Sequence[str], members: Scores, domains: Mapping[str, str]
-) -> dict[tuple[str, str | None, str | None], dict[str, Floats]]:
-    """Scores of the slices that are compared with each other. A set that is its domain's only one is not listed twice."""
-    groups: dict[tuple[str, str | None, str | None], dict[str, Floats]] = {}
-    present = [domains[name] for name in scores]
-    for key, sample in slice_rows(scores, labels, members, domains):
-        if len(sample) >= SMALLEST_SLICE and (key["set"] is None or present.count(key["domain"]) > 1):
-            domain = None if key["dimension"] == "domain" else key["domain"]
-            groups.setdefault((key["dimension"], domain, key["set"]), {})[key["slice"]] = sample
-    return groups
+    return float(f"{cast('Any', chi2_contingency(np.stack([right, wrong]))).pvalue:.3g}")
 
 
 def _extremes(slices: Mapping[str, Floats]) -> Json:

@@ -4,8 +4,6 @@ A form is a JSON object with named keys, some with a list of values. Everything 
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -44,31 +42,29 @@ def parsed(table: pa.Table, form: FormParams | None) -> pl.DataFrame:
     rows = as_frame(table)
     if form is None:
         return rows
-    found = [values_of(answer, form) for answer in rows["answer"]]
-    columns: dict[str, list[str | None]] = {f"key.{key}": [values and values[key].strip() for values in found] for key in form.keys}
-    columns["predicted"] = [values and form.label and values[form.label] for values in found]
-    return rows.with_columns(
-        pl.Series("well_formed", [values is not None for values in found], pl.Boolean),
-        *(pl.Series(name, column, pl.String) for name, column in columns.items()),
-    )
+    found = [values_of(answer, form) or {} for answer in rows["answer"]]
+    columns = {f"key.{key}": [values[key].strip() if values else None for values in found] for key in form.keys}
+    columns["predicted"] = [values.get(form.label or "") for values in found]
+    text = [pl.Series(name, column, pl.String) for name, column in columns.items()]
+    return rows.with_columns(pl.Series("well_formed", [bool(values) for values in found], pl.Boolean), *text)
 
 
 def judge(table: pa.Table, form: FormParams | None, *, resamples: int, seed: int) -> dict[str, Json]:
     """For each evaluation set of `schema.ANSWERS` rows: `n` examples, mean `tokens`, and the shares that the task defines.
 
-    With a form the share of `well_formed` answers, with a label key the `accuracy` (an ill-formed answer is wrong), each with a `_ci95` that
+    With a form the share of `well_formed` answers, with a label key the `accuracy` (an ill-formed answer is wrong). Each has a `_ci95` that
     resamples examples, since runs (contexts, seeds) share them. If there are several runs, `contexts` has the spread of each share.
     """
     result: dict[str, Json] = {}
     for (name,), part in parsed(table, form).group_by("set", maintain_order=True):
         found: Json = {"n": part["example_id"].n_unique(), "tokens": round(float(np.mean(part["tokens"].to_numpy())), 3)}
-        contexts: Json = {}
+        runs = [run for _, run in part.group_by("run", maintain_order=True)]
         for share, counts in shares_of(form).items():
-            scores = example_scores(part, str(name), counts)["score"].to_numpy()
+            scores, *each = (example_scores(frame, str(name), counts)["score"].to_numpy() for frame in (part, *runs))
             found |= {share: float(scores.mean()), f"{share}_ci95": mean_interval([scores], resamples=resamples, seed=seed)}
-            each = [example_scores(run, str(name), counts)["score"].mean() for _, run in part.group_by("run", maintain_order=True)]
-            contexts |= {share: of_runs for of_runs in spread(np.array(each).tolist()).values()}
-        result[str(name)] = rounded(found | ({"contexts": contexts} if contexts else {}))
+            if len(runs) > 1:
+                found.setdefault("contexts", {})[share] = spread([float(own.mean()) for own in each])["contexts"]
+        result[str(name)] = rounded(found)
     return result
 
 
@@ -79,10 +75,7 @@ def agreement(table: pa.Table, reference: pa.Table, form: FormParams | None) -> 
     """
     keys = ["set", "example_id"]
     both = parsed(table, form).join(parsed(reference, form), on=keys, suffix="_reference", maintain_order="left")
-    columns: Mapping[str, Any] = {"text": "answer", **({} if form is None else {key: f"key.{key}" for key in form.keys})}
-    same = [
-        (pl.col(column).str.strip_chars() == pl.col(f"{column}_reference").str.strip_chars()).fill_null(value=False).mean().alias(key)
-        for key, column in columns.items()
-    ]
-    shares = both.group_by("set", maintain_order=True).agg(*same)
-    return {row.pop("set"): rounded(row) for row in shares.to_dicts()}
+    columns = {"text": "answer"} | ({} if form is None else {key: f"key.{key}" for key in form.keys})
+    pairs = {key: (pl.col(column).str.strip_chars(), pl.col(f"{column}_reference").str.strip_chars()) for key, column in columns.items()}
+    same = {key: (ours == theirs).fill_null(value=False).mean() for key, (ours, theirs) in pairs.items()}
+    return {row.pop("set"): rounded(row) for row in both.group_by("set", maintain_order=True).agg(**same).to_dicts()}

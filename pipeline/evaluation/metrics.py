@@ -1,10 +1,10 @@
-"""What a method's predictions are worth: accuracy with its interval, calibration, agreement, and differences between methods.
+"""What a method's predictions are worth: accuracy with its interval, and calibration.
 
-Functions from a table of predictions (`schema.PREDICTIONS`) to plain dicts, so that `evaluate` and `report` give the same numbers for the
-same rows. A method may answer in several runs: a baseline in each of its contexts, a student with each of its seeds. Its metrics are means
-over runs, and its intervals resample *examples*, since runs share their examples. Intervals are percentile bootstraps with one seed, so
-every method meets the same resamples. If all examples score alike, the bootstrap has no spread, and the exact binomial bound
-(Clopper-Pearson) is used. The intervals are about the draw of examples, not about another draw of demonstrations or another seed.
+Functions from a table of predictions (`schema.PREDICTIONS`) to plain dicts. A method may answer in several runs: a baseline in each of its
+contexts, a student with each of its seeds. Its metrics are means over runs, and its intervals resample *examples*, since runs share their
+examples. Intervals are percentile bootstraps with one seed, so every method meets the same resamples. If all examples score alike, the
+bootstrap has no spread, and the exact binomial bound (Clopper-Pearson) is used. The intervals are about the draw of examples, not about
+another draw of demonstrations or another seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,14 @@ import pyarrow as pa
 from scipy import stats
 from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
-from pipeline.errors import CorruptError, UsageError, choices
+from pipeline.errors import CorruptError, choices
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 Json = dict[str, Any]
 
 ECE_BINS = 15
-SUM_TOLERANCE = 1e-4  # of a float32 probability vector's sum
-ARGMAX_TOLERANCE = 1e-6
+SUM_TOLERANCE, ARGMAX_TOLERANCE = 1e-4, 1e-6  # of float32 probabilities
 DIGITS = 6
-ROWS_NAMED = 3
 ELEMENTS_A_BATCH = 8_000_000  # of the bootstrap's resampled array: 64 MB
 RIGHT = pl.col("predicted") == pl.col("label")
 
@@ -35,9 +32,8 @@ RIGHT = pl.col("predicted") == pl.col("label")
 def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: int, seed: int) -> dict[str, Json]:
     """Metrics of one method for each evaluation set, in the table's order of sets.
 
-    `table` follows `schema.PREDICTIONS`; `labels` is the order of its probabilities. Each set has `n` (examples), `accuracy`, `ci95`,
-    `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece` and `predicted_shares`; if there are several runs, also `contexts`, see
-    `spread`. Shares are fractions; floats have 6 digits.
+    `labels` is the order of the probabilities. Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0
+    to 1), `ece` and `predicted_shares`; if there are several runs, also `contexts`, see `spread`. Shares are fractions with 6 digits.
 
     Raises CorruptError naming rows whose probabilities are not a distribution or whose labels are unknown, and runs that did not answer the
     same examples.
@@ -48,8 +44,7 @@ def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: i
         mean = {key: float(np.mean([metrics[key] for metrics in each])) for key in each[0]}
         scores = example_scores(frame, name)["score"].to_numpy()
         shares = {label: (frame["predicted"] == label).sum() / frame.height for label in labels}
-        interval = mean_interval([scores], resamples=resamples, seed=seed)
-        head = {"n": len(scores), "accuracy": mean.pop("accuracy"), "ci95": interval}
+        head = {"n": len(scores), "accuracy": mean.pop("accuracy"), "ci95": mean_interval([scores], resamples=resamples, seed=seed)}
         found[name] = {**head, **mean, "predicted_shares": shares, **spread([metrics["accuracy"] for metrics in each])}
     return rounded(found)
 
@@ -63,51 +58,20 @@ def spread(accuracies: Sequence[float]) -> Json:
 
 
 def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, float]:
-    """A method in one flat row, for `dvc metrics`, with what `sets` has: metrics of labels, or of free text.
+    """A method in one flat row, for `dvc metrics`, with what its sets have; `domains[set]` is "in" or "out".
 
-    `well_formed_in`, `well_formed_out`, `accuracy_in` and `accuracy_out` are means over the sets of a domain (`domains`: "in" or "out"),
-    `accuracy_lowest` is the lowest of a set, `ece` and `log_loss` are means over all sets. Every set has the same weight.
+    `well_formed_in`, `well_formed_out`, `accuracy_in` and `accuracy_out` are means over the sets of a domain, `accuracy_lowest` is the
+    lowest of a set, `ece` and `log_loss` are means over all sets. Every set has the same weight.
     """
-    row = {}
-    for what in ("well_formed", "accuracy"):
-        for domain in ("in", "out"):
-            if values := [found[what] for name, found in sets.items() if domains[name] == domain and what in found]:
-                row[f"{what}_{domain}"] = float(np.mean(values))
-    if values := [found["accuracy"] for found in sets.values() if "accuracy" in found]:
-        row["accuracy_lowest"] = min(values)
-    for what in ("ece", "log_loss"):
-        if values := [found[what] for found in sets.values() if what in found]:
-            row[what] = float(np.mean(values))
-    return rounded(row)
 
+    def values(what: str, *wanted: str) -> list[float]:
+        return [found[what] for name, found in sets.items() if domains[name] in wanted and what in found]
 
-def agreement(table: pa.Table, reference: pa.Table) -> dict[str, float]:
-    """Share of rows with the reference's predicted label, for each evaluation set. Raises as `beside_reference` does."""
-    same = pl.col("predicted") == pl.col("predicted_reference")
-    shares = beside_reference(table, reference).group_by("set", maintain_order=True).agg(same.mean())
-    return {name: round(share, DIGITS) for name, share in shares.iter_rows()}
-
-
-def beside_reference(table: pa.Table, reference: pa.Table) -> pl.DataFrame:
-    """The rows of `table`, each with the reference's `predicted_reference` and `probabilities_reference` for the same example.
-
-    Raises UsageError if the reference has several predictions for an example, CorruptError if it has none for one.
-    """
-    keys = ["set", "example_id"]
-    theirs = as_frame(reference).select(*keys, "predicted", "probabilities")
-    if theirs.select(keys).is_duplicated().any():
-        raise UsageError(
-            "evaluation.reference: the reference has several predictions for one example, one for each context. "
-            "Choose a baseline with `contexts: ensemble`."
-        )
-    joined = as_frame(table).join(theirs, on=keys, how="left", suffix="_reference", maintain_order="left")
-    lacking = joined.filter(pl.col("predicted_reference").is_null())
-    if lacking.height:
-        raise CorruptError(
-            f"predictions: {lacking.height} rows have no counterpart in the reference's predictions, first example "
-            f"{lacking['example_id'][0][:12]} of set {lacking['set'][0]!r}. Run the `evaluate` stages again."
-        )
-    return joined
+    row = {f"{what}_{domain}": values(what, domain) for what in ("well_formed", "accuracy") for domain in ("in", "out")}
+    row |= {"accuracy_lowest": sorted(values("accuracy", "in", "out"))[:1]} | {
+        what: values(what, "in", "out") for what in ("ece", "log_loss")
+    }
+    return rounded({key: float(np.mean(found)) for key, found in row.items() if found})
 
 
 def mean_accuracy(table: pa.Table, sets: Sequence[str], *, resamples: int, seed: int) -> Json:
@@ -115,32 +79,6 @@ def mean_accuracy(table: pa.Table, sets: Sequence[str], *, resamples: int, seed:
     samples = [frame["score"].to_numpy() for frame in scores_by_set(table, sets).values()]
     mean = float(np.mean([sample.mean() for sample in samples]))
     return rounded({"accuracy": mean, "ci95": mean_interval(samples, resamples=resamples, seed=seed)})
-
-
-def compare(
-    table: pa.Table | pl.DataFrame,
-    other: pa.Table | pl.DataFrame,
-    sets: Sequence[str],
-    *,
-    resamples: int,
-    seed: int,
-    right: pl.Expr = RIGHT,
-) -> Json:
-    """Mean difference in accuracy over evaluation sets, `table` minus `other`: `difference`, `ci95`, `clear` (the interval excludes zero).
-
-    The bootstrap is paired: both methods are scored on the same resampled examples, which is far sharper than asking whether two intervals
-    overlap. `right` says which rows score 1. Raises CorruptError if the examples differ.
-    """
-    samples: list[Floats] = []
-    mine, theirs = scores_by_set(table, sets, right), scores_by_set(other, sets, right)
-    for name in sets:
-        pairs = mine[name].join(theirs[name], on="example_id", suffix="_other", maintain_order="left")
-        if not pairs.height == mine[name].height == theirs[name].height:
-            raise CorruptError(f"predictions for set {name!r}: two methods answered different examples. Run their `evaluate` stages again.")
-        samples.append((pairs["score"] - pairs["score_other"]).to_numpy())
-    low, high = mean_interval(samples, resamples=resamples, seed=seed, lowest=-1.0)
-    difference = float(np.mean([sample.mean() for sample in samples]))
-    return rounded({"difference": difference, "ci95": [low, high], "clear": bool(low > 0 or high < 0)})
 
 
 def scores_by_set(table: pa.Table | pl.DataFrame, sets: Sequence[str], right: pl.Expr = RIGHT) -> dict[str, pl.DataFrame]:
@@ -152,22 +90,16 @@ def scores_by_set(table: pa.Table | pl.DataFrame, sets: Sequence[str], right: pl
 def example_scores(frame: pl.DataFrame, where: str, right: pl.Expr = RIGHT) -> pl.DataFrame:
     """`example_id` and `score`: the share of runs in which an example was answered right, in order of first appearance.
 
-    Raises CorruptError if an example occurs twice in a run or is missing from one.
+    A missing prediction (an ill-formed answer in free text) is wrong. Raises CorruptError if an example does not occur once in each run.
     """
-    if frame.is_empty():
-        raise CorruptError(f"predictions: no rows for set {where!r}. Run the method's `evaluate` stage again.")
-    if frame.select("run", "example_id").is_duplicated().any():
-        raise CorruptError(f"predictions for set {where!r}: an example occurs twice in one run. Run `evaluate` again.")
-    # A missing prediction (an ill-formed answer in free text) is wrong.
-    scores = frame.group_by("example_id", maintain_order=True).agg(
-        right.fill_null(value=False).mean().alias("score"), pl.len().alias("rows")
-    )
     runs = frame["run"].n_unique()
-    if (incomplete := scores.filter(pl.col("rows") != runs)).height:
-        raise CorruptError(
-            f"predictions for set {where!r}: example {incomplete['example_id'][0][:12]} has {incomplete['rows'][0]} of {runs} runs. "
-            "Run `evaluate` again."
-        )
+    scores = frame.group_by("example_id", maintain_order=True).agg(
+        score=right.fill_null(value=False).mean(), rows=pl.len(), runs=pl.col("run").n_unique()
+    )
+    wrong = scores.filter((pl.col("rows") != runs) | (pl.col("runs") != runs))
+    if frame.is_empty() or wrong.height:
+        fault = f"example {wrong['example_id'][0][:12]} has {wrong['rows'][0]} rows in {runs} runs" if wrong.height else "no rows"
+        raise CorruptError(f"predictions for set {where!r}: {fault}. Run the method's `evaluate` stage again.")
     return scores.select("example_id", "score")
 
 
@@ -177,25 +109,30 @@ def mean_interval(samples: Sequence[Floats], *, resamples: int, seed: int, lowes
         value = float(np.mean([sample.mean() for sample in samples]))
         share = float(stats.binomtest(0, sum(map(len, samples))).proportion_ci(0.95, method="exact").high)
         return [value - share * (value - lowest), value + share * (1 - value)]
-
-    def statistic(*parts: Floats, axis: int = -1) -> Floats:
-        return cast("Floats", np.mean([part.mean(axis=axis) for part in parts], axis=0))
-
-    batch, rng = max(1, ELEMENTS_A_BATCH // max(map(len, samples))), np.random.default_rng(seed)
-    settings: Json = {"n_resamples": resamples, "batch": batch, "method": "percentile", "vectorized": True, "rng": rng}
-    interval = stats.bootstrap(tuple(samples), statistic, **settings).confidence_interval
+    settings: Json = {"n_resamples": resamples, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(seed)}
+    settings["batch"] = max(1, ELEMENTS_A_BATCH // max(map(len, samples)))
+    interval = stats.bootstrap(tuple(samples), _mean_of_means, **settings).confidence_interval
     return [float(interval.low), float(interval.high)]
+
+
+def _mean_of_means(*samples: Floats, axis: int = -1) -> Floats:
+    return cast("Floats", np.mean([sample.mean(axis=axis) for sample in samples], axis=0))
 
 
 def expected_calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int = ECE_BINS) -> float:
     """ECE over equal-width bins (lo, hi] of the confidence (Guo et al. 2017, 1706.04599, eq. 5). Both arrays: (examples,)."""
-    excess = np.bincount(confidence_bins(confidence, bins), weights=correct - confidence, minlength=bins)
-    return float(np.abs(excess).sum() / len(confidence))
+    rows = binned(confidence, bins, {"confidence": confidence, "accuracy": correct})
+    return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(confidence)
 
 
-def confidence_bins(confidence: Floats, bins: int = ECE_BINS) -> Ints:
-    """The bin, from 0, of each confidence: bin b is (b / bins, (b + 1) / bins], and 0 belongs to the first. Both arrays: (examples,)."""
-    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+def binned(confidence: Floats, bins: int, values: Mapping[str, Any]) -> list[Json]:
+    """The bins (low, high] of a confidence that have examples: `n`, and the mean of each of `values`. Arrays: (examples,)."""
+    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # 0 belongs to the first bin
+    return [
+        {"low": b / bins, "high": (b + 1) / bins, "n": int((bin_of == b).sum())}
+        | {key: float(array[bin_of == b].mean()) for key, array in values.items()}
+        for b in np.unique(bin_of).tolist()
+    ]
 
 
 def rounded(value: Any) -> Any:
@@ -205,11 +142,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(entry) for entry in value]
     return round(value, DIGITS) + 0.0 if isinstance(value, float) else value  # + 0.0: no -0.0
-
-
-def significant(p_value: float) -> float:
-    """A p-value with three significant digits."""
-    return float(f"{p_value:.3g}")
 
 
 def _run_metrics(frame: pl.DataFrame, labels: Sequence[str], where: str) -> dict[str, float]:
@@ -230,23 +162,20 @@ def _run_metrics(frame: pl.DataFrame, labels: Sequence[str], where: str) -> dict
 def check_probabilities(frame: pl.DataFrame, labels: Sequence[str], where: str) -> Floats:
     """The probabilities as (rows, labels) float64, each row summing to 1.
 
-    Raises CorruptError naming the first rows that are not a distribution, or whose predicted label is not the most probable one.
+    Raises CorruptError naming the first row that is not a distribution, or whose predicted label is not the most probable one.
     """
-    rows, predicted = frame["probabilities"].to_list(), frame["predicted"].to_list()
-    wrong = {i: f"{len(row)} probabilities for {len(labels)} labels" for i, row in enumerate(rows) if len(row) != len(labels)}
-    values: Floats = np.array(rows if not wrong else [], dtype=np.float64).reshape(-1, len(labels))
-    sums = values.sum(axis=1)
-    for i in np.flatnonzero(~((values >= 0).all(axis=1) & (np.abs(sums - 1) <= SUM_TOLERANCE))):  # NaN fails both
-        wrong[int(i)] = f"probabilities {rows[i]} are not a distribution"
-    if not wrong:
-        chosen = values[np.arange(len(values)), [labels.index(label) for label in predicted]]
-        for i in np.flatnonzero(chosen < values.max(axis=1, initial=0) - ARGMAX_TOLERANCE):
-            wrong[int(i)] = f"predicted {predicted[i]!r} is not the most probable"
-    if wrong:
-        named = "; ".join(f"example {frame['example_id'][i][:12]}: {why}" for i, why in list(wrong.items())[:ROWS_NAMED])
-        more = f" and {len(wrong) - ROWS_NAMED} more" if len(wrong) > ROWS_NAMED else ""
-        raise CorruptError(f"predictions for set {where!r}: {named}{more}. Run the method's `evaluate` stage again.")
-    return values / sums[:, None]
+    for example, predicted, row in frame.select("example_id", "predicted", "probabilities").iter_rows():
+        fault = None
+        if len(row) != len(labels):
+            fault = f"{len(row)} probabilities for {len(labels)} labels"
+        elif not (min(row) >= 0 and abs(sum(row) - 1) <= SUM_TOLERANCE):  # NaN fails one of them
+            fault = f"probabilities {row} are not a distribution"
+        elif row[labels.index(predicted)] < max(row) - ARGMAX_TOLERANCE:
+            fault = f"predicted {predicted!r} is not the most probable"
+        if fault:
+            raise CorruptError(f"predictions for set {where!r}: example {example[:12]}: {fault}. Run the method's `evaluate` stage again.")
+    values: Floats = np.array(frame["probabilities"].to_list(), dtype=np.float64)
+    return values / values.sum(axis=1, keepdims=True)
 
 
 def frames(table: pa.Table, labels: Sequence[str]) -> dict[str, pl.DataFrame]:

@@ -2,8 +2,8 @@
 
 A student answers with no context, each seed's model by itself. A baseline answers in the contexts of a target set, with the calibration
 learnt on the transfer set: each context on its own, or all averaged as the target set averages them. Answers in free text are generated
-with the task's own limits: by a student, a teacher in each of its contexts, or a model folder as it came. Scores of baselines go through the
-store, so baselines that put the same prompts to the same model share them; a student's are asked once and not kept.
+with the task's own limits: by a student, a teacher in each of its contexts, or a model folder as it came. Scores of baselines go through
+the store, so baselines that put the same prompts to the same model share them; a student's are not kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from pipeline.files import Folders, read_json, read_manifest
 from pipeline.models.trained import open_trained
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples
-from pipeline.targets.calibration import Combination, normalised
+from pipeline.targets.calibration import combination_of, normalised
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
@@ -102,7 +102,7 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
 
 
 def read_calibration(baseline: str, params: Params, folders: Folders) -> dict[str, Any]:
-    """What a target set says of its prompts: teachers, contexts (teacher by teacher) with weights and offsets, and how they are combined."""
+    """What a target set says of its prompts: teachers, contexts (teacher by teacher) with weights and offsets, how they are combined."""
     return read_json(folders.artifacts / params.baselines[baseline].prompts / "calibration.json")
 
 
@@ -118,42 +118,28 @@ def _context(listed: Mapping[str, Any], folders: Folders) -> Context:
 def predict(name: str, models: Sequence[Answering], params: Params, folders: Folders, sets: Sets) -> pa.Table:
     """`schema.PREDICTIONS` of a student, a run for each seed, or of a target set's prompts: a run for each context, or their ensemble.
 
-    `models` are from `models_of`. Raises MismatchError if one is no longer the model that the calibration was learnt with.
+    Rows are sets outermost, then runs, then examples. `models` are from `models_of`. Raises MismatchError if one is no longer the model
+    that the calibration was learnt with.
     """
-    task = Task(params.task)
-    scored = [label_scores(model, task, params, sets, f"evaluate {name} {model.run or ''}".rstrip()) for model in models]
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, examples in sets.items():
-        values = np.concatenate([scores[key] for scores in scored])  # [C, N, L]
-        if name in params.students:
-            runs, each = [model.run or "" for model in models], np.exp(normalised(values))
-        else:
-            combination = combination_of(read_calibration(name, params, folders), examples[0].source)
-            runs, each = [context.name for model in models for context in model.contexts], combination.each(values)
-            if params.baselines[name].contexts == "ensemble":
-                runs, each = [""], combination.ensemble(values)[None]
-        for run, probabilities in zip(runs, each, strict=True):
-            found.setdefault(run, {})[key] = probabilities
-    return _table(task, sets, found)
-
-
-def combination_of(calibration: Mapping[str, Any], source: str) -> Combination:
-    """How a target set combines its contexts for inputs of a source.
-
-    The offsets are those of that source if there are any (`calibrate_by: source`), else those of the whole transfer set.
-    """
-    contexts = calibration["contexts"]
-    offsets = calibration["by_source"].get(source, [context["offsets_nats"] for context in contexts])
-    weights = np.array([context["weight"] for context in contexts])
-    return Combination(np.array(offsets), weights, calibration["average"], calibration["temperature"])
-
-
-def label_scores(model: Answering, task: Task, params: Params, sets: Sets, title: str) -> dict[str, np.ndarray]:
-    """Label log-probabilities of every set, [C, N, L] each. All sets are one request: their batches are filled together."""
-    examples = _unique(sets)
+    task, examples = Task(params.task), _unique(sets)
     place = {example: row for row, example in enumerate(examples)}
-    values = model.scorer(task, params).label_scores(model.contexts, list(examples.values()), title)
-    return {key: values[:, [place[example.example_id] for example in own]] for key, own in sets.items()}
+    asked, title = list(examples.values()), f"evaluate {name}"
+    scored = np.concatenate([model.scorer(task, params).label_scores(model.contexts, asked, title) for model in models])  # [C, all, L]
+    rows = []
+    for key, own in sets.items():
+        scores = scored[:, [place[example.example_id] for example in own]]  # [C, N, L]
+        if name in params.students:
+            runs, each = [model.run for model in models], np.exp(normalised(scores))
+        else:
+            combination = combination_of(read_calibration(name, params, folders), own[0].source)
+            runs, each = [context.name for model in models for context in model.contexts], combination.each(scores)
+            if params.baselines[name].contexts == "ensemble":
+                runs, each = [""], combination.ensemble(scores)[None]
+        for run, probabilities in zip(runs, each.astype(np.float32), strict=True):
+            for example, values in zip(own, probabilities, strict=True):
+                predicted = task.labels[int(values.argmax())]
+                rows.append({**_keys(key, run or "", example), "predicted": predicted, "probabilities": values})
+    return pa.Table.from_pylist(rows, schema=PREDICTIONS)
 
 
 def answer(name: str, models: Sequence[Answering], params: Params, sets: Sets) -> pa.Table:
@@ -161,41 +147,26 @@ def answer(name: str, models: Sequence[Answering], params: Params, sets: Sets) -
     assert params.task.completion is not None
     # Answers that the data give are what a student learns; here it writes its own.
     writes = params.task.completion.model_copy(update={"source": "generated"})
-    task = Task(params.task.model_copy(update={"completion": writes}))
-    examples = _unique(sets)
+    task, examples = Task(params.task.model_copy(update={"completion": writes})), list(_unique(sets).values())
     said: dict[str, dict[str, tuple[str, int]]] = {}  # run → example → answer, tokens
     for model in models:
         scorer, names = model.scorer(task, params), {context.context_id: context.name for context in model.contexts}
         columns = ["context_id", "example_id", "completion_ids"]
-        for row in scorer.score(model.contexts, list(examples.values()), f"evaluate {name}", columns).to_pylist():
+        for row in scorer.score(model.contexts, examples, f"evaluate {name}", columns).to_pylist():
             run = names[row["context_id"]] if model.run is None else model.run
             text = scorer.tokens.tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
             said.setdefault(run, {})[row["example_id"]] = text, len(row["completion_ids"])
-    rows = [
-        {"set": key, "run": run, "example_id": example.example_id, "label": example.label, "answer": text, "tokens": tokens}
-        for key, own in sets.items()
-        for run, answers in said.items()
-        for example in own
-        for text, tokens in [answers[example.example_id]]
-    ]
+    rows = []
+    for key, run, example in ((key, run, example) for key, own in sets.items() for run in said for example in own):
+        text, tokens = said[run][example.example_id]
+        rows.append({**_keys(key, run, example), "answer": text, "tokens": tokens})
     return pa.Table.from_pylist(rows, schema=ANSWERS)
 
 
 def _unique(sets: Sets) -> dict[str, Example]:
-    """Every example once, by its id."""
+    """Every example once, by its id. All sets are one request: their batches are filled together."""
     return {example.example_id: example for examples in sets.values() for example in examples}
 
 
-def _table(task: Task, sets: Sets, probabilities: Mapping[str, Mapping[str, np.ndarray]]) -> pa.Table:
-    """PREDICTIONS rows: sets outermost, then runs, then examples. `probabilities[run][set]` is [N, L]."""
-    out: dict[str, list[Any]] = {name: [] for name in PREDICTIONS.names}
-    for key, examples in sets.items():
-        for run, by_set in probabilities.items():
-            values = by_set[key].astype(np.float32)
-            out["set"] += [key] * len(examples)
-            out["run"] += [run] * len(examples)
-            out["example_id"] += [example.example_id for example in examples]
-            out["label"] += [example.label for example in examples]
-            out["predicted"] += [task.labels[best] for best in values.argmax(-1)]
-            out["probabilities"] += list(values)
-    return pa.table(out, schema=PREDICTIONS)
+def _keys(key: str, run: str, example: Example) -> dict[str, Any]:
+    return {"set": key, "run": run, "example_id": example.example_id, "label": example.label}

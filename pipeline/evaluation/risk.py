@@ -1,19 +1,18 @@
 """The risks of a distilled student: flips under swaps, gaps between slices, disagreement with the reference, words behind its answers.
 
-A student with several seeds is several models. Each is checked by itself: its own answers in the predictions on disk, and its own answers to
-swapped and shortened texts.
+A student with several seeds is several models. Each is checked by itself: by its own predictions on disk, and its own answers to swapped
+and shortened texts.
 
-Flips: an answer before a swap (`swaps.py`) is the one on disk; the swapped text is put to the student. They are counted over the texts with
-something to swap, with the exact binomial interval: few texts with a name say little, and the interval shows it.
-
-Words: each word is left out in turn, and the log-odds that the answer loses are the word's weight. Leave-one-out (Li et al. 2016,
-1612.08220) asks the student itself, whatever its architecture, and needs no gradient. Its trade-off: words that say the same twice hide
-each other. It is done for a few examples on which student and reference disagree.
+Flips are counted over the texts with something to swap (`swaps.py`), with the exact binomial interval: few texts with a name say little,
+and the interval shows it. For the words behind an answer, each word is left out in turn, and the log-odds that the answer loses are the
+word's weight. Leave-one-out (Li et al. 2016, 1612.08220) asks the student itself, whatever its architecture, and needs no gradient. Its
+trade-off: words that say the same twice hide each other.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +20,8 @@ import polars as pl
 from scipy.stats import binomtest
 
 from pipeline.errors import CorruptError
-from pipeline.evaluation.detail import Scores, binned, gaps, membership
-from pipeline.evaluation.metrics import Floats, Json, check_probabilities, example_scores, frames, rounded
+from pipeline.evaluation.detail import Scores, gaps, membership
+from pipeline.evaluation.metrics import Floats, Json, binned, check_probabilities, example_scores, frames, rounded
 from pipeline.evaluation.predictions import Sets, models_of, read_sets
 from pipeline.evaluation.swaps import SWAPS, swap_fields
 from pipeline.files import Folders, write_json
@@ -30,6 +29,7 @@ from pipeline.params import Params, pick
 from pipeline.schema import NO_CONTEXT, PREDICTIONS, Example, read_table
 from pipeline.targets.calibration import normalised
 from pipeline.task import Task
+from pipeline.teachers.scorer import Scorer
 
 Ask = Callable[[Sequence[Example]], npt.NDArray[np.float64]]
 """Examples → the student's label probabilities [N, L]."""
@@ -38,7 +38,6 @@ ATTRIBUTED = 8
 MOST_WORDS = 60
 CONFIDENCE_BINS = 10
 SMALLEST_PROBABILITY = 1e-9
-_WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,9 @@ class Answered:
 
 
 def check_risks(name: str, params: Params, folders: Folders) -> None:
-    """Write metrics/risk/NAME.json: `student`, `reference`, and `swaps`, `gaps`, `disagreement`, `attributions` of the student's first seed.
+    """Write metrics/risk/NAME.json: `student`, `reference`, and the checks of the student's first seed (see `check_run`).
 
-    If there are several seeds, `run` says which this is, and `runs` has the same for each of the others.
+    If there are several seeds, `run` says which this is, and `runs` has the same checks of each of the others.
     """
     pick("students", params.students, name)
     document: Json = {"student": name}
@@ -72,11 +71,7 @@ def check_risks(name: str, params: Params, folders: Folders) -> None:
         )
         checked = {}
         for model in models_of(name, params, folders):
-            scorer, run = model.scorer(task, params), model.run or ""
-
-            def ask(examples: Sequence[Example], scorer=scorer, title=f"risk {name} {run}".rstrip()) -> Floats:
-                return np.exp(normalised(scorer.label_scores([NO_CONTEXT], examples, title)[0]))
-
+            ask, run = _asking(model.scorer(task, params), f"risk {name} {model.run}".rstrip()), model.run or ""
             own = {key: frame.filter(pl.col("run") == run) for key, frame in ours.items()}
             checked[run] = check_run(own, theirs, sets, ask, params)
         first, *others = checked
@@ -85,8 +80,12 @@ def check_risks(name: str, params: Params, folders: Folders) -> None:
     write_json(document, folders.metrics / "risk" / f"{name}.json")
 
 
+def _asking(scorer: Scorer, title: str) -> Ask:
+    return lambda examples: np.exp(normalised(scorer.label_scores([NO_CONTEXT], examples, title)[0]))
+
+
 def check_run(ours: Scores, theirs: Scores, sets: Sets, ask: Ask, params: Params) -> Json:
-    """The checks of one model. `ours[set]` and `theirs[set]` are its and the reference's rows of `schema.PREDICTIONS`, one for each example."""
+    """`swaps`, `gaps`, `disagreement`, `attributions` of one model. `ours[set]` are its predictions, `theirs[set]` the reference's."""
     labels, domains = params.task.labels, {key: entry.domain for key, entry in params.data.evaluation.items()}
     mine, other = (answered(predictions, sets, labels) for predictions in (ours, theirs))
     scores = [{key: example_scores(frame, key) for key, frame in predictions.items()} for predictions in (ours, theirs)]
@@ -143,29 +142,28 @@ def flips(mine: Sequence[Answered], ask: Ask, labels: Sequence[str], per_set: in
 
 def _flips_of(rows: Sequence[tuple[Answered, Example, Floats]], labels: Sequence[str]) -> Json:
     """What a swap did: rows are the answer before, the swapped text, and the probabilities after."""
-    entries, by_set = [], {}
+    entries = []
     for before, example, after in rows:
-        old, new = before.best, int(after.argmax())
-        own = by_set.setdefault(before.set, {"asked": 0, "flips": 0})
-        own["asked"] += 1
-        own["flips"] += old != new
         entry = {"set": before.set, "example_id": before.example.example_id, "before": dict(before.example.fields)}
         entry |= {"after": dict(example.fields), "label": before.example.label}
-        entry |= {"answer_before": labels[old], "answer_after": labels[new]}
-        entries.append(entry | {"p_before": float(before.probabilities[old]), "p_after": float(after[old])})
+        entry |= {"answer_before": labels[before.best], "answer_after": labels[int(after.argmax())]}
+        entries.append(entry | {"p_before": float(before.probabilities[before.best]), "p_after": float(after[before.best])})
+    flipped = [entry["answer_before"] != entry["answer_after"] for entry in entries]
     shifts = [abs(entry["p_after"] - entry["p_before"]) for entry in entries]
-    count, flipped = len(entries), sum(own["flips"] for own in by_set.values())
-    interval = binomtest(flipped, count).proportion_ci(0.95, method="exact") if count else None
-    entries.sort(key=lambda e: (e["answer_before"] == e["answer_after"], -abs(e["p_after"] - e["p_before"]), e["example_id"]))
+    interval = binomtest(sum(flipped), len(entries)).proportion_ci(0.95, method="exact") if entries else None
+    by_set: dict[str, list[bool]] = {}
+    for entry, flip in zip(entries, flipped, strict=True):
+        by_set.setdefault(entry["set"], []).append(flip)
+    order = sorted(range(len(entries)), key=lambda at: (not flipped[at], -shifts[at], entries[at]["example_id"]))
     return {
-        "asked": count,
-        "flips": flipped,
-        "flip_rate": flipped / count if count else None,
+        "asked": len(entries),
+        "flips": sum(flipped),
+        "flip_rate": float(np.mean(flipped)) if entries else None,
         "ci95": [float(interval.low), float(interval.high)] if interval else None,
-        "mean_shift": float(np.mean(shifts)) if count else None,
+        "mean_shift": float(np.mean(shifts)) if entries else None,
         "largest_shift": max(shifts, default=None),
-        "by_set": by_set,
-        "examples": entries[:FLIPS_SHOWN],
+        "by_set": {name: {"asked": len(own), "flips": sum(own)} for name, own in by_set.items()},
+        "examples": [entries[at] for at in order[:FLIPS_SHOWN]],
     }
 
 
@@ -179,24 +177,22 @@ def disagreement(
     right, right_reference = ours.argmax(axis=1) == gold, theirs.argmax(axis=1) == gold
     differ = ours.argmax(axis=1) != theirs.argmax(axis=1)
     shares = {"disagreement": differ, "student_accuracy": right, "reference_accuracy": right_reference}
-    by = {f"by_{who}_confidence": binned(p.max(axis=1), CONFIDENCE_BINS, shares) for who, p in (("student", ours), ("reference", theirs))}
-    return {"domain": domain, "n": len(pairs), "share": float(differ.mean()), **by}
+    by = {"by_student_confidence": ours, "by_reference_confidence": theirs}
+    bins = {key: binned(probabilities.max(axis=1), CONFIDENCE_BINS, shares) for key, probabilities in by.items()}
+    return {"domain": domain, "n": len(pairs), "share": float(differ.mean()), **bins}
 
 
 def attributions(mine: Sequence[Answered], other: Sequence[Answered], ask: Ask, labels: Sequence[str]) -> tuple[list[Json], int]:
     """Up to `ATTRIBUTED` disagreements, and how many were passed over since they have more than `MOST_WORDS` words.
 
-    An entry has both answers with their probabilities, and `words` with the weight of each for the student's answer (`attribute`). Sets take
+    An entry has both answers with their probabilities, and `words` with their weights for the student's answer (`attribute`). Sets take
     turns, and within a set the smallest example ids come first: a draw that does not depend on what the models said.
     """
     differ = [pair for pair in zip(mine, other, strict=True) if pair[0].best != pair[1].best]
-    short = [pair for pair in differ if sum(len(_WORD.findall(text)) for text in pair[0].example.fields.values()) <= MOST_WORDS]
-    turns = {}
-    for name in dict.fromkeys(one.set for one, _ in short):
-        own = sorted((pair for pair in short if pair[0].set == name), key=lambda pair: pair[0].example.example_id)
-        turns |= {(turn, name): pair for turn, pair in enumerate(own)}
-    order = sorted(turns, key=lambda key: key[0])[:ATTRIBUTED]  # stable: sets keep their order
-    chosen = [turns[key] for key in order]
+    short = [pair for pair in differ if sum(len(text.split()) for text in pair[0].example.fields.values()) <= MOST_WORDS]
+    short.sort(key=lambda pair: pair[0].example.example_id)
+    queues = [[pair for pair in short if pair[0].set == name] for name in dict.fromkeys(one.set for one in mine)]
+    chosen = [pair for turn in zip_longest(*queues) for pair in turn if pair is not None][:ATTRIBUTED]
     entries = []
     for (one, two), words in zip(chosen, attribute([(one.example, one.best) for one, _ in chosen], ask), strict=True):
         entry = {"set": one.set, "example_id": one.example.example_id, "fields": dict(one.example.fields), "label": one.example.label}
@@ -211,7 +207,7 @@ def attribute(answers: Sequence[tuple[Example, int]], ask: Ask) -> list[list[Jso
 
     The weight is the log-odds (nats) of the answer lost when the word goes: positive if it speaks for the answer, negative if against it.
     """
-    parts = [list(_without_each_word(example)) for example, _ in answers]
+    parts = [_without_each_word(example) for example, _ in answers]
     asked = [*(example for example, _ in answers), *(without for part in parts for _, without in part)]
     probabilities = ask(asked) if asked else np.empty((0, 0))
     whole, rest = probabilities[: len(answers)], iter(probabilities[len(answers) :])
@@ -221,10 +217,10 @@ def attribute(answers: Sequence[tuple[Example, int]], ask: Ask) -> list[list[Jso
     ]
 
 
-def _without_each_word(example: Example) -> Sequence[tuple[Json, Example]]:
+def _without_each_word(example: Example) -> list[tuple[Json, Example]]:
     found = []
     for name, text in example.fields.items():
-        for word in _WORD.finditer(text):
+        for word in re.finditer(r"\S+", text):
             rest = f"{text[: word.start()].rstrip()} {text[word.end() :].lstrip()}".strip()
             about = {"field": name, "word": word.group(), "start": word.start(), "end": word.end()}
             found.append((about, Example({**example.fields, name: rest})))

@@ -39,9 +39,9 @@ _OTHER_GENDER = {one: other for pair in GENDER.split() for one, other in (pair.s
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _NEXT_WORD = re.compile(r"[ \t]+[^\W_]")
 # After "her" these open a new part of the sentence, so that it is an object ("saw her in the park"), not a possessive.
-_AFTER_OBJECT = frozenset(
+_AFTER_OBJECT = re.compile(
     "a about again alone an and as at away back because but by down for from if in into is of off on or out over than that the through to "
-    "too up was when where while with".split()
+    "too up was when where while with".replace(" ", "|")
 )
 
 
@@ -110,7 +110,7 @@ def _counterpart(word: str, rest: str) -> str:
     """A word's counterpart in small letters, or the word; `rest` is what follows it."""
     follows = _WORD.match(rest.lstrip()) if _NEXT_WORD.match(rest) else None
     if word == "her":
-        return "his" if follows is not None and follows.group().lower() not in _AFTER_OBJECT else "him"
+        return "his" if follows is not None and not _AFTER_OBJECT.fullmatch(follows.group().lower()) else "him"
     if word == "his":
         return "her" if follows is not None else "hers"
     return {"him": "her", "hers": "his"}.get(word) or _OTHER_GENDER.get(word, word)

@@ -41,8 +41,6 @@ def _figures(document: dict[str, Any]) -> list[str]:
     """Memory and unusable rows in words."""
     memory, inputs, bad = document["memory"], document["inputs"], document["bad_rows"]
     limit = "no limit set" if memory["limit_mb"] is None else f"limit {memory['limit_mb']:,} MB"
-    over = {True: ": alarm", False: ""}
-    return [
-        f"memory: {memory['peak_mb']:,.0f} MB at its peak while answering ({limit}){over[memory['alarm']]}",
-        f"rows with an error: {inputs['with_error']:,} of {inputs['rows']:,} (limit {bad['limit']:.0%}){over[bad['alarm']]}",
-    ]
+    peak = f"memory: {memory['peak_mb']:,.0f} MB at its peak while answering ({limit})"
+    rows = f"rows with an error: {inputs['with_error']:,} of {inputs['rows']:,} (limit {bad['limit']:.0%})"
+    return [line + ": alarm" * figure["alarm"] for line, figure in ((peak, memory), (rows, bad))]

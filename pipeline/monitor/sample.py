@@ -44,8 +44,9 @@ class Sample:
 
     def take(self, rows: Sequence[int]) -> "Sample":
         """Some rows, in the order given."""
-        texts, ids, labels = ([column[row] for row in rows] for column in (self.texts, self.ids, self.labels))
-        return Sample(texts, ids, labels, self.confidence[list(rows)], self.states[list(rows)])
+        index = list(rows)
+        texts, ids, labels = [self.texts[i] for i in index], [self.ids[i] for i in index], [self.labels[i] for i in index]
+        return Sample(texts, ids, labels, self.confidence[index], self.states[index])
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,20 @@ def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: Mon
                 yield "\n".join(example.fields.values()), item
 
     drawn = draw(usable(), params.max_rows, params.seed)
-    texts, ids, labels, confidence, states, gold = [], [], [], [], [], []
+    answered = []
     with progress(f"answering {origin}", len(drawn), "rows") as meter:
         for start in range(0, len(drawn), ROWS_AT_ONCE):
             window = drawn[start : start + ROWS_AT_ONCE]
-            answers = predictor.answer([item.fields for _, item in window])
-            for (text, item), prediction, prompt, state in zip(window, answers.predictions, answers.ids, answers.states, strict=True):
+            found = predictor.answer([item.fields for _, item in window])
+            for (text, item), prediction, ids, state in zip(window, found.predictions, found.ids, found.states, strict=True):
                 if prediction.error is None:
-                    columns = (texts, ids, labels, confidence, states, gold)
-                    row = (text, prompt, prediction.label, prediction.confidence, state, item.kept.get(GOLD))
-                    for column, value in zip(columns, row, strict=True):
-                        column.append(value)
+                    answered.append((text, ids, prediction.label, prediction.confidence, state, item.kept.get(GOLD)))
             meter.advance(len(window))
-    if len(texts) < LEAST_ROWS:
-        raise UsageError(f"{origin}: {len(texts)} inputs can be used, and a comparison needs {LEAST_ROWS}. Give a file with more.")
-    sample = Sample(texts, ids, labels, np.array(confidence), np.array(states, dtype=np.float64))
-    return Inputs(origin, sample, gold, rows, bad + len(drawn) - len(texts))
+    if len(answered) < LEAST_ROWS:
+        raise UsageError(f"{origin}: {len(answered)} inputs can be used, and a comparison needs {LEAST_ROWS}. Give a file with more.")
+    texts, prompts, labels, confidence, states, gold = map(list, zip(*answered, strict=True))
+    sample = Sample(texts, prompts, labels, np.array(confidence), np.array(states, dtype=np.float64))
+    return Inputs(origin, sample, gold, rows, bad + len(drawn) - len(answered))
 
 
 def draw(rows: Iterable[tuple[str, Item]], count: int, seed: int) -> list[tuple[str, Item]]:

@@ -105,7 +105,7 @@ def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[s
             if isinstance(read, BadRow):
                 yield Item(read.line, {}, error=f"{read.field}: {read.reason}" if read.field else read.reason)
                 continue
-            values = [None if value is MISSING or _is_not_finite(value) else value for value in read.values]
+            values = [_value(value) for value in read.values]
             through = dict(zip(kept, values[len(asked) :], strict=True))
             if not is_log:
                 yield Item(read.line, dict(zip(columns, values, strict=False)), through)
@@ -120,8 +120,9 @@ def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[s
         raise UsageError(f"{missing.fault} Name the right one with {options[missing.column]}.") from None
 
 
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _value(value: Any) -> Any:
+    """A cell; None for one that is absent, or a number that JSON lacks."""
+    return None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def _begins_as_log(file: Path) -> bool:

@@ -10,7 +10,7 @@ be used gets a prediction that says why, and the others get their answers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,8 @@ class Prediction:
     error: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as a JSON object: `error`, or `label`, `confidence` and `probabilities`."""
-        if self.error is not None:
-            return {"error": self.error}
-        return {"label": self.label, "confidence": self.confidence, "probabilities": self.probabilities}
+        """The answer as a JSON object: `label`, `confidence` and `probabilities`, or `error`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +122,16 @@ class Predictor:
 
     def example(self, value: Input) -> Example:
         """An input's fields, as the student was trained to see them. Raises BadValueError if they cannot be used; length is not checked."""
-        names = self.task.fields
+        first, *others = self.task.fields
         if isinstance(value, str):
-            if len(names) > 1:
-                raise BadValueError(names[0], f"not an object with the fields {', '.join(names)}", value)
-            value = {names[0]: value}
+            if others:
+                raise BadValueError(first, f"not an object with the fields {', '.join(self.task.fields)}", value)
+            value = {first: value}
         if not isinstance(value, Mapping):
-            raise BadValueError(names[0], "neither a text nor an object", value)
-        example = Example({name: field_text(name, value.get(name, MISSING), None) for name in names})
+            raise BadValueError(first, "neither a text nor an object", value)
+        example = Example({name: field_text(name, value.get(name, MISSING), None) for name in self.task.fields})
         if fault := self._tokens.fault_of(example):
-            raise BadValueError(names[0], fault, value)
+            raise BadValueError(first, fault, value)
         return example
 
     def _score(self, prompts: Mapping[int, Prompt], predictions: list[Prediction], states: Floats) -> None:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.requests import ClientDisconnect
 
 from pipeline.serving.log import PredictionLog
 from pipeline.serving.predictor import Prediction, Predictor
 
-CLIENT_GONE = 499
-"""nginx's status for a client that closed the connection: such requests are counted apart from the server's faults."""
+CLIENT_GONE = 499  # nginx's status for it, so that such requests are counted apart from the server's faults
 BODY_SCHEMA = {"schema": {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array"}}}}
 
 
@@ -44,10 +43,6 @@ class Limits:
     """Rows of concurrent requests that share a pass; a request that has more gets a pass alone."""
     waiting_rows: int = 1024
     """Rows that wait before further requests are told to come back later (503)."""
-
-
-class OverloadedError(Exception):
-    """Too many rows are waiting; try again later."""
 
 
 class Batcher:
@@ -71,9 +66,9 @@ class Batcher:
         return sum(len(rows) for rows, _ in self._queue)
 
     async def ask(self, rows: Sequence[Any]) -> list[Prediction]:
-        """The predictions of `rows`, in order. Raises OverloadedError at once if too many rows wait."""
+        """The predictions of `rows`, in order. Raises HTTPException 503 at once if too many rows wait."""
         if self._queue and self.waiting + len(rows) > self._limits.waiting_rows:
-            raise OverloadedError
+            raise HTTPException(503, "too many inputs are waiting; try again later", {"Retry-After": "1"})
         future: asyncio.Future[list[Prediction]] = asyncio.get_running_loop().create_future()
         self._queue.append((rows, future))
         one_pass = asyncio.create_task(self._pass(future))  # a task, so that a client that goes away does not end a pass that others share
@@ -118,14 +113,12 @@ class Telemetry:
     def __init__(self, predictor: Predictor, log: PredictionLog | None) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        about = Info("shotless_student", "The student that answers.", registry=registry)
-        about.info({"name": predictor.student.name, "weights_sha256": predictor.weights_sha256})
         self.requests = Counter("shotless_requests", "Requests to /predict by status code.", ["status"], registry=registry)
         self.seconds = Histogram("shotless_request_seconds", "Seconds from a request's arrival to its answer.", registry=registry)
         self.answers = Counter("shotless_answers", "Rows answered, by label.", ["label"], registry=registry)
         self.row_errors = Counter("shotless_row_errors", "Rows that could not be answered.", registry=registry)
-        twentieths = [bound / 20 for bound in range(1, 21)]
-        self.confidence = Histogram("shotless_confidence", "Confidence of answers.", registry=registry, buckets=twentieths)
+        buckets = [bound / 20 for bound in range(1, 21)]
+        self.confidence = Histogram("shotless_confidence", "Confidence of answers.", registry=registry, buckets=buckets)
         for label in predictor.labels:  # shown from the start, with 0
             self.answers.labels(label)
         if log is not None:
@@ -176,10 +169,7 @@ def make_app(predictor: Predictor, limits: Limits | None = None, log: Prediction
     async def _predictions(inputs: list[Any]) -> list[Prediction]:
         """Predictions in order; rows over the limit of characters never reach the model."""
         long = {place for place, value in enumerate(inputs) if _longest(value) > bounds.chars}
-        try:
-            found = iter(await batcher.ask([value for place, value in enumerate(inputs) if place not in long]))
-        except OverloadedError:
-            raise HTTPException(503, "too many inputs are waiting; try again later", {"Retry-After": "1"}) from None
+        found = iter(await batcher.ask([value for place, value in enumerate(inputs) if place not in long]))
         fault = Prediction(error=f"too long: more than {bounds.chars:,} characters")
         return [fault if place in long else next(found) for place in range(len(inputs))]
 

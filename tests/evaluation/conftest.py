@@ -160,14 +160,14 @@ class World:
             "targets": name,
             **entry,
             "teachers": {teacher: self.teacher(teacher) for teacher in entry["teachers"]},
-            "contexts": [context | {"offsets_nats": offsets(number)} for number, context in enumerate(contexts)],
+            "contexts": [context | {"calibration": "batch_log", "offsets": offsets(number)} for number, context in enumerate(contexts)],
         }
         write_json(described, self.artifacts / "targets" / name / "calibration.json")
 
     def teacher(self, name):
         """What a target set, or a cache's manifest, says of a teacher."""
         model, contexts = TEACHERS[name]
-        identity = Scorer(self.artifacts / model, Task(self.params.task)).identity
+        identity = Scorer(self.artifacts / model, Task(self.params.task), work=None).identity
         listed = [{"name": context.name, "context_id": context.context_id, "tokens": 1} for context in contexts]
         return {"model": model, "contexts": listed, "dtype": "float32", "identity": identity}
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import CorruptError, UsageError
 from pipeline.evaluation import compare as compare_module
 from pipeline.evaluation.compare import break_even, compare_methods, comparisons, mcnemar_exact, payback, to_reference, write_break_even
+from pipeline.evaluation.metrics import mean_accuracy, scores_by_set
 from pipeline.files import Folders, read_json, write_json
 from pipeline.params import parse_params
 from pipeline.schema import PREDICTIONS, write_table
@@ -45,6 +47,12 @@ def table_of(rows):
     return pa.Table.from_pylist(rows, PREDICTIONS)
 
 
+def compared(a, b, domains=DOMAINS):
+    """Comparisons of two methods with these rows."""
+    scores = {name: scores_by_set(table_of(rows), list(domains)) for name, rows in (("a", a), ("b", b))}
+    return comparisons("a", "b", scores, domains, **BOOTSTRAP)
+
+
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_mcnemar_is_the_two_sided_binomial_test_of_the_discordant_pairs(b, c):
     n = b + c
@@ -54,8 +62,7 @@ def test_mcnemar_is_the_two_sided_binomial_test_of_the_discordant_pairs(b, c):
 
 
 def test_a_comparison_counts_what_only_one_gets_right():
-    tables = {"a": table_of(rows_of(1)), "b": table_of(rows_of(2))}
-    found = comparisons("a", "b", tables, DOMAINS, **BOOTSTRAP)
+    found = compared(rows_of(1), rows_of(2))
     assert [(row["domain"], row["set"]) for row in found] == [
         ("in", None),
         ("in", "movie"),
@@ -78,11 +85,44 @@ def test_a_comparison_counts_what_only_one_gets_right():
 
 
 def test_several_contexts_have_a_difference_and_no_mcnemar():
-    tables = {"a": table_of(rows_of(1, contexts=3)), "b": table_of(rows_of(2))}
-    found = comparisons("a", "b", tables, DOMAINS, **BOOTSTRAP)
+    found = compared(rows_of(1, contexts=3), rows_of(2))
     assert all(row["mcnemar_p"] is row["only_method_right"] is None for row in found)
     right = [np.mean([r["predicted"] == r["label"] for r in rows if r["set"] == "movie"]) for rows in (rows_of(1, 3), rows_of(2))]
     assert found[0]["difference"] == pytest.approx(right[0] - right[1], abs=1e-6)
+
+
+def test_a_method_against_itself_differs_by_nothing_and_a_better_one_clearly():
+    rows = rows_of(4, n=200)
+    [same, *_] = compared(rows, rows)
+    assert (same["difference"], same["clear"], same["mcnemar_p"]) == (0, False, 1.0)
+    assert same["ci95"][1] < 0.02, "agreement on every example leaves little room"
+    best = [row | {"predicted": row["label"]} for row in rows]
+    [gain, *_], [loss, *_] = compared(best, rows), compared(rows, best)
+    assert gain["clear"]
+    assert loss["difference"] == pytest.approx(-gain["difference"])
+
+
+def test_a_domain_s_difference_is_of_means_over_its_sets_paired_by_example():
+    a, b = rows_of(1, n=60) + rows_of(3, n=9, sets=("small",)), rows_of(2, n=60) + rows_of(5, n=9, sets=("small",))
+    domains = DOMAINS | {"small": "in"}
+    [row, *_] = compared(a, b[::-1], domains)
+    one, two = (mean_accuracy(table_of(rows), ["movie", "small"], **BOOTSTRAP)["accuracy"] for rows in (a, b))
+    assert (row["n"], row["set"]) == (69, None)
+    assert row["difference"] == pytest.approx(one - two, abs=2e-6)
+    with pytest.raises(CorruptError, match="set 'movie': a and b answered different examples"):
+        compared(a, b[1:], domains)
+
+
+def test_the_reference_answers_every_example_once():
+    rows, table = rows_of(1), table_of(rows_of(1))
+    assert {found["agreement"] for found in to_reference(table, table, LABELS, **BOOTSTRAP).values()} == {1.0}
+    other = table_of(rows_of(2)), table_of(rows_of(2)[::-1])
+    assert to_reference(table, other[0], LABELS, **BOOTSTRAP) == to_reference(table, other[1], LABELS, **BOOTSTRAP), "joined by example"
+    with pytest.raises(UsageError, match="contexts: ensemble"):
+        to_reference(table, table_of(rows_of(1, contexts=2)), LABELS, **BOOTSTRAP)
+    for lacking, count in ((rows[1:], 1), (rows[25:], 25)):
+        with pytest.raises(CorruptError, match=f"set 'movie': the reference did not answer {count} examples, first movie-0"):
+            to_reference(table, table_of(lacking), LABELS, **BOOTSTRAP)
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -200,7 +240,7 @@ def test_a_student_of_labels_pays_for_no_teacher_and_a_slower_one_never_pays(par
             {"runtime/teacher-zero_shot": {"seconds": 1.0, "rows": 10, "rows_timed": 7}},
             "teacher-zero_shot.json: the times of 3 of 10 rows are not known",
         ),
-        ({"runtime/student-cd": {"seconds": 1.0, "resumed_at_step": 12}}, "went on at step 12"),
+        ({"runtime/student-cd": {"seconds": 1.0, "resumed_at_step": 12}}, "only the rest of a resumed training was timed"),
         ({"cost/teacher": None}, "teacher.json: no such file"),
         ({"eval/cd": {"subject": "another"}}, "cd.json: measured on another model"),
     ],

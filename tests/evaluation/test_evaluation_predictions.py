@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
-from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.evaluation.predictions import models_of, predict, read_sets
 from pipeline.schema import PREDICTIONS, Context, Example, read_table, write_contexts, write_examples
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError
-from pipeline.evaluation.detail import SMALLEST_SLICE, binned, gaps, homogeneity
+from pipeline.evaluation.detail import SMALLEST_SLICE, gaps, homogeneity
+from pipeline.evaluation.metrics import binned
 from pipeline.evaluation.predictions import models_of, predict, read_sets
 from pipeline.evaluation.risk import (
     FLIPS_SHOWN,

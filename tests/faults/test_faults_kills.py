@@ -52,7 +52,9 @@ def writer(tmp_path):
     process.stdout.close()
 
 
-@pytest.mark.parametrize("moment", ["at once", "plan-00000.parquet", "part-00000-000000.parquet", "part-00000-000005.parquet", "part-00000.parquet"])
+@pytest.mark.parametrize(
+    "moment", ["at once", "plan-00000.parquet", "part-00000-000000.parquet", "part-00000-000005.parquet", "part-00000.parquet"]
+)
 def test_killed_at_a_moment_it_goes_on_to_the_same_bytes(writer, unbroken, tmp_path, moment):
     """The writer is killed when a file appears."""
     writer.stdin.write(b"go\n")

@@ -25,7 +25,7 @@ from serving_world import PROJECT, TEXTS, make_student
 
 from pipeline.serving.log import PredictionLog
 from pipeline.serving.predictor import Prediction, Predictor
-from pipeline.serving.server import Batcher, Limits, OverloadedError, make_app, read_body
+from pipeline.serving.server import Batcher, Limits, make_app, read_body
 
 JSON = {"content-type": "application/json"}
 LIMITS = Limits(body_bytes=50_000, rows=12, chars=100, body_seconds=0.5)
@@ -273,7 +273,7 @@ def test_requests_that_arrive_while_the_model_is_busy_share_its_next_pass():
         others = [asyncio.create_task(asked.ask([n, n])) for n in (1, 2, 3)]
         await asyncio.sleep(0.01)
         assert asked.waiting == 6
-        with pytest.raises(OverloadedError):
+        with pytest.raises(HTTPException, match="503"):
             await asked.ask([4])
         free.set()
         return await asyncio.gather(first, *others)
@@ -339,13 +339,24 @@ def test_whoever_goes_away_does_not_take_the_others_answers():
 
 
 def test_a_full_queue_tells_a_request_to_come_back(predictor, monkeypatch):
-    async def full(self, rows):
-        raise OverloadedError
+    began, free = threading.Event(), threading.Event()
 
-    monkeypatch.setattr(Batcher, "ask", full)
-    with TestClient(make_app(predictor)) as client:
-        done = client.post("/predict", json={"inputs": ["a"]})
-    assert (done.status_code, done.headers["retry-after"]) == (503, "1")
+    def slowly(rows):
+        began.set()
+        assert free.wait(20)
+        return [Prediction(predictor.labels[0], 1.0, {}) for _ in rows]
+
+    monkeypatch.setattr(predictor, "predict", slowly)
+    with TestClient(make_app(predictor, Limits(waiting_rows=3))) as client, ThreadPoolExecutor(2) as others:
+        first = others.submit(client.post, "/predict", json={"inputs": ["a"]})
+        assert began.wait(20)
+        second = others.submit(client.post, "/predict", json={"inputs": ["b", "c"]})
+        while client.get("/health").json()["waiting_rows"] < 2:
+            time.sleep(0.01)
+        done = client.post("/predict", json={"inputs": ["d", "e"]})
+        free.set()
+        assert (done.status_code, done.headers["retry-after"]) == (503, "1")
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
 
 
 def test_many_clients_at_once_each_get_their_own_answers(address, predictor):

@@ -3,108 +3,45 @@
 import json
 import shutil
 
-import polars as pl
-import pyarrow as pa
 import pytest
 import torch
+from teachers.conftest import CONTEXTS, KEPT, ONE, TASK, TEXTS, TWO, World, example
 
 from pipeline.cache import folder as cache_module
-from pipeline.cache.fingerprint import ENGINE_VERSION
 from pipeline.cache.folder import read_cache
-from pipeline.teachers import scorer as scorer_module
 from pipeline.errors import ShotlessError, UsageError
-from pipeline.files import read_json
-from pipeline.files import context_id, example_id, sha256_ids
-from pipeline.models.identity import tokenizer_sha256, weights_sha256
-from pipeline.models.loading import load_model
-from pipeline.params import CacheParams, TaskParams
-from pipeline.schema import CONTEXTS, examples, write_table
+from pipeline.files import read_json, sha256_ids
+from pipeline.models.folders import load_model, weights_sha256
+from pipeline.params import TaskParams
+from pipeline.schema import NO_CONTEXT
 from pipeline.task import Task
-from pipeline.teachers.capture import capture, content_free_queries
+from pipeline.teachers import scorer as scorer_module
+from pipeline.teachers.capture import content_free
+from pipeline.teachers.scorer import LocalBackend
 
-TEMPLATE = "Review: {text}\nSentiment:"
-VERBALISERS = {"negative": " bad", "mixed": " so-so", "positive": " good"}  # the second has several tokens
-KEPT = CacheParams(encoding="top_k_tail", top_k=5, resolution_nats=None)
-TASK = Task(TaskParams(template=TEMPLATE, verbalisers=VERBALISERS, content_free=("N/A", "")))
-SHOTS = ["Review: a warm film\nSentiment: good\n\n", "Review: bored\nSentiment: bad\n\nReview: I loved it\nSentiment: good\n\n"]
-TEXTS = ["a warm and funny film", "a dull, lifeless mess", "funny", "strange", "the plot goes nowhere", "cold food", "N/A x", "x", "late x"]
+LABELS = ["mixed", "negative", "positive"]
+FREE = ["N/A", ""]
 
 
 class Killed(BaseException):
     """Stands for a signal: nothing in the pipeline may catch it."""
 
 
-class World:
-    """A folder with a teacher, its contexts and a transfer set."""
-
-    def __init__(self, root, model_folder):
-        self.artifacts, self.work = root / "artifacts", root / "work"
-        self.model = self.artifacts / "models" / "tiny"
-        shutil.copytree(model_folder, self.model)
-        self.write_contexts(["", *SHOTS])
-        self.write_transfer(TEXTS)
-
-    def write_contexts(self, texts):
-        rows = [
-            {"context_id": context_id(text), "name": f"shots/{number}", "text": text, "example_ids": [], "tokens": len(text)}
-            for number, text in enumerate(texts)
-        ]
-        write_table(pa.Table.from_pylist(rows, CONTEXTS), self.artifacts / "contexts.parquet")
-
-    def write_transfer(self, texts):
-        rows = [{"example_id": key_of(text), "label": None, "source": "s", "line": n, "text": text} for n, text in enumerate(texts, 1)]
-        write_table(pa.Table.from_pylist(rows, examples(TASK.fields)), self.artifacts / "transfer.parquet")
-
-    def capture(self, output="scores", model=None, task=TASK):
-        """Run the stage as DVC does: its output folder is emptied first."""
-        folder = self.artifacts / output
-        shutil.rmtree(folder, ignore_errors=True)
-        contexts, transfer = self.artifacts / "contexts.parquet", self.artifacts / "transfer.parquet"
-        capture("few", model or self.model, contexts, transfer, folder, task, KEPT, "float32", self.work, 1)
-        return read_cache(folder)
-
-    def scored(self):
-        """The keys of every row that an engine has scored, with its repetitions, from the store's parts."""
-        parts = sorted(self.work.glob("scores/*/part-*.parquet"))
-        return [key for part in parts for key in pl.read_parquet(part, columns=["context_id", "example_id"]).iter_rows()]
-
-
-def key_of(text):
-    return example_id({"text": text})
-
-
-def keys_of(contexts, texts):
-    return [(context_id(context), key_of(text)) for context in contexts for text in texts]
-
-
-def bytes_of(folder):
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(scorer_module, "ROWS_PER_PART", 4)
-    monkeypatch.setattr(cache_module, "ROWS_PER_SHARD", 13)
-    monkeypatch.setattr("pipeline.teachers.batches.LARGEST_BUDGET", 64)
-
-
-@pytest.fixture
-def world(tmp_path, model_folder):
-    return World(tmp_path / "one", model_folder("llama"))
-
-
-@pytest.fixture
-def other(tmp_path, model_folder):
-    return World(tmp_path / "two", model_folder("llama"))
+def text_of(context, text):
+    """A prompt, written out from the params."""
+    verbaliser = TASK["verbalisers"]
+    head = context.instruction + "\n\n" if context.instruction else ""
+    shots = "".join(TASK["template"].format(**fields) + verbaliser[answer] + "\n\n" for fields, answer in context.demonstrations)
+    return head + shots + TASK["template"].format(text=text)
 
 
 @torch.no_grad()
 def naive_row(model, tokenizer, context, text):
-    """The prompt's ids, each label's log-probability and the whole distribution, token by token from full prompts."""
-    prompt = tokenizer(context).input_ids + tokenizer(TEMPLATE.format(text=text)).input_ids
+    """The prompt's ids, each label's log-probability and the logits, token by token from full prompts."""
+    prompt = tokenizer(text_of(context, text)).input_ids
     labels = []
-    for verbaliser in VERBALISERS.values():
-        ids, total = tokenizer(verbaliser).input_ids, 0.0
+    for label in LABELS:
+        ids, total = tokenizer(TASK["verbalisers"][label]).input_ids, 0.0
         for place, token in enumerate(ids):
             logits = model(torch.tensor([prompt + ids[:place]])).logits[0, -1]
             total += float(logits.double().log_softmax(-1)[token])
@@ -114,8 +51,9 @@ def naive_row(model, tokenizer, context, text):
 
 def test_every_row_is_what_the_full_prompt_gives(world, tokenizer):
     rows = world.capture().rows.to_pylist()
-    asked = [(context, text) for context in ["", *SHOTS] for text in ["N/A", "", *TEXTS]]
-    assert [(row["context_id"], row["example_id"]) for row in rows] == [(context_id(context), key_of(text)) for context, text in asked]
+    asked = [(context, text) for context in CONTEXTS for text in [*FREE, *TEXTS]]
+    expected_keys = [(context.context_id, example(text).example_id) for context, text in asked]
+    assert [(row["context_id"], row["example_id"]) for row in rows] == expected_keys
     model = load_model(world.model)
     for row, (context, text) in zip(rows, asked, strict=True):
         prompt, labels, logits = naive_row(model, tokenizer, context, text)
@@ -131,180 +69,253 @@ def test_every_row_is_what_the_full_prompt_gives(world, tokenizer):
 
 def test_the_manifest_says_what_the_scores_belong_to(world, tokenizer):
     manifest = world.capture().manifest
-    assert manifest["fingerprint"] == {
-        "weights": weights_sha256(world.model),
-        "tokenizer": tokenizer_sha256(world.model),
-        "template": TEMPLATE,
-        "verbalisers": VERBALISERS,
-        "completions": [tokenizer(text).input_ids for text in VERBALISERS.values()],
-        "dtype": "float32",
-        "cache": KEPT.model_dump(mode="json"),
-        "completion": None,
-        "engine_version": ENGINE_VERSION,
-        "schema_version": 2,
-    }
-    assert manifest["engine"]["name"] == "shared_prefix"
-    assert "from the plain forward" in manifest["engine"]["why"]
-    assert manifest["engine"]["device"] == "cpu"
-    assert manifest["teacher"] == "few"
-    assert manifest["model"] == "models/tiny"
-    assert manifest["labels"] == list(VERBALISERS)
-    assert [context["context_id"] for context in manifest["contexts"]] == [context_id(text) for text in ["", *SHOTS]]
-    assert manifest["content_free"] == [key_of("N/A"), key_of("")]
-    assert manifest["examples"] == len(TEXTS)
-    assert manifest["totals"]["rows"] == 3 * (2 + len(TEXTS)) == sum(shard["rows"] for shard in manifest["shards"])
-    assert str(world.artifacts) not in json.dumps(manifest)
+    identity = manifest["identity"]
+    assert identity["weights"] == weights_sha256(world.model)
+    assert identity["completions"] == [tokenizer(TASK["verbalisers"][label]).input_ids for label in LABELS]
+    assert identity["dtype"] == "float32"
+    assert {"torch", "transformers"} <= identity.keys()
+    assert identity["cache"] == manifest["cache"]
+    assert manifest["cache"] | KEPT == manifest["cache"]
+    (engine,) = manifest["engines"]
+    assert (engine["name"], engine["device"]) == ("shared_prefix", "cpu")
+    assert "from the plain forward" in engine["reason"]
+    assert (manifest["teacher"], manifest["model"], manifest["labels"]) == ("few", "models/tiny", LABELS)
+    added = [len(tokenizer(text_of(context, "x")).input_ids) - len(tokenizer(text_of(NO_CONTEXT, "x")).input_ids) for context in CONTEXTS]
+    assert manifest["contexts"] == [
+        {"context_id": context.context_id, "name": context.name, "tokens": tokens} for context, tokens in zip(CONTEXTS, added, strict=True)
+    ]
+    assert manifest["content_free"] == [example(text).example_id for text in FREE]
+    assert sum(manifest["shards"].values()) == 3 * (2 + len(TEXTS))
+    assert str(world.folders.artifacts) not in json.dumps(manifest)
 
 
-def test_a_model_that_the_fast_engine_refuses_is_captured_by_the_generic_one(tmp_path, model_folder, tokenizer):
+def test_a_model_that_the_fast_engine_refuses_is_captured_by_the_generic_one(tmp_path, model_folder, tokenizer, small_parts):
     world = World(tmp_path, model_folder("mistral", sliding_window=8))
     cache = world.capture()
-    assert cache.manifest["engine"]["name"] == "generic"
-    assert "a sliding window of 8 tokens" in cache.manifest["engine"]["why"]
-    row = cache.rows.to_pylist()[-1]
-    assert row["label_logprobs"] == pytest.approx(naive_row(load_model(world.model), tokenizer, SHOTS[-1], TEXTS[-1])[1], abs=1e-4)
+    assert cache.manifest["engines"][0]["name"] == "generic"
+    assert "a sliding window of 8 tokens" in cache.manifest["engines"][0]["reason"]
+    expected = naive_row(load_model(world.model), tokenizer, TWO, TEXTS[-1])[1]
+    assert cache.rows.to_pylist()[-1]["label_logprobs"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_second_capture_gives_the_same_bytes_and_needs_no_model(world, monkeypatch):
-    world.capture("first")
-    scored = world.scored()
+    """The fidelity of the cache is not measured again either."""
+    world.capture()
+    scored, before = world.scored(), world.bytes()
     monkeypatch.setattr(scorer_module, "load_model", None)
-    world.capture("second")
-    assert bytes_of(world.artifacts / "first") == bytes_of(world.artifacts / "second")
+    world.capture()
+    assert world.bytes() == before
     assert world.scored() == scored
 
 
 def test_a_capture_elsewhere_gives_the_same_bytes(world, other):
     world.capture()
     other.capture()
-    assert bytes_of(world.artifacts / "scores") == bytes_of(other.artifacts / "scores")
+    assert world.bytes() == other.bytes()
 
 
 def test_more_examples_score_only_those(world):
     world.write_transfer(TEXTS[:6])
     before = world.capture().rows.to_pylist()
     first = world.scored()
-    assert sorted(first) == sorted(keys_of(["", *SHOTS], ["N/A", "", *TEXTS[:6]]))
+    assert len(first) == len(set(first)) == 3 * 8
     world.write_transfer(TEXTS)
     after = world.capture().rows.to_pylist()
-    assert sorted(world.scored()) == sorted(first + keys_of(["", *SHOTS], TEXTS[6:]))
-    assert [row for row in after if row["example_id"] not in {key_of(text) for text in TEXTS[6:]}] == before
+    new = {example(text).example_id for text in TEXTS[6:]}
+    assert sorted(world.scored()) == sorted(first + [row["prompt_sha"] for row in after if row["example_id"] in new])
+    assert [row for row in after if row["example_id"] not in new] == before
 
 
 def test_one_more_context_scores_only_that(world):
-    world.write_contexts(["", SHOTS[0]])
+    world.write_contexts(CONTEXTS[:2])
     world.capture()
     first = world.scored()
-    world.write_contexts(["", *SHOTS])
-    world.capture()
-    assert sorted(world.scored()) == sorted(first + keys_of(SHOTS[1:], ["N/A", "", *TEXTS]))
+    world.write_contexts(CONTEXTS)
+    rows = world.capture().rows.to_pylist()
+    assert sorted(world.scored()) == sorted(first + [row["prompt_sha"] for row in rows if row["context_id"] == TWO.context_id])
+
+
+def test_the_same_context_under_two_names_is_scored_once(world):
+    world.write_contexts([ONE, type(ONE)("again/0", "", ONE.demonstrations)])
+    assert len(world.capture().rows) == 2 * (2 + len(TEXTS))
+    assert len(world.scored()) == 2 + len(TEXTS)
 
 
 def test_fewer_examples_in_another_order_score_nothing(world, monkeypatch):
     whole = {(row["context_id"], row["example_id"]): row for row in world.capture().rows.to_pylist()}
-    monkeypatch.setattr(scorer_module, "load_model", None)
+    first = world.scored()
     world.write_transfer(TEXTS[5:1:-1])
     rows = world.capture().rows.to_pylist()
-    assert [row["example_id"] for row in rows][2:6] == [key_of(text) for text in TEXTS[5:1:-1]]
+    assert [row["example_id"] for row in rows][2:6] == [example(text).example_id for text in TEXTS[5:1:-1]]
     assert rows == [whole[row["context_id"], row["example_id"]] for row in rows]
+    assert world.scored() == first
 
 
 def test_the_same_weights_in_another_folder_are_not_scored_again(world, monkeypatch):
     rows = world.capture().rows
-    shutil.move(world.model, world.artifacts / "models" / "renamed")
+    shutil.move(world.model, world.folders.artifacts / "students" / "renamed")
     monkeypatch.setattr(scorer_module, "load_model", None)
-    cache = world.capture(model=world.artifacts / "models" / "renamed")
-    assert cache.rows.equals(rows)
-    assert cache.manifest["model"] == "models/renamed"
+    (world.folders.artifacts / "models").joinpath("tiny").symlink_to(world.folders.artifacts / "students" / "renamed")
+    assert world.capture().rows.equals(rows)
 
 
-def test_another_template_is_scored_anew(world):
+def test_a_template_is_identified_by_the_prompts_it_makes(world):
+    """Another template is scored; the same prompts under another spelling of the params are not."""
     world.capture()
     first = world.scored()
-    changed = Task(TASK.params.model_copy(update={"template": "{text} was"}))
-    world.capture(task=changed)
-    assert sorted(world.scored()) == sorted(first * 2)
+    world.task = TASK | {"verbalisers": dict(reversed(TASK["verbalisers"].items())), "max_chars": 1000}
+    world.capture()
+    assert world.scored() == first
+    world.task = TASK | {"template": "{text} was"}
+    world.write_contexts([NO_CONTEXT])
+    world.capture()
+    assert len(world.scored()) == len(first) + 2 + len(TEXTS)
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 5])
 def test_a_capture_killed_while_it_scores_ends_with_the_bytes_of_an_unbroken_one(world, other, monkeypatch, killed_at):
     other.capture()
-    original, done = scorer_module._score_part, []
+    original, done = LocalBackend._rows, []
 
-    def dying(*args):
+    def dying(self, job):
         if len(done) == killed_at:
             raise Killed
-        done.append(args)
-        return original(*args)
+        done.append(job)
+        return original(self, job)
 
     with monkeypatch.context() as patched:
-        patched.setattr(scorer_module, "_score_part", dying)
+        patched.setattr(LocalBackend, "_rows", dying)
         with pytest.raises(Killed):
             world.capture()
     kept = world.scored()
     assert bool(kept) == bool(killed_at)
     assert len(kept) < len(other.scored())
-    with pytest.raises(ShotlessError, match="this capture did not end"):
-        read_cache(world.artifacts / "scores")
+    with pytest.raises(ShotlessError, match=r"manifest\.json: missing"):
+        read_cache(world.output)
     world.capture()
-    assert bytes_of(world.artifacts / "scores") == bytes_of(other.artifacts / "scores")
+    assert world.bytes() == other.bytes()
     assert sorted(world.scored()) == sorted(other.scored())
 
 
-def test_a_capture_killed_while_it_writes_is_no_cache_and_is_written_again_without_the_model(world, other, monkeypatch):
+def test_a_capture_killed_while_it_writes_is_not_a_cache_and_is_written_again(world, other, monkeypatch):
     other.capture()
     original, done = cache_module.write_rows, []
 
-    def dying(rows, path):
+    def dying(*args):
         if done:
             raise Killed
-        done.append(path)
-        return original(rows, path)
+        done.append(args)
+        return original(*args)
 
     with monkeypatch.context() as patched:
         patched.setattr(cache_module, "write_rows", dying)
         with pytest.raises(Killed):
             world.capture()
-    assert [file.name for file in (world.artifacts / "scores").iterdir()] == ["part-00000.parquet"]
-    with pytest.raises(ShotlessError, match="this capture did not end"):
-        read_cache(world.artifacts / "scores")
-    monkeypatch.setattr(scorer_module, "load_model", None)
+    with pytest.raises(ShotlessError, match=r"manifest\.json: missing"):
+        read_cache(world.output)
+    scored = world.scored()
     world.capture()
-    assert bytes_of(world.artifacts / "scores") == bytes_of(other.artifacts / "scores")
+    assert world.bytes() == other.bytes()
+    assert world.scored() == scored
 
 
 @pytest.mark.parametrize("texts", [["funny", "strange", "funny"], ["funny", "N/A"]], ids=["twice", "content-free"])
 def test_an_example_that_would_be_asked_twice_is_refused_before_any_work(world, texts):
     world.write_transfer(texts)
-    with pytest.raises(UsageError, match=r"transfer\.parquet: an example stands twice, or is one of task\.content_free"):
+    with pytest.raises(UsageError, match=r"transfer\.parquet: an example is there twice, or is in task\.content_free"):
         world.capture()
-    assert not world.work.exists()
+    assert not world.folders.work.exists()
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_any_row_is_scored(world):
     world.write_transfer([*TEXTS, "long " * 600])
-    with pytest.raises(UsageError, match=r"tokens and example .* takes 512"):
+    with pytest.raises(UsageError, match=r"the input on line 10 of s makes a prompt of [\d,]+ tokens behind context 'shots/2'.* takes 512"):
         world.capture()
     assert world.scored() == []
 
 
+def test_a_control_token_in_an_input_is_refused_if_the_template_has_some(world):
+    world.task = TASK | {"template": "<|end|>Review: {text}<|end|>Sentiment:"}
+    world.write_transfer([*TEXTS, "a<|end|>b"])
+    with pytest.raises(UsageError, match=r"the input on line 10 of s holds <\|end\|>, a control token"):
+        world.capture()
+
+
 def test_content_free_inputs_fill_every_field():
     task = Task(TaskParams(template="{title}\n{text} =", verbalisers={"a": " bad", "b": " good"}, content_free=("N/A", "[MASK]")))
-    assert [query.fields for query in content_free_queries(task)] == [
-        {"title": "N/A", "text": "N/A"},
-        {"title": "[MASK]", "text": "[MASK]"},
-    ]
+    assert [one.fields for one in content_free(task)] == [{"title": "N/A", "text": "N/A"}, {"title": "[MASK]", "text": "[MASK]"}]
 
 
-def test_what_the_capture_took_is_kept_beside_it_and_is_the_same_for_a_run_that_found_all_rows(world):
-    contexts, transfer = world.artifacts / "contexts.parquet", world.artifacts / "transfer.parquet"
-    files = [world.artifacts / "first.json", world.artifacts / "second.json"]
-    for file in files:
-        folder = world.artifacts / "scores"
-        capture("few", world.model, contexts, transfer, folder, TASK, KEPT, "float32", world.work, 1, file)
-    first, second = map(read_json, files)
-    rows = read_cache(world.artifacts / "scores").rows
-    assert first == second
-    assert first["rows"] == first["rows_timed"] == len(rows)
-    assert first["prompt_tokens"] == sum(rows["prompt_tokens"].to_pylist())
-    assert first["seconds"] > 0
+def test_what_the_capture_took_is_kept_and_is_the_same_for_a_run_that_found_all_rows(world):
+    runs = []
+    for _ in range(2):
+        rows = world.capture().rows
+        runs.append(read_json(world.folders.metrics / "runtime" / "teacher-few.json"))
+    assert runs[0] == runs[1]
+    assert runs[0]["rows"] == runs[0]["rows_timed"] == len(rows)
+    assert runs[0]["prompt_tokens"] == sum(rows["prompt_tokens"].to_pylist())
+    assert runs[0]["seconds"] > 0
+
+
+def test_fidelity_is_that_of_the_live_teacher(world):
+    world.teacher = {"cache": KEPT | {"encoding": "full"}, "dtype": "float32"}
+    world.capture()
+    found = json.loads(world.metrics())
+    assert found["rows"] == found["positions"] == 3 * (2 + len(TEXTS))
+    assert found["scored_again"] == 3 * 8
+    assert found["retained_mass"] == pytest.approx(1)
+    assert found["kl_to_live_nats"] == pytest.approx(0, abs=1e-6)
+    assert found["student_kl_nats"] > 0.001
+
+
+@pytest.mark.parametrize("source", ["generated", "given"])
+def test_free_answers_are_captured_with_their_tokens(world, tokenizer, source):
+    world.task = {"template": TASK["template"], "completion": {"source": source, "max_tokens": 12}}
+    world.write_contexts([NO_CONTEXT])
+    rows = world.capture().rows.to_pylist()
+    assert [row["label_logprobs"] for row in rows] == [[]] * len(TEXTS)
+    model = load_model(world.model)
+    for row, text in zip(rows, TEXTS, strict=True):
+        answer = tokenizer.decode(row["completion_ids"])
+        assert (answer == f" {example(text).completion}\n") == (source == "given")
+        prompt = tokenizer(text_of(NO_CONTEXT, text)).input_ids
+        with torch.no_grad():
+            log_p = model(torch.tensor([[*prompt, *row["completion_ids"]]])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = log_p.gather(-1, torch.tensor(row["completion_ids"])[:, None])[:, 0]
+        assert row["completion_logprobs"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_what_ends_generated_answers_belongs_to_their_identity(world):
+    """A corrected generation_config.json of the same weights ends answers elsewhere."""
+    world.task = {"template": TASK["template"], "completion": {"max_tokens": 12}}
+    world.write_contexts([NO_CONTEXT])
+    free = world.capture().rows.to_pylist()
+    settings = world.model / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": free[0]["completion_ids"][1]}))
+    cut = world.capture().rows.to_pylist()
+    assert cut[0]["completion_ids"] == free[0]["completion_ids"][:2]
+    assert len(world.scored()) == 2 * len(TEXTS)
+
+
+def test_inputs_are_read_token_by_token_with_their_own_positions(world, tokenizer):
+    world.teacher |= {"scores": "input_tokens"}
+    world.write_contexts([NO_CONTEXT, ONE])
+    rows = world.capture().rows.to_pylist()
+    assert len(rows) == 2 * len(TEXTS)
+    for row, text in zip(rows, TEXTS * 2, strict=True):
+        ids = tokenizer(TASK["template"].format(text=text)).input_ids
+        assert row["completion_ids"] == ids[1:]
+        assert len(row["topk_ids"]) == len(ids) - 1
+    assert json.loads(world.metrics())["positions"] == sum(len(row["completion_ids"]) for row in rows)
+
+
+def test_fidelity_is_measured_one_example_at_a_time(world, monkeypatch):
+    """Whole distributions of all positions at once do not fit in memory where texts are long."""
+    world.teacher |= {"scores": "input_tokens"}
+    world.write_contexts([NO_CONTEXT])
+    positions = []
+    original = LocalBackend.distributions
+    monkeypatch.setattr(LocalBackend, "distributions", lambda self, *args: positions.append(len(found := original(self, *args))) or found)
+    rows = world.capture().rows.to_pylist()
+    assert len(positions) == 8
+    assert max(positions) == max(len(row["completion_ids"]) for row in rows)
