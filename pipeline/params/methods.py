@@ -184,8 +184,8 @@ class StudentParams(TuningParams):
     ce_target: Literal["demonstrations", "targets"] = "demonstrations"
     """What the cross-entropy is on: the demonstrations' gold labels, or the targets' most probable label."""
     ce_batch_size: PositiveInt | None = None
-    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and come
-    round often; more cost time and add little."""
+    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and
+    come round often; more cost time and add little."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
     """Teacher → what is learnt of its cache too. The target set lists the teacher in `auxiliary_caches`, or it is that of `learn_from`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
