@@ -157,7 +157,7 @@ def test_the_stage_writes_predictions_and_metrics_of_them(world, no_cost, name, 
 
 
 def test_an_unknown_method_is_refused_with_the_choices(world):
-    with pytest.raises(UsageError, match="no 'nobody'; choose one of: cd, icl, icl_mix, icl_source, several, teacher"):
+    with pytest.raises(UsageError, match="no 'nobody'; choose one of: icl, icl_mix, icl_source, teacher"):
         evaluate("nobody", world.params, world.folders)
 
 
