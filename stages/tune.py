@@ -1,19 +1,14 @@
 """`python -m stages.tune NAME`: a teacher's model is fine-tuned on the demonstrations' labels → artifacts/tuned/NAME."""
 
-from pathlib import Path
-
-from pipeline.params import resolved_params, pick
-from pipeline.students.runs import Places, tune_teacher
-from pipeline.task import Task
-from pipeline.files import work_folder
+from pipeline.files import Folders
+from pipeline.params import resolved_params
+from pipeline.students.train import tune_teacher
 from stages import run
 
 
 def main(name: str) -> None:
     """Tune one teacher."""
-    params = resolved_params()
-    places = Places(Path("artifacts"), Path("metrics"), work_folder())
-    tune_teacher(name, pick("tunings", params.tunings, name), Task(params.task), places, params.runtime.threads)
+    tune_teacher(name, resolved_params(), Folders.here())
 
 
 if __name__ == "__main__":

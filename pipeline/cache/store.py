@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -190,10 +190,25 @@ def _read_plan(path: Path) -> list[Part]:
     return [Part(f"part-{path.stem.removeprefix('plan-')}-{number:06d}", tuple(keys)) for number, keys in by_part.items()]
 
 
-def stores(work: Path) -> list[tuple[Path, int, dict[str, Any] | None]]:
-    """Every store under a work folder: its folder, its bytes, and its identity, None if that is not what the folder is named after."""
+class StoreFolder(NamedTuple):
+    """One store under a work folder."""
+
+    folder: Path
+    bytes: int
+    identity: dict[str, Any] | None
+    """None if identity.json is damaged: it is not what the folder is named after."""
+
+    @property
+    def about(self) -> str:
+        """Whose scores these are, in words."""
+        identity = self.identity or {}
+        return f"weights {str(identity.get('weights', 'unknown'))[:12]}, {identity.get('dtype', 'unknown number format')}"
+
+
+def stores(work: Path) -> list[StoreFolder]:
+    """Every store under a work folder."""
     folders = sorted(path for path in work.glob("scores/*") if path.is_dir())
-    return [(folder, sum(file.stat().st_size for file in folder.iterdir()), _identity_of(folder)) for folder in folders]
+    return [StoreFolder(folder, sum(file.stat().st_size for file in folder.iterdir()), _identity_of(folder)) for folder in folders]
 
 
 def write_rows(rows: pa.Table, path: Path, level: int) -> None:

@@ -7,7 +7,6 @@ import typer
 from pipeline.errors import CorruptError, MismatchError
 
 if TYPE_CHECKING:
-
     from pipeline.files import Folders
     from pipeline.params import Params, TeacherParams
     from pipeline.task import Task
@@ -86,11 +85,12 @@ def _verify(cache: str, params: "Params", folders: "Folders", repair: bool) -> t
 def _keys(teacher: "TeacherParams", task: "Task", folders: "Folders") -> list[tuple[str, str, str]]:
     """context_id, example_id and prompt_sha of what a capture asks, in its order. The tokenizer is loaded, the model is not."""
     from pipeline.models.folders import load_tokenizer
-    from pipeline.schema import Example, read_contexts, read_examples
+    from pipeline.schema import read_contexts, read_examples
     from pipeline.task import TaskTokens
+    from pipeline.teachers.capture import content_free
 
-    data, free = folders.artifacts / "data", task.params.content_free if task.params.completion is None else ()
-    examples = [Example(dict.fromkeys(task.fields, text)) for text in free] + read_examples(data / "transfer.parquet", task.fields)
+    data = folders.artifacts / "data"
+    examples = [*content_free(task), *read_examples(data / "transfer.parquet", task.fields)]
     tokens = TaskTokens(task, load_tokenizer(folders.artifacts / teacher.model))
     return [
         (context.context_id, example.example_id, prompt.prompt_sha)

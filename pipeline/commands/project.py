@@ -75,9 +75,9 @@ def run(
     if not reproduce(workspace, Path(), stages or []):
         raise ShotlessError("The run did not finish; the reason is above. What is done stays done: the next run goes on from there.")
     if not stages:
-        from pipeline.report import print_summary
+        from pipeline.report.tables import print_summary
 
-        print_summary(workspace / "report")
+        print_summary(workspace)
 
 
 def doctor() -> None:

@@ -170,7 +170,7 @@ def _one_of_each(checked: list[Example], name: str, file: str) -> tuple[list[Exa
 
 
 def check_limit(source: SourceExamples, limit: float, quarantine: Path | None = None) -> None:
-    """Raise UsageError if more than a share `limit` of a source's rows are bad; `quarantine` is the file that lists them, if there is one."""
+    """Raise UsageError if more than a share `limit` of a source's rows are bad; `quarantine` is the file that lists them."""
     rows = source.counts["rows"]
     if source.bad_rows <= limit * rows:
         return

@@ -47,17 +47,15 @@ def compare_methods(params: Params, folders: Folders) -> None:
     bootstrap = {"resamples": params.evaluation.bootstrap, "seed": params.evaluation.seed}
     every = len(names) <= ALL_PAIRS_UP_TO
     pairs = [(one, other) for one, other in combinations(names, 2) if every or reference in (one, other)]
-    close, rows = {}, []
-    for name in names:
-        if name != reference and completion is None:
-            close[name] = to_reference(tables[name], tables[reference], params.task.labels, **bootstrap)
-        elif name != reference:
-            close[name] = free_text.agreement(tables[name], tables[reference], completion.form)
+    others = {name: table for name, table in tables.items() if name != reference}
     if completion is None:
+        close = {name: to_reference(table, tables[reference], params.task.labels, **bootstrap) for name, table in others.items()}
         scores = {name: scores_by_set(table, list(domains)) for name, table in tables.items()}
         rows = [row for pair in pairs for row in comparisons(*pair, scores, domains, **bootstrap)]
     else:
+        close = {name: free_text.agreement(table, tables[reference], completion.form) for name, table in others.items()}
         parsed = {name: free_text.parsed(table, completion.form) for name, table in tables.items()}
+        rows: list[Json] = []
         for share, right in free_text.shares_of(completion.form).items():
             scores = {name: scores_by_set(table, list(domains), right) for name, table in parsed.items()}
             rows += [{"what": share, **row} for pair in pairs for row in comparisons(*pair, scores, domains, **bootstrap)]
@@ -74,9 +72,12 @@ def to_reference(table: pa.Table, reference: pa.Table, labels: Sequence[str], *,
     """
     theirs, found = frames(reference, labels), {}
     for name, frame in frames(table, labels).items():
-        if name not in theirs or (lacking := set(frame["example_id"]) - set(theirs[name]["example_id"])):
-            example = f"example {min(lacking)[:12]}" if name in theirs else "no example"
-            raise CorruptError(f"predictions for set {name!r}: the reference did not answer {example}. Run the `evaluate` stages again.")
+        answered = set(theirs[name]["example_id"]) if name in theirs else set()
+        if lacking := set(frame["example_id"]) - answered:
+            raise CorruptError(
+                f"predictions for set {name!r}: the reference did not answer {len(lacking)} examples, first {min(lacking)[:12]}. "
+                "Run the `evaluate` stages again."
+            )
         if theirs[name]["example_id"].is_duplicated().any():
             raise UsageError("evaluation.reference: it answers an example in each of its contexts. Choose one with `contexts: ensemble`.")
         other = frame.select("example_id").join(theirs[name], on="example_id", how="left", maintain_order="left")
@@ -149,14 +150,15 @@ def break_even(student: str, params: Params, metrics: Path) -> Json:
     parts = [part for own in seconds.values() for part in own.values()]
     spent = None if None in parts else round(math.fsum(part for part in parts if part is not None), 3)
     costs = [_cost(name, metrics, missing) for name in (student, params.evaluation.reference)]
+    latency, batched = ([cost and cost[n] for cost in costs] for n in (0, 1))
     return {
         "capture_seconds": seconds["teachers"],
         "tuning_seconds": seconds["tuned"],
         "training_seconds": seconds["students"].pop(student),
         "base_training_seconds": seconds["students"],
         "spent_seconds": spent,
-        "one_by_one": payback(spent, *(cost and cost["latency_ms"] / 1000 for cost in costs)),
-        "batched": payback(spent, *(cost and 1 / cost["throughput"]["examples_per_second"] for cost in costs)),
+        "one_by_one": payback(spent, *latency),
+        "batched": payback(spent, *batched),
         "missing": missing,
     }
 
@@ -202,14 +204,16 @@ def _seconds(kind: str, name: str, metrics: Path, missing: list[str]) -> float |
     return found["seconds"]
 
 
-def _cost(method: str, metrics: Path, missing: list[str]) -> Json | None:
-    """A method's cost, if it was measured on what made its predictions."""
+def _cost(method: str, metrics: Path, missing: list[str]) -> tuple[float, float] | None:
+    """Seconds of a prediction, one by one and in batches, if they were measured on what made the method's predictions."""
     file, remedy = metrics / "cost" / f"{method}.json", "the method's evaluation writes it"
     cost, evaluated = (_read(one, remedy, missing) for one in (file, metrics / "eval" / f"{method}.json"))
-    if cost and evaluated and cost["measured"]["subject"] != evaluated.get("subject"):
+    if cost is None or evaluated is None:
+        return None
+    if cost["measured"]["subject"] != evaluated.get("subject"):
         missing.append(f"{file}: measured on another model or other prompts than those of the predictions")
         return None
-    return cost if evaluated else None
+    return cost["latency_ms"] / 1000, 1 / cost["throughput"]["examples_per_second"]
 
 
 def _read(file: Path, remedy: str, missing: list[str]) -> Any:

@@ -91,7 +91,7 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
     since = output.stat().st_mtime if output.is_file() else 0.0
     together = baseline is not None and baseline.contexts == "ensemble"
     asked = models if together else [replace(models[0], contexts=models[0].contexts[:1])]
-    figures = measure(_job(asked, params, examples), folders.work, since)
+    figures = measure(_job(asked, params, folders, examples), folders.work, since)
     if baseline is not None:
         each = {model.folder: model for model in models}.values()
         figures["by_demonstrations"] = [row for model in each for row in _by_demonstrations(model, params, folders, examples, since)]
@@ -105,7 +105,7 @@ def _by_demonstrations(model: Answering, params: Params, folders: Folders, examp
     bare = len(tokens.prompts(NO_CONTEXT, examples[:1])[0].ids)
     for count in params.evaluation.cost_demonstrations:
         context = Context("", demonstrations=tuple((example.fields, example.label or "") for example in islice(cycle(there), count)))
-        job = _job([replace(model, contexts=(context,))], params, examples)
+        job = _job([replace(model, contexts=(context,))], params, folders, examples)
         [ids] = job.models[0].ids
         row: Json = {"model": model.folder.relative_to(folders.artifacts).as_posix(), "demonstrations": count}
         row |= {"context_tokens": len(ids[0]) - bare} | ({"repeated": True} if count > len(there) else {})
@@ -116,13 +116,14 @@ def _by_demonstrations(model: Answering, params: Params, folders: Folders, examp
             yield row | {key: figures[key] for key in FIGURES}
 
 
-def _job(models: Sequence[Answering], params: Params, examples: Sequence[Example]) -> Job:
+def _job(models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Job:
     timed = min(params.evaluation.cost_examples, len(examples))
     asked, found = examples[: max(timed, THROUGHPUT_EXAMPLES)], []
     for model in models:
         tokens = TaskTokens(Task(params.task), load_tokenizer(model.folder))
         ids = [[list(prompt.ids) for prompt in tokens.prompts(context, asked)] for context in model.contexts]
-        found.append(Prompts(folder=str(model.folder), weights=weights_sha256(model.folder), dtype=model.dtype, ids=ids))
+        weights = weights_sha256(model.folder, folders.work / "hashes")
+        found.append(Prompts(folder=str(model.folder), weights=weights, dtype=model.dtype, ids=ids))
     return Job(task=params.task, models=found, timed=timed, threads=params.runtime.threads or cores())
 
 

@@ -20,7 +20,7 @@ from pipeline.files import Folders, read_json, read_manifest
 from pipeline.models.trained import open_trained
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples
-from pipeline.targets.calibration import Combination, normalised
+from pipeline.targets.calibration import combination_of, normalised
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
@@ -140,17 +140,6 @@ def predict(name: str, models: Sequence[Answering], params: Params, folders: Fol
                 predicted = task.labels[int(values.argmax())]
                 rows.append({**_keys(key, run or "", example), "predicted": predicted, "probabilities": values})
     return pa.Table.from_pylist(rows, schema=PREDICTIONS)
-
-
-def combination_of(calibration: Mapping[str, Any], source: str) -> Combination:
-    """How a target set combines its contexts for inputs of a source.
-
-    The offsets are those of that source if there are any (`calibrate_by: source`), else those of the whole transfer set.
-    """
-    contexts = calibration["contexts"]
-    offsets = calibration["by_source"].get(source, [context["offsets_nats"] for context in contexts])
-    weights = np.array([context["weight"] for context in contexts])
-    return Combination(np.array(offsets), weights, calibration["average"], calibration["temperature"])
 
 
 def answer(name: str, models: Sequence[Answering], params: Params, sets: Sets) -> pa.Table:

@@ -183,6 +183,9 @@ class StudentParams(TuningParams):
     """Weight of a cross-entropy that is added to the loss (2412.13243)."""
     ce_target: Literal["demonstrations", "targets"] = "demonstrations"
     """What the cross-entropy is on: the demonstrations' gold labels, or the targets' most probable label."""
+    ce_batch_size: PositiveInt | None = None
+    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and
+    come round often; more cost time and add little."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
     """Teacher → what is learnt of its cache too. The target set lists the teacher in `auxiliary_caches`, or it is that of `learn_from`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
@@ -192,15 +195,16 @@ class StudentParams(TuningParams):
     """Share of the transfer set that is not learnt from; the weights that agree best with its targets (mean KL) are kept. 0: those of the
     last step are kept."""
     evaluate_every: PositiveInt = 10
-    """Steps between two evaluations on that share."""
+    """Steps between two validations."""
     patience: PositiveInt | None = None
-    """Evaluations without an improvement after which training stops; null: it takes all steps."""
+    """Validations without an improvement after which training stops early; null: it runs through all steps."""
 
     @model_validator(mode="after")
     def _targets_are_needed(self) -> Self:
         if self.learn_from == DEMONSTRATIONS_FILE:
             about = {
                 "loss": self.loss != "kl",
+                "ce_weight": self.ce_weight > 0,
                 "validation_fraction": self.validation_fraction > 0,
                 "auxiliary": bool(self.auxiliary),
                 "ce_target": self.ce_target == "targets",
@@ -212,13 +216,15 @@ class StudentParams(TuningParams):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
         if self.ce_target == "targets" and not (self.ce_weight and self.learn_from.startswith("targets/")):
             raise ValueError("`ce_target: targets` needs a `ce_weight` and a target set to learn from")
+        if self.ce_batch_size is not None and not (self.ce_weight and self.ce_target == "demonstrations"):
+            raise ValueError("`ce_batch_size` is for a `ce_weight` on the demonstrations; leave it out, or set `ce_weight`")
         matched = [layer for term in self.auxiliary.values() if term.hidden_weight for _, layer in term.layers]
         if matched and (self.tuning == "head" or any(0 <= layer < self.freeze_layers for layer in matched)):
             raise ValueError("`auxiliary.*.hidden_weight` is about layers that are not learnt here; leave it out, or learn them")
         if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)}: one is there twice; each has to be another")
+            raise ValueError(f"seeds {list(self.seeds)}: one occurs twice; each trains a student of its own")
         if self.patience is not None and not self.validation_fraction:
-            raise ValueError("`patience` needs a part of the transfer set to look at; set `validation_fraction`, for example to 0.1")
+            raise ValueError("`patience` needs a validation part; set `validation_fraction`, for example to 0.1")
         return self
 
     @property

@@ -210,7 +210,7 @@ def _ticks(count: int = 5, **settings: Any) -> alt.Axis:
 
 
 def _svg(chart: Any, label: str, names: Sequence[str] = ()) -> Markup:
-    """A chart as an SVG element with one label. It leaves room for `names` at its left in a font wider than the one they are measured in."""
+    """A chart as an SVG element with one label. There is room for `names` at its left in a wider font than the one they are measured in."""
     axis = {"labelColor": INK, "titleColor": MUTED, "gridColor": GRID}
     fonts = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelFont": "sans-serif", "titleFont": "sans-serif"}
     padding = {"left": 4 + round(1.2 * max(map(len, names), default=0)), "right": 10, "top": 4, "bottom": 4}

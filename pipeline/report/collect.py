@@ -63,14 +63,12 @@ def collect(params: Params, folders: Folders) -> Collected:
     metrics = {f"metrics/eval/{name}.json": stage for name, stage in stages.items()}
     required = tables | metrics | {"metrics/compare.json": "compare"}
     expected = required | _optional(params, stages)
-    paths = {
-        name: {"artifacts": folders.artifacts, "metrics": folders.metrics}[name.split("/")[0]] / name.partition("/")[2] for name in expected
-    }
-    missing = {name: stage for name, stage in expected.items() if not paths[name].is_file()}
-    if absent := {name: stage for name, stage in missing.items() if name in required}:
+    paths = {name: (folders.artifacts if name.startswith("artifacts") else folders.metrics) / name.partition("/")[2] for name in expected}
+    there = {name: path for name, path in paths.items() if path.is_file()}
+    if absent := {name: stage for name, stage in required.items() if name not in there}:
         commands = " ".join(dict.fromkeys(absent.values()))
         raise UsageError(f"{choices(absent)}: no such file, and the report needs it. Run `dvc repro {commands}`.")
-    files = {name: _object(path, expected[name]) for name, path in paths.items() if path.suffix == ".json" and name not in missing}
+    files = {name: _object(path, expected[name]) for name, path in there.items() if path.suffix == ".json"}
     for method, stage in stages.items():
         _check_evaluation(files[f"metrics/eval/{method}.json"], paths[f"artifacts/predictions/{method}.parquet"], params, stage)
     compare = files["metrics/compare.json"]
@@ -78,23 +76,16 @@ def collect(params: Params, folders: Folders) -> Collected:
         raise CorruptError(f"{paths['metrics/compare.json']}: compares other methods than params.yaml has. Run `dvc repro compare`.")
     measured = {name: files[cost]["measured"].get("subject") for name in stages if (cost := f"metrics/cost/{name}.json") in files}
     stale = {name for name, subject in measured.items() if subject != files[f"metrics/eval/{name}.json"].get("subject")}
-    there = {name: path for name, path in paths.items() if name not in missing}
     rows, fields = PREDICTIONS if params.task.completion is None else ANSWERS, params.task.fields
     found = Collected(
         params=params,
         document={},
         files={name: value for name, value in files.items() if name not in {f"metrics/cost/{method}.json" for method in stale}},
         stale_cost=frozenset(stale),
-        missing=missing,
+        missing={name: stage for name, stage in expected.items() if name not in there},
         predictions={Path(name).stem: cast("pl.DataFrame", pl.from_arrow(read_table(paths[name], rows))) for name in tables},
         curves={path.stem: _curve(path) for path in there.values() if path.suffix == ".csv"},
-        texts={
-            path.stem: {
-                example.example_id: " / ".join(example.fields[field] for field in fields) for example in read_examples(path, fields)
-            }
-            for name, path in there.items()
-            if name.startswith("artifacts/data/evaluation/")
-        },
+        texts={path.stem: _texts(path, fields) for name, path in there.items() if name.startswith("artifacts/data/evaluation/")},
         quarantined=[row for path in there.values() if path.suffix == ".jsonl" for row in _first_lines(path)],
     )
     make = _labels_document if params.task.completion is None else _answers_document
@@ -172,6 +163,10 @@ def _object(path: Path, stage: str) -> Json:
     if not isinstance(value := read_json(path), dict):
         raise CorruptError(f"{path}: expected a JSON object, found {type(value).__name__}. Run `dvc repro -f {stage}`.")
     return value
+
+
+def _texts(path: Path, fields: tuple[str, ...]) -> dict[str, str]:
+    return {example.example_id: " / ".join(example.fields.values()) for example in read_examples(path, fields)}
 
 
 def _curve(path: Path) -> pl.DataFrame:

@@ -22,14 +22,13 @@ from ruamel.yaml import YAML
 
 from pipeline.evaluation.free_text import values_of
 from pipeline.files import Folders, sha256_json, sha256_text, write_json, write_text
-from pipeline.params import Params
+from pipeline.params import FormParams, Params
 from pipeline.params.reading import VERSIONS
 from pipeline.report import charts, prose, tables
 from pipeline.report.card import render_card
 from pipeline.report.collect import DOMAINS, Collected, Json, collect, domains_of, licence_of, ranked_students, stage_of
 from pipeline.report.prose import percent
 
-MAX_CURVES = 12
 STUDENTS_COMPARED = 3
 """Students shown side by side in slices and risk checks: the best ones."""
 SAMPLES, LONGEST_TEXT, FLIPS, ATTRIBUTIONS, STRONGEST_WORDS = 12, 320, 3, 4, 4
@@ -152,9 +151,8 @@ def _contexts(found: Collected) -> Json:
 
 
 def _training(found: Collected) -> Json | None:
-    shown = list(found.curves.items())[:MAX_CURVES]
-    drawn = {name: charts.curve(curve, name, len(shown)) for name, curve in shown}
-    return {"curves": drawn, "curves_left_out": len(found.curves) - len(shown)} if found.params.students else None
+    drawn = {name: charts.curve(curve, name, len(found.curves)) for name, curve in found.curves.items()}
+    return {"curves": drawn} if found.params.students else None
 
 
 def _reproduce(found: Collected) -> Json:
@@ -174,9 +172,9 @@ def _reproduce(found: Collected) -> Json:
 
 
 def _answers(found: Collected) -> Json:
-    completion = found.params.task.completion
-    given = {"table": tables.answers(found.document), "comparisons": tables.comparisons(found.document), "samples": _samples(found)}
-    return given | {"form": completion and completion.form}
+    form = found.params.task.completion and found.params.task.completion.form
+    compared = tables.comparisons(found.document)
+    return {"table": tables.answers(found.document), "comparisons": compared, "samples": _samples(found, form), "form": form}
 
 
 SECTIONS: list[tuple[str, str, str, Callable[[Collected], Json | None]]] = [
@@ -258,9 +256,8 @@ def _attributions(risk: Json) -> list[Json]:
     return shown
 
 
-def _samples(found: Collected) -> list[Json]:
+def _samples(found: Collected, form: FormParams | None) -> list[Json]:
     """Examples drawn by their hash, evenly over the sets that have texts, with each method's answer in its first run."""
-    form = found.params.task.completion.form if found.params.task.completion is not None else None
 
     def said(row: dict[str, Any]) -> str:
         answer = row["answer"].strip()
@@ -270,7 +267,7 @@ def _samples(found: Collected) -> list[Json]:
     answers = {(method, row["set"], row["example_id"]): row for method, frame in first.items() for row in frame.iter_rows(named=True)}
     shown = []
     for where, texts in found.texts.items():
-        drawn = sorted((example for example in texts), key=lambda example: sha256_text("sample\0" + example))
+        drawn = sorted(texts, key=lambda example: sha256_text("sample\0" + example))
         for example in drawn[: max(1, SAMPLES // len(found.texts))]:
             rows = {method: answers[method, where, example] for method in first if (method, where, example) in answers}
             gold = next((f" · gold {row['label']}" for row in rows.values() if row["label"] is not None), "")

@@ -11,7 +11,7 @@ from pipeline.report.collect import DOMAINS, Collected, Json, best, comparison, 
 
 DASH = "–"
 ONE_LABEL_SHARE = 0.9
-"""A method that gives one label this often hardly looks at its input."""
+"""A method that gives one label this often may hardly look at its input."""
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -95,10 +95,9 @@ def learnt(student: StudentParams) -> str:
 
 
 def calibrated(target: TargetParams) -> str:
-    """How a target set is calibrated."""
-    words = {"none": "uncalibrated", "batch": "batch-calibrated", "contextual": "contextually calibrated"}
-    text = words.get(target.calibration, target.calibration) + (" within each source" if target.calibrate_by == "source" else "")
-    return text + "".join(f", {teacher} {words.get(kind, kind)}" for teacher, kind in target.calibrations.items())
+    """How a target set is calibrated, as params.yaml says it."""
+    text = f"calibration {target.calibration}" + (" within each source" if target.calibrate_by == "source" else "")
+    return text + "".join(f", {teacher} {kind}" for teacher, kind in target.calibrations.items())
 
 
 def layers(found: Collected, student: str) -> str:
@@ -156,9 +155,8 @@ def key_figures(found: Collected) -> list[tuple[str, str, str]]:
     top = best(document, domain, "student")[0]
     ours, row = methods[top]["means"][domain], comparison(document, top, reference, domain)
     note = f"which has {percent(theirs['accuracy'])} %" + ("" if row is None or row["clear"] else "; not told apart")
-    figures = [
-        (f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", f"best student, `{top}`; 95 % interval {span(ours['ci95'])}")
-    ]
+    right = f"best student, `{top}`; 95 % interval {span(ours['ci95'])}"
+    figures = [(f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", right)]
     figures.append((points(ours["accuracy"] - theirs["accuracy"]), f"points compared with {reference}", note))
     for key, unit, what in (("prompt_tokens", "", "prompt tokens an example"), ("latency_ms", " ms", "an example, median")):
         both = [found.of("cost", name).get(key) for name in (top, reference)]
@@ -173,16 +171,18 @@ def missing_files(found: Collected, *prefixes: str) -> str:
         return ""
     untracked = any(file.startswith(("metrics/cost", "metrics/runtime")) for file in absent)
     commands = " ".join(dict.fromkeys([*absent.values(), "report"]))
-    text = (
-        f"Not found: {listed(absent)}. `dvc repro {'-f -s ' if untracked else ''}{commands}` writes {'it' if len(absent) == 1 else 'them'}."
-    )
+    text = f"Not found: {listed(absent)}. Run `dvc repro {'-f -s ' if untracked else ''}{commands}`."
     return f"{text} These are times of one machine, which DVC does not keep." if untracked else text
 
 
 def measured_on(found: Collected) -> str:
-    """What costs were measured with: device, number format, threads, number of texts."""
-    measured = [found.of("cost", name).get("measured", {}) for name in found.document["methods"]]
-    return " ".join(dict.fromkeys(text for one in measured if (text := _measured(one))))
+    """What costs were measured with: processor, number formats, threads, number of texts; a sentence for each way there is."""
+    ways: dict[str, None] = {}
+    for one in (cost["measured"] for name in found.document["methods"] if (cost := found.of("cost", name))):
+        machine = ", ".join([one["processor"], *one["dtypes"], plural(one["threads"], "thread")])
+        counts = f"latency over {plural(one['examples'], 'text')} one by one, throughput over {plural(one['batched'], 'text')} in batches"
+        ways[f"Measured on {machine}: {counts}."] = None
+    return " ".join(ways)
 
 
 def findings(document: Json) -> list[str]:
@@ -256,7 +256,8 @@ def _one_label(document: Json) -> list[str]:
     for name, method in document["methods"].items():
         label, where, share = most_answered(method)
         if share >= ONE_LABEL_SHARE:
-            lines.append(f"`{name}` answers `{label}` to {percent(share)} % of `{where}`: there it hardly looks at the input.")
+            unless = "Unless the labels there are that uneven, it hardly looks at the input."
+            lines.append(f"`{name}` answers `{label}` to {percent(share)} % of `{where}`. {unless}")
     return lines
 
 
@@ -264,12 +265,3 @@ def most_answered(method: Json) -> tuple[str, str, float]:
     """The label that a method gives most often on any set: (label, set, share)."""
     shares = [(label, where, share) for where, entry in method["sets"].items() for label, share in entry["predicted_shares"].items()]
     return max(shares, key=lambda one: one[2])
-
-
-def _measured(measured: Json) -> str:
-    """One sentence from a cost file's record of how it was measured."""
-    machine = [str(measured.get("processor") or measured.get("device") or "this machine"), *measured.get("dtypes", ())]
-    machine += [plural(measured["threads"], "thread")] if measured.get("threads") else []
-    counts = {"examples": "latency over {} one by one", "batched": "examples a second over {} in batches"}
-    counted = [text.format(plural(measured[key], "text")) for key, text in counts.items() if measured.get(key)]
-    return f"Measured on {', '.join(machine)}: {' and '.join(counted)}." if counted else ""

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -227,24 +226,31 @@ def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExa
 
 
 def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExamples], measure: Measure) -> Iterator[str]:
-    """Set how many demonstrations contexts have, and how long they may be, so that they fit. Raises UsageError if none do."""
+    """Set how many demonstrations contexts have, and how long they may be, so that they fit. Raises UsageError if none do.
+
+    Roles are drawn as `prepare` will draw them, so a file with too few rows, or nothing but copies, is refused here.
+    """
     params, contexts = parse_params(raw), [entry for entry in raw["contexts"].values() if entry["demonstrations"]]
     task, data = Task(params.task), params.data
+    labels = len(task.labels)
     words = sorted(len(" ".join(example.fields.values()).split()) for example in read["labelled"].examples)
-    wanted = min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // len(task.labels)
-    lengths = [None, *(words[len(words) * quarter // 4] for quarter in (3, 2, 1))]
-    for share, most in product(range(max(wanted, 1), 0, -1), lengths):
-        chosen = data.model_copy(update={"demonstrations": data.demonstrations.model_copy(update={"max_words": most})})
+    wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)
+    share, most = 0, None
+    for words_allowed in (None, *(words[len(words) * quarter // 4] for quarter in (3, 2, 1))):
+        demonstrations = data.demonstrations.model_copy(update={"max_words": words_allowed})
         try:
-            drawn = assign(chosen, task.labels, read).demonstrations
+            drawn = assign(data.model_copy(update={"demonstrations": demonstrations}), task.labels, read).demonstrations
         except UsageError:
-            if most is None:
+            if words_allowed is None:
                 raise
             continue
         one_each = [task.context_text(Context("", "", ((example.fields, example.label or ""),))) for example in drawn]
-        if not contexts or max(measure.tokens(one_each)) * share * len(task.labels) <= measure.room:
+        fitting = min(wanted, measure.room // (max(measure.tokens(one_each)) * labels)) if contexts else wanted
+        if fitting > share:
+            share, most = fitting, words_allowed
+        if share == wanted:
             break
-    else:
+    if not share:
         raise UsageError(
             f"{read['labelled'].file}: one demonstration of each label has more than {measure.room:,} tokens, half of what a model here takes. "
             "Add shorter labelled texts, or take a model that takes more."
@@ -253,7 +259,7 @@ def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExample
         raw["data"]["demonstrations"]["max_words"] = most
         yield f"data.demonstrations.max_words: {most}, so that demonstrations fit"
     for entry in contexts:
-        entry["demonstrations"] = min(share, max(1, entry["demonstrations"] // len(task.labels))) * len(task.labels)
-        orders, draws = math.factorial(entry["demonstrations"]), math.comb(data.demonstrations.per_label, share) ** len(task.labels)
+        entry["demonstrations"] = min(share, max(1, entry["demonstrations"] // labels)) * labels
+        orders, draws = math.factorial(entry["demonstrations"]), math.comb(data.demonstrations.per_label, share) ** labels
         entry["count"] = min(entry.get("count", 1), draws if entry.get("vary") == "draw" else orders)
-    yield f"contexts: at most {share * len(task.labels)} demonstrations"
+    yield f"contexts: at most {share * labels} demonstrations"

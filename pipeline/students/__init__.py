@@ -1,1 +1,1 @@
-"""Stage two: objectives, tuning, training of students."""
+"""Training: students, and teachers' models that are tuned on the labels."""

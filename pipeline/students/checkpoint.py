@@ -1,113 +1,121 @@
-"""Training that survives a kill: learnt weights, moments, step and losses, in one safetensors file under the work folder.
+"""What a training has reached, and a checkpoint of it in one safetensors file under the work folder.
 
-A checkpoint is exact, so when it is taken does not change what comes out; it is taken when enough work stands to be lost, by the clock, not
-by steps: its size is three times that of the learnt weights (four where the best ones are kept beside them), and writing it every few
-steps of a small model would cost more than it saves. One that belongs to other params, data or weights is not used. A student has at most
-one.
+A resumed training ends with the same bytes as an unbroken one, so checkpoints may be taken by the clock, not by steps: a file is three
+times the size of the learnt weights (four with the best ones). One of other params, data or weights is not used. A student has at most one.
 """
 
-import hashlib
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from pipeline.files import remove_leftovers, replacing
+from pipeline.files import replacing
 from pipeline.students.tuning import trained_weights
 
 SECONDS_BETWEEN = 120.0
 """Work that a kill costs at most. Writing the 1.3 GB of a 135M model took 3 to 5 s on a busy machine."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
+OF_WEIGHT = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each weight."""
 
 
+@dataclass
+class Reached:
+    """The losses so far, each validation, and the weights of the best one."""
+
+    losses: list[float] = field(default_factory=list)
+    """Of each step, before its update; nats."""
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    """(steps done, mean KL to the targets in nats)."""
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def best(self) -> int:
+        """Number of the best validation. Of equal ones the first, which moved the model least."""
+        return min(range(len(self.validations)), key=lambda number: self.validations[number][1])
+
+    def add(self, model: nn.Module, kl_nats: float) -> None:
+        """A validation of the present weights, which are copied if they are the best."""
+        self.validations.append((len(self.losses), kl_nats))
+        if self.best == len(self.validations) - 1:
+            self.best_weights = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations brought no improvement."""
+        return patience is not None and len(self.validations) - 1 - self.best >= patience
+
+    @torch.no_grad()
+    def restore_best(self, model: nn.Module) -> None:
+        """Put the best weights, if there are any, into the model."""
+        for name, best in self.best_weights.items():
+            model.get_parameter(name).copy_(best)
+
+
+@dataclass
 class Checkpoint:
-    """The checkpoint of one training: `folder`/NAME-FINGERPRINT.safetensors."""
+    """The checkpoint of one training: `folder`/`name`-FINGERPRINT.safetensors."""
 
-    def __init__(
-        self, folder: Path, name: str, fingerprint: str, seconds_between: float = SECONDS_BETWEEN, keeps_end: bool = False
-    ) -> None:
-        self.keeps_end = keeps_end
-        """Whether the state after the last step is saved too: for a training that others follow before its folder is safe."""
-        self.path = folder / f"{name}-{fingerprint[:16]}.safetensors"
-        self._name = name
-        self._fingerprint = fingerprint
-        self._seconds_between = seconds_between
-        self._taken = time.monotonic()
+    folder: Path
+    name: str
+    fingerprint: str
+    """sha256 of everything that the training depends on."""
+    seconds_between: float = SECONDS_BETWEEN
+    keeps_end: bool = False
+    """Whether the state after the last step is saved too: for a training that others follow before its folder is safe."""
+    _taken: float = field(default_factory=time.monotonic)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / f"{self.name}-{self.fingerprint[:16]}.safetensors"
 
     def due(self) -> bool:
         """Whether enough time has passed since the last one."""
-        return time.monotonic() - self._taken >= self._seconds_between
+        return time.monotonic() - self._taken >= self.seconds_between
 
     @torch.no_grad()
-    def save(
-        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[float], others: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Write the state after `len(losses)` steps, then remove what other params or data left of this student."""
-        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-        tensors |= {f"other.{name}": tensor for name, tensor in (others or {}).items()}
-        for name, parameter in trained_weights(model).items():
-            tensors[f"weight.{name}"] = parameter.detach().contiguous()
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+    def save(self, model: nn.Module, optimizer: Optimizer, reached: Reached) -> None:
+        """Write the state after `len(reached.losses)` steps, then remove what other params or data left of this student."""
+        tensors = {name: torch.tensor(getattr(reached, name), dtype=torch.float64) for name in ("losses", "validations")}
+        tensors |= {f"best.{name}": tensor for name, tensor in reached.best_weights.items()}
+        for name, weight in trained_weights(model).items():
+            state = optimizer.state.get(weight, {})  # empty for a weight that no step has reached
+            tensors |= {f"{key}.{name}": tensor.detach().contiguous() for key, tensor in {"weight": weight, **state}.items()}
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": self._fingerprint, "sha256": _digest(tensors)})
-        for stale in self._all():
-            if stale != self.path:
-                stale.unlink(missing_ok=True)
-                remove_leftovers(stale)
+            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
+        self.remove(but=self.path)
         self._taken = time.monotonic()
 
     @torch.no_grad()
-    def load(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[list[float], dict[str, Tensor]]:
-        """Put a saved state into model and optimizer, and return the losses of the steps done and the other tensors that were saved.
-
-        Both are empty where there is no such state.
-        """
-        if not self.path.is_file():
-            return [], {}
-        tensors: dict[str, Tensor] = {}
+    def load(self, model: nn.Module, optimizer: Optimizer) -> Reached:
+        """Put a saved state into model and optimizer. Without one that can be read, the training starts at its beginning."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
-                    return [], {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
-                written = (file.metadata() or {}).get("sha256")
-            fault = None if _digest(tensors) == written else "its tensors are not those that were saved"
+                if (file.metadata() or {}).get("fingerprint") != self.fingerprint:
+                    return Reached()
+                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+        except FileNotFoundError:
+            return Reached()
         except (SafetensorError, OSError) as error:
-            fault = str(error)
-        if fault is not None:  # nothing of it has reached the model
-            print(f"{self.path}: cannot be used ({fault}); training starts again", file=sys.stderr)
-            return [], {}
-        losses = tensors["losses"].tolist()
-        for name, parameter in trained_weights(model).items():
-            parameter.copy_(tensors[f"weight.{name}"])
-            state: dict[str, torch.Tensor] = {"step": torch.tensor(float(len(losses)), device=parameter.device)}
-            for moment in MOMENTS:
-                state[moment] = torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"])
-            optimizer.state[parameter] = state
-        return losses, {key.removeprefix("other."): tensor for key, tensor in tensors.items() if key.startswith("other.")}
+            print(f"{self.path}: cannot be read ({error}). Training starts at its beginning.", file=sys.stderr)
+            return Reached()
+        for name, weight in trained_weights(model).items():
+            weight.copy_(tensors[f"weight.{name}"])
+            if f"step.{name}" in tensors:
+                optimizer.state[weight] = {key: tensors[f"{key}.{name}"].to(weight.device) for key in OF_WEIGHT}
+                weight.grad = torch.zeros_like(weight)  # it had a gradient, so a step that does not reach it moves it all the same
+        best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
+        validations = [(int(step), kl) for step, kl in tensors["validations"].tolist()]
+        return Reached(tensors["losses"].tolist(), validations, best)
 
-    def remove(self) -> None:
-        """The training is done: no checkpoint of this student stays."""
-        for path in {*self._all(), self.path}:
-            path.unlink(missing_ok=True)
-            remove_leftovers(path)
-
-    def _all(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self._name}-{'[0-9a-f]' * 16}.safetensors"))
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of tensors: safetensors files have no checksum."""
-    whole = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+    def remove(self, but: Path | None = None) -> None:
+        """Remove this student's checkpoints, all or `but` one, and what a killed run left of this one."""
+        hexadecimal = "[0-9a-f]" * 16
+        for path in (*self.folder.glob(f"{self.name}-{hexadecimal}.safetensors"), *self.folder.glob(f".{self.path.name}.*.tmp")):
+            if path != but:
+                path.unlink(missing_ok=True)

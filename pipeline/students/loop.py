@@ -1,53 +1,62 @@
-"""The steps of a training: batches, gradients, updates, looks at what is held back, checkpoints.
+"""Training a model on what it is to learn: the forward pass, the steps, validation, checkpoints.
 
-With more than one term, each step takes a batch of each: the labelled demonstrations are few, and a share of every step keeps their weight
-even.
+Float32, dropout off, AdamW. What comes out depends on model, terms and params alone: batches follow from content, and an interrupted run
+goes on from its checkpoint to the same bytes. With several terms each step takes a batch of each: demonstrations are few, and a share of
+every step keeps their weight even. With a validation, the weights of the best step are kept; gold labels play no part in it.
 """
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import ShotlessError
-from pipeline.models.rows import Completions
+from pipeline.models.cpu_kernels import MatrixGradients
+from pipeline.models.forward import TOLERANCE_NATS, packed_if_exact
+from pipeline.models.packed import PackedModel
+from pipeline.models.rows import Completions, rows_of
 from pipeline.params import TuningParams
 from pipeline.progress import progress, rate
-from pipeline.students.answers import AnswerForward
-from pipeline.students.batches import Example, Order, Term, pieces
-from pipeline.students.cached import CachedRow, CacheTerm
-from pipeline.students.checkpoint import Checkpoint
-from pipeline.students.early_stopping import Best, HeldBack
-from pipeline.students.forward import Forward
-from pipeline.students.gradients import MatrixGradients
-from pipeline.students.objective import objective, targets_of
-from pipeline.students.objectives import kl_nats
-from pipeline.students.optimizer import adamw, clip_gradients, learning_rate, set_learning_rate
-from pipeline.students.processes import Processes
-from pipeline.students.tokens_seen import Vocabulary
-from pipeline.students.tuning import Tuning
+from pipeline.students.auxiliary import CachedRow, CacheLoss, CacheTerm, logits_of
+from pipeline.students.checkpoint import Checkpoint, Reached
+from pipeline.students.data import Batches, LabelTerm, StudentRow, TargetRow, micro_batches, shortest_and_longest
+from pipeline.students.losses import kl_nats, label_log_probabilities, objective, targets_of
+from pipeline.students.processes import ALONE, Processes
+from pipeline.students.small_vocabulary import SmallVocabulary
+from pipeline.students.tuning import Tuning, adamw, apply_tuning, clip_gradients, learning_rate
+
+MATCHING = "matching"
+"""The name of the projections' module in a model that is being trained."""
+UNLIKELY_NATS = math.log(1e-4)
+"""Two passes are not compared on tokens of a lower log-probability: these weigh nothing in a loss."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class Validation:
+    """Rows that choose the step: of the label terms, or of the first cache term."""
+
+    rows: Sequence[StudentRow]
+    every: int
+    """Steps between two validations; there is one before the first step and one after the last, too."""
+    patience: int | None
+    """Validations without an improvement that end the training; None: it runs through."""
+
+
+@dataclass(frozen=True)
+class Outcome:
     """What a training did. All but the last three depend on its inputs alone."""
 
-    losses: list[float]
-    """Of each step, before its update; nats. Fewer than the params' steps where it stopped early."""
-    looks: list[tuple[int, float]]
-    """(steps done, mean KL to the targets of what is held back, nats); empty where nothing is."""
+    reached: Reached
     best_step: int
     """Steps after which the weights were those that the model has now."""
-    examples: int
     tokens: int
     """Read in all steps, with the tokens of long verbalisers."""
-    trains: str
-    """Which weights were learnt, in words."""
-    trained_parameters: int
+    tuning: Tuning
     forward: str
     """The forward pass that was used, and why."""
     resumed_at: int
@@ -57,175 +66,200 @@ class Trained:
     tokens_per_second: float
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What `train` was asked for."""
+def train(
+    model: PreTrainedModel,
+    completions: Completions,
+    label_terms: Sequence[LabelTerm],
+    params: TuningParams,
+    *,
+    title: str,
+    cache_terms: Sequence[CacheTerm] = (),
+    validation: Validation | None = None,
+    checkpoint: Checkpoint | None = None,
+    adapter: tuple[Path, str] | None = None,
+    processes: Processes = ALONE,
+) -> Outcome:
+    """Train `model` in place; it is a plain model of its architecture before and after, whatever `params.tuning` is.
 
-    completions: Completions
-    terms: Sequence[Term]
-    params: TuningParams
-    title: str
-    cached: Sequence[CacheTerm]
-    checkpoint: Checkpoint | None
-    held_back: HeldBack | None
-    processes: Processes
-    started: float
+    `completions` are the token ids of each label's verbaliser. `adapter` is the folder where a LoRA adapter is kept, and the base that it
+    belongs to. Of several `processes` each trains a model of its own, to the same weights. Raises ShotlessError naming the step and the
+    examples if a loss or gradient is not finite. The checkpoint stays until the caller removes it: the weights are not on disk yet.
+    """
+    model.eval()
+    tuning = apply_tuning(model, params)
+    rows = [row for one in (*label_terms, validation) if one is not None for row in one.rows]
+    forward = StudentForward(model, completions, [row for row in rows if isinstance(row, TargetRow)], cache_terms)
+    try:
+        losses = [CacheLoss(model, forward.packed, term, params.seed) for term in cache_terms]
+        model.add_module(MATCHING, nn.ModuleList(loss.matching for loss in losses if loss.matching is not None))
+        outcome = _Steps(model, forward, label_terms, losses, params, title, validation, processes).run(tuning, checkpoint)
+        delattr(model, MATCHING)
+    finally:
+        forward.detach()
+    if adapter is not None and processes.first:
+        tuning.save_adapter(*adapter)
+    tuning.merge()
+    return outcome
 
-    @property
-    def rows(self) -> list[Sequence[int]]:
-        """Token ids of everything over the labels that the model reads."""
-        rows: list[Sequence[int]] = [example.ids for term in self.terms for example in term.examples]
-        return rows + [example.ids for example in (self.held_back.examples if self.held_back is not None else ())]
 
-    def taken(self) -> list[Example]:
-        """Every example that some step of this process takes, and its share of what is held back."""
-        orders = [Order(term, self.params.seed) for term in self.terms]
-        share = self.processes.share
-        taken = [example for order in orders for step in range(self.params.steps) for example in share(order.batch(step))]
-        return taken + (share(_by_length(self.held_back.examples)) if self.held_back is not None else [])
+class StudentForward:
+    """A student's forward pass in training: prompts in, label log-probabilities out, with a gradient.
+
+    Losses over single-token labels alone use a small vocabulary. The pass is packed if it gives the plain forward's numbers on a few rows
+    of every term; else it is the plain one.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, completions: Completions, label_rows: Sequence[TargetRow], cache_terms: Sequence[CacheTerm] = ()
+    ) -> None:
+        self._model, self._completions = model, completions
+        self._attention = model.config._attn_implementation or "eager"
+        self._small: SmallVocabulary | None = None
+        self._label_probe = shortest_and_longest(label_rows) if label_rows else []
+        self._cache_probe = [row.packed for term in cache_terms for row in shortest_and_longest(term.rows)]
+        self._expected = self._probed(None)
+        if not cache_terms and all(len(ids) == 1 for ids in completions):
+            self._small = SmallVocabulary(model, [token for ids in (*(row.ids for row in label_rows), *completions) for token in ids])
+            if not self._difference(None) <= TOLERANCE_NATS:
+                self._small.restore()
+                self._small = None
+        self.packed, reason = packed_if_exact(model, self._difference)
+        self.description = f"{'plain' if self.packed is None else 'packed'}: {reason}"
+        self.label_tokens = sum(len(ids) - 1 for ids in completions)
+        """Tokens of verbalisers that it reads for each row over the labels."""
+
+    def label_log_probabilities(self, rows: Sequence[TargetRow]) -> Tensor:
+        """Log-probabilities of the labels among each other, [B, L] nats."""
+        return self._labels(self.packed, rows)
+
+    def detach(self) -> None:
+        """Give the model back as it was, with the trained weights."""
+        if self.packed is not None:
+            self.packed.detach()
+            self._model.set_attn_implementation(self._attention)
+        if self._small is not None:
+            self._small.restore()
+
+    def _labels(self, packed: PackedModel | None, rows: Sequence[TargetRow]) -> Tensor:
+        ids, completions = [row.ids for row in rows], self._completions
+        if self._small is not None:
+            ids, completions = [self._small.ids(one) for one in ids], [self._small.ids(one) for one in completions]
+        return label_log_probabilities(logits_of(self._model, packed, rows_of(ids, completions))[0], completions)
+
+    @torch.no_grad()
+    def _probed(self, packed: PackedModel | None) -> list[Tensor]:
+        """Log-probabilities of the labels, and of the vocabulary, of the probes."""
+        labels = [self._labels(packed, self._label_probe)] if self._label_probe else []
+        cached = [logits_of(self._model, packed, self._cache_probe)[0].float().log_softmax(-1)] if self._cache_probe else []
+        return labels + [one.clamp_min(UNLIKELY_NATS) for one in cached]
+
+    def _difference(self, packed: PackedModel | None) -> float:
+        """The largest difference of a probe from the plain forward of the whole model, nats."""
+        pairs = zip(self._probed(packed), self._expected, strict=True)
+        return float(torch.stack([(one - expected).abs().max() for one, expected in pairs]).max())
 
 
 @dataclass
-class Training:
-    """One training; its methods are the parts of a step."""
+class _Steps:
+    """The steps of one training."""
 
     model: PreTrainedModel
-    vocabulary: Vocabulary
-    forward: Forward | None
-    """None where no term is over the labels."""
-    plan: Plan
-    answers: Sequence[AnswerForward] = ()
-    """For each term over the vocabulary or hidden states."""
-    matrices: MatrixGradients = field(init=False)
+    forward: StudentForward
+    label_terms: Sequence[LabelTerm]
+    cache_losses: Sequence[CacheLoss]
+    params: TuningParams
+    title: str
+    validation: Validation | None
+    processes: Processes
 
-    def run(self, tuning: Tuning) -> Trained:
-        """All steps that are still to do; the model then has the weights that are kept."""
-        self.matrices = MatrixGradients(self.model)
-        try:
-            return self._run(tuning)
-        finally:
-            self.matrices.detach()
-
-    def _run(self, tuning: Tuning) -> Trained:
-        plan, params, held_back = self.plan, self.plan.params, self.plan.held_back
-        checkpoint, started, first = plan.checkpoint, plan.started, plan.processes.first
-        optimizer = adamw(self.model, params)
-        orders = [Order(term, params.seed) for term in plan.terms]
-        cached = [Order(forward.term, params.seed) for forward in self.answers]
-        losses, saved = checkpoint.load(self.model, optimizer) if checkpoint is not None else ([], {})
-        best, resumed_at, done = Best.of(saved), len(losses), 0
-        plan.processes.agree("steps that an earlier run had done", resumed_at)
-        branch_tokens = sum(len(ids) - 1 for ids in self.vocabulary.completions)
-        if held_back is not None and not best.looks:
-            best.add(self.model, 0, self._agreement(held_back, 0))
+    def run(self, tuning: Tuning, checkpoint: Checkpoint | None) -> Outcome:
+        """All steps that are still to do. The model then has the weights that are kept."""
+        started, params, validation = time.monotonic(), self.params, self.validation
+        labels = [Batches(term.rows, term.batch_size, params.seed) for term in self.label_terms]
+        cached = [Batches(loss.term.rows, loss.term.batch_size, params.seed) for loss in self.cache_losses]
+        self.optimizer = adamw(self.model, params)
+        self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        reached = checkpoint.load(self.model, self.optimizer) if checkpoint is not None else Reached()
+        checkpoint = checkpoint if self.processes.first else None
+        resumed_at, seen = len(reached.losses), 0
+        self.processes.check_same("steps that an earlier run had done", resumed_at)
+        if validation is not None and not reached.validations:
+            reached.add(self.model, self._validate(validation, 0))
 
         def tokens_of(step: int) -> int:
-            tokens = sum(len(example.ids) + branch_tokens for order in orders for example in order.batch(step))
-            return tokens + sum(len(row.ids) + row.positions - 1 for order in cached for row in order.batch(step))
+            of_labels = sum(row.tokens + self.forward.label_tokens for order in labels for row in order.at(step))
+            return of_labels + sum(row.tokens for order in cached for row in order.at(step))
 
-        with progress(plan.title, params.steps, "steps") as meter:
-            meter.advance(resumed_at, "resumed" if resumed_at else "")
-            for step in range(resumed_at, params.steps):
-                if held_back is not None and best.is_over(held_back.patience):
-                    meter.advance(0, f"no better for {held_back.patience} looks: stopped early")
-                    break
-                set_learning_rate(optimizer, learning_rate(step, params))
-                rows = [order.batch(step) for order in cached]
-                losses.append(self._step(optimizer, [order.batch(step) for order in orders], rows, step))
-                done += tokens_of(step)
-                meter.advance(1, f"loss {losses[-1]:.4f}, {rate(done, time.monotonic() - started):,.0f} tokens/s")
-                if held_back is not None and ((step + 1) % held_back.evaluate_every == 0 or step + 1 == params.steps):
-                    best.add(self.model, step + 1, self._agreement(held_back, step + 1))
-                if checkpoint is not None and first and checkpoint.due() and step + 1 < params.steps:
-                    checkpoint.save(self.model, optimizer, losses, best.tensors())
-        if checkpoint is not None and first and checkpoint.keeps_end and len(losses) > resumed_at:
-            checkpoint.save(self.model, optimizer, losses, best.tensors())
-        if best.looks:
-            best.restore(self.model)
-        seconds = time.monotonic() - started
-        return Trained(
-            losses=losses,
-            looks=best.looks,
-            best_step=best.looks[best.number][0] if best.looks else len(losses),
-            examples=len(losses) * sum(term.batch_size for term in (*plan.terms, *(forward.term for forward in self.answers))),
-            tokens=sum(map(tokens_of, range(len(losses)))),
-            trains=tuning.trains,
-            trained_parameters=tuning.trained_parameters,
-            forward="; ".join(forward.describe() for forward in (*self.answers, self.forward) if forward is not None),
-            resumed_at=resumed_at,
-            seconds=seconds,
-            tokens_per_second=rate(done, seconds),
-        )
+        self.matrices = MatrixGradients(self.model)
+        try:
+            with progress(self.title, params.steps, "steps") as meter:
+                meter.advance(resumed_at, "resumed" if resumed_at else "")
+                for step in range(resumed_at, params.steps):
+                    if validation is not None and reached.is_over(validation.patience):
+                        meter.advance(0, f"no better in {validation.patience} validations: stopped early")
+                        break
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = learning_rate(step, params)
+                    reached.losses.append(self._step(step, [order.at(step) for order in labels], [order.at(step) for order in cached]))
+                    seen += tokens_of(step)
+                    meter.advance(1, f"loss {reached.losses[-1]:.4f}, {rate(seen, time.monotonic() - started):,.0f} tokens/s")
+                    if validation is not None and ((step + 1) % validation.every == 0 or step + 1 == params.steps):
+                        reached.add(self.model, self._validate(validation, step + 1))
+                    if checkpoint is not None and checkpoint.due() and step + 1 < params.steps:
+                        checkpoint.save(self.model, self.optimizer, reached)
+        finally:
+            self.matrices.detach()
+        steps = len(reached.losses)
+        if checkpoint is not None and checkpoint.keeps_end and steps > resumed_at:
+            checkpoint.save(self.model, self.optimizer, reached)
+        reached.restore_best(self.model)
+        best_step = reached.validations[reached.best][0] if reached.validations else steps
+        chunks = "; the head and its loss in chunks" if any(loss.is_fused for loss in self.cache_losses) else ""
+        tokens, seconds = sum(map(tokens_of, range(steps))), time.monotonic() - started
+        return Outcome(reached, best_step, tokens, tuning, self.forward.description + chunks, resumed_at, seconds, rate(seen, seconds))
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Example]], cached: Sequence[Sequence[CachedRow]], step: int
-    ) -> float:
-        """One update, of the gradients of all pieces; returns the loss before it. `cached` are rows for each of `answers`."""
-        plan, processes = self.plan, self.plan.processes
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.matrices.forget(trained)  # kept, not freed: fresh pages for all gradients would cost 6 % of a step in page faults
-        sizes, value = [len(batch) for batch in batches], 0.0
-        for piece in pieces([processes.share(batch) for batch in batches], plan.params.micro_batch):
-            assert self.forward is not None
-            log_probabilities = self.forward.run([self.vocabulary.ids(example.ids) for batch in piece for example in batch])
-            value += self._backward(objective(plan.terms, piece, log_probabilities, sizes), step, piece)
-        for forward, rows in zip(self.answers, cached, strict=True):
-            positions, own = sum(row.positions for row in rows), processes.share(rows)
-            size = plan.params.micro_batch or max(1, len(own))
-            for start in range(0, len(own), size):
-                piece = own[start : start + size]
-                value += self._backward(forward.loss(piece, positions), step, [piece])
+    def _step(self, step: int, labels: Sequence[Sequence[TargetRow]], cached: Sequence[Sequence[CachedRow]]) -> float:
+        """One update, of the gradients of all pieces; returns the loss before it."""
+        share, micro_batch, value = self.processes.share, self.params.micro_batch, 0.0
+        self.matrices.forget(self.weights)  # kept, not freed: fresh pages for all gradients would cost 6 % of a step
+        for piece in micro_batches([share(batch) for batch in labels], micro_batch):
+            rows = [row for batch in piece for row in batch]
+            loss = objective(self.label_terms, piece, self.forward.label_log_probabilities(rows), [len(batch) for batch in labels])
+            value += self._backward(loss, step, rows)
+        for cache_loss, batch in zip(self.cache_losses, cached, strict=True):
+            for [rows] in micro_batches([share(batch)], micro_batch):
+                value += self._backward(cache_loss(rows, sum(row.positions for row in batch)), step, rows)
         self.matrices.settle()
-        processes.add_gradients(trained)
-        norm = clip_gradients(optimizer, plan.params.max_grad_norm)
-        _check_finite("norm of the gradient", norm, plan.title, step, [*batches, *cached])
-        optimizer.step()
-        return processes.total(value)
+        self.processes.add_gradients(self.weights)
+        norm = clip_gradients(self.weights, self.params.max_grad_norm)
+        self._check_finite("norm of the gradient", norm, step, [row for batch in (*labels, *cached) for row in batch])
+        self.optimizer.step()
+        return self.processes.total(value)
 
-    def _backward(self, loss: Tensor, step: int, examples: Sequence[Sequence[Example | CachedRow]]) -> float:
+    def _backward(self, loss: Tensor, step: int, rows: Sequence[StudentRow]) -> float:
         value = float(loss.detach())
-        _check_finite("loss", value, self.plan.title, step, examples)
+        self._check_finite("loss", value, step, rows)
         loss.backward()
         return value
 
     @torch.no_grad()
-    def _agreement(self, held_back: HeldBack, steps_done: int) -> float:
-        """Mean KL to the targets of what is held back, nats; each process reads its share."""
-        size = self.plan.params.micro_batch or self.plan.params.batch_size
-        if held_back.cached:
-            return self._answers_agreement(self.answers[0], held_back, size, steps_done)
-        assert self.forward is not None
-        ordered = self.plan.processes.share(_by_length(held_back.examples))
-        total = 0.0
-        for start in range(0, len(ordered), size):
-            batch = ordered[start : start + size]
-            log_probabilities = self.forward.run([self.vocabulary.ids(example.ids) for example in batch])
-            kl = kl_nats(targets_of(batch, log_probabilities), log_probabilities)
-            _check_finite("KL to the targets of what is held back", float(kl.sum()), self.plan.title, steps_done, [batch])
-            total += float(kl.double().sum())
-        return self.plan.processes.total(total) / len(held_back.examples)
+    def _validate(self, validation: Validation, steps_done: int) -> float:
+        """Mean KL to the targets over the positions of the validation rows, nats; each process reads its share."""
+        total, ordered = 0.0, sorted(validation.rows, key=lambda row: (row.tokens, row.example_id))
+        for [batch] in micro_batches([self.processes.share(ordered)], self.params.micro_batch or self.params.batch_size):
+            if labels := [row for row in batch if isinstance(row, TargetRow)]:
+                log_probabilities = self.forward.label_log_probabilities(labels)
+                value = float(kl_nats(targets_of(labels, log_probabilities), log_probabilities).double().sum())
+            else:
+                value = self.cache_losses[0].kl_nats([row for row in batch if isinstance(row, CachedRow)])
+            self._check_finite("KL to the validation targets", value, steps_done, batch)
+            total += value
+        return self.processes.total(total) / sum(row.positions for row in validation.rows)
 
-    def _answers_agreement(self, answers: AnswerForward, held_back: HeldBack, size: int, steps_done: int) -> float:
-        """The same over the positions of cached answers."""
-        measure = replace(answers.term, divergence="kl", weight=1.0, hidden=None)
-        ordered = sorted(held_back.cached, key=lambda row: (len(row.ids) + row.positions, row.example_id))
-        positions, total = sum(row.positions for row in ordered), 0.0
-        ordered = self.plan.processes.share(ordered)
-        for start in range(0, len(ordered), size):
-            batch = ordered[start : start + size]
-            total += float(answers.loss(batch, positions, measure))
-            _check_finite("KL to the targets of what is held back", total, self.plan.title, steps_done, [batch])
-        return self.plan.processes.total(total)
-
-
-def _by_length(examples: Sequence[Example]) -> list[Example]:
-    return sorted(examples, key=lambda example: (len(example.ids), example.example_id))
-
-
-def _check_finite(what: str, value: float, title: str, step: int, batches: Sequence[Sequence[Example | CachedRow]]) -> None:
-    if not math.isfinite(value):
-        ids = ", ".join(example.example_id for batch in batches for example in batch)
-        raise ShotlessError(
-            f"{title}: the {what} is {value} at step {step + 1}, on examples {ids}. Lower `learning_rate` or `max_grad_norm`, "
-            "or lengthen `warmup`; if it is the first step, look at these examples and at the base model's weights."
-        )
+    def _check_finite(self, what: str, value: float, step: int, rows: Sequence[StudentRow]) -> None:
+        if not math.isfinite(value):
+            raise ShotlessError(
+                f"{self.title}: the {what} is {value} at step {step + 1}, on examples {', '.join(row.example_id for row in rows)}. Lower "
+                "`learning_rate` or `max_grad_norm`, or lengthen `warmup`; if it is the first step, look at these examples and at the base "
+                "model's weights."
+            )

@@ -1,8 +1,9 @@
 """Training on several processes, as `torchrun` starts them: each takes its share of every batch, and gradients are summed.
 
-What a step learns does not depend on how many processes there are: batches are planned as for one, a process takes every n-th example of
-each, losses are divided by the whole batch's size, and gradients and losses are added up before the update. All processes make the same
-update, so that none has to be sent weights. The first one writes. With one process nothing here does anything.
+What a step learns does not depend on the number of processes. Batches are planned as for one, a process takes every n-th row of each,
+losses are divided by the whole batch's size, and gradients and losses are added up before the update. All processes make the same update,
+so none is sent weights. The first one writes. DistributedDataParallel does not fit: gradients of matrices bypass autograd's hooks
+(`models/cpu_kernels.py`), and a step has several backward passes.
 """
 
 import os
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import ShotlessError
 from pipeline.models.machine import cores
@@ -26,7 +27,7 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """One process among all that train a student: this one."""
+    """All processes that train a student, and which one this is."""
 
     rank: int = 0
     count: int = 1
@@ -35,61 +36,57 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether it is this one that writes."""
+        """Whether this is the one that writes."""
         return self.rank == 0
 
     def threads(self, asked: int | None) -> int:
-        """Threads of each: those `asked` for, or this machine's cores divided among those that share it."""
+        """Threads of each: those asked for, or this machine's cores divided among those that share it."""
         return asked or max(1, cores() // self.here)
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """Every n-th of some items; all processes' shares together are all of them."""
+        """Every n-th item. All processes' shares together are all items."""
         return list(items[self.rank :: self.count])
 
     def total(self, value: float) -> float:
         """The sum of a number over all processes, the same bits on each."""
-        if self.count == 1:
-            return value
-        held = torch.tensor(value, dtype=torch.float64, device=_device())
-        dist.all_reduce(held)
+        held = torch.tensor(value, dtype=torch.float64)
+        if self.count > 1:
+            held = held.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(held)
         return float(held)
 
     @torch.no_grad()
-    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over all processes, in place; a process without an example in a step gives zeros."""
-        if self.count == 1:
-            return
-        gradients: list[Tensor] = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            assert work is not None
+    def add_gradients(self, weights: Sequence[nn.Parameter]) -> None:
+        """Sum gradients over all processes, in place. A process without a row in a step gives zeros."""
+        sums = []
+        for weight in weights if self.count > 1 else ():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            sums.append(dist.all_reduce(weight.grad, async_op=True))
+        for work in filter(None, sums):
             work.wait()
 
-    def agree(self, what: str, value: float) -> None:
-        """Raise ShotlessError where processes do not have the same `value`: they would train different models."""
-        if self.count == 1:
-            return
-        found: list[float | None] = [None] * self.count
-        dist.all_gather_object(found, value)
+    def check_same(self, what: str, value: float) -> None:
+        """Raise ShotlessError if processes do not have the same `value`: they would train different models."""
+        found: list[float | None] = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, value)
         if len(set(found)) > 1:
-            raise ShotlessError(
-                f"{what}: processes differ ({', '.join(map(str, found))}); they need the same params and the same work folder "
-                "($SHOTLESS_WORK)."
-            )
+            differing = ", ".join(map(str, found))
+            raise ShotlessError(f"{what}: processes differ ({differing}). They need the same params and work folder ($SHOTLESS_WORK).")
+
+
+ALONE = Processes()
 
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """All processes that `torchrun` or `accelerate launch` started with this one; one alone where neither did.
+    """All processes that `torchrun` or `accelerate launch` started with this one, or this one alone.
 
-    Raises ShotlessError where they do not find each other.
+    Raises ShotlessError if they do not find each other.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Processes()
+        yield ALONE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -101,7 +98,3 @@ def joined() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         dist.destroy_process_group()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -5,7 +5,14 @@ import torch
 from score_rows import ENCODINGS, params_of, random_logits, table_of
 
 from pipeline.cache.distributions import decode
-from pipeline.cache.fidelity import Fidelity, fidelity
+from pipeline.cache.fidelity import Fidelity
+
+
+def fidelity(full, cached, student=None, resolution=None):
+    """The figures of positions that are added at once."""
+    whole = Fidelity(resolution)
+    whole.add(full, cached, student)
+    return whole.figures()
 
 
 def cached_kl(cached, logits):

@@ -160,7 +160,7 @@ class World:
             "targets": name,
             **entry,
             "teachers": {teacher: self.teacher(teacher) for teacher in entry["teachers"]},
-            "contexts": [context | {"offsets_nats": offsets(number)} for number, context in enumerate(contexts)],
+            "contexts": [context | {"calibration": "batch_log", "offsets": offsets(number)} for number, context in enumerate(contexts)],
         }
         write_json(described, self.artifacts / "targets" / name / "calibration.json")
 

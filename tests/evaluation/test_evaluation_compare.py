@@ -120,8 +120,8 @@ def test_the_reference_answers_every_example_once():
     assert to_reference(table, other[0], LABELS, **BOOTSTRAP) == to_reference(table, other[1], LABELS, **BOOTSTRAP), "joined by example"
     with pytest.raises(UsageError, match="contexts: ensemble"):
         to_reference(table, table_of(rows_of(1, contexts=2)), LABELS, **BOOTSTRAP)
-    for lacking, name in ((rows[1:], "example movie-0"), (rows[25:], "no example")):
-        with pytest.raises(CorruptError, match=f"set 'movie': the reference did not answer {name}"):
+    for lacking, count in ((rows[1:], 1), (rows[25:], 25)):
+        with pytest.raises(CorruptError, match=f"set 'movie': the reference did not answer {count} examples, first movie-0"):
             to_reference(table, table_of(lacking), LABELS, **BOOTSTRAP)
 
 

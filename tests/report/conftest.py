@@ -18,6 +18,8 @@ from pipeline.evaluation.free_text import judge
 from pipeline.evaluation.metrics import evaluate_predictions
 from pipeline.files import Folders, sha256_file, sha256_text, write_json
 from pipeline.params import Params, parse_params
+from pipeline.report.collect import Collected, collect
+from pipeline.report.page import build_report
 from pipeline.schema import ANSWERS, PREDICTIONS, Example, write_examples, write_table
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,10 @@ ACCURACY = {"icl": (0.56, 0.53), "zero_shot": (0.81, 0.88), "teacher": (0.87, 0.
 @pytest.fixture
 def raw() -> dict[str, Any]:
     """params.yaml as it is shipped, with two evaluation sets and a bootstrap that takes no time."""
+    return _raw()
+
+
+def _raw() -> dict[str, Any]:
     raw = YAML(typ="safe", pure=True).load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
     raw["data"]["evaluation"] = {name: raw["data"]["evaluation"][name] for name in ("movie", "tweets")}
     raw["evaluation"]["bootstrap"] = 50
@@ -50,35 +56,53 @@ def free_text(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-@pytest.fixture
-def write_run(tmp_path: Path) -> Callable[..., Params]:
-    """A function that writes a whole run of some params below `tmp_path`."""
+@pytest.fixture(scope="session")
+def write_run() -> Callable[..., Params]:
+    """A function that writes a whole run of some params below a folder."""
+    return _write_run
 
-    def write(raw: dict[str, Any], examples: int = 40) -> Params:
-        params = parse_params(raw)
-        folders, settings = Folders.here(tmp_path), {"resamples": params.evaluation.bootstrap, "seed": 0}
-        sets = {name: _examples(name, params, examples) for name in params.data.evaluation}
-        domains = {name: entry.domain for name, entry in params.data.evaluation.items()}
-        for name, rows in sets.items():
-            write_examples(rows, params.task.fields, folders.artifacts / "data" / "evaluation" / f"{name}.parquet")
-        for method in [*params.baselines, *params.students]:
-            table, path = predictions(params, method, sets), folders.artifacts / "predictions" / f"{method}.parquet"
-            write_table(table, path)
-            about = {"method": method, "subject": sha256_text(method), "predictions_sha256": sha256_file(path)}
-            if params.task.completion is None:
-                found = evaluate_predictions(table, params.task.labels, **settings)
-                members = {name: membership(rows) for name, rows in sets.items()}
-                broken_down = detail(table, params.task.labels, members, domains, **settings)
-                write_json({"method": method, **broken_down}, folders.metrics / "detail" / f"{method}.json")
-                write_json(cost(params, method), folders.metrics / "cost" / f"{method}.json")
-            else:
-                found = judge(table, params.task.completion.form, **settings)
-            write_json({**about, "sets": found}, folders.metrics / "eval" / f"{method}.json")
-        compare_methods(params, folders)
-        _write_rest(params, folders)
-        return params
 
-    return write
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of the shipped methods, with its report; not to be changed."""
+    root = tmp_path_factory.mktemp("run")
+    build_report(_write_run(_raw(), root), Folders.here(root), root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def page(root: Path) -> str:
+    return (root / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def found(root: Path) -> Collected:
+    return collect(parse_params(_raw()), Folders.here(root))
+
+
+def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
+    params = parse_params(raw)
+    folders, settings = Folders.here(root), {"resamples": params.evaluation.bootstrap, "seed": 0}
+    sets = {name: _examples(name, params, examples) for name in params.data.evaluation}
+    domains = {name: entry.domain for name, entry in params.data.evaluation.items()}
+    for name, rows in sets.items():
+        write_examples(rows, params.task.fields, folders.artifacts / "data" / "evaluation" / f"{name}.parquet")
+    for method in [*params.baselines, *params.students]:
+        table, path = predictions(params, method, sets), folders.artifacts / "predictions" / f"{method}.parquet"
+        write_table(table, path)
+        about = {"method": method, "subject": sha256_text(method), "predictions_sha256": sha256_file(path)}
+        if params.task.completion is None:
+            judged = evaluate_predictions(table, params.task.labels, **settings)
+            members = {name: membership(rows) for name, rows in sets.items()}
+            broken_down = detail(table, params.task.labels, members, domains, **settings)
+            write_json({"method": method, **broken_down}, folders.metrics / "detail" / f"{method}.json")
+            write_json(cost(params, method), folders.metrics / "cost" / f"{method}.json")
+        else:
+            judged = judge(table, params.task.completion.form, **settings)
+        write_json({**about, "sets": judged}, folders.metrics / "eval" / f"{method}.json")
+    compare_methods(params, folders)
+    _write_rest(params, folders)
+    return params
 
 
 def _examples(name: str, params: Params, count: int) -> list[Example]:

@@ -1,21 +1,387 @@
-from pipeline.files import Folders
-from pipeline.report.page import build_report
-from pipeline.report.tables import print_summary
+"""The report of a made-up run: numbers come from disk, the page needs nothing else, hostile text is escaped, missing files are named."""
+
+import itertools
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+from pipeline.errors import CorruptError, UsageError
+from pipeline.files import Folders, read_json
+from pipeline.report import charts, prose, tables
+from pipeline.report.collect import collect, comparison
+from pipeline.report.page import SECTIONS, build_report
+
+VOID = {"meta", "br", "path", "line", "rect", "circle"}
+PROJECT = Path(__file__).resolve().parents[2]
 
 
-def test_label(raw, write_run, tmp_path):
-    params = write_run(raw)
-    build_report(params, Folders.here(tmp_path), tmp_path)
-    print_summary(tmp_path)
-    import shutil
+class Outline(HTMLParser):
+    """Tags that are open, and every tag with its attributes."""
 
-    shutil.copytree(tmp_path, "/tmp/rep1", dirs_exist_ok=True)
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
 
 
-def test_free(free_text, write_run, tmp_path):
-    params = write_run(free_text)
-    build_report(params, Folders.here(tmp_path), tmp_path)
-    print_summary(tmp_path)
-    import shutil
+def rebuilt(params, root):
+    """The page and the numbers of a run that a test has changed."""
+    build_report(params, Folders.here(root), root)
+    return (root / "report" / "index.html").read_text(encoding="utf-8"), read_json(root / "report" / "metrics.json")
 
-    shutil.copytree(tmp_path, "/tmp/rep2", dirs_exist_ok=True)
+
+def table_of(page, name):
+    """The rows of a table on the page as lists of texts, without the small lines."""
+    body = page.split(f'<table id="{name}">')[1].split("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)]
+    return [[re.sub(r"<[^>]+>", "", re.sub(r"<small>.*?</small>", "", cell)).strip() for cell in row] for row in rows]
+
+
+def test_every_accuracy_on_disk_is_in_the_headline_and_in_the_json(root, page, found):
+    rows = {row[0]: row for row in table_of(page, "headline")}
+    document = read_json(root / "report" / "metrics.json")
+    for method in document["methods"]:
+        frame = pl.read_parquet(root / "artifacts" / "predictions" / f"{method}.parquet")
+        for number, where in enumerate(document["sets"]):
+            own = frame.filter(pl.col("set") == where)
+            accuracy = (own["predicted"] == own["label"]).mean()
+            assert document["methods"][method]["sets"][where]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+            assert rows[method][1 + number].strip("★☆") == prose.percent(accuracy)
+    assert document["methods"]["teacher"]["sets"]["movie"]["agreement"] == 1
+    assert document["sets"] == {"movie": {"domain": "in", "n": 40}, "tweets": {"domain": "out", "n": 40}}
+    assert document["methods"]["cd"]["cost"]["latency_ms"] == 31.0
+    assert {row["set"] for row in document["comparisons"]} == {None}
+
+
+def test_the_same_inputs_give_the_same_bytes(root, found, tmp_path):
+    shutil.copytree(root, tmp_path / "again")
+    before = (root / "report" / "index.html").read_bytes()
+    rebuilt(found.params, tmp_path / "again")
+    assert (tmp_path / "again" / "report" / "index.html").read_bytes() == before
+
+
+def test_the_page_needs_nothing_else_and_serves_screen_readers(page):
+    outline = Outline(page)
+    assert outline.open == []
+    assert len(page.encode()) < 300_000
+    assert not {tag for tag, _ in outline.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    assert not re.findall(r"https?://(?!www\.w3\.org/)|url\(|@import| on\w+=", page)
+    ids = [attributes["id"] for tag, attributes in outline.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in outline.tags:
+        for name in ("href", "aria-labelledby"):
+            assert attributes.get(name, "#main").lstrip("#") in ids
+        assert tag != "th" or attributes["scope"] in {"col", "row", "colgroup", "rowgroup"}
+        assert tag != "svg" or (attributes["role"] == "img" and len(attributes["aria-label"]) > 20)
+        assert "scroll" not in attributes.get("class", "").split() or attributes["tabindex"] == "0"
+    headings = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch(r"h\d", tag)]
+    assert headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(headings))
+
+
+def test_rows_have_as_many_cells_as_there_are_columns(page):
+    for table in re.findall(r"<table.*?</table>", page, flags=re.DOTALL):
+        rows = [re.findall(r"<t[hd]\b([^>]*)>", row) for row in re.findall(r"<tr.*?</tr>", table, flags=re.DOTALL)]
+        spans = [[re.search(r'colspan="(\d+)"', cell) for cell in row] for row in rows]
+        assert len({sum(int(span.group(1)) if span else 1 for span in row) for row in spans}) == 1, table[:200]
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_text_has_enough_contrast_in_light_and_dark(scheme):
+    css = (PROJECT / "pipeline/report/templates/page.css").read_text(encoding="utf-8")
+    block = css.split("@media (prefers-color-scheme: dark)")[scheme].split("@media")[0]
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+
+    def luminance(name):
+        parts = [int(colours[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return np.dot([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts], [0.2126, 0.7152, 0.0722])
+
+    for text in ("ink", "muted", "student"):
+        for ground in ("paper", "raised", "tint"):
+            dark, light = sorted((luminance(text), luminance(ground)))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+def test_every_section_and_table_is_there_if_its_data_are(page):
+    for anchor, *_ in SECTIONS:
+        assert f'<h2 id="{anchor}">' in page
+    for name in (
+        "headline", "comparisons", "cost-table", "by-demonstrations", "break-even", "calibration-table", "confusion", "slices", "swaps",
+        "gaps", "disagreement", "targets", "caches", "students", "roles", "sources", "quarantined",
+    ):  # fmt: skip
+        assert f'<table id="{name}">' in page
+    for number in ("1,987", "5,310", "10,605", "1,200", "0.0012", "241", "4.3", "ab" * 32):  # of the made-up files
+        assert number in page
+
+
+def test_costs_of_another_model_are_not_shown_and_the_machine_is_named(page):
+    rows = {row[0]: row for row in table_of(page, "cost-table")}
+    assert rows["cd"][1:5] == ["26", "1", "31", "81.2"]
+    assert set(rows["icl"][1:]) == {"–"}
+    assert "measured with another model" in page
+    assert "<code>dvc repro -f -s baseline@icl report</code>" in page
+    for fact in ("A made-up processor", "float32", "2 threads", "8 texts", "64 texts"):
+        assert fact in page
+
+
+def test_copies_kept_out_and_licences_are_shown(page):
+    assert ["transfer set", "movie, amazon, tweets, editorials", "1,200", "11"] in table_of(page, "roles")
+    assert all(row[1] == "MIT" for row in table_of(page, "sources")[1:])
+    assert "<code>smollm2</code> Apache-2.0" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("artifacts/predictions/cd.parquet", "evaluate@cd"),
+        ("metrics/eval/icl.json", "baseline@icl"),
+        ("metrics/compare.json", "compare"),
+    ],
+)
+def test_a_required_file_that_is_missing_is_named_with_its_stage(root, found, tmp_path, name, stage):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    with pytest.raises(UsageError, match=rf"{name}: no such file.*dvc repro {stage}"):
+        collect(found.params, Folders.here(tmp_path))
+
+
+def test_optional_files_that_are_missing_are_named_on_the_page(root, found, tmp_path):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    folders = [
+        *(f"metrics/{kind}" for kind in ["cost", "detail", "risk", "train", "curves", "targets", "fidelity", "runtime"]),
+        "artifacts/data",
+    ]
+    for folder in [*folders, "artifacts/students"]:
+        shutil.rmtree(tmp_path / folder)
+    (tmp_path / "metrics" / "prepare.json").unlink()
+    page, document = rebuilt(found.params, tmp_path)
+    files = ["cost/cd", "detail/teacher", "risk/pbft", "prepare", "targets/mix", "runtime/break-even"]
+    for name in [*(f"metrics/{file}.json" for file in files), "metrics/curves/cd.csv", "artifacts/data/evaluation/tweets.parquet"]:
+        assert f"<code>{name}</code>" in page
+    assert "<code>dvc repro risk@cd risk@pbft report</code>" in page
+    assert "<code>dvc repro -f -s compare report</code>" in page
+    assert all(method["cost"] is None for method in document["methods"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics/prepare.json", "{", "not JSON"),
+        ("metrics/risk/cd.json", "[]", "expected a JSON object"),
+        ("metrics/curves/cd.csv", "step,loss\n1,much\n", "step and loss"),
+        ("artifacts/data/quarantine.jsonl", "{", "not JSON lines"),
+        ("artifacts/predictions/cd.parquet", "no table", "not the predictions that metrics/eval/cd.json is about"),
+        ("metrics/compare.json", '{"reference": "icl", "to_reference": {}}', "other methods"),
+        ("metrics/eval/cd.json", '{"sets": {"movie": {}}}', "has the sets movie, params.yaml has movie, tweets"),
+    ],
+)
+def test_a_file_that_is_damaged_or_of_another_run_is_named(root, found, tmp_path, name, text, message):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CorruptError, match=message) as error:
+        collect(found.params, Folders.here(tmp_path))
+    assert Path(name).name in str(error.value)
+
+
+def test_hostile_text_is_escaped(raw, write_run, tmp_path):
+    hostile = "<script>alert(1)</script> & {text}:"
+    raw["task"]["template"] = hostile
+    raw["downloads"]["reviews"]["licence"] = "<img src=x>"
+    page, _ = rebuilt(write_run(raw, tmp_path, examples=10), tmp_path)
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {text}:" in page
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp; bold&lt;/b&gt;" in page  # an evaluation text
+    assert "&lt;i&gt;caf" in page  # a row that was set aside
+    assert "Eve &lt;liked&gt; it" in page
+
+
+def test_a_run_without_students_leaves_their_sections_out(raw, write_run, tmp_path):
+    raw["students"] = {}
+    raw["data"]["evaluation"] = {"movie": raw["data"]["evaluation"]["movie"]}
+    page, _ = rebuilt(write_run(raw, tmp_path, examples=10), tmp_path)
+    assert "This run has no student" in page
+    assert 'id="risks"' not in page
+    assert 'id="training"' not in page
+
+
+def test_a_student_of_several_seeds_has_their_mean_and_deviation(raw, write_run, tmp_path):
+    raw["students"]["cd"]["seeds"] = [0, 1, 7]
+    page, document = rebuilt(write_run(raw, tmp_path), tmp_path)
+    frame = pl.read_parquet(tmp_path / "artifacts" / "predictions" / "cd.parquet").filter(pl.col("set") == "movie")
+    each = frame.group_by("run").agg((pl.col("predicted") == pl.col("label")).mean().alias("right"))["right"].to_numpy()
+    assert document["methods"]["cd"]["sets"]["movie"]["accuracy"] == pytest.approx(each.mean(), abs=1e-6)
+    assert f"seeds ± {prose.percent(float(each.std(ddof=1)))}" in page
+    assert "seeds: 0, 1, 7" in (tmp_path / "artifacts/students/cd/README.md").read_text("utf-8").replace(" | ", ": ")
+
+
+def test_a_student_of_a_teacher_s_distributions_is_called_so(raw, write_run, tmp_path):
+    raw["students"]["pbft"] = {"base": "models/smollm2", "learn_from": "teachers/few_shot", "steps": 5, "learning_rate": 1e-4}
+    page, _ = rebuilt(write_run(raw, tmp_path, examples=10), tmp_path)
+    card = (tmp_path / "artifacts" / "students" / "pbft" / "README.md").read_text(encoding="utf-8")
+    for text in (page, card):
+        assert "distilled from the teacher few_shot’s distributions" in text
+        assert "teachers/few_shot" not in text.replace("learn_from: teachers/few_shot", "")
+
+
+def test_disagreements_are_the_most_confident_ones_of_each_kind(root, page):
+    ours, theirs = (pl.read_parquet(root / "artifacts" / "predictions" / f"{name}.parquet").to_dicts() for name in ("cd", "teacher"))
+    other = {row["example_id"]: row for row in theirs}
+    surest = {}
+    for row in ours:
+        reference = other[row["example_id"]]
+        key = (row["set"], row["predicted"] == row["label"])
+        sure = max(row["probabilities"]) * max(reference["probabilities"])
+        if row["predicted"] != reference["predicted"] and sure > surest.get(key, (0,))[0]:
+            surest[key] = (sure, f"{row['predicted']}, {prose.percent(max(row['probabilities']), 0)} %")
+    section = page.split('id="disagreements"')[1].split("</section>")[0]
+    assert section.count("<article>") == len(surest) > 1
+    for (where, right), (_, answer) in surest.items():
+        article = section.split(f"{where} · student {'right' if right else 'wrong'}")[1].split("</article>")[0]
+        assert f"<dt>cd</dt><dd>{answer}</dd>" in article
+
+
+def test_weighty_words_are_marked_and_the_text_stays_whole(page):
+    section = page.split('id="words"')[1].split("</section>")[0]
+    quote = section.split("<blockquote>")[1].split("</blockquote>")[0]
+    assert re.findall(r'<mark class="(\w+)">(.*?)</mark>', quote) == [("for", "thin"), ("against", "drags")]
+    assert re.sub(r"<[^>]+>", "", quote) == "the plot is thin &amp; &lt;b&gt;drags&lt;/b&gt;"
+
+
+def test_confusion_counts_every_prediction_of_a_domain(root, found):
+    table = tables.confusion(found, ["cd", "teacher"])
+    frame = pl.read_parquet(root / "artifacts" / "predictions" / "cd.parquet").filter(pl.col("set") == "tweets")
+    for gold, row in zip(found.params.task.labels, table.bodies["Out of domain"], strict=True):
+        own = frame.filter(pl.col("label") == gold)
+        counts = [(own["predicted"] == label).sum() for label in found.params.task.labels]
+        assert [cell.note for cell in row[1:3]] == [str(count) for count in counts]
+        assert [float(cell.text) for cell in row[1:3]] == pytest.approx([100 * count / sum(counts) for count in counts], abs=0.051)
+
+
+def test_reliability_pools_the_sets_of_a_domain(found):
+    rows = found.predictions["cd"].filter(pl.col("set") == "tweets")
+    sure = np.array(rows["probabilities"].to_list()).max(axis=1)
+    right = (rows["predicted"] == rows["label"]).to_numpy()
+    drawn = re.findall(r"out of domain, confidence (\d+) %: (\d+) % right of (\d+)", charts.reliability(found, "cd"))
+    bins = np.ceil(sure * 15).astype(int)
+    expected = [
+        (f"{100 * sure[bins == b].mean():.0f}", f"{100 * right[bins == b].mean():.0f}", str((bins == b).sum())) for b in np.unique(bins)
+    ]
+    assert drawn == expected
+
+
+def test_a_comparison_reads_the_same_from_both_sides(found):
+    row, turned = (comparison(found.document, *pair, "out") for pair in (("cd", "teacher"), ("teacher", "cd")))
+    assert turned["difference"] == -row["difference"]
+    assert turned["ci95"] == [-row["ci95"][1], -row["ci95"][0]]
+    assert (turned["only_method_right"], turned["only_other_right"]) == (row["only_other_right"], row["only_method_right"])
+    assert comparison(found.document, "cd", "nobody", "out") is None
+
+
+def test_nothing_on_the_frontier_is_beaten():
+    def method(latency, accuracy):
+        return {"kind": "baseline", "cost": {"latency_ms": latency}, "means": {"out": {"accuracy": accuracy, "ci95": [0, 1]}}}
+
+    pairs = [(10, 0.7), (20, 0.9), (20, 0.8), (30, 0.85), (40, 0.95), (5, 0.7)]
+    rows, unbeaten = charts.frontier({"methods": {str(pair): method(*pair) for pair in pairs}}, "out")
+    assert len(rows) == len(pairs)
+    assert [row["method"] for row in unbeaten] == ["(5, 0.7)", "(20, 0.9)", "(40, 0.95)"]
+
+
+def document_of(difference, interval, clear):
+    """Numbers of a student and its teacher."""
+
+    def method(kind, accuracy):
+        entry = {"accuracy": accuracy, "ci95": [accuracy - 0.04, accuracy + 0.04], "predicted_shares": {"a": 0.95, "b": 0.05}}
+        return {"kind": kind, "sets": {"s": entry}, "means": {"out": entry | {"ece": 0.05, "agreement": 0.9}}, "cost": None}
+
+    row = {"method": "cd", "other": "teacher", "domain": "out", "difference": difference, "ci95": interval, "clear": clear}
+    return {
+        "reference": "teacher",
+        "sets": {"s": {"domain": "out", "n": 100}},
+        "methods": {"teacher": method("baseline", 0.8), "cd": method("student", 0.8 + difference)},
+        "comparisons": [row],
+    }
+
+
+@pytest.mark.parametrize(
+    ("difference", "interval", "clear", "expected"),
+    [
+        (0.1, [0.05, 0.15], True, "10.0 points above `teacher` (95 % interval of the difference +5.0 to +15.0)"),
+        (-0.1, [-0.15, -0.05], True, "10.0 points below `teacher` (95 % interval of the difference −15.0 to −5.0)"),
+        (0.02, [-0.01, 0.05], False, "2.0 points above `teacher`"),
+        (0.0, [-0.01, 0.01], False, "level with `teacher`"),
+    ],
+)
+def test_findings_follow_the_numbers(difference, interval, clear, expected):
+    lines = prose.findings(document_of(difference, interval, clear))
+    assert expected in lines[0]
+    assert ("not told apart from `teacher`" in lines[0]) == (not clear)
+    assert any("answers `a` to 95.0 %" in line for line in lines)
+
+
+def test_the_summary_fits_its_width(root, found):
+    for width, sets in ((100, True), (60, False)):
+        console = Console(width=width, record=True, highlight=False)
+        tables.print_summary(root, console)
+        text = console.export_text()
+        assert max(map(len, text.splitlines()[:-2])) <= width
+        assert ("tweets" in text) == sets
+        assert all(name in text for name in found.document["methods"])
+        assert prose.percent(found.document["methods"]["cd"]["means"]["out"]["accuracy"]) in text
+        assert "index.html" in text.replace("\n", "")
+
+
+def test_a_summary_without_a_report_says_how_to_get_one(tmp_path):
+    with pytest.raises(UsageError, match="dvc repro report"):
+        tables.print_summary(tmp_path)
+
+
+def test_free_text_has_its_own_tables_and_samples(free_text, write_run, tmp_path):
+    params = write_run(free_text, tmp_path)
+    page, document = rebuilt(params, tmp_path)
+    evaluated = read_json(tmp_path / "metrics" / "eval" / "cd.json")["sets"]
+    for where in params.data.evaluation:
+        own = document["methods"]["cd"]["sets"][where]
+        assert {key: own[key] for key in ("well_formed", "accuracy", "tokens")} == {
+            key: evaluated[where][key] for key in ("well_formed", "accuracy", "tokens")
+        }
+        assert set(own["agreement"]) == {"text", "sentiment", "because"}
+        assert "agreement" not in document["methods"]["teacher"]["sets"][where]
+        assert prose.percent(own["well_formed"]) in page
+    assert page.count("<article>") == 12
+    assert "what? (ill-formed)" in page
+    assert "<b>flat" not in page
+    assert "cd − teacher" in page
+    assert not (tmp_path / "artifacts/students/cd/README.md").exists()
+    console = Console(width=100, record=True)
+    tables.print_summary(tmp_path, console)
+    assert "well formed" in console.export_text()
+
+
+def test_numbers_read_well():
+    assert [prose.percent(x) for x in (0.8633, None, 1.0)] == ["86.3", "–", "100.0"]
+    assert [prose.points(x) for x in (-0.021, 0.021, 0.0001, -0.0001)] == ["−2.1", "+2.1", "0.0", "0.0"]
+    assert [prose.scaled(x) for x in (113_142_528, 1_700_000_000, 999, None)] == ["113.1 M", "1.7 B", "999", "–"]
+    assert prose.scaled(452_570_112, "B") == "452.6 MB"
+    assert [prose.p_value(x) for x in (None, 0.0004, 0.25)] == ["–", "under 0.001", "0.250"]
+    assert [prose.listed(names) for names in ([], ["a"], ["a", "b", "c"])] == ["–", "`a`", "`a`, `b` and `c`"]

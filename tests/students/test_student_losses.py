@@ -7,14 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.students.objectives import (
-    cross_entropy_nats,
-    jensen_shannon_nats,
-    kl_nats,
-    label_log_probabilities,
-    positions_per_row,
-    reverse_kl_nats,
-)
+from pipeline.students.losses import cross_entropy_nats, jensen_shannon_nats, kl_nats, label_log_probabilities, reverse_kl_nats
 
 COMPLETIONS = {"single": [[5], [9], [2]], "multi": [[5], [9, 3, 7], [2, 5]]}
 finite = st.floats(-30, 30)
@@ -23,7 +16,7 @@ logit_rows = st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_
 
 def random_logits(completions, rows=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows * positions_per_row(completions), 12, generator=generator, dtype=torch.float64) * 3
+    return torch.randn(rows * (1 + sum(len(ids) - 1 for ids in completions)), 12, generator=generator, dtype=torch.float64) * 3
 
 
 def naive_label_log_probabilities(logits, completions):

@@ -1,0 +1,261 @@
+"""What a student learns from score caches: distributions over the vocabulary at each token of an answer, and hidden states there.
+
+The student reads its own prompt and the teacher's answer (if answers are labels, the prompt alone). Prompts differ, so positions are paired
+by the answer's own tokens. Each (context, example) is a row. The mean over contexts of KL(teacher ‖ student) has the gradient of the KL to
+their mean, so an ensemble of contexts needs no distribution of its own.
+
+Hidden states are compared in standard deviations of the teacher's own states, dimension by dimension: in many models a few dimensions are a
+hundred times larger than the others and would be the whole distance. The teacher's state has distance 0, its mean state 1. If widths
+differ, a projection is learnt (1412.6550); it belongs to the training, not to the student.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.cache.distributions import Distributions, check_retained, decode, fit_vocabulary
+from pipeline.cache.folder import CacheReader, described_task, read_cache
+from pipeline.errors import MismatchError, UsageError
+from pipeline.models.forward import packed_logits, plain_logits
+from pipeline.models.packed import PackedModel
+from pipeline.models.rows import Row, rows_of
+from pipeline.params import CacheParams
+from pipeline.schema import NO_CONTEXT, Example
+from pipeline.students.data import StudentRow, shortest_and_longest
+from pipeline.students.vocabulary_losses import Divergence, divergence_nats, fused_divergence
+from pipeline.task import TaskTokens
+
+COLUMNS = ("context_id", "example_id", "completion_ids", "number")
+SAMPLE = 4096
+"""Rows whose retained mass is checked, and whose states give the deviations of each dimension."""
+LEAST_DEVIATION = 1e-3
+"""Of a dimension, as a share of its layer's mean deviation: a dimension that hardly varies does not count beyond it."""
+
+
+@dataclass(frozen=True)
+class CachedRow(StudentRow):
+    """One answer of a teacher, as a student reads it. Its `example_id` is CONTEXT_ID:EXAMPLE_ID."""
+
+    answer: tuple[int, ...]
+    """The answer's tokens; empty for labels, which have the one position behind the prompt."""
+    number: int
+    """Of the row in the cache."""
+
+    @property
+    def positions(self) -> int:
+        """Distributions that are learnt."""
+        return max(1, len(self.answer))
+
+    @property
+    def packed(self) -> Row:
+        """The prompt, continued by the answer up to its last token."""
+        return rows_of([self.ids], [self.answer])[0]
+
+
+class CachedRows(Sequence[CachedRow]):
+    """Rows of a cache, kept as Arrow columns: a row becomes an object when a step takes it."""
+
+    def __init__(self, keys: pa.Table, prompts: dict[str, tuple[int, ...]]) -> None:
+        """`keys` has `COLUMNS`; `prompts` are a student's prompts by example."""
+        self._keys, self._prompts = keys.combine_chunks(), prompts
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        context, example, answer, number = (self._keys[name][place].as_py() for name in COLUMNS)
+        return CachedRow(f"{context}:{example}", self._prompts[example], tuple(answer), number)
+
+    def where(self, mask: np.ndarray) -> "CachedRows":
+        """Those of the rows whose place in `mask` [N] is true."""
+        return CachedRows(self._keys.filter(pa.array(mask)), self._prompts)
+
+
+class TeacherCache:
+    """A teacher's score cache, as a student of this task and tokenizer may learn from it."""
+
+    def __init__(self, folder: Path, work: Path, tokens: TaskTokens, tokenizer_sha256: str, temperature: float = 1.0) -> None:
+        """Raises MismatchError if the cache belongs to another task or tokenizer: its token ids would mean something else."""
+        columns = ["topk_ids", "topk_logprobs", "sampled_ids", "sampled_logprobs", "sampled_counts", "full_logprobs"]
+        self._reader = CacheReader(folder, work, [*columns, "tail_mass", "log_norms", "entropies", "hidden_states"])
+        self.folder, self.temperature, manifest = folder, temperature, self._reader.manifest
+        self.params = CacheParams.model_validate(manifest["cache"])
+        reads_input = (manifest["task"]["completion"] or {}).get("source") == "input"
+        self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer) if reads_input else tokens
+        self._content_free = list(manifest["content_free"])
+        found = {**manifest["task"], "tokenizer": manifest["identity"].get("tokenizer_sha256")}
+        wanted = {**described_task(self._tokens.task), "tokenizer": tokenizer_sha256}
+        different = [f"  {key}: the cache has {found[key]!r}, this student {one!r}" for key, one in wanted.items() if found[key] != one]
+        if different:
+            raise MismatchError(
+                f"{folder}: its distributions are over another tokenizer's ids, or belong to another task:\n" + "\n".join(different) + "\n"
+                "A student of another family learns from a target set over the labels (`learn_from: targets/NAME`)."
+            )
+
+    def rows(self, transfer: Sequence[Example]) -> CachedRows:
+        """The rows of all transfer examples, in the cache's order.
+
+        Raises MismatchError if one of its examples is not in the transfer set, UsageError if too little of the teacher's mass is left at the
+        temperature.
+        """
+        keys = read_cache(self.folder, COLUMNS[:3]).rows
+        keys = keys.append_column("number", pa.array(np.arange(len(keys))))
+        keys = keys.filter(~pc.field("example_id").isin(self._content_free))
+        asked = set(keys["example_id"].unique().to_pylist())
+        examples = [example for example in transfer if example.example_id in asked]
+        if not asked or len(examples) < len(asked):
+            lacking = sorted(asked - {example.example_id for example in examples})
+            fault = f"example {lacking[0]} is not in the transfer set" if lacking else "no rows to learn from"
+            raise MismatchError(f"{self.folder}: {fault}. Run `dvc repro teacher@{self.folder.name}`.")
+        prompts = self._tokens.prompts(NO_CONTEXT, examples)
+        rows = CachedRows(keys, {example.example_id: prompt.ids for example, prompt in zip(examples, prompts, strict=True)})
+        check_retained(self.distributions(rows[:SAMPLE]), self.params, self.temperature)
+        return rows
+
+    def distributions(self, rows: Sequence[CachedRow]) -> Distributions:
+        """The distributions at all positions of some rows, one row's after the other's."""
+        return decode(self._reader.take([row.number for row in rows]), self.params, self.temperature)
+
+    def hidden_states(self, rows: Sequence[CachedRow]) -> Tensor:
+        """The hidden states at all positions of some rows, [P, kept layers, H] float32."""
+        positions = self._reader.take([row.number for row in rows])["hidden_states"].combine_chunks().flatten()
+        values = torch.from_numpy(positions.flatten().to_numpy(zero_copy_only=False).astype(np.float32))
+        return values.reshape(len(positions), len(self.params.hidden_layers), -1)
+
+
+@dataclass(frozen=True)
+class CacheTerm:
+    """A summand of the objective: weight × mean divergence over a step's positions + hidden_weight × mean distance of hidden states."""
+
+    divergence: Divergence
+    weight: float
+    batch_size: int
+    rows: CachedRows
+    cache: TeacherCache
+    hidden_weight: float = 0.0
+    layers: tuple[tuple[int, int], ...] = ()
+    """Pairs of a teacher's layer, as the cache names it, and the student's."""
+
+    @property
+    def student_layers(self) -> list[int]:
+        """The student's layers that are matched."""
+        return [layer for _, layer in self.layers] if self.hidden_weight else []
+
+
+class Matching(nn.Module):
+    """The distance of a student's hidden states to cached ones, with a projection for each pair of layers if widths differ."""
+
+    mean: Tensor  # [pairs, H] of the teacher's states
+    deviation: Tensor  # [pairs, H]
+
+    def __init__(self, states: Tensor, student_width: int, seed: int) -> None:
+        """`states` [P, pairs, H] are a sample of the teacher's, a layer for each pair."""
+        super().__init__()
+        deviation, mean = torch.std_mean(states.float(), 0, correction=0)
+        least = LEAST_DEVIATION * deviation.mean(-1, keepdim=True)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("deviation", deviation.clamp_min(1e-12).maximum(least), persistent=False)
+        self.projections = nn.ModuleList()
+        generator = torch.Generator().manual_seed(seed)
+        for own_mean in mean if student_width != mean.shape[-1] else ():
+            linear = nn.Linear(student_width, mean.shape[-1])
+            with torch.no_grad():
+                linear.weight.normal_(0.0, student_width**-0.5, generator=generator)
+                linear.bias.copy_(own_mean)
+            self.projections.append(linear)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The squared distance of each position in the teacher's variances, the mean over pairs and dimensions.
+
+        student [P, pairs · width], side by side as hooks give them; teacher [P, pairs, H] → [P] float32, with a gradient.
+        """
+        own = list(student.float().reshape(len(student), len(self.mean), -1).unbind(1))
+        if len(self.projections):
+            own = [projection(state) for projection, state in zip(self.projections, own, strict=True)]
+        return ((torch.stack(own, 1) - teacher.to(student.device)) / self.deviation).square().mean((-1, -2))
+
+
+class CacheLoss:
+    """A cache term's loss under a model. If logits are hidden · headᵀ (+ bias), they are never held for all positions at once."""
+
+    def __init__(self, model: PreTrainedModel, packed: PackedModel | None, term: CacheTerm, seed: int) -> None:
+        """Raises UsageError if the student lacks a layer."""
+        self.term, self.matching = term, None
+        self._model, self._packed, config = model, packed, model.config.get_text_config()
+        if term.hidden_weight:
+            depth = config.num_hidden_layers
+            if wrong := [layer for layer in term.student_layers if not -depth <= layer < depth]:
+                where = f"students.*.auxiliary.{term.cache.folder.name}.layers"
+                raise UsageError(f"{where}: the student has no layer {wrong[0]}; it has {depth}, 0 to {depth - 1}.")
+            self.matching = Matching(self._teacher_states(term.rows[:SAMPLE]), config.hidden_size, seed).to(model.device)
+        self.is_fused = self._head_is_all()
+
+    def __call__(self, batch: Sequence[CachedRow], positions: int) -> Tensor:
+        """Weight · Σ divergence / positions + hidden_weight · Σ distance / positions, nats, with a gradient.
+
+        `positions` are those of the whole step, of which `batch` may be a piece.
+        """
+        term = self.term
+        given, states = self._forward(batch, term.student_layers, self.is_fused)
+        total = self._divergence(term.divergence, given, batch) * (term.weight / positions) if term.weight else given.new_zeros(())
+        if self.matching is not None and states is not None:
+            total = total + term.hidden_weight * self.matching(states, self._teacher_states(batch)).sum() / positions
+        return total
+
+    @torch.no_grad()
+    def kl_nats(self, batch: Sequence[CachedRow]) -> float:
+        """Σ KL(teacher ‖ student) over the positions of some rows, whatever the term's divergence is."""
+        return float(self._divergence("kl", self._forward(batch, (), self.is_fused)[0], batch))
+
+    def _teacher_states(self, rows: Sequence[CachedRow]) -> Tensor:
+        """The cached states of the teacher's layer of each pair, [P, pairs, H]."""
+        kept = self.term.cache.params.hidden_layers
+        return self.term.cache.hidden_states(rows)[:, [kept.index(layer) for layer, _ in self.term.layers]]
+
+    def _divergence(self, divergence: Divergence, given: Tensor, batch: Sequence[CachedRow]) -> Tensor:
+        """Σ divergence over the positions; `given` are the head's inputs if the loss is fused, else logits."""
+        head, cache = self._head, self.term.cache
+        distributions = fit_vocabulary(cache.distributions(batch), len(head.weight)).to(given.device)
+        if not self.is_fused:
+            return divergence_nats(divergence, distributions, given, cache.temperature).sum()
+        return fused_divergence(divergence, distributions, given, head.weight, head.bias, cache.temperature)
+
+    @property
+    def _head(self) -> Any:
+        return self._model.get_output_embeddings()
+
+    def _forward(self, batch: Sequence[CachedRow], layers: Sequence[int], without_head: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits [P, V], or the head's inputs [P, H], at the batch's positions; and `layers`' outputs there."""
+        head = self._head
+        if without_head:
+            self._model.set_output_embeddings(nn.Identity())
+        try:
+            return logits_of(self._model, self._packed, [row.packed for row in batch], layers)
+        finally:
+            self._model.set_output_embeddings(head)
+
+    @torch.no_grad()
+    def _head_is_all(self) -> bool:
+        """Whether no scale or cap follows the head."""
+        if not isinstance(self._head, nn.Linear):
+            return False
+        probe = shortest_and_longest(self.term.rows)
+        given, expected = self._head(self._forward(probe, (), True)[0]), self._forward(probe, (), False)[0]
+        return float((given - expected).abs().max()) <= 1e-3
+
+
+def logits_of(
+    model: PreTrainedModel, packed: PackedModel | None, rows: Sequence[Row], layers: Sequence[int] = ()
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [P, V] at the rows' outputs and `layers`' outputs there, by the packed pass if there is one."""
+    return plain_logits(model, rows, layers) if packed is None else packed_logits(packed, rows, layers=layers)

@@ -1,0 +1,147 @@
+"""What a student learns over the labels, and which rows each step takes.
+
+The order of an epoch sorts the rows by sha256(seed, epoch, id). It does not depend on the order in a file, on a generator's state or on the
+process. So a resumed run takes the same batches, and one more example does not shuffle the others. Batches run across the ends of epochs:
+every step has the same size.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+
+from pipeline.errors import MismatchError, UsageError, choices
+from pipeline.files import read_json, sha256_json
+from pipeline.schema import NO_CONTEXT, TARGETS, Example, read_examples, read_table
+from pipeline.task import TaskTokens
+
+
+@dataclass(frozen=True)
+class StudentRow:
+    """A student's prompt; what is to be learnt at its answer positions is in the subclasses."""
+
+    example_id: str
+    ids: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """Distributions that are learnt."""
+        return 1
+
+    @property
+    def tokens(self) -> int:
+        """What the student reads, except for verbalisers: a free answer's last token is not read."""
+        return len(self.ids) + self.positions - 1
+
+
+@dataclass(frozen=True)
+class TargetRow(StudentRow):
+    """A prompt and the probabilities of the sorted labels behind it. A gold label has all probability."""
+
+    target: tuple[float, ...]
+
+    @property
+    def label(self) -> int:
+        """Number of the most probable label."""
+        return max(range(len(self.target)), key=self.target.__getitem__)
+
+
+AnyRow = TypeVar("AnyRow", bound=StudentRow)
+
+
+@dataclass(frozen=True)
+class LabelTerm:
+    """A summand of the objective over the labels: each step takes `batch_size` rows and adds `weight` × their mean loss."""
+
+    loss: Literal["kl", "reverse_kl", "jensen_shannon", "cross_entropy"]
+    """`cross_entropy` is that of the target's most probable label."""
+    weight: float
+    batch_size: int
+    rows: Sequence[TargetRow]
+    label_weight: float = 0.0
+    """Of the cross-entropy of the most probable label, beside a divergence on the same rows."""
+
+
+class Batches(Generic[AnyRow]):
+    """The rows of each step: a function of the seed, the step and the rows' ids."""
+
+    def __init__(self, rows: Sequence[AnyRow], size: int, seed: int) -> None:
+        self._rows, self._size = rows, size
+        self._epoch: Callable[[int], np.ndarray] = lru_cache(2)(lambda epoch: permutation((row.example_id for row in rows), seed, epoch))
+
+    def at(self, step: int) -> list[AnyRow]:
+        """The rows of a step, counted from 0."""
+        epochs = (divmod(place, len(self._rows)) for place in range(step * self._size, (step + 1) * self._size))
+        return [self._rows[int(self._epoch(epoch)[place])] for epoch, place in epochs]
+
+
+def permutation(example_ids: Iterable[str], seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: numbers of the rows [N] int64, sorted by the first 64 bits of sha256_json([seed, epoch, id])."""
+    return np.argsort(np.array([int(sha256_json([seed, epoch, one])[:16], 16) for one in example_ids], dtype=np.uint64), kind="stable")
+
+
+def micro_batches(batches: Sequence[Sequence[AnyRow]], size: int | None) -> Iterator[list[list[AnyRow]]]:
+    """A step's batches, one for each term, in pieces of at most `size` rows. Each piece has a batch, maybe empty, for each term."""
+    numbered = [(number, row) for number, batch in enumerate(batches) for row in batch]
+    size = size or max(1, len(numbered))
+    for start in range(0, len(numbered), size):
+        yield [[row for n, row in numbered[start : start + size] if n == number] for number in range(len(batches))]
+
+
+def shortest_and_longest(rows: Sequence[AnyRow]) -> list[AnyRow]:
+    """A few rows to compare two forward passes on: the shortest, a middle one, the longest."""
+    lengths = [row.tokens for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    return [rows[order[place]] for place in (0, len(rows) // 2, -1)]
+
+
+def validation_part(rows: Sequence[StudentRow], fraction: float) -> np.ndarray:
+    """Which rows belong to the validation part: [N] bool.
+
+    A row belongs to it if the hash of its example is in the first `fraction` of all hashes. So it is the same for every student and seed, a
+    transfer set that grows moves no example to the other side, and all contexts of an example are on one side. The fraction is met on
+    average. Raises UsageError if either side is empty.
+    """
+    examples = [row.example_id.rpartition(":")[2] for row in rows]
+    held = np.array([int(sha256_json(["validation", example])[:13], 16) / 16**13 < fraction for example in examples])
+    if held.all() or not held.any():
+        lacking = "to learn from" if held.all() else "to validate on"
+        raise UsageError(f"validation_fraction: {fraction} of {len(held)} examples leaves none {lacking}. Choose another fraction, or 0.")
+    return held
+
+
+def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
+    """The demonstrations with their gold labels. Raises MismatchError if one has another label."""
+    examples, labels = read_examples(file, tokens.task.fields), tokens.task.labels
+    if other := [example for example in examples if example.label not in labels]:
+        found = f"example {other[0].example_id} has the label {other[0].label!r}"
+        raise MismatchError(f"{file}: {found}, and the task has {choices(labels)}. Run `dvc repro prepare`.")
+    return _rows(file, examples, [tuple(float(label == example.label) for label in labels) for example in examples], tokens)
+
+
+def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) -> list[TargetRow]:
+    """The rows of a target set, in its order.
+
+    Raises MismatchError if it was made for another task, or has an example that the transfer set lacks.
+    """
+    again, made_with = f"Run `dvc repro targets@{folder.name}`.", read_json(folder / "calibration.json")
+    task = tokens.task.params
+    for key, value in {"template": task.template, "verbalisers": dict(task.verbalisers), "labels": list(task.labels)}.items():
+        if made_with.get(key) != value:
+            raise MismatchError(f"{folder / 'calibration.json'}: made with {key} {made_with.get(key)!r}, this task has {value!r}. {again}")
+    by_id = {example.example_id: example for example in transfer}
+    targets = read_table(folder / "targets.parquet", TARGETS)
+    ids = targets["example_id"].to_pylist()
+    if unknown := [one for one in ids if one not in by_id]:
+        raise MismatchError(f"{folder / 'targets.parquet'}: example {unknown[0]} is not in the transfer set. {again}")
+    return _rows(folder, [by_id[one] for one in ids], map(tuple, targets["probabilities"].to_pylist()), tokens)
+
+
+def _rows(source: Path, examples: Sequence[Example], targets: Iterable[tuple[float, ...]], tokens: TaskTokens) -> list[TargetRow]:
+    if not examples:
+        raise MismatchError(f"{source}: no rows. A student needs at least one example to learn from.")
+    triples = zip(examples, tokens.prompts(NO_CONTEXT, examples), targets, strict=True)
+    return [TargetRow(example.example_id, prompt.ids, target) for example, prompt, target in triples]
