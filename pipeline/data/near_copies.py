@@ -16,8 +16,8 @@ from scipy.sparse import csr_array
 GRAM = 5
 COMMON_SHARE, COMMON_ROWS = 0.2, 10
 """A 5-gram is common if more than this share of the rows have it, and at least so many rows, on either side."""
-SAMPLE = 1000
-"""Rows of each side in which common 5-grams are counted."""
+SAMPLE = 400
+"""Rows of each side, about, in which common 5-grams are counted."""
 BLOCK = 1024
 """Candidates compared at once; 1,000 originals then take about 10 MB."""
 _NOT_WORD = re.compile(r"[^\w\s]|_")
