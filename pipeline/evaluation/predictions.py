@@ -71,8 +71,9 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
     is damaged.
     """
     if name in params.students:
-        found = []
-        for place, run in params.students[name].run_names.items():
+        seeds, found = params.students[name].seeds or (), []
+        runs = {f"seed {seed}": f"seeds/{seed}" if at else "" for at, seed in enumerate(seeds)} if len(seeds) > 1 else {"": ""}
+        for run, place in runs.items():
             folder = folders.artifacts / "students" / name / place
             open_trained(folder).check_task(params.task)
             found.append(Answering(folder, run=run))

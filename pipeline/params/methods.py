@@ -233,12 +233,6 @@ class StudentParams(TuningParams):
         seeds = self.seeds or (self.seed,)
         return {f"seeds/{seed}" if n else "": self.model_copy(update={"seed": seed, "seeds": None}) for n, seed in enumerate(seeds)}
 
-    @property
-    def run_names(self) -> dict[str, str]:
-        """Folder inside the student's → the run's name in predictions: "seed N", or "" if there is one. No more is read than `seeds`."""
-        seeds = self.seeds or (None,)
-        return {f"seeds/{seed}" if n else "": f"seed {seed}" if len(seeds) > 1 else "" for n, seed in enumerate(seeds)}
-
 
 MONITOR_TESTS = 6
 """Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
