@@ -109,7 +109,7 @@ def _lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> tuple[str, Any
         if lora.modules == "all_linear":
             raise
         family = model.config.model_type
-        raise UsageError(f"lora.modules: peft has no usual choice for a {family} model ({error}). Write `modules: all_linear`.") from None
+        raise UsageError(f"lora.modules: peft has no usual choice for the model type {family!r} ({error}). Write `modules: all_linear`.") from None
     adapter.eval()
     adapted = ", ".join(sorted({str(name).rsplit(".", 1)[-1] for name in adapter.targeted_module_names}))
     return f"LoRA of rank {lora.rank}, alpha {lora.alpha} on {adapted}", adapter

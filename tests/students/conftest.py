@@ -123,7 +123,7 @@ class Project:
         empty = torch.zeros(positions, 0)
         return torch.cat([empty, *(kept[layer].reshape(len(ids), -1)[here] for layer in layers)], -1), logits[here]
 
-    def params(self, students=None, tuned=None, **runtime):
+    def params(self, students=None, tuned=None):
         free = "completion" in self.task_params
         cache = FULL.model_dump(mode="json") | {"temperatures": [2.0]}
         return Params.model_validate(
