@@ -28,10 +28,10 @@ from benchmarks.cache_positions import Positions, real_positions
 from benchmarks.machine import about
 from pipeline.cache.distributions import decode
 from pipeline.cache.encodings import columns_of, encode
-from pipeline.cache.fidelity import fidelity
-from pipeline.cache.rows import write_rows
-from pipeline.files import write_json
-from pipeline.files import sha256_json
+from pipeline.cache.fidelity import Fidelity
+from pipeline.cache.folder import SHARD_LEVEL
+from pipeline.cache.store import write_rows
+from pipeline.files import sha256_json, write_json
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 
@@ -87,11 +87,13 @@ def _measure(real: Positions, params: CacheParams) -> dict[str, Any]:
     table = _rows(columns_of(encode(real.teacher, params, uniforms), np.full(count // each, each)), count // each)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "shard.parquet"
-        write_rows(table, file)
+        write_rows(table, file, SHARD_LEVEL)
         sizes = _column_bytes(file)
         of_keys = file.stat().st_size - sum(size for name, size in sizes.items() if name not in KEYS)
         cached = decode(pq.read_table(file), params)
-    figures = fidelity(real.teacher.log_softmax(-1), cached, real.student, params.resolution_nats)
+    measured = Fidelity(params.resolution_nats)
+    measured.add(real.teacher.log_softmax(-1), cached, real.student)
+    figures = measured.figures()
     kept, drawn = (cached.log_probabilities > -torch.inf).sum(-1), (cached.sampled_weights > 0).sum(-1)
     return {
         "bytes_per_position": sum(size for name, size in sizes.items() if name not in KEYS) / count,

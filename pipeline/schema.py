@@ -177,7 +177,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
                 if found != column.type:
                     raise CorruptError(f"{path}: column {column.name!r} is {found or 'missing'}, expected {column.type}. Write it again.")
             return file.read(schema.names).cast(schema)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise CorruptError(f"{path}: not readable as Parquet: {error}. Run the stage that writes it again.") from error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.params import CompletionParams, TaskParams
-from pipeline.schema import Context, Example, Prompt
+from pipeline.schema import NO_CONTEXT, Context, Example, Prompt
 
 TEXT_TOKENS = 512
 """Tokens that a text read token by token is taken to have at most, for the size of a cache's shards."""
@@ -122,12 +122,12 @@ class TaskTokens:
             )
         return [Prompt(own[: start + 1], own[start + 1 :]) for own in ids]
 
-    def fault_of(self, example: Example) -> str | None:
-        """Why an input cannot be told from the template's own control tokens; None if it can."""
-        if not self._uses_control_tokens(""):
+    def fault_of(self, example: Example, context: Context = NO_CONTEXT) -> str | None:
+        """Why an input cannot be told from the control tokens of the template or the context's instruction; None if it can."""
+        if not self._uses_control_tokens(context.instruction):
             return None
         spelt = next((token for token in self._control_tokens for text in example.fields.values() if token in text), None)
-        return None if spelt is None else f"holds {spelt}, a control token of this model, and the task's template uses such tokens itself"
+        return None if spelt is None else f"holds {spelt}, a control token of this model, and the template or instruction uses such tokens itself"
 
     def _uses_control_tokens(self, instruction: str) -> bool:
         return any(token in self._own_text or token in instruction for token in self._control_tokens)

@@ -1,16 +1,14 @@
 """`python -m stages.evaluate NAME`: a student's or baseline's predictions, metrics and cost."""
 
-from pathlib import Path
-
 from pipeline.evaluation.evaluate import evaluate
+from pipeline.files import Folders
 from pipeline.params import resolved_params
-from pipeline.files import work_folder
 from stages import run
 
 
 def main(name: str) -> None:
     """Evaluate one method."""
-    evaluate(name, resolved_params(), Path("artifacts"), Path("metrics"), work_folder())
+    evaluate(name, resolved_params(), Folders.here())
 
 
 if __name__ == "__main__":

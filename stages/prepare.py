@@ -1,15 +1,14 @@
-"""Check the raw data and make examples, demonstrations and contexts of it. Run by DVC, or as `python -m stages.prepare`."""
-
-from pathlib import Path
+"""`python -m stages.prepare`: sources become examples with roles and contexts → artifacts/data, metrics/prepare.json."""
 
 from pipeline.data.prepare import prepare
+from pipeline.files import Folders
 from pipeline.params import resolved_params
 from stages import run
 
 
 def main() -> None:
-    """Write artifacts/data and metrics/prepare.json."""
-    prepare(resolved_params(), Path("artifacts"), Path("metrics/prepare.json"))
+    """Draw every role and build every list of contexts."""
+    prepare(resolved_params(), Folders.here())
 
 
 if __name__ == "__main__":

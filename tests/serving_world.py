@@ -1,7 +1,6 @@
-"""Students' folders for tests of what comes after training: a small random model with the provenance that training would write."""
+"""Students' folders for tests of what comes after training: a small random model with the manifest that training would write."""
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -11,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from conftest import PROJECT
-
 from pipeline.cli import app
-from pipeline.models.identity import tokenizer_sha256, weights_sha256
-from pipeline.models.loading import load_tokenizer
-from pipeline.models.provenance import identity_entries
+from pipeline.files import write_manifest
+from pipeline.models.folders import load_tokenizer
+from pipeline.models.trained import about_trained
 from pipeline.params import TaskParams
 from pipeline.task import Task, TaskTokens
 
+PROJECT = Path(__file__).resolve().parent.parent
 TEMPLATE = "Review: {text}\nSentiment:"
 VERBALISERS = {"negative": " bad", "positive": " good"}
 LONG_VERBALISERS = {"negative": " bad", "mixed": " so-so", "positive": " good"}  # the second has several tokens
@@ -33,20 +31,13 @@ def make_student(folder: Path, model: Path, template: str = TEMPLATE, verbaliser
     """A folder as `stages.student` leaves it, around the model in `model`."""
     shutil.copytree(model, folder)
     task = Task(TaskParams(template=template, verbalisers=verbalisers or VERBALISERS))
-    tokens = TaskTokens(task, load_tokenizer(folder))
-    pairs = zip(task.params.verbalisers.items(), tokens.completions, strict=True)
-    provenance = {
-        "kind": "student",
-        "name": folder.name,
-        "base": "models/tiny",
-        "base_weights_sha256": weights_sha256(folder),
-        "base_tokenizer_sha256": tokenizer_sha256(folder),
-        "template": template,
-        "verbalisers": {label: {"text": text, "ids": ids} for (label, text), ids in pairs},
-        "labels": list(task.labels),
-    }
-    (folder / "provenance.json").write_text(json.dumps(provenance | identity_entries(folder, provenance)), encoding="utf-8")
+    seal(folder, task)
     return folder
+
+
+def seal(folder: Path, task: Task) -> None:
+    """Write a student's manifest for the files that `folder` has now."""
+    write_manifest(folder, about_trained(folder.name, TaskTokens(task, load_tokenizer(folder)), {}))
 
 
 @dataclass(frozen=True)

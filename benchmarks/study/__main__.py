@@ -1,23 +1,20 @@
 """The study: `python -m benchmarks.study [PART …]` runs parts of plan.yaml, then writes the table of all finished parts.
 
-A part is a run of the pipeline in runs/study/PART. A finished part costs seconds; a stopped one goes on. Accuracies are means over a group's
-draws; ± is the standard deviation over draws, of the mean over evaluation sets.
+A part is a run of the pipeline in runs/study/PART. A finished part costs seconds; a stopped one goes on. Accuracies are means over a
+group's draws; ± is the standard deviation over draws, of the mean over evaluation sets.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import UsageError, choices, ending_with_a_message
+from pipeline.errors import ShotlessError, UsageError, choices, ending_with_a_message
 from pipeline.files import write_json
 from pipeline.params import parse_params, read_yaml
-from pipeline.params.presets import merge, write_workspace
+from pipeline.params.presets import merge, reproduce, write_workspace
 
 PLAN = Path(__file__).parent / "plan.yaml"
 WORKSPACES = Path("runs/study")
@@ -39,8 +36,8 @@ def part_params(plan: dict[str, Any], group: str, draw: int) -> dict[str, Any]:
 def run(part: str, raw: dict[str, Any]) -> None:
     """Run one part up to its comparison."""
     workspace = write_workspace(raw, WORKSPACES / part, Path())
-    environment = os.environ | {"SHOTLESS_WORK": str(Path(".work").resolve())}
-    subprocess.run([str(Path(sys.executable).with_name("dvc")), "repro", "compare"], cwd=workspace, env=environment, check=True)
+    if not reproduce(workspace, Path(), ["compare"]):
+        raise ShotlessError(f"{workspace}: this part failed; what failed is above. The next run goes on from there.")
 
 
 def gather(parts: dict[str, tuple[str, int]]) -> dict[str, dict[str, list[dict[str, float]]]]:

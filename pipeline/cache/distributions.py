@@ -119,11 +119,6 @@ def decode(rows: pa.Table, params: CacheParams, temperature: float = 1.0) -> Dis
     )
 
 
-def hidden_states(rows: pa.Table) -> Tensor:
-    """The kept layers' outputs at all positions of `rows`, side by side, [P, D] float16; D is 0 if none were kept."""
-    return _padded(rows, "hidden_states", 0)
-
-
 def check_retained(distributions: Distributions, params: CacheParams, temperature: float, least: float = LEAST_RETAINED) -> float:
     """Mean retained mass of some of a cache's positions at `temperature`.
 

@@ -67,15 +67,6 @@ class Fidelity:
         }
 
 
-def fidelity(
-    full_log_probabilities: Tensor, cached: Distributions, student_logits: Tensor | None = None, resolution_nats: float | None = None
-) -> dict[str, float]:
-    """The figures of positions that are all in memory."""
-    measured = Fidelity(resolution_nats)
-    measured.add(full_log_probabilities, cached, student_logits)
-    return measured.figures()
-
-
 def kept_mass(cache: ScoreCache) -> dict[str, float | int]:
     """Mass within the top k (mean, 1st percentile, smallest), mass on the verbalisers, bytes a row: from the cache alone."""
     tails: Any = cache.rows["tail_mass"].combine_chunks()

@@ -1,7 +1,7 @@
 """The score cache as an artifact: a folder of Parquet shards and a `manifest.json`, written last, with the sha256 of each shard.
 
-A cache travels: it is read from a local folder or from any URL that fsspec knows (`s3://bucket/few_shot`); it is written locally. Every
-shard is compared with its hash before it is used.
+A cache travels: it is read from a local folder or from a URL (`s3://bucket/few_shot`; s3, gs, abfs and hf through pyarrow, others through
+fsspec); it is written locally. Every shard is compared with its hash before it is used.
 """
 
 import json
@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow.fs import FileSystem
 
 from pipeline.cache.store import write_rows
-from pipeline.errors import CorruptError, ShotlessError, UsageError
+from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
 from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_bytes, write_manifest
 from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
 from pipeline.task import Task
@@ -48,6 +49,20 @@ def described_task(task: Task) -> dict[str, Any]:
     """What a manifest says of a task under the key `task`: template, verbalisers by label, and how free answers come about."""
     params = task.params
     return {"template": params.template, "verbalisers": dict(sorted(params.verbalisers.items())), "completion": params.answering}
+
+
+def check_belongs(manifest: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path | str) -> None:
+    """Raise MismatchError with all that differs between a manifest and what a run wants of it, as `{"task": described_task(task)}`."""
+    different = [line for key, value in wanted.items() for line in _differences(key, manifest.get(key), value)]
+    if different:
+        step = f"Run `dvc repro teacher@{str(folder).rpartition('/')[2]}`."
+        raise MismatchError(f"{folder}: its scores are not this run's:\n" + "\n".join(different) + f"\n{step}")
+
+
+def _differences(name: str, found: Any, wanted: Any) -> list[str]:
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return [line for key in {**wanted, **found} for line in _differences(f"{name}.{key}", found.get(key), wanted.get(key))]
+    return [] if found == wanted else [f"  {name}: {found!r}, this run has {wanted!r}"]
 
 
 def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, Any]) -> None:
@@ -144,14 +159,23 @@ def _read(folder: Path | str, name: str) -> bytes:
     try:
         if isinstance(folder, Path):
             return (folder / name).read_bytes()
-        import fsspec  # a local run does without
-
-        system, path = fsspec.url_to_fs(f"{folder.rstrip('/')}/{name}")
-        return system.cat_file(path)
+        return _fetch(f"{folder.rstrip('/')}/{name}")
     except FileNotFoundError:
         raise CorruptError(f"{folder}/{name}: missing. {AGAIN}") from None
     except (OSError, ImportError, ValueError) as error:
         raise ShotlessError(f"{folder}/{name}: cannot be read: {error}") from error
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        system, path = FileSystem.from_uri(url)
+    except pa.ArrowInvalid:  # not one of those that pyarrow reads itself
+        import fsspec
+
+        other, path = fsspec.url_to_fs(url)
+        return other.cat_file(path)
+    with system.open_input_file(path) as file:
+        return file.read()
 
 
 class CacheReader:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,7 @@ class Store:
     def __init__(self, work: Path, identity: Mapping[str, Any]) -> None:
         self.folder = work / "scores" / sha256_json(identity)[:32]
         self._held: dict[str, _Held] = {}
+        self._plans: list[Part] = []
         self._rows: dict[str, tuple[str, int]] = {}  # prompt_sha → part, row in it
         self.folder.mkdir(parents=True, exist_ok=True)
         if _identity_of(self.folder) != identity:  # new, or damaged: the folder is named after what belongs there
@@ -71,12 +72,12 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the one writer. A second run waits here, and then finds the first one's rows. Damaged parts are set aside."""
+        """Be the one writer. A second run waits here, and then finds the first one's rows. Damaged files are set aside."""
         with one_writer(self.folder / "lock"):
             for leftover in self.folder.glob(".p*.tmp"):
                 leftover.unlink()
             for path, error in self._look():
-                print(f"{error} It is set aside, and its rows are scored again when they are needed.", file=sys.stderr)
+                print(f"{error}\nIt is set aside. Its rows are scored again when they are needed.", file=sys.stderr)
                 path.replace(path.with_name(path.name + DAMAGED))
             yield
 
@@ -91,8 +92,8 @@ class Store:
         into lists of prompts that are scored together.
         """
         wanted = set(missing)
-        planned = [part for part in self._planned() if part.name not in self._held]
-        for part in sorted(planned, key=lambda part: (not self._set_aside(part.name).exists(), part.name)):
+        unfinished = [part for part in self._plans if part.name not in self._held]
+        for part in sorted(unfinished, key=lambda part: (not self._set_aside(part.name).exists(), part.name)):
             if wanted.issuperset(part.keys):
                 wanted.difference_update(part.keys)
                 yield part
@@ -101,8 +102,10 @@ class Store:
             number, divided = max(numbers, default=-1) + 1, divide(rest)
             rows = [(part, key) for part, keys in enumerate(divided) for key in keys]
             columns = {name: [row[at] for row in rows] for at, name in enumerate(PLAN.names)}
-            write_table(pa.table(columns, schema=PLAN), self.folder / f"plan-{number:05d}.parquet")
-            yield from (Part(f"part-{number:05d}-{part:06d}", tuple(keys)) for part, keys in enumerate(divided))
+            path = self.folder / f"plan-{number:05d}.parquet"
+            write_table(pa.table(columns, schema=PLAN), path)
+            self._plans += (parts := _read_plan(path))
+            yield from parts
 
     def write(self, part: Part, rows: pa.Table, seconds: float, engine: Mapping[str, Any]) -> None:
         """Write a part's rows (`schema.STORED`, in the order of its keys), the seconds that scoring them took, and which engine did it."""
@@ -143,13 +146,7 @@ class Store:
 
     def faults(self) -> list[str]:
         """What is damaged here, a line each. Nothing is changed."""
-        found = [str(error) for _, error in self._look()]
-        for path in sorted(self.folder.glob("plan-*.parquet")):
-            try:
-                read_table(path, PLAN)
-            except CorruptError as error:
-                found.append(str(error))
-        return found
+        return [str(error) for _, error in self._look()]
 
     def _counts(self, keys: Sequence[str]) -> Counter[str]:
         """Part → how many of its rows are asked for."""
@@ -165,15 +162,18 @@ class Store:
                 pass
 
     def _look(self) -> list[tuple[Path, CorruptError]]:
-        """Read the parts that are new since the last look, every page of them; returns the damaged ones."""
-        damaged = []
-        for path in sorted(self.folder.glob("part-*.parquet")):
-            if path.stem not in self._held:
-                try:
+        """Read all plans, and the parts that are new since the last look, every page of them; returns what is damaged."""
+        damaged: list[tuple[Path, CorruptError]] = []
+        self._plans = []
+        for path in sorted(self.folder.glob("p*.parquet")):
+            try:
+                if path.stem.startswith("plan-"):
+                    self._plans += _read_plan(path)
+                elif path.stem not in self._held:
                     keys = read_table(path, STORED)["prompt_sha"].to_pylist()
                     self._add(path, keys, _about(path))
-                except CorruptError as error:
-                    damaged.append((path, error))
+            except CorruptError as error:
+                damaged.append((path, error))
         return damaged
 
     def _add(self, path: Path, keys: list[str], about: Mapping[str, Any]) -> None:
@@ -181,25 +181,34 @@ class Store:
         for row, key in enumerate(keys):
             self._rows.setdefault(key, (path.stem, row))
 
-    def _planned(self) -> Iterator[Part]:
-        """The parts of all plans. A damaged plan goes: the prompts of its unfinished parts are planned again."""
-        for path in sorted(self.folder.glob("plan-*.parquet")):
-            try:
-                plan = read_table(path, PLAN)
-            except CorruptError as error:
-                print(f"{error} What it planned is planned again.", file=sys.stderr)
-                path.replace(path.with_name(path.name + DAMAGED))
-                continue
-            by_part: dict[int, list[str]] = {}
-            for number, key in zip(plan["part"].to_pylist(), plan["prompt_sha"].to_pylist(), strict=True):
-                by_part.setdefault(number, []).append(key)
-            yield from (Part(f"part-{path.stem[5:]}-{number:06d}", tuple(keys)) for number, keys in by_part.items())
+
+def _read_plan(path: Path) -> list[Part]:
+    plan = read_table(path, PLAN)
+    by_part: dict[int, list[str]] = {}
+    for number, key in zip(plan["part"].to_pylist(), plan["prompt_sha"].to_pylist(), strict=True):
+        by_part.setdefault(number, []).append(key)
+    return [Part(f"part-{path.stem.removeprefix('plan-')}-{number:06d}", tuple(keys)) for number, keys in by_part.items()]
 
 
-def stores(work: Path) -> list[tuple[Path, int, dict[str, Any] | None]]:
-    """Every store under a work folder: its folder, its bytes, and its identity, None if that is not what the folder is named after."""
+class StoreFolder(NamedTuple):
+    """One store under a work folder."""
+
+    folder: Path
+    bytes: int
+    identity: dict[str, Any] | None
+    """None if identity.json is damaged: it is not what the folder is named after."""
+
+    @property
+    def about(self) -> str:
+        """Whose scores these are, in words."""
+        identity = self.identity or {}
+        return f"weights {str(identity.get('weights', 'unknown'))[:12]}, {identity.get('dtype', 'unknown number format')}"
+
+
+def stores(work: Path) -> list[StoreFolder]:
+    """Every store under a work folder."""
     folders = sorted(path for path in work.glob("scores/*") if path.is_dir())
-    return [(folder, sum(file.stat().st_size for file in folder.iterdir()), _identity_of(folder)) for folder in folders]
+    return [StoreFolder(folder, sum(file.stat().st_size for file in folder.iterdir()), _identity_of(folder)) for folder in folders]
 
 
 def write_rows(rows: pa.Table, path: Path, level: int) -> None:

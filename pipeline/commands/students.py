@@ -1,38 +1,120 @@
-"""`--student NAME` as a folder: a name of params.yaml's students, or the path of a student's folder anywhere."""
+"""`shotless predict`, `serve` and `export`: a student in use."""
 
-import logging
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from pipeline.errors import UsageError, choices
 
-STUDENTS = Path("artifacts") / "students"
-PARAMS = Path("params.yaml")
+if TYPE_CHECKING:
+    from pipeline.models.trained import Trained
+
+STUDENTS = Path("artifacts/students")
+Student = Annotated[str | None, typer.Option(help="Name of a student, or its folder; by default the only student there is.")]
+Fields = Annotated[list[str] | None, typer.Option("--field", help="FIELD=COLUMN, for a column of another name.")]
+Log = Annotated[Path | None, typer.Option(help="Append to this predictions log, for `shotless monitor`.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")]
 
 
-def student_folder(student: str) -> Path:
-    """The folder of a student. Raises UsageError naming the students there are.
+def open_student(student: str | None) -> "Trained":
+    """A checked student. Raises UsageError naming the students there are.
 
-    A name stands for this project's student, so one that was trained for another task than params.yaml now has is refused with
-    MismatchError; a path stands for the folder as it is.
+    A name means this project's student, so one that was trained for another task than params.yaml now has is refused with MismatchError. A
+    path means the folder as it is.
     """
-    path = Path(student)
-    if path.is_dir() and ("/" in student or (path / "provenance.json").is_file()):
-        return path
-    folder = STUDENTS / student
-    if not folder.is_dir():
-        there = sorted(entry.name for entry in STUDENTS.iterdir() if entry.is_dir()) if STUDENTS.is_dir() else []
-        raise UsageError(f"--student {student}: no folder {folder}; there are: {choices(there)}. `dvc repro` makes them.")
-    if PARAMS.is_file():
-        from pipeline.models.provenance import read_provenance
-        from pipeline.params import load_params
+    from transformers.utils import logging
 
-        read_provenance(folder).check_task(load_params().task)
-    return folder
+    from pipeline.models.trained import open_trained
+    from pipeline.params import load_params
+
+    logging.disable_progress_bar()  # transformers' bars and advice are about its own use
+    logging.set_verbosity_error()
+    known = sorted(folder.parent.name for folder in STUDENTS.glob("*/manifest.json"))
+    if student is not None and "/" in student:
+        return open_trained(Path(student))
+    if student is None and len(known) != 1:
+        raise UsageError(f"--student: name one of: {choices(known)}" if known else "--student: there is none yet; `dvc repro` makes it.")
+    if student is not None and student not in known:
+        raise UsageError(f"--student {student}: no such student; there are: {choices(known)}. `dvc repro` makes them.")
+    trained = open_trained(STUDENTS / (student or known[0]))
+    if Path("params.yaml").is_file():
+        trained.check_task(load_params().task)
+    return trained
 
 
-def quiet_libraries() -> None:
-    """Keep transformers' advice and its bars off the terminal."""
-    from transformers.utils import logging as transformers_logging
+def predict(
+    student: Student = None,
+    source: Annotated[str, typer.Option("--input", "-i", help="jsonl, csv, tsv or parquet; - is standard input.")] = "-",
+    output: Annotated[str, typer.Option("--output", "-o", help="jsonl, csv or parquet; - is standard output.")] = "-",
+    input_format: Annotated[str | None, typer.Option(help="If the file's name does not say it.")] = None,
+    output_format: Annotated[str | None, typer.Option(help="If the file's name does not say it.")] = None,
+    field: Fields = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A column to pass through; NAME=COLUMN gives it another name.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Rows answered together; 1 answers line by line.")] = 1024,
+    log: Log = None,
+    threads: Threads = None,
+) -> None:
+    """Answer every row: label, confidence, probabilities. A row that cannot be used gets an error. Ends with 1 if no row has an answer."""
+    from pipeline.serving.files import columns_of, format_of, kept_columns, predict_items, read_items, writing
+    from pipeline.serving.log import PredictionLog
+    from pipeline.serving.predictor import Predictor
 
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    read_as, write_as = format_of(source, input_format, "--input-format"), format_of(output, output_format, "--output-format")
+    kept = kept_columns(keep or [])
+    predictor = Predictor(open_student(student), threads)
+    items = read_items(source, read_as, columns_of(predictor.task.fields, field or []), kept)
+    journal = PredictionLog(log, predictor.weights_sha256) if log else None
+    rows = bad = 0
+    with writing(output, write_as, predictor.labels, kept) as write:
+        for answered in predict_items(predictor, items, window):
+            write(answered)
+            if journal is not None:
+                journal.append((item.fields, prediction.as_json()) for item, prediction in answered)
+            rows += len(answered)
+            bad += sum(prediction.error is not None for _, prediction in answered)
+    lost = f"; {journal.lost:,} of them are not in {log}" if journal is not None and journal.lost else ""
+    print(f"{predictor.student.name}: {rows:,} rows, {bad:,} with an error{lost}", file=sys.stderr)
+    if rows and bad == rows:
+        raise typer.Exit(1)
+
+
+def serve(
+    student: Student = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
+    max_rows: Annotated[int, typer.Option(min=1, help="Inputs of a request.")] = 256,
+    max_chars: Annotated[int, typer.Option(min=1, help="Characters of a field.")] = 10_000,
+    body_seconds: Annotated[float, typer.Option(min=0.001, help="What a client may take to send a request's body.")] = 30.0,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Rows of concurrent requests that share a pass.")] = 64,
+    waiting_rows: Annotated[int, typer.Option(min=1, help="Rows that may wait before requests are refused with 503.")] = 1024,
+    log: Log = None,
+    threads: Threads = None,
+) -> None:
+    """Answer over HTTP: POST /predict, GET /health, GET /metrics (Prometheus)."""
+    import uvicorn
+
+    from pipeline.serving.log import PredictionLog
+    from pipeline.serving.predictor import Predictor
+    from pipeline.serving.server import Limits, make_app
+
+    if host not in {"127.0.0.1", "::1", "localhost"}:
+        print(f"listening on {host}: anyone who reaches it can ask; there is no authentication and no encryption", file=sys.stderr)
+    predictor = Predictor(open_student(student), threads)
+    journal = PredictionLog(log, predictor.weights_sha256) if log else None
+    limits = Limits(max_body_bytes, max_rows, max_chars, body_seconds, batch_rows, waiting_rows)
+    print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.name}", file=sys.stderr, flush=True)
+    uvicorn.run(make_app(predictor, limits, journal), host=host, port=port, log_level="info", access_log=False, http="h11")
+
+
+def export(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    student: Student = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Write a checked copy of a student that plain `transformers` loads."""
+    from pipeline.serving.export import export as write
+
+    print(write(open_student(student), output, force))

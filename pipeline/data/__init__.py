@@ -1,1 +1,1 @@
-"""Raw data to examples: sources, validation, splits, leak check, demonstrations and contexts."""
+"""From downloads and local files to examples, roles and contexts."""

@@ -1,168 +1,289 @@
-"""A source file as checked examples: fields and labels that the task can use, and for every other row the reason.
+"""A source as checked examples: fields and labels that the task can use, and for every other row the reason.
 
-Field values are stripped of outer white space and otherwise kept as they stand (HTML entities too). Of exact repeats the first is kept. A
-text that stands under two labels is kept under neither: it is no fair test and no clear demonstration. The trade-off: rows that the label
-rule leaves out are left out for every role, the transfer set's too.
+A text is kept once, as it first appears (with its first answer, if answers are given), without outer white space and otherwise as it is.
+Labels decide only which labelled roles a text may play: a row that the label rule leaves out, one with a label that cannot be read, and a
+text that appears with two labels all stay as texts without a label. So gold labels never choose what is drawn as unlabelled.
 """
 
+import json
 import math
+import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.quarantine import Quarantined, shorten
-from pipeline.data.readers import BadRow, BlankLine, MissingColumnError, json_keys, read_rows
+from pipeline.data.readers import MISSING, BadRow, BlankLine, MissingColumnError, json_keys, read_rows
 from pipeline.errors import UsageError, choices
-from pipeline.data.fields import MISSING, BadValueError, field_text
-from pipeline.files import example_id
-from pipeline.params import LabelRule, SourceParams
+from pipeline.files import Folders, read_json, write_json, write_text
+from pipeline.params import LabelRule, Params, SourceParams, pick
+from pipeline.schema import Example, read_examples, write_examples
 from pipeline.task import Task
 
+SHOWN_CHARS = 80
 BAD_ROWS_SHOWN = 5
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
+"""Characters that a text has only by mistake; tabs, line ends and form feeds are white space."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
+
+
+class BadValueError(Exception):
+    """A value that cannot be used: field, reason, value."""
+
+    def __init__(self, field_name: str, reason: str, value: object) -> None:
+        super().__init__(field_name, reason, value)
+        self.field_name, self.reason, self.value = field_name, reason, value
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One usable row. `values` are the task's fields in its order; `label` is None in a source without labels.
+class Quarantined:
+    """A row that was set aside, or whose label was; `field` is empty if the row as a whole is meant. The value is shortened."""
 
-    `completion` is its answer in free text, where the source has them.
-    `slices` are the values of the source's slice columns in the params' order, None where the row does not say.
-    """
-
-    example_id: str
-    label: str | None
     source: str
+    file: str
     line: int
-    values: tuple[str, ...]
-    completion: str | None = None
-    slices: tuple[str | None, ...] = ()
+    field: str
+    reason: str
+    value: str
+    copy_of: dict[str, Any] | None = None
+    """For a near copy: role, source and line of the example it is like, and how similar the two are."""
+
+    def json_line(self) -> str:
+        """One line of quarantine.jsonl."""
+        record = {key: value for key, value in asdict(self).items() if key != "copy_of" or value is not None}
+        # A lone surrogate from a JSON escape has no UTF-8; it is shown escaped.
+        return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 
 @dataclass
 class SourceExamples:
-    """A source as read: its examples in file order, and what became of the other rows."""
+    """A source as read: its examples in file order, what was set aside, and counts of rows for metrics/prepare.json.
+
+    `quarantined` in the counts has the reasons of bad rows: fields that cannot be used, and labels that cannot be read.
+    """
 
     name: str
     file: str
-    rows: int = 0
-    blank_lines: int = 0
-    left_out: int = 0
-    repeats: int = 0
-    conflicting: int = 0
     examples: list[Example] = field(default_factory=list)
-    bad: list[Quarantined] = field(default_factory=list)
-    conflicts: list[Quarantined] = field(default_factory=list)
+    quarantine: list[Quarantined] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
 
-    def counts(self) -> dict[str, Any]:
-        """For metrics/prepare.json: rows in, rows out, and each way between; shares of the labels."""
-        labels = Counter(example.label for example in self.examples if example.label is not None)
-        return {
-            "rows": self.rows,
-            "blank_lines": self.blank_lines,
-            "quarantined": dict(sorted(Counter(entry.reason for entry in self.bad).items())),
-            "left_out_by_label_rule": self.left_out,
-            "exact_repeats_removed": self.repeats,
-            "conflicting_labels_removed": self.conflicting,
-            "examples": len(self.examples),
-            "label_shares": {label: round(n / labels.total(), 4) for label, n in sorted(labels.items())},
-        }
+    @property
+    def bad_rows(self) -> int:
+        """Rows that are wrong in the file."""
+        return sum(self.counts["quarantined"].values())
 
 
 def read_source(name: str, params: SourceParams, path: Path, task: Task) -> SourceExamples:
     """Read and check one source file.
 
-    Raises UsageError where the file lacks a column or has no row. Bad rows are in the result; `check_limit` weighs them.
+    Raises UsageError if the file is absent, lacks a column or has no row. Bad rows are in the result; `check_limit` weighs them.
     """
+    if not path.is_file():
+        raise UsageError(f"data.sources.{name}.path: {str(path)!r} is not a file. Correct it, or run the download it comes from.")
     columns = [(params.fields or {}).get(field_name, field_name) for field_name in task.fields]
-    sliced = list(params.slices.values())
     asked = [
         *columns,
-        *sliced,
+        *params.slices.values(),
         *([] if params.label is None else [params.label.column]),
         *([] if params.completion is None else [params.completion]),
     ]
     label_of = None if params.label is None else label_reader(params.label, task)
-    result = SourceExamples(name, path.name)
-    unseen = set(asked)
+    counts = Counter[str]()
+    reasons = Counter[str]()
+    quarantine: list[Quarantined] = []
     checked: list[Example] = []
-    for read in read_rows(path, params.format, asked, params.columns):
+
+    def set_aside(line: int, column: str, reason: str, value: str) -> None:
+        quarantine.append(Quarantined(name, path.name, line, column, reason, shorten(value)))
+        reasons[reason] += 1
+
+    for read in read_rows(path, params.form, asked, params.columns):
         if isinstance(read, BlankLine):
-            result.blank_lines += 1
+            counts["blank_lines"] += 1
             continue
-        result.rows += 1
+        counts["rows"] += 1
         if isinstance(read, BadRow):
-            result.bad.append(Quarantined(name, path.name, read.line, read.field, read.reason, shorten(read.value)))
+            set_aside(read.line, read.field, read.reason, read.value)
             continue
-        if unseen:
-            unseen -= {column for column, value in zip(asked, read.values, strict=True) if value is not MISSING}
+        values = iter(read.values)
         try:
-            values = tuple(
-                field_text(column, value, task.params.max_chars) for column, value in zip(columns, read.values[: len(columns)], strict=True)
-            )
-            past_slices = len(columns) + len(sliced)
-            slices = tuple(_slice(column, value) for column, value in zip(sliced, read.values[len(columns) : past_slices], strict=True))
-            label = None if label_of is None else label_of(read.values[past_slices])
-            answer = None if params.completion is None else field_text(params.completion, read.values[-1], task.params.max_chars)
+            limit = task.params.max_chars
+            fields = {known: field_text(column, next(values), limit) for known, column in zip(task.fields, columns, strict=True)}
+            slices = {known: label_text(column, next(values), "slice") or None for known, column in params.slices.items()}
+            raw_label = None if label_of is None else next(values)
+            answer = None if params.completion is None else field_text(params.completion, next(values), limit)
         except BadValueError as bad:
-            result.bad.append(Quarantined(name, path.name, read.line, bad.field_name, bad.reason, shorten(str(bad.value))))
+            set_aside(read.line, bad.field_name, bad.reason, str(bad.value))
             continue
-        if label_of is not None and label is None:
-            result.left_out += 1
-            continue
-        # Answers that are given are part of the input: another answer to the same text is another thing to learn.
-        given = {} if answer is None or not task.answers_are_given else {"completion": answer}
-        key = example_id(dict(zip(task.fields, values, strict=True)) | given)
-        checked.append(Example(key, label, name, read.line, values, answer, slices))
-    if result.rows == 0:
+        label = None
+        try:
+            label = None if label_of is None else label_of(raw_label)
+            counts["left_out_by_label_rule"] += label_of is not None and label is None
+        except BadValueError as bad:
+            set_aside(read.line, bad.field_name, bad.reason, str(bad.value))
+        checked.append(Example(fields, label, answer, name, read.line, slices))
+
+    if not counts["rows"]:
         raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
-    if params.format == "jsonl" and unseen and len(result.bad) == result.rows and (keys := json_keys(path)):
-        raise MissingColumnError(path, min(unseen), keys)
-    if never := unseen.intersection(sliced):
-        raise MissingColumnError(path, min(never), json_keys(path))
-    _remove_repeats(checked, result)
-    return result
+    needed = asked if reasons.total() == counts["rows"] else list(params.slices.values())
+    if params.form == "jsonl" and needed and (absent := set(needed) - (keys := json_keys(path))) and keys:
+        raise MissingColumnError(path, min(absent), keys)
+
+    examples, conflicts = _one_of_each(checked, name, path.name)
+    labels = Counter(example.label for example in examples if example.label is not None)
+    summary = {
+        "rows": counts["rows"],
+        "blank_lines": counts["blank_lines"],
+        "quarantined": dict(sorted(reasons.items())),
+        "left_out_by_label_rule": counts["left_out_by_label_rule"],
+        "exact_repeats_removed": len(checked) - len(examples),
+        "conflicting_labels_removed": len(conflicts),
+        "examples": len(examples),
+        "labelled": labels.total(),
+        "label_shares": {label: round(n / labels.total(), 4) for label, n in sorted(labels.items())},
+    }
+    return SourceExamples(name, path.name, examples, quarantine + conflicts, summary)
 
 
-def check_limit(source: SourceExamples, limit: float, quarantine: Path) -> None:
-    """Raise UsageError where more than a share `limit` of a source's rows are bad."""
-    if len(source.bad) <= limit * source.rows:
+def _one_of_each(checked: list[Example], name: str, file: str) -> tuple[list[Example], list[Quarantined]]:
+    """Each text once, with the label on which its rows agree; and an entry for each row of a text whose rows do not agree."""
+    by_text: dict[str, list[Example]] = {}
+    for example in checked:
+        by_text.setdefault(example.example_id, []).append(example)
+    examples: list[Example] = []
+    conflicts: list[Quarantined] = []
+    for rows in by_text.values():
+        labelled = [row for row in rows if row.label is not None]
+        label = labelled[0].label if labelled else None
+        if other := next((row for row in labelled if row.label != label), None):
+            for row in labelled:
+                against = other if row.label == label else labelled[0]
+                note = f"{row.label} here, {against.label} on line {against.line}: {' | '.join(row.fields.values())}"
+                conflicts.append(Quarantined(name, file, row.line, "", "conflicting labels", shorten(note)))
+            label = None
+        examples.append(replace(rows[0], label=label))
+    return examples, sorted(conflicts, key=lambda entry: entry.line)
+
+
+def check_limit(source: SourceExamples, limit: float, quarantine: Path | None = None) -> None:
+    """Raise UsageError if more than a share `limit` of a source's rows are bad; `quarantine` is the file that lists them."""
+    rows = source.counts["rows"]
+    if source.bad_rows <= limit * rows:
         return
-    first = "".join(f"\n  {entry.describe()}" for entry in source.bad[:BAD_ROWS_SHOWN])
+    shown = source.quarantine[:BAD_ROWS_SHOWN]
+    first = "".join(f"\n  {e.file}:{e.line}: {e.field + ': ' if e.field else ''}{e.reason}: {e.value!r}" for e in shown)
     raise UsageError(
-        f"data.sources.{source.name}: {len(source.bad):,} of {source.rows:,} rows of {source.file} cannot be used "
-        f"({len(source.bad) / source.rows:.1%}), more than data.bad_rows_limit allows ({limit:.1%}). The first:{first}\n"
-        f"All are in {quarantine}. Correct the file, its `format` or its columns, or raise data.bad_rows_limit."
+        f"data.sources.{source.name}: {source.bad_rows:,} of {rows:,} rows of {source.file} cannot be used ({source.bad_rows / rows:.1%}), "
+        f"more than data.bad_rows_limit allows ({limit:.1%}). The first:{first}\n"
+        f"{f'All are in {quarantine}. ' if quarantine else ''}Correct the file, its `format` or its columns, or raise data.bad_rows_limit."
     )
 
 
+def write_source(name: str, params: Params, folders: Folders) -> None:
+    """The stage source@NAME: write artifacts/sources/NAME/{examples.parquet, quarantine.jsonl, counts.json}.
+
+    Raises UsageError if too many rows are bad, after quarantine.jsonl was written.
+    """
+    entry, task = pick("data.sources", params.data.sources, name), Task(params.task)
+    source, folder = read_source(name, entry, Path(entry.path), task), folders.artifacts / "sources" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    write_text("".join(row.json_line() for row in source.quarantine), folder / "quarantine.jsonl")
+    check_limit(source, params.data.bad_rows_limit, folder / "quarantine.jsonl")
+    write_examples(source.examples, task.fields, folder / "examples.parquet", tuple(entry.slices))
+    write_json(source.counts, folder / "counts.json")
+    counts = source.counts
+    print(
+        f"{name}: {counts['rows']:,} rows, {counts['examples']:,} texts, {counts['labelled']:,} with a label; {source.bad_rows:,} bad, "
+        f"{counts['left_out_by_label_rule']:,} left out by the label rule, {counts['exact_repeats_removed']:,} exact repeats, "
+        f"{counts['conflicting_labels_removed']:,} with conflicting labels"
+    )
+
+
+def read_written_source(name: str, params: SourceParams, task: Task, folders: Folders) -> SourceExamples:
+    """What `write_source` wrote, without its quarantine. Raises UsageError if it was not run."""
+    folder = folders.artifacts / "sources" / name
+    if not (folder / "counts.json").is_file():
+        raise UsageError(f"{folder}: source {name!r} was not read. Run `dvc repro source@{name}`.")
+    examples = read_examples(folder / "examples.parquet", task.fields, tuple(params.slices))
+    return SourceExamples(name, Path(params.path).name, examples, [], read_json(folder / "counts.json"))
+
+
+def shorten(text: str) -> str:
+    """The beginning of a value, for messages and quarantine.jsonl."""
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
+
+
+def field_text(column: str, value: Any, max_chars: int | None) -> str:
+    """A field's value as the models see it: without outer white space, otherwise as it is. One rule for training and for serving.
+
+    Raises BadValueError if it is missing, not a text, empty, longer than `max_chars`, or has a character that no text has.
+    """
+    if value is MISSING or value is None:
+        raise BadValueError(column, "missing", "")
+    if not isinstance(value, str):
+        raise BadValueError(column, "not a text", value)
+    text = value.strip()
+    if not text:
+        raise BadValueError(column, "empty", value)
+    if max_chars is not None and len(text) > max_chars:
+        raise BadValueError(column, "too long", f"{len(text):,} characters: {text}")
+    if not text.isprintable() and (found := CONTROL.search(text) or SURROGATE.search(text)):
+        reason = "lone surrogate" if SURROGATE.match(found[0]) else "control character"
+        raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
+    return text
+
+
 def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
-    """A function from a value in the label's column to a label, or to None where the rule leaves the row out; raises BadValueError."""
-    column = rule.column
+    """A function from a value in the label's column to a label, or to None if the rule leaves the row out; it raises BadValueError.
+
+    With a threshold the value is a number. Otherwise `label_text` spells it, so that `1`, `1.0` and `"1"` are one label, as are `true` and
+    `"True"`; a label that params.yaml spells exactly as the file does comes first.
+    """
     if rule.threshold is not None:
         threshold = rule.threshold
 
         def by_sign(value: Any) -> str | None:
-            rating = _number(column, value)
+            rating = _number(rule.column, value)
             if rating is None or abs(rating) <= threshold:
                 return None
             return rule.positive if rating > 0 else rule.negative
 
         return by_sign
-    values = {label: label for label in task.labels} if rule.values is None else rule.values
+    exact = {label: label for label in task.labels} if rule.values is None else rule.values
+    respelt = {label_text(rule.column, key): label for key, label in exact.items()}
 
     def by_value(value: Any) -> str | None:
         if value is MISSING:
-            raise BadValueError(column, "missing", "")
-        text = _label_text(column, value)
-        if not text and text not in values:
-            return None
-        if text not in values:
-            raise BadValueError(column, "unknown label", f"{text} (there are: {choices(values)})")
-        return values[text] or None
+            raise BadValueError(rule.column, "missing", "")
+        if isinstance(value, str) and value.strip() in exact:
+            return exact[value.strip()] or None
+        text = label_text(rule.column, value)
+        if text and text not in respelt:
+            raise BadValueError(rule.column, "unknown label", f"{text} (the labels are: {choices(exact)})")
+        return respelt.get(text) or None
 
     return by_value
+
+
+def label_text(column: str, value: Any, what: str = "label") -> str:
+    """A label's one spelling: `true`, `1`, `positive`; empty for a null, a NaN, an empty text or a missing key. Slices are spelt alike.
+
+    Raises BadValueError for a list or an object: one row has one label.
+    """
+    if value is None or value is MISSING or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, (list, dict)):
+        raise BadValueError(column, f"several {what}s in a row are not supported", value)
+    if not isinstance(value, (str, int, float)):
+        raise BadValueError(column, f"not a {what}", value)
+    text = str(value).strip()
+    if text.lower() in {"true", "false"}:
+        return text.lower()
+    return whole[1] if (whole := WHOLE_FLOAT.fullmatch(text)) else text
 
 
 def _number(column: str, value: Any) -> float | None:
@@ -178,42 +299,3 @@ def _number(column: str, value: Any) -> float | None:
     if not math.isfinite(number):
         raise BadValueError(column, "not a number", value)
     return number
-
-
-def _slice(column: str, value: Any) -> str | None:
-    """The name of a row's slice, written as a label's value is; None for a null, an empty text or a key that is not there."""
-    return None if value is MISSING else _label_text(column, value, "not a slice's name") or None
-
-
-def _label_text(column: str, value: Any, reason: str = "not a label") -> str:
-    """A label's value as params.yaml writes it: `true`, `1` and `positive` alike; empty for a null."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (str, int, float)):
-        return str(value).strip()
-    raise BadValueError(column, reason, value)
-
-
-def _remove_repeats(checked: list[Example], result: SourceExamples) -> None:
-    """Keep the first of each text in `result.examples`; none where its rows disagree on the label."""
-    first: dict[str, Example] = {}
-    torn: dict[str, Example] = {}
-    for example in checked:
-        kept = first.setdefault(example.example_id, example)
-        if kept.label != example.label:
-            torn.setdefault(example.example_id, example)
-    for example in checked:
-        if example.example_id in torn:
-            kept, other = first[example.example_id], torn[example.example_id]
-            against = other if example.label == kept.label else kept
-            note = f"{example.label} here, {against.label} on line {against.line}: {' | '.join(example.values)}"
-            result.conflicts.append(Quarantined(result.name, result.file, example.line, "", "conflicting labels", note))
-        elif first[example.example_id] is example:
-            result.examples.append(example)
-        else:
-            result.repeats += 1
-    result.conflicting = len(result.conflicts)

@@ -1,170 +1,116 @@
-"""The prepare stage: raw files become examples with roles, contexts, a quarantine and counts, before any model runs.
+"""The stage prepare: checked sources become examples with roles, and contexts, before any model runs.
 
-All that can be wrong with the data is found here, in seconds. Everything derives from the params and the files' content: the same input
-gives the same bytes. The trade-off: a source is held in memory once read, about half a gigabyte for a million short texts.
+Everything follows from the params, the sources and the tokenizers: the same input gives the same bytes. What is set aside is in
+artifacts/data/quarantine.jsonl, together with what the sources set aside.
 """
 
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
-
-from pipeline.data.contexts import build_contexts, measure
-from pipeline.data.examples import Example, check_limit, read_source
-from pipeline.data.leaks import find_copies
-from pipeline.data.local import RECORD
-from pipeline.data.quarantine import write_quarantine
-from pipeline.data.roles import Roles, assign
-from pipeline.errors import CorruptError, ShotlessError, UsageError
-from pipeline.files import one_writer, read_json, write_json
-from pipeline.files import sha256_file
-from pipeline.params import DataParams, Params
-from pipeline.schema import SLICE, read_table, write_table
-from pipeline.schema import examples as examples_schema
-from pipeline.task import Task
+from pipeline.data.contexts import build_contexts, check_fit, open_context_model
+from pipeline.data.examples import Quarantined, SourceExamples, read_written_source, shorten
+from pipeline.data.roles import Roles, assign, text_of
+from pipeline.files import Folders, write_json, write_text
+from pipeline.params import Params
+from pipeline.schema import Context, Example, write_contexts, write_examples
+from pipeline.task import Task, TaskTokens
 
 
-def prepare(params: Params, artifacts: Path, metrics: Path) -> None:
-    """Write `artifacts/data/` (examples of each role, contexts, quarantine.jsonl) and the counts, to the file `metrics`.
+def prepare(params: Params, folders: Folders) -> None:
+    """Write artifacts/data (examples of each role, contexts, quarantine.jsonl) and metrics/prepare.json.
 
-    One run at a time prepares. Raises UsageError for anything in params or files that cannot be used; quarantine.jsonl is written first, to
-    look the rows up in.
+    Raises UsageError if a role finds too few examples or a context does not fit a model; quarantine.jsonl, to look rows up, is written.
     """
-    with one_writer(artifacts):
-        _prepare(params, artifacts, metrics)
+    task, data, folder = Task(params.task), params.data, folders.artifacts / "data"
+    if folder.exists():
+        shutil.rmtree(folder)
+    context_models = params.context_models()
+    used_models = sorted({name for names in context_models.values() for name in names})
+    models = {name: open_context_model(task, folders.artifacts / "models" / name) for name in used_models}
 
+    sources = {name: read_written_source(name, data.sources[name], task, folders) for name in data.sources}
+    in_sources = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
+    reading = {(model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
+    readers = [(models[model].tokens, Context("", instruction)) for model, instruction in sorted(reading)]
+    faulty = [entry for source in sources.values() for entry in _set_faulty_aside(source, readers)]
+    quarantine = in_sources + "".join(entry.json_line() for entry in faulty)
+    write_text(quarantine, folder / "quarantine.jsonl")
 
-def _prepare(params: Params, artifacts: Path, metrics: Path) -> None:
-    task, data = Task(params.task), artifacts / "data"
-    if data.exists():
-        shutil.rmtree(data)
-    measures = {folder: measure(task, artifacts / folder) for folder in sorted({c.tokenizer for c in params.contexts.values()})}
-    sources = {name: read_source(name, params.data.sources[name], raw_file(artifacts, name), task) for name in _used_sources(params.data)}
-    quarantine = data / "quarantine.jsonl"
-    set_aside = [entry for source in sources.values() for entry in [*source.bad, *source.conflicts]]
-    write_quarantine(set_aside, quarantine)
-    for source in sources.values():
-        check_limit(source, params.data.bad_rows_limit, quarantine)
+    roles = assign(data, task.labels, sources)
+    write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")
+    demonstrations, transfer = roles.drawn["demonstrations"], roles.drawn["transfer"]
+    evaluation = {name: roles.drawn[f"evaluation.{name}"] for name in data.evaluation}
+    write_examples(demonstrations, task.fields, folder / "demonstrations.parquet")
+    # Gold labels never leave the sources, nor do answers that the teacher is to write.
+    unlabelled = [replace(e, label=None, completion=e.completion if task.answers_are_given else None) for e in transfer]
+    write_examples(unlabelled, task.fields, folder / "transfer.parquet")
+    for name, examples in evaluation.items():
+        slices = tuple(data.sources[data.evaluation[name].source].slices)
+        write_examples(examples, task.fields, folder / "evaluation" / f"{name}.parquet", slices)
 
-    roles = assign(params.data, task.labels, sources)
-    write_quarantine([*set_aside, *roles.quarantined], quarantine)
-    slices = {name: list(params.data.sources[entry.source].slices) for name, entry in params.data.evaluation.items()}
-    _write_roles(roles, task, data, slices)
-    leaks = _leaks_left(data, task, params.data)
-    queries = [task.query(dict(zip(task.fields, e.values, strict=True))) for e in _queried(roles)]
+    inputs = [*transfer, *(example for examples in evaluation.values() for example in examples)]
     context_counts: dict[str, Any] = {}
     for name, entry in params.contexts.items():
-        table = build_contexts(name, entry, task, roles.demonstrations, measures[entry.tokenizer], queries, params.data.seed)
-        write_table(table, data / "contexts" / f"{name}.parquet")
-        context_counts[name] = {"tokens": dict(zip(table["name"].to_pylist(), table["tokens"].to_pylist(), strict=True))}
+        contexts = build_contexts(name, entry, task, demonstrations, data.seed)
+        tokens = [check_fit(name, entry, contexts, models[model], inputs) for model in context_models[name]]
+        write_contexts(contexts, folder / "contexts" / f"{name}.parquet")
+        context_counts[name] = {"tokens": {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}}
 
     counts = {
-        "sources": {name: source.counts() for name, source in sources.items()},
-        "roles": _role_counts(roles),
-        "leaks_left": leaks,
+        "sources": {name: source.counts for name, source in sources.items()},
+        "roles": _counts(roles, list(evaluation)),
         "contexts": context_counts,
     }
-    write_json(counts, metrics)
-    _print_counts(counts, params.data)
-    if leaks:
-        raise ShotlessError(
-            f"{data}: {leaks} copies of evaluation examples are left in what is learnt from; this is a bug, please report it."
-        )
+    write_json(counts, folders.metrics / "prepare.json")
+    _print(counts)
 
 
-def raw_file(artifacts: Path, source: str) -> Path:
-    """The data file of a source, as fetch recorded it. Raises UsageError where it was not fetched."""
-    folder = artifacts / "raw" / source
-    record = folder / RECORD
-    if not record.is_file():
-        raise UsageError(f"{folder}: source {source!r} was not fetched; run `dvc repro fetch`.")
-    files = list(read_json(record)["files"])
-    if len(files) != 1 or not (folder / files[0]).is_file():
-        raise CorruptError(f"{record}: names {files}, and the folder does not hold just that; run `dvc repro --force fetch`.")
-    if (found := sha256_file(folder / files[0])) != (written := read_json(record)["files"][files[0]]):
-        raise CorruptError(
-            f"{folder / files[0]}: has sha256 {found[:12]}…, and was fetched with {str(written)[:12]}…; run `dvc repro --force fetch`."
-        )
-    return folder / files[0]
+def _set_faulty_aside(source: SourceExamples, readers: Sequence[tuple[TaskTokens, Context]]) -> list[Quarantined]:
+    """Take out of a source the examples that spell a control token of a model that will read them; they count as quarantined."""
+    found, kept = list[Quarantined](), list[Example]()
+    for example in source.examples:
+        fault = next((fault for tokens, context in readers if (fault := tokens.fault_of(example, context))), None)
+        if fault is None:
+            kept.append(example)
+        else:
+            found.append(Quarantined(source.name, source.file, example.line, "", fault, shorten(text_of(example))))
+    if found:
+        source.examples = kept
+        source.counts |= {"examples": len(kept), "labelled": sum(example.label is not None for example in kept)}
+        source.counts["quarantined"]["control token"] = len(found)
+    return found
 
 
-def _used_sources(data: DataParams) -> list[str]:
-    """Sources that some role draws from, in the order of the params; others are not read."""
-    used = {data.demonstrations.source, *data.transfer.limits, *(entry.source for entry in data.evaluation.values())}
-    return [name for name in data.sources if name in used]
+def _counts(roles: Roles, sets: Sequence[str]) -> dict[str, Any]:
+    """Numbers of each role. The transfer set's labels are not counted: they stay in the sources."""
 
+    def labelled(role: str) -> dict[str, Any]:
+        labels = Counter(str(example.label) for example in roles.drawn[role])
+        return {"drawn": labels.total(), "labels": dict(sorted(labels.items()))}
 
-def _queried(roles: Roles) -> list[Example]:
-    return [*roles.transfer, *(example for examples in roles.evaluation.values() for example in examples)]
-
-
-def _write_roles(roles: Roles, task: Task, data: Path, slices: Mapping[str, Sequence[str]]) -> None:
-    write_table(_table(roles.demonstrations, task), data / "demonstrations.parquet")
-    write_table(_table(roles.transfer, task, with_labels=False), data / "transfer.parquet")
-    for name, examples in roles.evaluation.items():
-        write_table(_table(examples, task, slices=slices[name]), data / "evaluation" / f"{name}.parquet")
-
-
-def _table(examples: Sequence[Example], task: Task, with_labels: bool = True, slices: Sequence[str] = ()) -> pa.Table:
-    columns: dict[str, list[Any]] = {
-        "example_id": [e.example_id for e in examples],
-        "label": [e.label if with_labels else None for e in examples],
-        "completion": [e.completion for e in examples],
-        "source": [e.source for e in examples],
-        "line": [e.line for e in examples],
-    }
-    columns |= {name: [e.values[i] for e in examples] for i, name in enumerate(task.fields)}
-    columns |= {SLICE + name: [e.slices[i] for e in examples] for i, name in enumerate(slices)}
-    return pa.table(columns, schema=examples_schema(task.fields, slices))
-
-
-def _leaks_left(data: Path, task: Task, params: DataParams) -> int:
-    """Copies of evaluation examples in the files as written that are learnt from; anything but 0 is a bug."""
-
-    def texts(path: Path) -> list[str]:
-        table = read_table(path, examples_schema(task.fields))
-        return ["\n".join(values) for values in zip(*(table[name].to_pylist() for name in task.fields), strict=True)]
-
-    learnt = texts(data / "demonstrations.parquet") + texts(data / "transfer.parquet")
-    held_out = [text for name in params.evaluation for text in texts(data / "evaluation" / f"{name}.parquet")]
-    return sum(1 for _ in find_copies(learnt, held_out, params.near_copy))
-
-
-def _role_counts(roles: Roles) -> dict[str, Any]:
-    """Numbers of each role. The transfer set's labels are not counted: they stay in the raw data."""
-
-    def labelled(examples: Sequence[Example]) -> dict[str, Any]:
-        return {"drawn": len(examples), "labels": dict(sorted(Counter(str(e.label) for e in examples).items()))}
+    def removed(role: str) -> dict[str, int]:
+        return {name: roles.copies[role][f"evaluation.{name}"] for name in sets}
 
     return {
-        "demonstrations": labelled(roles.demonstrations) | {"copies_of_evaluation_removed": roles.copies["demonstrations"]},
+        "demonstrations": labelled("demonstrations") | {"copies_of_evaluation_removed": removed("demonstrations")},
         "transfer": {
-            "drawn": len(roles.transfer),
-            "copies_of_evaluation_removed": roles.copies["transfer"],
-            "copies_of_demonstrations_removed": roles.copies_of_demonstrations,
+            "drawn": len(roles.drawn["transfer"]),
+            "copies_of_evaluation_removed": removed("transfer"),
+            "copies_of_demonstrations_removed": roles.copies["transfer"]["demonstrations"],
         },
-        "evaluation": {name: labelled(examples) for name, examples in roles.evaluation.items()},
+        "evaluation": {name: labelled(f"evaluation.{name}") for name in sets},
     }
 
 
-def _print_counts(counts: Mapping[str, Any], data: DataParams) -> None:
-    for name, source in counts["sources"].items():
-        print(
-            f"{name}: {source['rows']:,} rows, {source['examples']:,} usable; {sum(source['quarantined'].values())} quarantined, "
-            f"{source['left_out_by_label_rule']:,} left out by the label rule, {source['exact_repeats_removed']} exact repeats, "
-            f"{source['conflicting_labels_removed']} with conflicting labels"
-        )
+def _print(counts: Mapping[str, Any]) -> None:
     roles = counts["roles"]
-    removed = [f"{sum(roles[role]['copies_of_evaluation_removed'].values())} from {role}" for role in ("demonstrations", "transfer")]
-    limits = [f"{source} {limit:,}" for source, limit in data.transfer.limits.items() if limit is not None]
-    limit = f" (limits {', '.join(limits)})" if len(data.transfer.limits) > 1 else f" (limit {data.transfer.limit:,})" if limits else ""
     sets = ", ".join(f"{name} {entry['drawn']:,}" for name, entry in roles["evaluation"].items())
-    print(
-        f"drawn: {roles['demonstrations']['drawn']} demonstrations, {roles['transfer']['drawn']:,} for transfer{limit}; evaluation: {sets}"
-    )
-    print(f"copies of evaluation examples kept out: {', '.join(removed)}; left: {counts['leaks_left']}")
+    print(f"drawn: {roles['demonstrations']['drawn']} demonstrations, {roles['transfer']['drawn']:,} for transfer; evaluation: {sets}")
+    removed = [f"{sum(roles[role]['copies_of_evaluation_removed'].values())} from {role}" for role in ("demonstrations", "transfer")]
+    print(f"near copies of evaluation examples kept out: {', '.join(removed)}")
     for name, entry in counts["contexts"].items():
-        print(f"contexts {name}: {', '.join(str(n) for n in entry['tokens'].values())} tokens")
+        if entry["tokens"]:
+            print(f"contexts {name}: {', '.join(str(n) for n in entry['tokens'].values())} tokens")

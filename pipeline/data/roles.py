@@ -1,170 +1,137 @@
 """Who gets which example: evaluation sets first, then demonstrations, then the transfer set; an example has one role.
 
 Draws go by the rank of sha256(seed, role, example). They do not depend on the order of the file, a larger number extends an earlier draw,
-and evaluation sets stay what they are when the transfer set grows. Before anything is drawn to be learnt from, copies of evaluation
-examples leave the pool, from every source. The trade-off: copies among evaluation sets themselves are left, since no one learns from them.
+and evaluation sets stay the same if the transfer set grows. What is drawn to be learnt from is compared with the evaluation examples, and
+the transfer set with the demonstrations too: a near copy is set aside and the next one drawn. Copies among evaluation sets stay, since no
+one learns from them. The transfer set is drawn from all texts of its sources, whatever their labels.
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.data.examples import Example, SourceExamples
-from pipeline.data.leaks import find_copies
-from pipeline.data.quarantine import Quarantined
+from pipeline.data.examples import Quarantined, SourceExamples, shorten
+from pipeline.data.near_copies import Originals
 from pipeline.errors import UsageError
 from pipeline.files import sha256_text
 from pipeline.params import DataParams
+from pipeline.schema import Example
 
-Hit = tuple[Example, str, Example, float]
+LEAST_DRAW = 64
+"""Examples compared at once at least."""
 
 
 @dataclass
 class Roles:
-    """The examples of each role, in rank order, and the copies that were kept out."""
+    """The examples of each role, and the near copies that were kept out. Roles are `evaluation.NAME`, `demonstrations` and `transfer`."""
 
-    evaluation: dict[str, list[Example]] = field(default_factory=dict)
-    demonstrations: list[Example] = field(default_factory=list)
-    transfer: list[Example] = field(default_factory=list)
-    copies: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Role → evaluation set → candidates removed as its copies."""
-    copies_of_demonstrations: int = 0
-    """Candidates for the transfer set removed as copies of demonstrations."""
-    quarantined: list[Quarantined] = field(default_factory=list)
-
-
-def rank(seed: int, role: str, example: Example) -> str:
-    """Where an example stands in a draw; small ones are drawn first."""
-    return sha256_text(f"{seed}\0{role}\0{example.example_id}")
+    drawn: dict[str, list[Example]] = field(default_factory=dict)
+    """Role → its examples in rank order (the transfer set: source by source)."""
+    copies: dict[str, Counter[str]] = field(default_factory=dict)
+    """Role → earlier role → near copies of its examples that were met and kept out."""
+    quarantined: dict[str, Quarantined] = field(default_factory=dict)
+    """example_id → what the row is a near copy of."""
 
 
 def text_of(example: Example) -> str:
-    """All fields as one text, for the comparison with other examples."""
-    return "\n".join(example.values)
+    """All fields as one text, to compare with other examples."""
+    return "\n".join(example.fields.values())
 
 
-def assign(params: DataParams, labels: Sequence[str], sources: Mapping[str, SourceExamples]) -> Roles:
-    """Draw every role from its source.
+def assign(data: DataParams, labels: Sequence[str], sources: Mapping[str, SourceExamples]) -> Roles:
+    """Draw every role from its source. `labels` are the task's; none if answers are free text that no label judges.
 
-    Raises UsageError where a role finds too few examples, naming role, label, numbers, and what reduced the pool.
+    Raises UsageError if a role finds too few examples, with role, label, numbers, and what made the source smaller.
     """
     roles = Roles()
-    used: dict[str, str] = {}  # example_id → role
-    for name, wanted in params.evaluation.items():
-        role = f"evaluation.{name}"
-        pool = _Pool(role, sources[wanted.source])
-        pool.remove_used(used)
-        drawn = _draw_balanced(pool, params.seed, labels, wanted.per_label)
-        roles.evaluation[name] = drawn
-        used |= {example.example_id: role for example in drawn}
+    for name, wanted in data.evaluation.items():
+        draw = _Draw(f"evaluation.{name}", sources[wanted.source], data, roles)
+        roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
 
-    held_out = [(name, example) for name, drawn in roles.evaluation.items() for example in drawn]
-    learnt_from = dict.fromkeys((params.demonstrations.source, *params.transfer.limits))
-    leaks: dict[str, str] = {}  # example_id → evaluation set
-    for source in (sources[name] for name in learnt_from):
-        free = [example for example in source.examples if example.example_id not in used]
-        found = _find(free, held_out, params.near_copy)
-        leaks |= {candidate.example_id: name for candidate, name, _, _ in found}
-        roles.quarantined += [_entry(source.file, "copy of an evaluation example", *hit) for hit in found]
-
-    wanted = params.demonstrations
-    pool = _Pool("demonstrations", sources[wanted.source])
-    pool.remove_used(used)
-    roles.copies["demonstrations"] = pool.remove_leaks(leaks, list(params.evaluation))
+    wanted = data.demonstrations
+    draw = _Draw("demonstrations", sources[wanted.source], data, roles)
     if wanted.max_words is not None:
-        limit = wanted.max_words
-        pool.keep([e for e in pool.examples if len(text_of(e).split()) <= limit], f"longer than max_words ({limit})")
-    seed = params.seed if wanted.seed is None else wanted.seed
-    roles.demonstrations = _draw_balanced(pool, seed, labels, wanted.per_label)
-    used |= {example.example_id: "demonstrations" for example in roles.demonstrations}
+        short = [example for example in draw.pool if len(text_of(example).split()) <= wanted.max_words]
+        draw.lost[f"longer than max_words ({wanted.max_words})"] = len(draw.pool) - len(short)
+        draw.pool = short
+    draw.seed = data.seed if wanted.seed is None else wanted.seed
+    roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
 
-    removed: Counter[str] = Counter(dict.fromkeys(params.evaluation, 0))
-    for source, limit in params.transfer.limits.items():
-        pool = _Pool("transfer", sources[source])
-        pool.remove_used(used)
-        removed.update(pool.remove_leaks(leaks, list(params.evaluation)))
-        found = _find(pool.examples, [("demonstrations", example) for example in roles.demonstrations], params.near_copy)
-        copied = {candidate.example_id for candidate, _, _, _ in found}
-        roles.copies_of_demonstrations += len(found)
-        roles.quarantined += [_entry(sources[source].file, "copy of a demonstration, kept out of the transfer set", *hit) for hit in found]
-        pool.keep([e for e in pool.examples if e.example_id not in copied], "copies of demonstrations")
-        drawn = _smallest(pool.examples, limit, params.seed, "transfer")
-        if not drawn:
+    for source, limit in data.transfer.limits.items():
+        draw = _Draw("transfer", sources[source], data, roles)
+        if not (drawn := draw.first(draw.pool, limit)):
             raise UsageError(
-                f"data.transfer: no example is left in source {pool.source!r}{pool.story()}. Name another source, or add rows to it."
+                f"data.transfer: no example is left in source {source!r}{draw.story()}. Name another source, or add rows to it."
             )
-        roles.transfer += drawn
-        used |= {example.example_id: "transfer" for example in drawn}
-    roles.copies["transfer"] = dict(removed)
+        roles.drawn["transfer"] = roles.drawn.get("transfer", []) + drawn
     return roles
 
 
-class _Pool:
-    """The examples that a role may draw from, and what made them fewer."""
+class _Draw:
+    """A draw of one role from one source: what it may take, and what made that less. Near copies that it keeps out are added to `roles`."""
 
-    def __init__(self, role: str, source: SourceExamples) -> None:
-        self.role, self.source = role, source.name
-        self.examples = list(source.examples)
-        self.rows = source.rows
-        self.reduced = Counter(
-            {
-                "quarantined": len(source.bad) + source.conflicting,
-                "left out by the label rule": source.left_out,
-                "exact repeats": source.repeats,
-            }
-        )
+    def __init__(self, role: str, source: SourceExamples, data: DataParams, roles: Roles) -> None:
+        self.role, self.source, self.seed, self.near_copy = role, source, data.seed, data.near_copy
+        used = {example.example_id: other for other, examples in roles.drawn.items() for example in examples}
+        self.pool = [example for example in source.examples if example.example_id not in used]
+        self.lost = Counter({"quarantined": source.bad_rows, "exact repeats": source.counts["exact_repeats_removed"]})
+        self.lost.update(f"in {used[example.example_id]}" for example in source.examples if example.example_id in used)
+        earlier = {} if role.startswith("evaluation.") else {name: own for name, own in roles.drawn.items() if name != "transfer"}
+        rows = sorted(source.examples, key=lambda example: example.example_id) if earlier else []
+        texts = {name: [text_of(example) for example in own] for name, own in earlier.items()}
+        self._originals = Originals(texts, [text_of(example) for example in rows], data.near_copy)
+        self._roles, self._shown = roles, ""
+        self._copies = roles.copies.setdefault(role, Counter(dict.fromkeys(earlier, 0)))
 
-    def keep(self, examples: list[Example], reason: str) -> None:
-        """Go on with `examples`; the others left for `reason`."""
-        self.reduced[reason] += len(self.examples) - len(examples)
-        self.examples = examples
+    def balanced(self, labels: Sequence[str], per_label: int | None) -> list[Example]:
+        """`per_label` examples of each label (None: all there are), together in rank order; of all examples if there are no labels."""
+        drawn: list[Example] = []
+        for label in labels or [None]:
+            found = self.first([e for e in self.pool if label is None or e.label == label], per_label)
+            if len(found) < (per_label or 1):
+                self.lost["left out by the label rule"] = self.source.counts["left_out_by_label_rule"]
+                self.lost["conflicting labels"] = self.source.counts["conflicting_labels_removed"]
+                raise UsageError(
+                    f"data.{self.role}: {per_label or 1} examples of label {label!r} wanted, {len(found)} found in source "
+                    f"{self.source.name!r}{self.story()}. Lower data.{self.role}.per_label, ask less of what comes before, or add labelled "
+                    "rows."
+                )
+            drawn += found
+        return self._ranked(drawn)
 
-    def remove_used(self, used: Mapping[str, str]) -> None:
-        """Leave out what another role has."""
-        self.reduced.update(f"in {used[e.example_id]}" for e in self.examples if e.example_id in used)
-        self.examples = [e for e in self.examples if e.example_id not in used]
-
-    def remove_leaks(self, leaks: Mapping[str, str], sets: Sequence[str]) -> dict[str, int]:
-        """Leave out copies of evaluation examples; returns how many, by evaluation set."""
-        counts = Counter(leaks[e.example_id] for e in self.examples if e.example_id in leaks)
-        self.keep([e for e in self.examples if e.example_id not in leaks], "copies of evaluation examples")
-        return {name: counts[name] for name in sets}
+    def first(self, examples: Sequence[Example], count: int | None) -> list[Example]:
+        """The first `count` of `examples` by rank that are not near copies; all of them if None."""
+        ranked, drawn = self._ranked(examples), list[Example]()
+        while ranked and (count is None or len(drawn) < count):
+            size = len(ranked) if count is None else max(count - len(drawn), LEAST_DRAW)
+            drawn += self._without_copies(ranked[:size])
+            ranked = ranked[size:]
+        return drawn[:count]
 
     def story(self) -> str:
-        """What reduced the pool, in words."""
-        parts = [f"{count:,} {reason}" for reason, count in self.reduced.items() if count]
-        return f" (of its {self.rows:,} rows: {', '.join(parts)})" if parts else f" (all of its {self.rows:,} rows are usable)"
+        """What made the source's rows fewer, in words."""
+        parts = [f"{count:,} {reason}" for reason, count in self.lost.items() if count]
+        rows = f"{self.source.counts['rows']:,} rows"
+        return (f" (of its {rows}: {', '.join(parts)})" if parts else f" (all of its {rows} are usable)") + self._shown
 
+    def _ranked(self, examples: Sequence[Example]) -> list[Example]:
+        return sorted(examples, key=lambda example: sha256_text(f"{self.seed}\0{self.role}\0{example.example_id}"))
 
-def _smallest(examples: Sequence[Example], count: int | None, seed: int, role: str) -> list[Example]:
-    """The first `count` by rank, or all, in rank order."""
-    ranked = ((rank(seed, role, example), at) for at, example in enumerate(examples))
-    chosen = sorted(ranked) if count is None else heapq.nsmallest(count, ranked)
-    return [examples[at] for _, at in chosen]
-
-
-def _draw_balanced(pool: _Pool, seed: int, labels: Sequence[str], per_label: int | None) -> list[Example]:
-    """`per_label` examples of each label (all there are where None), together in rank order; of all where there are no labels."""
-    drawn: list[Example] = []
-    for label in labels or [None]:
-        of_label = [example for example in pool.examples if label is None or example.label == label]
-        wanted = 1 if per_label is None else per_label
-        if len(of_label) < wanted:
-            raise UsageError(
-                f"data.{pool.role}: {wanted} examples of label {label!r} wanted, {len(of_label)} found in source {pool.source!r}"
-                f"{pool.story()}. Lower data.{pool.role}.per_label, ask less of what comes before, or add labelled rows."
+    def _without_copies(self, examples: Sequence[Example]) -> list[Example]:
+        kept = []
+        for example, copy in zip(examples, self._originals.copies([text_of(example) for example in examples]), strict=True):
+            if copy is None:
+                kept.append(example)
+                continue
+            original, like, text = self._roles.drawn[copy.group][copy.original], f"near copy of {copy.group}", shorten(text_of(example))
+            self._copies[copy.group] += 1
+            self.lost[f"near copies of {copy.group}"] += 1
+            where = {"role": copy.group, "source": original.source, "line": original.line, "similarity": round(copy.similarity, 4)}
+            entry = Quarantined(example.source, self.source.file, example.line, "", like, text, where)
+            self._roles.quarantined.setdefault(example.example_id, entry)  # demonstrations and transfer set may meet the same row
+            self._shown = self._shown or (
+                f". Line {example.line} of {self.source.file} ({text!r}) is {copy.similarity:.0%} like line {original.line} of source "
+                f"{original.source!r} ({shorten(text_of(original))!r}). If such texts are different inputs, raise data.near_copy "
+                f"({self.near_copy:g})"
             )
-        drawn += _smallest(of_label, per_label, seed, pool.role)
-    return _smallest(drawn, None, seed, pool.role)
-
-
-def _find(candidates: Sequence[Example], originals: Sequence[tuple[str, Example]], threshold: float) -> list[Hit]:
-    """Candidates that copy an original: the candidate, the original's set, the original, and how similar they are."""
-    copies = find_copies([text_of(e) for e in candidates], [text_of(e) for _, e in originals], threshold)
-    return [(candidates[copy.candidate], *originals[copy.original], copy.similarity) for copy in copies]
-
-
-def _entry(file: str, reason: str, candidate: Example, name: str, original: Example, similarity: float) -> Quarantined:
-    copy_of = {"set": name, "source": original.source, "line": original.line, "similarity": round(similarity, 4)}
-    return Quarantined(candidate.source, file, candidate.line, "", reason, text_of(candidate), copy_of)
+        return kept

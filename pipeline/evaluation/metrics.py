@@ -1,11 +1,10 @@
-"""What the predictions of a method are worth: accuracy with its interval, calibration, agreement, and differences between methods.
+"""What a method's predictions are worth: accuracy with its interval, and calibration.
 
-Pure functions from a PREDICTIONS table (`pipeline.schema`) to plain dicts, so that `evaluate` and `report` give the same numbers from the
-same rows. A baseline scored for each context on its own has a row for each (context, example): its metrics are means over its contexts,
-and its intervals resample *examples*, since contexts that share examples are not independent draws. Intervals are percentile bootstraps
-with one seed, so every method meets the same resamples; where every example scores alike, the bootstrap has no spread and the exact
-binomial bound (Clopper-Pearson) stands in. Trade-off: the intervals speak of the draw of examples, not of another draw of
-demonstrations or another training seed.
+Functions from a table of predictions (`schema.PREDICTIONS`) to plain dicts. A method may answer in several runs: a baseline in each of its
+contexts, a student with each of its seeds. Its metrics are means over runs, and its intervals resample *examples*, since runs share their
+examples. Intervals are percentile bootstraps with one seed, so every method meets the same resamples. If all examples score alike, the
+bootstrap has no spread, and the exact binomial bound (Clopper-Pearson) is used. The intervals are about the draw of examples, not about
+another draw of demonstrations or another seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,179 +17,122 @@ import pyarrow as pa
 from scipy import stats
 from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
-from pipeline.errors import CorruptError, UsageError, choices
+from pipeline.errors import CorruptError, choices
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+Json = dict[str, Any]
 
 ECE_BINS = 15
-SUM_TOLERANCE = 1e-4  # of a float32 probability vector's sum
-ARGMAX_TOLERANCE = 1e-6
+SUM_TOLERANCE, ARGMAX_TOLERANCE = 1e-4, 1e-6  # of float32 probabilities
 DIGITS = 6
-ROWS_NAMED = 3
 ELEMENTS_A_BATCH = 8_000_000  # of the bootstrap's resampled array: 64 MB
+RIGHT = pl.col("predicted") == pl.col("label")
 
 
-def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: int, seed: int) -> dict[str, Json]:
     """Metrics of one method for each evaluation set, in the table's order of sets.
 
-    `table` follows `schema.PREDICTIONS`; `labels` is the order of its probabilities. Each set has `n` (examples), `accuracy`, `ci95`,
-    `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece`, `predicted_shares`, and, where it was scored under several contexts,
-    `contexts` with the accuracies' `mean`, `sd` (n - 1), `worst`, `best` and `each`; the seeds of a student
-    of several stand in the place of contexts. Shares are fractions; floats have 6 digits.
+    `labels` is the order of the probabilities. Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0
+    to 1), `ece` and `predicted_shares`; if there are several runs, also `contexts`, see `spread`. Shares are fractions with 6 digits.
 
-    Raises CorruptError naming rows whose probabilities are no distribution or whose labels are unknown, and contexts that were not scored
-    on the same examples.
+    Raises CorruptError naming rows whose probabilities are not a distribution or whose labels are unknown, and runs that did not answer the
+    same examples.
     """
-    return {name: evaluate_set(frame, labels, where=name, resamples=resamples, seed=seed) for name, frame in frames(table, labels).items()}
+    found = {}
+    for name, frame in frames(table, labels).items():
+        each = [_run_metrics(part, labels, name) for _, part in frame.group_by("run", maintain_order=True)]
+        mean = {key: float(np.mean([metrics[key] for metrics in each])) for key in each[0]}
+        scores = example_scores(frame, name)["score"].to_numpy()
+        shares = {label: (frame["predicted"] == label).sum() / frame.height for label in labels}
+        head = {"n": len(scores), "accuracy": mean.pop("accuracy"), "ci95": mean_interval([scores], resamples=resamples, seed=seed)}
+        found[name] = {**head, **mean, "predicted_shares": shares, **spread([metrics["accuracy"] for metrics in each])}
+    return rounded(found)
 
 
-def evaluate_set(frame: pl.DataFrame, labels: Sequence[str], *, where: str, resamples: int, seed: int) -> dict[str, Any]:
-    """Metrics of one method on one evaluation set; `frame` has PREDICTIONS' columns. See `evaluate_predictions`."""
-    contexts = [part for _, part in frame.group_by("context_id", maintain_order=True)]
-    each = [_context_metrics(part, labels, where) for part in contexts]
-    scores = example_scores(frame, where)
-    mean = {key: float(np.mean([metrics[key] for metrics in each])) for key in each[0]}
-    result: dict[str, Any] = {
-        "n": len(scores),
-        "accuracy": mean["accuracy"],
-        "ci95": mean_interval([scores["score"].to_numpy()], resamples=resamples, seed=seed),
-        "macro_f1": mean["macro_f1"],
-        "log_loss": mean["log_loss"],
-        "brier": mean["brier"],
-        "ece": mean["ece"],
-        "predicted_shares": {label: (frame["predicted"] == label).sum() / frame.height for label in labels},
+def spread(accuracies: Sequence[float]) -> Json:
+    """`contexts`: `mean`, `sd` (n - 1), `worst`, `best` and `each` of a method's accuracies in its runs; nothing if there is one run."""
+    if len(accuracies) < 2:
+        return {}
+    ends = {"worst": min(accuracies), "best": max(accuracies)}
+    return {"contexts": {"mean": float(np.mean(accuracies)), "sd": float(np.std(accuracies, ddof=1)), **ends, "each": list(accuracies)}}
+
+
+def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, float]:
+    """A method in one flat row, for `dvc metrics`, with what its sets have; `domains[set]` is "in" or "out".
+
+    `well_formed_in`, `well_formed_out`, `accuracy_in` and `accuracy_out` are means over the sets of a domain, `accuracy_lowest` is the
+    lowest of a set, `ece` and `log_loss` are means over all sets. Every set has the same weight.
+    """
+
+    def values(what: str, *wanted: str) -> list[float]:
+        return [found[what] for name, found in sets.items() if domains[name] in wanted and what in found]
+
+    row = {f"{what}_{domain}": values(what, domain) for what in ("well_formed", "accuracy") for domain in ("in", "out")}
+    row |= {"accuracy_lowest": sorted(values("accuracy", "in", "out"))[:1]} | {
+        what: values(what, "in", "out") for what in ("ece", "log_loss")
     }
-    if len(each) > 1:
-        accuracies = [metrics["accuracy"] for metrics in each]
-        spread = float(np.std(accuracies, ddof=1))
-        ends = {"worst": min(accuracies), "best": max(accuracies)}
-        result["contexts"] = {"mean": mean["accuracy"], "sd": spread, **ends, "each": accuracies}
-    return rounded(result)
+    return rounded({key: float(np.mean(found)) for key, found in row.items() if found})
 
 
-def summary(sets: Mapping[str, Mapping[str, Any]], domains: Mapping[str, str]) -> dict[str, float]:
-    """A method in one flat row, for `dvc metrics` and `dvc exp`: `sets` as of `evaluate_predictions`, `domains` their "in" or "out".
-
-    `accuracy_in` and `accuracy_out` (where there are such sets), `accuracy_lowest` (of a set), and `ece` and `log_loss` over all sets;
-    means are unweighted over sets.
-    """
-    row = {}
-    for domain in ("in", "out"):
-        if members := [found for name, found in sets.items() if domains[name] == domain]:
-            row[f"accuracy_{domain}"] = float(np.mean([found["accuracy"] for found in members]))
-    row["accuracy_lowest"] = min(found["accuracy"] for found in sets.values())
-    row |= {key: float(np.mean([found[key] for found in sets.values()])) for key in ("ece", "log_loss")}
-    return rounded(row)
-
-
-def agreement(table: pa.Table, reference: pa.Table) -> dict[str, float]:
-    """Share of rows with the reference's predicted label, for each evaluation set; joined on set and example.
-
-    Raises UsageError where the reference has several predictions for an example, CorruptError where examples lack one.
-    """
-    keys = ["set", "example_id"]
-    ours = _from_arrow(table).select(*keys, "predicted")
-    theirs = _from_arrow(reference).select(*keys, pl.col("predicted").alias("reference"))
-    if theirs.select(keys).is_duplicated().any():
-        raise UsageError(
-            "evaluation.reference: the reference has several predictions for one example, one for each context; "
-            "choose a baseline with `contexts: ensemble`."
-        )
-    joined = ours.join(theirs, on=keys, how="left", maintain_order="left")
-    if lacking := joined.filter(pl.col("reference").is_null()).height:
-        first = joined.filter(pl.col("reference").is_null()).row(0, named=True)
-        raise CorruptError(
-            f"predictions: {lacking} rows have no counterpart in the reference's predictions, first example {first['example_id'][:12]} of "
-            f"set {first['set']!r}; run the `evaluate` stages again."
-        )
-    shares = joined.group_by("set", maintain_order=True).agg((pl.col("predicted") == pl.col("reference")).mean().alias("share"))
-    return {name: round(share, DIGITS) for name, share in shares.iter_rows()}
-
-
-def mean_accuracy(table: pa.Table, sets: Sequence[str], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Unweighted mean accuracy over evaluation sets: `accuracy` and `ci95`, each set resampled by itself."""
-    frame = _from_arrow(table)
-    samples = [example_scores(frame.filter(pl.col("set") == name), name)["score"].to_numpy() for name in sets]
+def mean_accuracy(table: pa.Table, sets: Sequence[str], *, resamples: int, seed: int) -> Json:
+    """Mean accuracy over evaluation sets, each with the same weight and resampled by itself: `accuracy` and `ci95`."""
+    samples = [frame["score"].to_numpy() for frame in scores_by_set(table, sets).values()]
     mean = float(np.mean([sample.mean() for sample in samples]))
     return rounded({"accuracy": mean, "ci95": mean_interval(samples, resamples=resamples, seed=seed)})
 
 
-def compare(table: pa.Table, other: pa.Table, sets: Sequence[str], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Mean difference in accuracy over evaluation sets, `table` minus `other`: `difference`, `ci95`, `clear`.
+def scores_by_set(table: pa.Table | pl.DataFrame, sets: Sequence[str], right: pl.Expr = RIGHT) -> dict[str, pl.DataFrame]:
+    """`example_scores` of each of these sets."""
+    frame = as_frame(table)
+    return {name: example_scores(frame.filter(pl.col("set") == name), name, right) for name in sets}
 
-    The bootstrap is paired: both methods are scored on the same resampled examples, which is far sharper than asking whether two
-    intervals overlap. `clear` says that the interval leaves out zero. Raises CorruptError where the examples differ.
+
+def example_scores(frame: pl.DataFrame, where: str, right: pl.Expr = RIGHT) -> pl.DataFrame:
+    """`example_id` and `score`: the share of runs in which an example was answered right, in order of first appearance.
+
+    A missing prediction (an ill-formed answer in free text) is wrong. Raises CorruptError if an example does not occur once in each run.
     """
-    ours, theirs = _from_arrow(table), _from_arrow(other)
-    samples: list[Floats] = []
-    for name in sets:
-        mine = example_scores(ours.filter(pl.col("set") == name), name)
-        others = example_scores(theirs.filter(pl.col("set") == name), name)
-        pairs = mine.join(others, on="example_id", suffix="_other", maintain_order="left")
-        if not pairs.height == mine.height == others.height:
-            raise CorruptError(f"predictions for set {name!r}: two methods were scored on different examples; run `evaluate` again.")
-        samples.append((pairs["score"] - pairs["score_other"]).to_numpy())
-    low, high = mean_interval(samples, resamples=resamples, seed=seed, lowest=-1.0)
-    difference = float(np.mean([sample.mean() for sample in samples]))
-    return rounded({"difference": difference, "ci95": [low, high], "clear": bool(low > 0 or high < 0)})
-
-
-def example_scores(frame: pl.DataFrame, where: str) -> pl.DataFrame:
-    """`example_id` and `score`: the share of contexts in which an example was answered right, in order of first appearance.
-
-    Raises CorruptError where an example occurs twice in one context or is missing from one.
-    """
-    if frame.is_empty():
-        raise CorruptError(f"predictions: no rows for set {where!r}; run the method's `evaluate` stage again.")
-    if frame.select("context_id", "example_id").is_duplicated().any():
-        raise CorruptError(f"predictions for set {where!r}: an example occurs twice in one context; run `evaluate` again.")
+    runs = frame["run"].n_unique()
     scores = frame.group_by("example_id", maintain_order=True).agg(
-        (pl.col("predicted") == pl.col("label")).mean().alias("score"), pl.len().alias("rows")
+        score=right.fill_null(value=False).mean(), rows=pl.len(), runs=pl.col("run").n_unique()
     )
-    contexts = frame["context_id"].n_unique()
-    if (incomplete := scores.filter(pl.col("rows") != contexts)).height:
-        raise CorruptError(
-            f"predictions for set {where!r}: example {incomplete['example_id'][0][:12]} has {incomplete['rows'][0]} of {contexts} "
-            "contexts; run `evaluate` again."
-        )
+    wrong = scores.filter((pl.col("rows") != runs) | (pl.col("runs") != runs))
+    if frame.is_empty() or wrong.height:
+        fault = f"example {wrong['example_id'][0][:12]} has {wrong['rows'][0]} rows in {runs} runs" if wrong.height else "no rows"
+        raise CorruptError(f"predictions for set {where!r}: {fault}. Run the method's `evaluate` stage again.")
     return scores.select("example_id", "score")
 
 
 def mean_interval(samples: Sequence[Floats], *, resamples: int, seed: int, lowest: float = 0.0) -> list[float]:
-    """95 % interval of the mean of the samples' means; each sample holds one value in [lowest, 1] for each example, and is resampled
-    by itself.
-    """
-    if all(np.ptp(sample) == 0 for sample in samples):
-        return _spreadless_interval(samples, lowest)
+    """95 % interval of the mean of the samples' means. A sample has a value in [lowest, 1] for each example and is resampled by itself."""
+    if all(np.ptp(sample) == 0 for sample in samples):  # at most a share of the examples departs from this value, as far as it can
+        value = float(np.mean([sample.mean() for sample in samples]))
+        share = float(stats.binomtest(0, sum(map(len, samples))).proportion_ci(0.95, method="exact").high)
+        return [value - share * (value - lowest), value + share * (1 - value)]
+    settings: Json = {"n_resamples": resamples, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(seed)}
+    settings["batch"] = max(1, ELEMENTS_A_BATCH // max(map(len, samples)))
+    interval = stats.bootstrap(tuple(samples), _mean_of_means, **settings).confidence_interval
+    return [float(interval.low), float(interval.high)]
 
-    def statistic(*parts: Floats, axis: int = -1) -> Floats:
-        return cast("Floats", np.mean([part.mean(axis=axis) for part in parts], axis=0))
 
-    batch = max(1, ELEMENTS_A_BATCH // max(len(sample) for sample in samples))
-    outcome = stats.bootstrap(
-        tuple(samples),
-        statistic,
-        n_resamples=resamples,
-        batch=batch,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    return [float(outcome.confidence_interval.low), float(outcome.confidence_interval.high)]
+def _mean_of_means(*samples: Floats, axis: int = -1) -> Floats:
+    return cast("Floats", np.mean([sample.mean(axis=axis) for sample in samples], axis=0))
 
 
 def expected_calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int = ECE_BINS) -> float:
     """ECE over equal-width bins (lo, hi] of the confidence (Guo et al. 2017, 1706.04599, eq. 5). Both arrays: (examples,)."""
-    bin_of = confidence_bins(confidence, bins)
-    count = np.bincount(bin_of, minlength=bins)
-    gap = np.bincount(bin_of, weights=correct.astype(np.float64), minlength=bins) - np.bincount(bin_of, weights=confidence, minlength=bins)
-    return float(np.abs(gap).sum() / count.sum())
+    rows = binned(confidence, bins, {"confidence": confidence, "accuracy": correct})
+    return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(confidence)
 
 
-def confidence_bins(confidence: Floats, bins: int = ECE_BINS) -> Ints:
-    """The bin, from 0, of each confidence: bin b is (b / bins, (b + 1) / bins], and 0 belongs to the first. Both arrays: (examples,)."""
-    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+def binned(confidence: Floats, bins: int, values: Mapping[str, Any]) -> list[Json]:
+    """The bins (low, high] of a confidence that have examples: `n`, and the mean of each of `values`. Arrays: (examples,)."""
+    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # 0 belongs to the first bin
+    return [
+        {"low": b / bins, "high": (b + 1) / bins, "n": int((bin_of == b).sum())}
+        | {key: float(array[bin_of == b].mean()) for key, array in values.items()}
+        for b in np.unique(bin_of).tolist()
+    ]
 
 
 def rounded(value: Any) -> Any:
@@ -202,26 +144,16 @@ def rounded(value: Any) -> Any:
     return round(value, DIGITS) + 0.0 if isinstance(value, float) else value  # + 0.0: no -0.0
 
 
-def _spreadless_interval(samples: Sequence[Floats], lowest: float) -> list[float]:
-    """Interval where all examples have one value: at most a share `u` departs from it, by Clopper-Pearson, and as far as it can."""
-    value = float(np.mean([sample.mean() for sample in samples]))
-    n = sum(len(sample) for sample in samples)
-    u = float(stats.binomtest(0, n).proportion_ci(0.95, method="exact").high)
-    return [value - u * (value - lowest), value + u * (1 - value)]
-
-
-def _context_metrics(frame: pl.DataFrame, labels: Sequence[str], where: str) -> dict[str, float]:
-    """Metrics of one context on one set. sklearn orders labels by sorting them, so gold labels become positions first."""
+def _run_metrics(frame: pl.DataFrame, labels: Sequence[str], where: str) -> dict[str, float]:
+    """Metrics of one run on one set. sklearn sorts labels, so they become positions first."""
     position = {label: i for i, label in enumerate(labels)}
     probabilities = check_probabilities(frame, labels, where)
-    gold: Ints = np.array([position[label] for label in frame["label"]], dtype=np.int64)
-    predicted: Ints = np.array([position[label] for label in frame["predicted"]], dtype=np.int64)
-    order = list(range(len(labels)))
+    gold, predicted = (np.array([position[label] for label in frame[column]], dtype=np.int64) for column in ("label", "predicted"))
     return {
         "accuracy": float((gold == predicted).mean()),
         # Labels that neither occur nor are predicted do not count: their F1 is undefined.
         "macro_f1": float(f1_score(gold, predicted, labels=sorted({*gold, *predicted}), average="macro", zero_division=cast("Any", 0))),
-        "log_loss": float(log_loss(gold, probabilities, labels=order)),
+        "log_loss": float(log_loss(gold, probabilities, labels=list(range(len(labels))))),
         "brier": float(brier_score_loss(np.eye(len(labels))[gold], probabilities, scale_by_half=cast("Any", True))),
         "ece": expected_calibration_error(probabilities.max(axis=1), gold == predicted),
     }
@@ -230,40 +162,31 @@ def _context_metrics(frame: pl.DataFrame, labels: Sequence[str], where: str) -> 
 def check_probabilities(frame: pl.DataFrame, labels: Sequence[str], where: str) -> Floats:
     """The probabilities as (rows, labels) float64, each row summing to 1.
 
-    Raises CorruptError naming the first rows that are no distribution, or whose predicted label is not the most probable one.
+    Raises CorruptError naming the first row that is not a distribution, or whose predicted label is not the most probable one.
     """
-    rows = frame["probabilities"].to_list()
-    wrong = {i: f"{len(row)} probabilities for {len(labels)} labels" for i, row in enumerate(rows) if len(row) != len(labels)}
-    _refuse(frame, wrong, where)
-    values: Floats = np.array(rows, dtype=np.float64)
-    finite = np.isfinite(values).all(axis=1) & (values >= 0).all(axis=1)
-    sums = values.sum(axis=1)
-    bad = ~finite | (np.abs(sums - 1) > SUM_TOLERANCE)
-    _refuse(frame, {int(i): f"probabilities {rows[i]}, no distribution" for i in np.flatnonzero(bad)}, where)
-    position = {label: i for i, label in enumerate(labels)}
-    chosen = values[np.arange(len(values)), [position[label] for label in frame["predicted"]]]
-    lower = chosen < values.max(axis=1) - ARGMAX_TOLERANCE
-    _refuse(frame, {int(i): f"predicted {frame['predicted'][int(i)]!r} is not the most probable" for i in np.flatnonzero(lower)}, where)
-    return values / sums[:, None]
-
-
-def _refuse(frame: pl.DataFrame, wrong: Mapping[int, str], where: str) -> None:
-    if not wrong:
-        return
-    named = "; ".join(f"example {frame['example_id'][i][:12]}: {why}" for i, why in list(wrong.items())[:ROWS_NAMED])
-    more = f" and {len(wrong) - ROWS_NAMED} more" if len(wrong) > ROWS_NAMED else ""
-    raise CorruptError(f"predictions for set {where!r}: {named}{more}. Run the method's `evaluate` stage again.")
+    for example, predicted, row in frame.select("example_id", "predicted", "probabilities").iter_rows():
+        fault = None
+        if len(row) != len(labels):
+            fault = f"{len(row)} probabilities for {len(labels)} labels"
+        elif not (min(row) >= 0 and abs(sum(row) - 1) <= SUM_TOLERANCE):  # NaN fails one of them
+            fault = f"probabilities {row} are not a distribution"
+        elif row[labels.index(predicted)] < max(row) - ARGMAX_TOLERANCE:
+            fault = f"predicted {predicted!r} is not the most probable"
+        if fault:
+            raise CorruptError(f"predictions for set {where!r}: example {example[:12]}: {fault}. Run the method's `evaluate` stage again.")
+    values: Floats = np.array(frame["probabilities"].to_list(), dtype=np.float64)
+    return values / values.sum(axis=1, keepdims=True)
 
 
 def frames(table: pa.Table, labels: Sequence[str]) -> dict[str, pl.DataFrame]:
-    """The table's rows for each evaluation set, in order of first appearance; labels are checked."""
-    frame = _from_arrow(table)
+    """The table's rows for each evaluation set, in order of first appearance. Raises CorruptError if a label is unknown."""
+    frame = as_frame(table)
     for column in ("label", "predicted"):
-        unknown = sorted(set(frame[column].unique()) - set(labels))
-        if unknown:
+        if unknown := set(frame[column].unique()) - set(labels):
             raise CorruptError(f"predictions: column {column!r} has {choices(unknown)}; the task's labels are {choices(labels)}.")
     return {str(key[0]): part for key, part in frame.group_by("set", maintain_order=True)}
 
 
-def _from_arrow(table: pa.Table) -> pl.DataFrame:
-    return cast("pl.DataFrame", pl.from_arrow(table))
+def as_frame(table: pa.Table | pl.DataFrame) -> pl.DataFrame:
+    """A table as a polars frame."""
+    return table if isinstance(table, pl.DataFrame) else cast("pl.DataFrame", pl.from_arrow(table))

@@ -1,74 +1,47 @@
 """Swaps that should not change an answer: first names, words of gender, contractions written out, a frame around the text.
 
-Each swap is a fixed list and a rule, in this module, so that anyone can see what was swapped. A text that holds nothing to swap is left out
-of its count. The lists are English and short on purpose: a swap that is wrong (a surname that is also a first name, `her` read
-as `his` for `him`) would be counted against the student. No swap adds, removes or moves a negation.
+Each swap is a fixed list and a rule, in this module, so that anyone can see what was swapped. A text with nothing to swap is left out of
+its count. The lists are English and short on purpose: a wrong swap (a surname that is also a first name, `her` read as `his` for `him`)
+would count against the student. No swap adds, removes or moves a negation.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-NAMES = {
-    # Given names that are seldom surnames, words, places or brands; each is replaced by the next of its row.
-    "male": ("David", "Jamal", "Michael", "Carlos", "Kevin", "Ahmed", "Peter", "Darnell", "Steven", "Wei", "Robert", "Rashid", "Brian"),
-    "female": ("Mary", "Lakisha", "Julia", "Maria", "Sarah", "Fatima", "Nicole", "Aisha", "Jennifer", "Mei", "Emily", "Keisha", "Susan"),
-    "more_male": ("John", "Tyrone", "Paul", "Luis", "Richard", "Omar", "Thomas", "Hiroshi", "Daniel", "Jose", "Andrew", "Ali", "Adam"),
-    "more_female": ("Anna", "Shanice", "Laura", "Carmen", "Helen", "Leila", "Linda", "Ebony", "Rachel", "Yuki", "Jessica", "Rosa", "Kate"),
-}
-GENDER = (
-    ("he", "she"),
-    ("himself", "herself"),
-    ("man", "woman"),
-    ("men", "women"),
-    ("boy", "girl"),
-    ("boys", "girls"),
-    ("guy", "gal"),
-    ("male", "female"),
-    ("father", "mother"),
-    ("dad", "mom"),
-    ("son", "daughter"),
-    ("sons", "daughters"),
-    ("brother", "sister"),
-    ("brothers", "sisters"),
-    ("husband", "wife"),
-    ("uncle", "aunt"),
-    ("king", "queen"),
-    ("actor", "actress"),
-    ("actors", "actresses"),
-    ("hero", "heroine"),
-    ("gentleman", "lady"),
-    ("gentlemen", "ladies"),
+# Given names that are seldom surnames, words, places or brands; each is replaced by the next of its row. Two rows of men, two of women.
+NAMES = (
+    "David Jamal Michael Carlos Kevin Ahmed Peter Darnell Steven Wei Robert Rashid Brian",
+    "Mary Lakisha Julia Maria Sarah Fatima Nicole Aisha Jennifer Mei Emily Keisha Susan",
+    "John Tyrone Paul Luis Richard Omar Thomas Hiroshi Daniel Jose Andrew Ali Adam",
+    "Anna Shanice Laura Carmen Helen Leila Linda Ebony Rachel Yuki Jessica Rosa Kate",
 )
-# Only those with one reading: "it's" and "he's" may stand for "has", and "n't" is a negation.
-CONTRACTIONS = {
-    "i'm": "i am",
-    "you're": "you are",
-    "we're": "we are",
-    "they're": "they are",
-    "i've": "i have",
-    "you've": "you have",
-    "we've": "we have",
-    "they've": "they have",
-    "i'll": "i will",
-    "you'll": "you will",
-    "he'll": "he will",
-    "she'll": "she will",
-    "it'll": "it will",
-    "we'll": "we will",
-    "they'll": "they will",
+GENDER = (
+    "he/she himself/herself man/woman men/women boy/girl boys/girls guy/gal male/female father/mother dad/mom son/daughter sons/daughters "
+    "brother/sister brothers/sisters husband/wife uncle/aunt king/queen actor/actress actors/actresses hero/heroine gentleman/lady "
+    "gentlemen/ladies"
+)
+# Only contractions with one reading: "it's" and "he's" may stand for "has", and "n't" is a negation.
+CONTRACTIONS = {"i'm": "i am"} | {
+    f"{word}'{short}": f"{word} {full}"
+    for short, full, words in (
+        ("re", "are", "you we they"),
+        ("ve", "have", "i you we they"),
+        ("ll", "will", "i you he she it we they"),
+    )
+    for word in words.split()
 }
 FRAMES = ("Here is the text: {}", "To begin with: {}", "{} That is the whole text.")
 """Around the first field; they say nothing about it."""
 
-_NEXT_NAME = {name: row[(at + 1) % len(row)] for row in NAMES.values() for at, name in enumerate(row)}
-_OTHER_GENDER = {one: other for pair in GENDER for one, other in (pair, pair[::-1])}
+_NEXT_NAME = {name: row[(at + 1) % len(row)] for row in map(str.split, NAMES) for at, name in enumerate(row)}
+_OTHER_GENDER = {one: other for pair in GENDER.split() for one, other in (pair.split("/"), pair.split("/")[::-1])}
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _NEXT_WORD = re.compile(r"[ \t]+[^\W_]")
 # After "her" these open a new part of the sentence, so that it is an object ("saw her in the park"), not a possessive.
 _AFTER_OBJECT = re.compile(
-    "a|about|again|alone|an|and|as|at|away|back|because|but|by|down|for|from|if|in|into|is|of|off|on|or|out|over|than|that|the|through|to|"
-    "too|up|was|when|where|while|with"
+    "a about again alone an and as at away back because but by down for from if in into is of off on or out over than that the through to "
+    "too up was when where while with".replace(" ", "|")
 )
 
 
@@ -79,13 +52,13 @@ class Swap:
     name: str
     what: str
     apply: Callable[[str], str]
-    """The changed text; the text itself where it holds nothing to swap."""
+    """The changed text; the text itself if there is nothing to swap."""
     every_field: bool = True
     """Whether all fields of an input are changed together, so that a name stays one person; else the first field alone."""
 
 
 def swap_fields(swap: Swap, fields: Mapping[str, str]) -> dict[str, str] | None:
-    """An input after a swap; None where it holds nothing to swap."""
+    """An input after a swap; None if there is nothing to swap."""
     names = list(fields) if swap.every_field else list(fields)[:1]
     changed = {**fields, **{name: swap.apply(fields[name]) for name in names}}
     return None if changed == dict(fields) else changed
@@ -95,18 +68,21 @@ def other_names(text: str) -> str:
     """First names replaced by the next of their row. A possessive keeps its ending; names in capitals or small letters stay."""
 
     def replace(found: re.Match[str]) -> str:
-        word, mark, ending = _divide(found.group())
-        return _NEXT_NAME.get(word, word) + mark + ending
+        word, ending = _divide(found.group())
+        return _NEXT_NAME.get(word, word) + ending
 
     return _WORD.sub(replace, text)
 
 
 def other_gender(text: str) -> str:
-    """Words of gender replaced by their counterparts, in the case they stand in: "He saw her brother" → "She saw his sister"."""
+    """Words of gender replaced by their counterparts, in the same case: "He saw her brother" → "She saw his sister"."""
 
     def replace(found: re.Match[str]) -> str:
-        word, mark, ending = _divide(found.group())
-        return _like(word, _counterpart(word.lower(), text[found.end() :])) + mark + ending
+        word, ending = _divide(found.group())
+        other = _counterpart(word.lower(), text[found.end() :])
+        if len(word) > 1 and word.isupper():
+            return other.upper() + ending
+        return (other[0].upper() + other[1:] if word[0].isupper() else other) + ending
 
     return _WORD.sub(replace, text)
 
@@ -116,8 +92,8 @@ def written_out(text: str) -> str:
 
     def replace(found: re.Match[str]) -> str:
         whole = found.group()
-        full = CONTRACTIONS.get(whole.lower().replace("’", "'"))
-        return whole if full is None else full[0].upper() + full[1:] if whole[0].isupper() else full
+        full = CONTRACTIONS.get(whole.lower().replace("’", "'"), whole)
+        return full[0].upper() + full[1:] if whole[0].isupper() else full
 
     return _WORD.sub(replace, text)
 
@@ -133,24 +109,14 @@ SWAPS = (
 def _counterpart(word: str, rest: str) -> str:
     """A word's counterpart in small letters, or the word; `rest` is what follows it."""
     follows = _WORD.match(rest.lstrip()) if _NEXT_WORD.match(rest) else None
-    possessive = follows is not None and not _AFTER_OBJECT.fullmatch(follows.group().lower())
     if word == "her":
-        return "his" if possessive else "him"
+        return "his" if follows is not None and not _AFTER_OBJECT.fullmatch(follows.group().lower()) else "him"
     if word == "his":
         return "her" if follows is not None else "hers"
-    if word in {"him", "hers"}:
-        return {"him": "her", "hers": "his"}[word]
-    return _OTHER_GENDER.get(word, word)
+    return {"him": "her", "hers": "his"}.get(word) or _OTHER_GENDER.get(word, word)
 
 
-def _divide(word: str) -> tuple[str, str, str]:
-    """A word, its apostrophe, and what follows it."""
+def _divide(word: str) -> tuple[str, str]:
+    """A word, and its ending from an apostrophe on."""
     found = re.search("['’]", word)
-    return (word, "", "") if found is None else (word[: found.start()], found.group(), word[found.end() :])
-
-
-def _like(word: str, other: str) -> str:
-    """`other` in the case of `word`."""
-    if len(word) > 1 and word.isupper():
-        return other.upper()
-    return other[0].upper() + other[1:] if word[0].isupper() else other
+    return (word, "") if found is None else (word[: found.start()], word[found.start() :])

@@ -66,7 +66,6 @@ def packed_if_exact(
 
     The model's attention implementation is the packed one if there is a packed pass, and as it was if there is none.
     """
-    plain_attention = model.config._attn_implementation or "eager"
     refusals = []
     for answers_only in (True, False):
         what = "the last layer on " + ("answer positions alone" if answers_only else "all tokens")
@@ -85,7 +84,6 @@ def packed_if_exact(
             refusals.append(f"{what}: {numbers}")
         if packed is not None:
             packed.detach()
-        model.set_attn_implementation(plain_attention)
     return None, "packed rows were refused: " + "; ".join(refusals)
 
 

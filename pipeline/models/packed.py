@@ -41,7 +41,7 @@ class UnsupportedModelError(Exception):
     """The architecture does something that the packed pass does not reproduce; use the plain forward."""
 
 
-class ContextKeys:
+class _ContextKeys:
     """Keys and values of a context at every layer, in one block with room for `capacity` tokens, of which `length` have been read.
 
     One block, and not a piece for each layer: pieces that stay would lie between the large results that come and go, and the allocator
@@ -79,7 +79,7 @@ class PackedModel:
     """A causal language model that scores packed rows behind a shared context.
 
     `answers_only` runs the last layer on answer positions alone; architectures that reshape by the sequence length do not take it. The
-    model's attention implementation is set to `ATTENTION`. Gated MLPs and norms run by `models.cpu_kernels`.
+    model's attention implementation is set to `ATTENTION`, and `models.cpu_kernels.fuse` is applied, until `detach`.
     """
 
     def __init__(self, model: PreTrainedModel, *, answers_only: bool = True) -> None:
@@ -88,6 +88,7 @@ class PackedModel:
         self.layers = decoder_layers(model)
         self.first_layer = 0
         """Layers below are skipped: whoever sets this gives the states that enter this layer."""
+        self._plain_attention = model.config._attn_implementation or "eager"
         try:
             model.set_attn_implementation(ATTENTION)
         except ValueError as error:
@@ -96,10 +97,11 @@ class PackedModel:
         self._hook = self.layers[-1].register_forward_pre_hook(_keep_answers, with_kwargs=True) if answers_only else None
 
     def detach(self) -> None:
-        """Give the model back as it was, except for its attention implementation, which the caller sets."""
+        """Give the model back as it was."""
         self._restore()
         if self._hook is not None:
             self._hook.remove()
+        self.model.set_attn_implementation(self._plain_attention)
 
     @property
     def device(self) -> torch.device:
@@ -108,23 +110,12 @@ class PackedModel:
 
     def read_context(self, ids: Sequence[int]) -> list[LayerKeyValues]:
         """Keys and values of a context, for each layer; an empty list for an empty context."""
-        context = self.room_for(len(ids))
-        self.read_on(context, ids)
-        return context.layers()
-
-    def room_for(self, tokens: int) -> ContextKeys:
-        """An empty context that `read_on` may fill with `tokens` tokens."""
-        return ContextKeys(len(self.layers), tokens)
-
-    def read_on(self, context: ContextKeys, ids: Sequence[int]) -> None:
-        """Read more tokens of a context, behind those that it has. Raises ValueError if there is no room for them."""
-        if context.length + len(ids) > context.capacity:
-            raise ValueError(f"room for {context.capacity} tokens, of which {context.length} are taken; {len(ids)} more do not fit")
+        context = _ContextKeys(len(self.layers), len(ids))
         for start in range(0, len(ids), CHUNK):
-            chunk, before = list(ids[start : start + CHUNK]), context.length
+            chunk = list(ids[start : start + CHUNK])
             tokens = torch.tensor([chunk], dtype=torch.long, device=self.device)
-            positions = torch.arange(before, before + len(chunk), device=self.device)[None]
-            state = _Pass(context.layers(), before + len(chunk), context=context, leave_at=len(self.layers) - 1)
+            positions = torch.arange(start, start + len(chunk), device=self.device)[None]
+            state = _Pass(context.layers(), start + len(chunk), context=context, leave_at=len(self.layers) - 1)
             with _active(state) as current:
                 try:
                     self.model(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -135,6 +126,7 @@ class PackedModel:
             if len(current.reached) != len(self.layers):
                 raise UnsupportedModelError(f"{len(current.reached)} of {len(self.layers)} layers have keys and values")
             context.length += len(chunk)
+        return context.layers()
 
     def logits(self, packed: Packed, prefix: list[LayerKeyValues]) -> Tensor:
         """Logits at the outputs of packed rows, [N, vocabulary], with a gradient if one is enabled."""
@@ -158,7 +150,7 @@ class _Pass:
     prefix: list[LayerKeyValues]
     longest: int  # tokens of the longest prompt
     packed: Packed | None = None  # None: a chunk of the context itself is read
-    context: ContextKeys | None = None  # where the chunk's keys and values go
+    context: _ContextKeys | None = None  # where the chunk's keys and values go
     leave_at: int | None = None  # layer at whose attention `_KeysRecorded` is raised
     answers_at: int | None = None  # layer that runs on answer positions alone, with the recorded keys
     recorded: LayerKeyValues | None = None

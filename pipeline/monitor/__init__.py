@@ -1,1 +1,1 @@
-"""Drift of inputs and answers against a reference, thresholds, and when retraining is due."""
+"""Drift of inputs and answers against a reference, thresholds, and whether retraining is due."""

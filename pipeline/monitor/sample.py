@@ -1,40 +1,34 @@
-"""Inputs with a student's answers, as the drift tests see them, and the reference as a file.
+"""Inputs with a student's answers, as the drift tests see them: drawn from files of any size, with gold labels if there are some."""
 
-The reference is made from the transfer set (what the student learnt from) and the student's own answers to it, at the first use, and kept
-under the work folder by the hashes of student and inputs: any other student or transfer set gets another file.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from pipeline.files import sha256_json, sha256_text
-from pipeline.schema import read_table, write_table
+from pipeline.data.examples import BadValueError, label_reader
+from pipeline.errors import UsageError, choices
+from pipeline.files import sha256_text
+from pipeline.params import LabelRule, MonitorParams, Params
+from pipeline.progress import progress
+from pipeline.serving.files import Item
+from pipeline.serving.predictor import Predictor
 
 Floats = npt.NDArray[np.float64]
-REFERENCE_VERSION = 1
-REFERENCE = pa.schema(
-    [
-        pa.field("text", pa.string(), nullable=False),  # all fields, a line each
-        pa.field("ids", pa.list_(pa.int32()), nullable=False),  # of the prompt
-        pa.field("label", pa.string(), nullable=False),  # the student's answer
-        pa.field("confidence", pa.float64(), nullable=False),
-        pa.field("state", pa.list_(pa.float32()), nullable=False),  # last layer at the answer position
-    ]
-)
+GOLD = "gold"
+"""The entry of `Item.kept` that has an input's gold label, or None."""
+LEAST_ROWS = 20
+ROWS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
 class Sample:
-    """N inputs that could be answered."""
+    """N inputs that were answered."""
 
     texts: list[str]
-    ids: list[list[int]]
+    ids: list[Sequence[int]]
+    """Token ids of each prompt."""
     labels: list[str]
     """The student's answers."""
     confidence: Floats  # [N]
@@ -51,68 +45,115 @@ class Sample:
     def take(self, rows: Sequence[int]) -> "Sample":
         """Some rows, in the order given."""
         index = list(rows)
-        return Sample(
-            [self.texts[i] for i in index],
-            [self.ids[i] for i in index],
-            [self.labels[i] for i in index],
-            self.confidence[index],
-            self.states[index],
-        )
+        texts, ids, labels = [self.texts[i] for i in index], [self.ids[i] for i in index], [self.labels[i] for i in index]
+        return Sample(texts, ids, labels, self.confidence[index], self.states[index])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A sample drawn from a file: `rows` are all that the file has, `bad` those among them that cannot be answered."""
+
+    origin: str
+    sample: Sample
+    gold: list[str | None]
+    """Gold labels of the sample's rows."""
+    rows: int
+    bad: int
+
+
+def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: MonitorParams) -> Inputs:
+    """Draw `params.max_rows` of the usable items, in one reading that keeps no more than these, and answer them.
+
+    All items are checked for fields that cannot be used; a text too long for the model is found among the drawn ones only. Raises
+    UsageError if fewer than `LEAST_ROWS` can be answered.
+    """
+    rows = bad = 0
+
+    def usable() -> Iterator[tuple[str, Item]]:
+        nonlocal rows, bad
+        for item in items:
+            rows += 1
+            try:
+                example = predictor.example(item.fields) if item.error is None else None
+            except BadValueError:
+                example = None
+            if example is None:
+                bad += 1
+            else:
+                yield "\n".join(example.fields.values()), item
+
+    drawn = draw(usable(), params.max_rows, params.seed)
+    answered = []
+    with progress(f"answering {origin}", len(drawn), "rows") as meter:
+        for start in range(0, len(drawn), ROWS_AT_ONCE):
+            window = drawn[start : start + ROWS_AT_ONCE]
+            found = predictor.answer([item.fields for _, item in window])
+            for (text, item), prediction, ids, state in zip(window, found.predictions, found.ids, found.states, strict=True):
+                if prediction.error is None:
+                    answered.append((text, ids, prediction.label, prediction.confidence, state, item.kept.get(GOLD)))
+            meter.advance(len(window))
+    if len(answered) < LEAST_ROWS:
+        raise UsageError(f"{origin}: {len(answered)} inputs can be used, and a comparison needs {LEAST_ROWS}. Give a file with more.")
+    texts, prompts, labels, confidence, states, gold = map(list, zip(*answered, strict=True))
+    sample = Sample(texts, prompts, labels, np.array(confidence), np.array(states, dtype=np.float64))
+    return Inputs(origin, sample, gold, rows, bad + len(drawn) - len(answered))
+
+
+def draw(rows: Iterable[tuple[str, Item]], count: int, seed: int) -> list[tuple[str, Item]]:
+    """At most `count` rows in the order of their lines. The hash of a text decides, so the same texts in any order give the same draw."""
+    drawn = heapq.nsmallest(count, rows, key=lambda row: sha256_text(f"{seed}\0{row[0]}"))
+    return sorted(drawn, key=lambda row: row[1].line)
 
 
 def with_shares_of(reference: Sample, samples: Sequence[Sample]) -> Sample:
-    """As many rows of `samples` as there can be with the reference's shares of answers: an evaluation set may be drawn so many a label.
+    """As many rows of `samples` as possible with the reference's shares of answers, since an evaluation set may be drawn per label.
 
-    Rows of each label are taken in their order.
+    Each label's rows are taken in their order.
     """
-    rows = [(sample, row, label) for sample in samples for row, label in enumerate(sample.labels)]
-    wanted = {label: reference.labels.count(label) / len(reference) for label in set(reference.labels)}
-    held = {label: sum(entry[2] == label for entry in rows) for label in wanted}
-    total = min(held[label] / share for label, share in wanted.items())
-    left = {label: round(total * share) for label, share in wanted.items()}
-    taken: list[list[int]] = [[] for _ in samples]
-    for sample, row, label in rows:
+    whole = Sample(
+        [text for sample in samples for text in sample.texts],
+        [ids for sample in samples for ids in sample.ids],
+        [label for sample in samples for label in sample.labels],
+        np.concatenate([sample.confidence for sample in samples]),
+        np.concatenate([sample.states for sample in samples]),
+    )
+    shares = {label: reference.labels.count(label) / len(reference) for label in set(reference.labels)}
+    total = min(whole.labels.count(label) / share for label, share in shares.items())
+    left = {label: round(total * share) for label, share in shares.items()}
+    rows = []
+    for row, label in enumerate(whole.labels):
         if left.get(label, 0) > 0:
             left[label] -= 1
-            taken[next(n for n, other in enumerate(samples) if other is sample)].append(row)
-    parts = [sample.take(chosen) for sample, chosen in zip(samples, taken, strict=True)]
-    return Sample(
-        [text for part in parts for text in part.texts],
-        [ids for part in parts for ids in part.ids],
-        [label for part in parts for label in part.labels],
-        np.concatenate([part.confidence for part in parts]),
-        np.concatenate([part.states for part in parts]),
-    )
+            rows.append(row)
+    return whole.take(rows)
 
 
-def draw(texts: Sequence[str], count: int, seed: int) -> list[int]:
-    """Rows of at most `count` texts, drawn by content: the same texts give the same draw, wherever they stand. In rising order."""
-    if len(texts) <= count:
-        return list(range(len(texts)))
-    ranked = sorted(range(len(texts)), key=lambda row: (sha256_text(f"{seed}\0{texts[row]}"), row))
-    return sorted(ranked[:count])
+def label_rule(params: Params | None, column: str) -> LabelRule:
+    """How a source reads this column, an evaluation set's source if one has it; else labels are taken as they are written.
+
+    Raises UsageError if sources read it differently.
+    """
+    sources = params.data.sources if params else {}
+    evaluated = [entry.source for entry in params.data.evaluation.values()] if params else []
+    for names in (evaluated, sources):
+        rules = [rule for name in names if (rule := sources[name].label) is not None and rule.column == column]
+        if any(rule != rules[0] for rule in rules):
+            raise UsageError(f"--labels {column}: sources in params.yaml have different label rules for this column. Give it another name.")
+        if rules:
+            return rules[0]
+    return LabelRule(column=column)
 
 
-def reference_file(work: Path, student: str, tokenizer: str, inputs: str, max_rows: int, seed: int) -> Path:
-    """Where the reference of a student (hash of weights, of tokenizer) on some inputs (hash of their file) lies."""
-    key = sha256_json([REFERENCE_VERSION, student, tokenizer, inputs, max_rows, seed])
-    return work / "reference" / f"{key[:32]}.parquet"
-
-
-def write_reference(sample: Sample, file: Path) -> None:
-    """Write a reference."""
-    columns: dict[str, Any] = {
-        "text": sample.texts,
-        "ids": sample.ids,
-        "label": sample.labels,
-        "confidence": sample.confidence,
-        "state": list(sample.states.astype(np.float32)),
-    }
-    write_table(pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in REFERENCE}, schema=REFERENCE), file)
-
-
-def read_reference(file: Path) -> Sample:
-    """Read a reference."""
-    table = read_table(file, REFERENCE).to_pydict()
-    states = np.array(table["state"], dtype=np.float64)
-    return Sample(table["text"], table["ids"], table["label"], np.array(table["confidence"]), states)
+def with_gold(items: Iterable[Item], rule: LabelRule, predictor: Predictor, origin: str) -> Iterator[Item]:
+    """Items whose `GOLD` is read by `rule`, None for a row without a label. Raises UsageError naming the first that is not one."""
+    label_of = label_reader(rule, predictor.task)
+    for item in items:
+        value = item.kept.get(GOLD)
+        try:
+            label = None if value is None else label_of(value)
+            fault = "" if label is None or label in predictor.labels else f"{label!r}; the student's are: {choices(predictor.labels)}"
+        except BadValueError as bad:
+            label, fault = None, f"{bad.reason}: {bad.value}"
+        if fault:
+            raise UsageError(f"--labels {rule.column}: {origin}, line {item.line}: {fault}.")
+        yield replace(item, kept={GOLD: label})

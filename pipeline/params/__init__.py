@@ -17,7 +17,17 @@ from pipeline.params.methods import (
     TunedParams,
     TuningParams,
 )
-from pipeline.params.reading import load_params, parse_params, pick, read_yaml, resolve, resolved_params, write_yaml
+from pipeline.params.reading import (
+    checked_params,
+    load_params,
+    parse_params,
+    pick,
+    read_yaml,
+    resolve,
+    resolved_params,
+    write_yaml,
+    yaml_text,
+)
 from pipeline.params.root import Params
 from pipeline.params.task import CompletionParams, FormParams, TaskParams
 
@@ -48,6 +58,7 @@ __all__ = [
     "TeacherParams",
     "TunedParams",
     "TuningParams",
+    "checked_params",
     "load_params",
     "parse_params",
     "pick",
@@ -55,4 +66,5 @@ __all__ = [
     "resolve",
     "resolved_params",
     "write_yaml",
+    "yaml_text",
 ]

@@ -11,7 +11,7 @@ from pipeline.params.task import Fraction, Frozen, Name
 
 RESERVED_SLICES = frozenset({"domain", "label", "length", "words", "score", "example_id"})
 DOWNLOADS = "downloads"
-FORMATS = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 
 
 def _inside(path: str) -> str:
@@ -28,26 +28,36 @@ class PypiDownload(Frozen):
     """A release on the Python package index, downloaded by pip from whichever index pip is set to."""
 
     source: Literal["pypi"]
+    """Which kind of download this is."""
     package: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Its name on the index."""
     version: str = Field(pattern=r"^[A-Za-z0-9.!+_-]+$")
+    """Of the package."""
     kind: Literal["wheel", "sdist"] = "wheel"
+    """Which of the release's files."""
     sha256: Sha256
     """Of the release file."""
     member: InnerPath
-    """A file inside the release; if it is an archive, what it holds is unpacked."""
+    """A file inside the release; if it is an archive, it is unpacked."""
     licence: str
+    """For the report."""
 
 
 class HubDownload(Frozen):
     """A model or a data set on the Hugging Face hub, at one commit."""
 
     source: Literal["hub"]
+    """Which kind of download this is."""
     repo: str
+    """OWNER/NAME."""
     revision: str
+    """A commit, in 40 hex digits."""
     kind: Literal["model", "dataset"] = "model"
+    """Which kind of repository."""
     files: tuple[InnerPath, ...] = Field(default=(), strict=False)
-    """Files to take; none listed: a model's safetensors, configuration and tokenizer. A data set lists its files."""
+    """Files to take; an empty list: a model's safetensors, configuration and tokenizer. A data set must list its files."""
     licence: str
+    """For the report."""
 
     @model_validator(mode="after")
     def _pinned(self) -> Self:
@@ -68,21 +78,25 @@ class ModelParams(Frozen):
     """A model on disk: a folder of safetensors and tokenizer files, or a GGUF file; `downloads/NAME/…` for what was downloaded."""
 
     path: str
+    """From the project's folder, or absolute."""
     licence: str = "the user's own"
     """For a local model; a download states its own."""
 
 
 class LabelRule(Frozen):
-    """How a column becomes a label: by sign of a rating, by a map of values, or as it stands."""
+    """How a column becomes a label: as it is, by a map of values, or by the sign of a rating."""
 
     column: str = "label"
+    """The column."""
     threshold: float | None = None
-    """Where set, the column is a number: above it `positive`, below its negative `negative`, between them the row
-    has no label and is left out."""
+    """If set, the column is a number: above the threshold the label is `positive`, below its negative `negative`, between them there is
+    none."""
     positive: str = "positive"
+    """The label above the threshold."""
     negative: str = "negative"
+    """The label below the negative threshold."""
     values: dict[str, str] | None = None
-    """Value in the file → label; null values and those mapped to '' are left out."""
+    """Value in the file → label; an empty value, or one mapped to '', is no label."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -95,20 +109,21 @@ class SourceParams(Frozen):
     """One file of examples, here or in a download (`downloads/NAME/…`)."""
 
     path: str
+    """From the project's folder, or absolute."""
     format: Literal["jsonl", "csv", "tsv", "parquet"] | None = None
-    """By default what the file's name ends with."""
+    """Null: what the file's name ends with."""
     columns: tuple[str, ...] | None = Field(default=None, strict=False)
     """Names of the columns, for a csv or tsv file without a header line."""
     fields: dict[str, str] | None = None
-    """Template field → column; by default the field's own name."""
+    """Template field → column, if they differ."""
     label: LabelRule | None = LabelRule()
-    """None for a file without labels."""
+    """How a row gets its label; null for a file without labels."""
     completion: str | None = None
-    """Column of the answers, where a task's answers are free text and given."""
+    """Column of the answers, if they are free text and given."""
     obtain: str = ""
-    """What to fetch and from where, for the message if there is no such file."""
+    """What the file is and where to get it, for the message if it is not there."""
     slices: dict[Name, str] = Field(default={})
-    """Slice name → column: evaluation results are also given for each value of these columns, beside domain, label and length."""
+    """Slice → column: results are also given for each value of the column, beside domain, label and length."""
 
     @property
     def form(self) -> str:
@@ -127,23 +142,27 @@ class SourceParams(Frozen):
 
 
 class DemonstrationParams(Frozen):
-    """The labelled examples: what the teacher sees in its contexts, and all that pattern-based fine-tuning learns from."""
+    """The labelled examples: teachers see them in their contexts, and tuning on the labels learns from them."""
 
     source: str
+    """A labelled source."""
     per_label: PositiveInt
+    """Examples of each label."""
     max_words: PositiveInt | None = None
-    """Longer examples are not drawn: contexts stay short."""
+    """Longer examples are not drawn, so that contexts stay short."""
     seed: int | None = None
-    """Of this draw alone: others are drawn, and the evaluation sets stay what they are. Null: `data.seed`."""
+    """Of this draw alone; the evaluation sets stay the same. Null: `data.seed`."""
 
 
 class TransferParams(Frozen):
-    """The unlabelled examples that the student learns from."""
+    """The unlabelled examples that teachers answer and students learn from."""
 
     source: str
+    """Any source; labels in it are not used."""
     limit: PositiveInt | None = None
+    """Examples to draw; null takes all."""
     extra_sources: dict[str, PositiveInt | None] = Field(default={})
-    """Further sources of unlabelled examples, each with its limit (null: all there are): texts from where the student will be used."""
+    """Further sources → examples to draw (null: all), of texts from where the student will be used."""
 
     @property
     def limits(self) -> dict[str, int | None]:
@@ -152,35 +171,45 @@ class TransferParams(Frozen):
 
 
 class EvaluationSetParams(Frozen):
-    """A named set of labelled examples, used for evaluation alone."""
+    """A set of labelled examples that nothing learns from."""
 
     source: str
+    """A labelled source."""
     domain: Literal["in", "out"]
+    """Whether it is of the same domain as the demonstrations."""
     per_label: PositiveInt | None = None
     """Examples of each label; null takes all."""
 
 
 class DataParams(Frozen):
-    """Where examples come from and who gets which."""
+    """Where examples come from, and which role each gets."""
 
     seed: int = 0
+    """Of all draws."""
     sources: dict[Name, SourceParams] = Field(min_length=1)
+    """The files."""
     demonstrations: DemonstrationParams
+    """Which labelled examples are shown or tuned on."""
     transfer: TransferParams
+    """Which unlabelled examples are learnt from."""
     evaluation: dict[Name, EvaluationSetParams] = Field(min_length=1)
+    """Evaluation sets."""
     bad_rows_limit: Fraction = 0.02
-    """A source with a larger share of quarantined rows stops the run."""
+    """A source with a larger share of bad rows stops the run."""
     near_copy: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Jaccard similarity of character 5-grams from which two texts count as copies of each other."""
+    """Two texts count as copies of each other from this Jaccard similarity of their character 5-grams."""
 
 
 class ContextParams(Frozen):
-    """A named list of contexts. `demonstrations: 0` with no instruction is the empty context of a zero-shot prompt."""
+    """A list of contexts. `demonstrations: 0` without an instruction is the empty context of a zero-shot prompt."""
 
     demonstrations: Annotated[int, Field(ge=0)]
+    """Examples in each context, as many of each label as possible."""
     count: PositiveInt = 1
+    """Contexts in the list."""
     vary: Literal["order", "draw"] = "order"
-    """Contexts differ in the order of the same demonstrations, or are drawn anew each."""
+    """Contexts have the same demonstrations in another order, or each has its own draw."""
     instruction: str = ""
+    """Text before the demonstrations."""
     max_tokens: PositiveInt | None = None
     """Refuse longer contexts; by default what the teacher's model takes."""

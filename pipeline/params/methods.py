@@ -14,19 +14,19 @@ Calibration = Literal["none", "contextual", "batch", "batch_log"]
 
 
 class CacheParams(Frozen):
-    """What the score cache keeps of the teacher's distribution at each answer position (`pipeline/cache/encodings.py`)."""
+    """What the score cache keeps of a teacher's distribution over the vocabulary (docs/cache.md)."""
 
     encoding: Literal["top_k", "top_k_tail", "sampled", "hybrid", "full"] = "hybrid"
-    """The `top_k` most probable entries, the rest unknown; the same with the rest as one bucket; `samples` entries drawn from the
-    distribution; the entries of probability 1/`samples` or more, `top_k` at most, with the rest drawn from; every entry. `make bench-cache`
-    shows what each costs and loses."""
+    """`top_k`: the most probable entries. `top_k_tail`: the same, and the mass of all others. `sampled`: entries drawn from the
+    distribution. `hybrid`: entries of probability 1/`samples` or more, at most `top_k`, and draws from the others. `full`: every entry."""
     top_k: Annotated[int, Field(ge=1)] = 32
+    """Most entries kept as they are."""
     samples: Annotated[int, Field(ge=1)] = 96
-    """Draws, for `sampled` and `hybrid`. Each stands for a mass of 1/`samples`: a hybrid makes `samples` times the rest's mass of them."""
+    """Draws from a whole distribution, for `sampled` and `hybrid`; each has the mass 1/`samples`."""
     resolution_nats: Annotated[float, Field(gt=0, le=1)] | None = 0.0625
-    """Log-probabilities are rounded to multiples of it, which compresses, best if it is a power of two; null keeps all of float32."""
+    """Log-probabilities are rounded to multiples of it, which makes files smaller; a power of two is best. Null: not rounded."""
     temperatures: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(), strict=False)
-    """Temperatures besides 1 that students may learn at: their normalisers are kept."""
+    """Temperatures besides 1 that students may learn at."""
     hidden_layers: tuple[int, ...] = Field(default=(), strict=False)
     """Layers whose output at answer positions is kept in float16; -1 is the last."""
 
@@ -37,11 +37,13 @@ class TeacherParams(Frozen):
     model: str
     """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
     contexts: str
+    """A list in `contexts`."""
     scores: Literal["answers", "input_tokens"] = "answers"
-    """What its cache holds distributions of: the answer, or every token of the rendered input, for a student's `auxiliary` loss."""
+    """What it gives distributions of: the answer, or every token of the input (for a student's `auxiliary` loss)."""
     cache: CacheParams = CacheParams()
+    """What is kept of each distribution."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the forward pass; `auto` takes bfloat16 where there are matrix units for it, else float32."""
+    """Number format of the forward pass; `auto` is bfloat16 if the machine has matrix units for it, else float32."""
 
 
 class TargetParams(Frozen):
@@ -50,13 +52,17 @@ class TargetParams(Frozen):
     teachers: dict[str, PositiveFloat] = Field(min_length=1)
     """Teacher → weight. A teacher's contexts share its weight."""
     calibration: Calibration = "batch_log"
+    """How a context's lean towards a label is removed: `none`; `contextual`, by content-free inputs (2102.09690); by the mean over the
+    transfer set, `batch` of the probability as in the paper (2309.17249), `batch_log` of the log-probability."""
     calibrations: dict[str, Calibration] = Field(default={})
-    """Teachers that are calibrated otherwise than `calibration` says: a zero-shot prompt may lean less than the data of one domain do."""
+    """Teacher → its own calibration, if it is not `calibration`."""
     calibrate_by: Literal["set", "source"] = "set"
-    """Batch calibration over the whole transfer set, or within each of its sources (`data.transfer.extra_sources`): a context shifts the answers
-    of one domain otherwise than another's. A baseline on an evaluation set takes the shift of that set's source if it has one."""
+    """Batch calibration over the whole transfer set, or within each of its sources, since a context's lean differs between domains. A
+    baseline takes the shift of its evaluation set's source, if that source has one."""
     average: Literal["probability", "log_probability"] = "probability"
+    """What is averaged over contexts and teachers."""
     temperature: PositiveFloat = 1.0
+    """Of the average; below 1 it becomes sharper."""
     auxiliary_caches: tuple[str, ...] = Field(default=(), strict=False)
     """Teachers whose caches students of this set may also learn from (`students.*.auxiliary`)."""
 
@@ -74,36 +80,45 @@ class LoraParams(Frozen):
     """Low-rank adapters (2106.09685): W + alpha / rank · B·A beside frozen weights W."""
 
     rank: PositiveInt = 8
+    """Of B·A."""
     alpha: PositiveInt = 16
+    """The adapter's scale is alpha / rank."""
     modules: Literal["usual", "all_linear"] = "usual"
-    """The linear layers that peft's table names for the architecture (for Llama the query and value projections), or all but the head."""
+    """The linear layers that peft names for the architecture (for Llama the query and value projections), or all but the head."""
 
 
 class TuningParams(Frozen):
     """How weights are learnt; shared by students and tuned teachers."""
 
     steps: PositiveInt
+    """Optimiser steps."""
     batch_size: PositiveInt = 8
-    """Examples a step."""
+    """Examples in a step."""
     micro_batch: PositiveInt | None = None
-    """Examples a forward pass: a step adds up the gradients of several passes. Less memory, the same step but for rounding; null: all."""
+    """Examples in a forward pass; a step adds the gradients of several passes. It needs less memory, and the step is the same up to
+    rounding. Null: the whole batch."""
     tuning: Literal["full", "lora", "bitfit", "head"] = "full"
-    """Which weights are learnt; `pipeline/students/tuning.py` says what each means."""
+    """Which weights are learnt: all, low-rank adapters, biases, or the output layer (docs/students.md)."""
     freeze_embeddings: bool = False
-    """Leave token and position tables (and a head tied to them) as they are. Tunings other than `full` do so anyway."""
+    """Leave token and position tables, and a head tied to them, as they are. Every tuning but `full` does so anyway."""
     freeze_layers: Annotated[int, Field(ge=0)] = 0
-    """The number of lowest layers that stay as they are, with the embeddings."""
+    """Number of lowest layers that stay as they are, with the embeddings."""
     lora: LoraParams | None = None
-    """Null: the defaults of `LoraParams`. Read where `tuning: lora`."""
+    """For `tuning: lora`; null: the defaults."""
     adapters: Literal["merged", "kept"] = "merged"
     """A LoRA student is saved as a plain model; `kept` leaves its adapter in `adapter/` beside it, for use with peft."""
     learning_rate: PositiveFloat
+    """Of AdamW, at its highest."""
     warmup: Fraction = 0.1
-    """Share of the steps in which the learning rate rises linearly; constant afterwards (2305.16938) unless `decay` is set."""
+    """Share of the steps in which the learning rate rises linearly (2305.16938)."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warmup."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
+    """Longer gradients are cut to this length."""
     seed: int = 0
+    """Of batches, dropout and new weights."""
 
     @model_validator(mode="after")
     def _frozen_layers_have_a_use(self) -> Self:
@@ -120,25 +135,27 @@ class TuningParams(Frozen):
 
 
 class TunedParams(TuningParams):
-    """A teacher's model fine-tuned on the demonstrations' labels (PBFT)."""
+    """A teacher's model, tuned on the demonstrations' labels (pattern-based fine-tuning)."""
 
     base: str
+    """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
 
 
 class AuxiliaryParams(Frozen):
     """What a student also learns from a score cache: its distributions over the vocabulary, its hidden states, or both."""
 
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of the mean divergence to the cached distributions over the step's positions; 0: they are not learnt."""
+    """Of the mean divergence to the cached distributions; 0: they are not learnt."""
     loss: Literal["kl", "reverse_kl", "jensen_shannon"] = "kl"
+    """KL(teacher ‖ student), KL(student ‖ teacher), or their Jensen-Shannon divergence."""
     temperature: PositiveFloat = 1.0
-    """Of both distributions; one that the cache holds normalisers for."""
+    """Of both distributions: 1, or one of the cache's `temperatures`."""
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0
     """Of the distance to the cached hidden states (`pipeline/students/auxiliary.py`); the cache needs `hidden_layers`."""
     layers: tuple[Annotated[tuple[int, int], Field(strict=False)], ...] = Field(default=((-1, -1),), min_length=1, strict=False)
-    """Pairs of a teacher's layer, as its `hidden_layers` names it, and the student's own that is to match it; -1 is the last."""
+    """Pairs of a teacher's layer, one of its `hidden_layers`, and the student's layer that is to match it; -1 is the last."""
     batch_size: PositiveInt | None = None
-    """Rows of the cache a step; null: the student's batch size."""
+    """Rows of the cache in a step; null: the student's batch size."""
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> Self:
@@ -151,32 +168,32 @@ class StudentParams(TuningParams):
     """A student: where it starts, what it learns from, how."""
 
     base: str
-    """A model folder under artifacts/."""
+    """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
     layers: str | None = None
     """The base's layers to keep, for example `0-19, 26-29`; null keeps all."""
     learn_from: str
-    """`targets/NAME`; `teachers/NAME` for a teacher's distributions over the vocabulary, from its cache; or `data/demonstrations.parquet` for
-    the demonstrations' labels alone (PBFT)."""
+    """`targets/NAME`; `teachers/NAME` for a teacher's cached distributions over the vocabulary; or `data/demonstrations.parquet` for the
+    demonstrations' labels alone."""
     temperature: PositiveFloat = 1.0
-    """Of both distributions, where `learn_from` is `teachers/NAME`; one that the cache holds normalisers for."""
+    """Of both distributions, if `learn_from` is `teachers/NAME`: 1, or one of the cache's `temperatures`."""
     loss: Literal["kl", "reverse_kl", "jensen_shannon", "hard"] = "kl"
     """Between targets and student: KL(target ‖ student), KL(student ‖ target), their Jensen-Shannon divergence, or cross-entropy on the
     target's most probable label."""
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of a cross-entropy beside the loss to the targets: the paper's balance of both."""
+    """Weight of a cross-entropy that is added to the loss (2412.13243)."""
     ce_target: Literal["demonstrations", "targets"] = "demonstrations"
-    """On the demonstrations' gold labels, or on the targets' most probable label."""
+    """What the cross-entropy is on: the demonstrations' gold labels, or the targets' most probable label."""
     ce_batch_size: PositiveInt | None = None
-    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and come
-    round often; more cost time and add little."""
+    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and
+    come round often; more cost time and add little."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
-    """Teacher → what is learnt of its cache beside `learn_from`: one that the target set lists in `auxiliary_caches`, or that of `teachers/NAME`."""
+    """Teacher → what is learnt of its cache too. The target set lists the teacher in `auxiliary_caches`, or it is that of `learn_from`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
-    """Seeds to train with, one after the other, in place of `seed`: one entry, whose results are means over them. The student's folder is
-    that of the first, with the others in `seeds/`."""
+    """Train once with each of these instead of `seed`; results are means over them. The student's folder is that of the first, the others
+    are in its `seeds/`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the transfer set that is not learnt from. The weights of the step that agrees best with its targets (mean KL) are kept. 0: those
-    of the last step are kept."""
+    """Share of the transfer set that is not learnt from; the weights that agree best with its targets (mean KL) are kept. 0: those of the
+    last step are kept."""
     evaluate_every: PositiveInt = 10
     """Steps between two validations."""
     patience: PositiveInt | None = None
@@ -222,17 +239,17 @@ MONITOR_TESTS = 6
 
 
 class BaselineParams(Frozen):
-    """Prompting, without training, on the evaluation sets."""
+    """Prompting without training."""
 
     prompts: str
-    """`targets/NAME`: the prompts of a target set, with its calibration; `teachers/NAME`: those of one teacher, if answers are free text;
-    `models/NAME`: a model folder with no context, if answers are free text."""
+    """`targets/NAME`: the prompts of a target set, with its calibration. If answers are free text: `teachers/NAME`, the prompts of a
+    teacher, or `models/NAME`, a model without a context."""
     contexts: Literal["each", "ensemble"]
-    """Each context on its own (mean, worst and best are reported), or all averaged as the target set says. Free text cannot be averaged."""
+    """Each context alone (mean, worst and best are reported), or all averaged as the target set says. Free text cannot be averaged."""
 
     @property
     def target_set(self) -> str:
-        """The target set whose prompts these are; empty where answers are free text."""
+        """The target set whose prompts these are; empty if answers are free text."""
         return self.prompts.removeprefix("targets/") if self.prompts.startswith("targets/") else ""
 
 
@@ -240,27 +257,28 @@ class EvaluationParams(Frozen):
     """What every evaluation shares."""
 
     reference: str
-    """The baseline that counts as the teacher where agreement with the teacher is reported."""
+    """The baseline that agreement is reported with: the teacher."""
     bootstrap: PositiveInt = 2000
     """Resamples behind each 95 % interval."""
     seed: int = 0
+    """Of the resampling."""
     cost_examples: PositiveInt = 8
     """Examples timed one by one for the cost table."""
     cost_demonstrations: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 4, 8, 16, 32), strict=False)
-    """Numbers of demonstrations at which a baseline's models are timed and their memory measured, against the student's none."""
+    """Numbers of demonstrations at which the time and memory of a baseline's models are measured."""
     risk_examples: PositiveInt = 40
-    """Examples of each evaluation set that `check` puts to a student again for each kind of swap."""
+    """Examples of each evaluation set that a student answers again with something swapped, for each kind of swap."""
 
 
 class RuntimeParams(Frozen):
-    """Knobs without meaning for the results; no stage depends on them."""
+    """Settings that do not change results; no stage depends on them."""
 
     threads: PositiveInt | None = None
-    """Threads of the matrix products; null takes the cores there are."""
+    """Threads of the matrix products; null: one for each core."""
     engine: Literal["local", "ray"] = "local"
-    """Where teachers run: in the stage's own process, or on the workers of Ray (docs/scale.md)."""
+    """Where teachers run: in the stage's process, or on the workers of Ray (docs/scale.md)."""
     workers: PositiveInt | None = None
-    """Of Ray; null takes one for each GPU, or one for each machine where there is none."""
+    """Of Ray; null: one for each GPU, or one for each machine if there is no GPU."""
 
     @model_validator(mode="after")
     def _workers_are_ray_s(self) -> Self:
@@ -281,15 +299,17 @@ class MonitorParams(Frozen):
     smallest_embedding_share: Fraction = 0.01
     """The same for the last layer's state at the answer position."""
     max_rows: Annotated[int, Field(ge=50)] = 1000
-    """Reference and new inputs are each drawn down to so many."""
+    """Most rows of the reference, and of the new inputs; more are sampled."""
     permutations: Annotated[int, Field(ge=199)] = 1999
+    """Behind each test's p-value."""
     accuracy_drop: Fraction = 0.05
     """With labels: how far accuracy may lie under the student's own out-of-domain accuracy in `metrics/eval`."""
     min_accuracy: Fraction | None = None
     """With labels: a fixed bound instead."""
     max_memory_mb: PositiveInt | None = None
-    """Peak memory of the process that answers; null does not judge it."""
+    """Peak memory of the process that answers; null: no limit."""
     seed: int = 0
+    """Of draws and permutations."""
 
     @model_validator(mode="after")
     def _enough_permutations(self) -> Self:

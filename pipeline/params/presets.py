@@ -1,47 +1,39 @@
 """Presets: a run with other params, in a workspace of its own beside the default run.
 
-`presets/NAME.yaml` holds only what differs from params.yaml and is laid over it. The workspace, `runs/NAME/`, is a copy of the code and the
-DAG with the merged params; it shares the DVC cache and the row store with the project, so what both runs need is fetched and scored once.
+`presets/NAME.yaml` has only what differs from params.yaml and is laid over it. The workspace, `runs/NAME/`, is a copy of the code and the
+DAG with the merged params. It shares the DVC cache and `.work` with the project, so what both runs need is downloaded and scored once.
 """
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from pipeline.errors import UsageError, choices
-from pipeline.params import parse_params
-from pipeline.params.yaml_file import read_yaml
+from pipeline.files import Folders
+from pipeline.params.data import DOWNLOADS
+from pipeline.params.reading import parse_params, read_yaml, write_yaml
 
-COPIED = ("dvc.yaml", ".dvcignore", "pipeline", "stages")
+COPIED = ("dvc.yaml", ".dvcignore", "constraints.txt", "pipeline", "stages")
 
 
 def merge(base: Any, changes: Any) -> Any:
     """`changes` laid over `base`: mappings are merged key by key, a null removes a key, anything else replaces."""
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return copy.deepcopy(changes)
-    merged = {key: copy.deepcopy(value) for key, value in base.items() if changes.get(key, value) is not None or key not in changes}
-    for key, value in changes.items():
-        if value is not None:
-            merged[key] = merge(base.get(key), value)
-    return merged
-
-
-def _merged(base: Any, changes: Any, preset: Path) -> Any:
-    """`merge`, where a preset that holds itself is refused."""
-    try:
-        return merge(base, changes)
-    except RecursionError:
-        raise UsageError(f"{preset}: an entry of it holds itself, or is nested deeper than can be read; write it out.") from None
+    left = {key for key in base | changes if key not in changes or changes[key] is not None}
+    return {key: merge(base.get(key), changes.get(key, base.get(key))) for key in base | changes if key in left}
 
 
 def make_workspace(name: str, project: Path) -> Path:
-    """Write `runs/NAME/` for a preset and return it; what it has made before stays.
+    """Write `runs/NAME/` for a preset, or bring it up to date, and return it; what a run made there stays.
 
-    Raises UsageError where there is no such preset or its params do not hold.
+    Raises UsageError if there is no such preset, or its params cannot be used.
     """
     presets = {file.stem: file for file in sorted((project / "presets").glob("*.yaml"))}
     if name not in presets:
@@ -49,37 +41,41 @@ def make_workspace(name: str, project: Path) -> Path:
     changes = read_yaml(presets[name])
     if not isinstance(changes, dict):
         raise UsageError(f"{presets[name]}: expected a mapping of what differs from params.yaml, found {type(changes).__name__}.")
-    raw = _merged(read_yaml(project / "params.yaml"), changes, presets[name])
+    try:
+        raw = merge(read_yaml(project / "params.yaml"), changes)
+    except RecursionError:
+        raise UsageError(f"{presets[name]}: an entry contains itself, or is nested too deep; write it out.") from None
     parse_params(raw, presets[name])
     return write_workspace(raw, project / "runs" / name, project)
 
 
 def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path:
-    """Write or bring up to date a workspace whose params are `raw`, and return it; paths of local files are made absolute in `raw`."""
-    for origin in _local_origins(raw):
-        origin["path"] = str((project / origin["path"]).resolve())
+    """Write a workspace whose params are `raw`, or bring it up to date, and return it. Local paths become absolute, but not downloads'."""
+    raw = copy.deepcopy(raw)
+    for entry in [*raw["models"].values(), *raw["data"]["sources"].values()]:
+        if not entry["path"].startswith(f"{DOWNLOADS}/"):
+            entry["path"] = str((project / entry["path"]).resolve())
     workspace.mkdir(parents=True, exist_ok=True)
     for item in COPIED:
         source, target = project / item, workspace / item
         if source.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
+        elif source.exists():
             shutil.copyfile(source, target)
-    yaml = YAML(typ="safe", pure=True)
-    # methods and sets are shown in the order in which they were written
-    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.dump(raw, workspace / "params.yaml")
-    (workspace / ".dvc").mkdir(exist_ok=True)
+    write_yaml(raw, workspace / "params.yaml")
     settings = ConfigParser(interpolation=None)
-    settings.read_string((project / ".dvc" / "config").read_text("utf-8"))
-    settings.read_dict({"core": {"no_scm": "true"}, "cache": {"dir": f"{project.resolve()}/.dvc/cache"}})
+    settings.read([project / ".dvc" / name for name in ("config", "config.local")], encoding="utf-8")
+    cache = (project / ".dvc" / settings.get("cache", "dir", fallback="cache")).resolve()
+    settings.read_dict({"core": {"no_scm": "true"}, "cache": {"dir": str(cache)}})
+    (workspace / ".dvc").mkdir(exist_ok=True)
     with (workspace / ".dvc" / "config").open("w", encoding="utf-8") as file:
         settings.write(file)
     return workspace
 
 
-def _local_origins(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every origin that names a path of this machine, which is relative to the project."""
-    origins = [*raw["models"].values(), *(source["origin"] for source in raw["data"]["sources"].values())]
-    return [origin for origin in origins if isinstance(origin, dict) and origin.get("source") == "local"]
+def reproduce(workspace: Path, project: Path, stages: Sequence[str] = ()) -> bool:
+    """Run `dvc repro` in a workspace, with this Python and the project's `.work`; whether it went well. DVC prints why if not."""
+    environment = os.environ | {"SHOTLESS_PYTHON": sys.executable, "SHOTLESS_WORK": str(Folders.here(project).work.resolve())}
+    command = [sys.executable, "-m", "dvc", "repro", *stages]
+    return subprocess.run(command, cwd=workspace, env=environment, check=False).returncode == 0  # noqa: S603  names of stages

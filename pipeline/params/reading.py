@@ -6,9 +6,10 @@ like any other. It also has `versions`, of the libraries that results depend on,
 """
 
 import copy
+import io
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType
@@ -19,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UsageError, choices
-from pipeline.files import replacing
+from pipeline.files import write_text
 from pipeline.params.data import DOWNLOADS, HubDownload, PypiDownload
 from pipeline.params.root import CombinationError, Params
 
@@ -55,13 +56,20 @@ def read_yaml(path: Path) -> Any:
         raise UsageError(f"{path}: not valid YAML: {error}") from None
 
 
-def write_yaml(value: Any, path: Path) -> None:
-    """Write a YAML file; keys keep their order."""
+def yaml_text(value: Any, *, leaves_in_one_line: bool = False) -> str:
+    """A value as YAML; keys keep their order. `leaves_in_one_line` writes maps and lists without others in them as `{a: 1}`."""
     yaml = YAML(typ="safe", pure=True)
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.default_flow_style = False
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        yaml.dump(value, file)
+    yaml.default_flow_style = None if leaves_in_one_line else False
+    yaml.width = 140
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return text.getvalue()
+
+
+def write_yaml(value: Any, path: Path) -> None:
+    """Write a YAML file; keys keep their order."""
+    write_text(yaml_text(value), path)
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -76,8 +84,8 @@ def resolved_params(path: Path = RESOLVED) -> Params:
     return parse_params({key: value for key, value in raw.items() if key not in derived}, path)
 
 
-def resolve(project: Path = Path()) -> None:
-    """Check params.yaml, the local files it names and the installed versions; write artifacts/params.yaml.
+def checked_params(project: Path = Path()) -> Params:
+    """The project's params, if a run would take them: they are right, the local files are there, the libraries are the pinned ones.
 
     Raises UsageError with every fault.
     """
@@ -85,6 +93,12 @@ def resolve(project: Path = Path()) -> None:
     faults = [*absent_files(params, project), *other_versions(project / "constraints.txt")]
     if faults:
         raise UsageError("\n".join(faults))
+    return params
+
+
+def resolve(project: Path = Path()) -> None:
+    """Check params.yaml as `checked_params` does, and write artifacts/params.yaml."""
+    params = checked_params(project)
     versions = {group: {name: version(name) for name in names} for group, names in VERSIONS.items()}
     derived = {"versions": versions, "context_models": params.context_models()}
     write_yaml({**params.model_dump(mode="json"), **derived}, project / RESOLVED)
@@ -106,12 +120,15 @@ def other_versions(constraints: Path) -> list[str]:
     """A line for each library that results depend on whose installed version is not the pinned one."""
     text = constraints.read_text(encoding="utf-8") if constraints.is_file() else ""
     pins = {name.lower(): pinned for name, pinned in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", text, re.MULTILINE)}
-    names = [name for group in VERSIONS.values() for name in group if name in pins]
-    return [
-        f"{name} {version(name)} is installed, constraints.txt pins {pins[name]}. Run `make setup`, or correct the pin."
-        for name in names
-        if version(name).partition("+")[0] != pins[name].partition("+")[0]
-    ]
+    lines = []
+    for name in (name for group in VERSIONS.values() for name in group if name in pins):
+        try:
+            found = f"{version(name)} is installed"
+        except PackageNotFoundError:
+            found = "is not installed"
+        if found.split()[0].partition("+")[0] != pins[name].partition("+")[0]:  # "+cpu" is a build, not another version
+            lines.append(f"{name} {found}, constraints.txt pins {pins[name]}. Run `make setup`, or correct the pin.")
+    return lines
 
 
 def parse_params(raw: Any, path: Path = Path("params.yaml")) -> Params:

@@ -60,6 +60,11 @@ class Params(Frozen):
         return self
 
     @property
+    def summary(self) -> str:
+        """How many of each a run makes, in a line."""
+        return ", ".join(f"{len(getattr(self, block))} {block}" for block in ("teachers", "targets", "students", "baselines"))
+
+    @property
     def learnable(self) -> set[str]:
         """What a student may learn from."""
         return {f"targets/{name}" for name in self.targets} | {f"teachers/{name}" for name in self.teachers} | {DEMONSTRATIONS_FILE}
@@ -229,9 +234,10 @@ def _makers(*folders: str) -> set[str]:
 def _cache_faults(where: str, term: AuxiliaryParams, cache: CacheParams) -> Iterator[str]:
     """What a loss asks of a cache that the cache will not hold."""
     if term.temperature not in {1.0, *cache.temperatures}:
-        yield f"{where}.temperature: {term.temperature:g}, and the teacher's cache.temperatures has {choices(cache.temperatures)}; add it there"
+        held = choices(cache.temperatures)
+        yield f"{where}.temperature: {term.temperature:g}, and the teacher's cache.temperatures has {held}; add it there"
     if term.weight and term.loss == "reverse_kl" and cache.encoding == "top_k":
-        yield f"{where}.loss: `reverse_kl` needs the tail's mass, and the teacher's cache.encoding is `top_k`; take `top_k_tail` or `hybrid`"
+        yield f"{where}.loss: `reverse_kl` needs the tail's mass, and the teacher's cache.encoding is `top_k`; use `top_k_tail` or `hybrid`"
     kept = {layer for layer, _ in term.layers} if term.hidden_weight else set()
     if lacking := kept - set(cache.hidden_layers):
         yield f"{where}.layers: the teacher's cache.hidden_layers lacks {choices(lacking)}; it has {choices(cache.hidden_layers)}"

@@ -31,10 +31,10 @@ RESERVED_FIELDS = frozenset({"example_id", "label", "completion", "source", "lin
 
 
 class FormParams(Frozen):
-    """A JSON object that an answer has to be: what counts as well formed, and what is compared."""
+    """Answers are JSON objects: which keys make one well formed, and which key is compared."""
 
     keys: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(min_length=1)
-    """Each key the object has → the values it may take; none listed: any text that is not empty."""
+    """Key of the object → the values it may have; an empty list: any text that is not empty."""
     label: str | None = None
     """The key whose value is compared with the gold label of an evaluation set."""
 
@@ -49,35 +49,37 @@ class CompletionParams(Frozen):
     """Free text as an answer, in place of verbalisers."""
 
     source: Literal["generated", "given", "input"] = "generated"
-    """Written by the teacher in its context, or read from the data (`data.sources.*.completion`). `input`, the input's own tokens, is what a
-    teacher with `scores: input_tokens` is asked; a task cannot be."""
+    """`generated`: the teacher writes them in its context. `given`: they are read from the data (`data.sources.*.completion`). `input` is
+    for teachers with `scores: input_tokens`; a task cannot use it."""
     max_tokens: PositiveInt = 64
+    """Most tokens of an answer; a longer one that is given stops the run."""
     stop: tuple[str, ...] = Field(default=("\n",), min_length=1, strict=False)
     """An answer ends with the token that completes one of these texts; the token belongs to it."""
     lead: str = " "
-    """What stands between the query and a given answer, in demonstrations too."""
+    """Text between the query and a given answer, in demonstrations too."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Of the teacher's sampling; 0 takes the most probable token."""
     seed: int = 0
+    """Of the teacher's sampling."""
     form: FormParams | None = None
-    """What a well-formed answer looks like; null: any."""
+    """What a well-formed answer is; null: any answer is."""
 
 
 class TaskParams(Frozen):
-    """What is asked of the model, in text."""
+    """What a model is asked, and how it answers."""
 
     template: str
-    """The query; `{field}` stands for an input field. It ends where the answer begins."""
-    verbalisers: dict[str, str] = Field(default={})
-    """Label → the text that stands for it, with its leading space if one belongs there. The order does not matter."""
+    """The prompt of one input; `{field}` is an input field. It ends where the answer begins."""
+    verbalisers: Annotated[dict[str, str], AfterValidator(lambda words: dict(sorted(words.items())))] = Field(default={})
+    """Label → the text that stands for it, with its leading space if it needs one. The order does not matter."""
     completion: CompletionParams | None = None
-    """Free answers instead of labels."""
+    """Answers in free text, instead of labels."""
     separator: str = "\n\n"
-    """What follows a demonstration."""
+    """Text after each demonstration."""
     content_free: tuple[str, ...] = Field(default=("N/A",), min_length=1, strict=False)
     """Inputs without content, each put into every field, for contextual calibration (2102.09690)."""
     max_chars: PositiveInt = 2000
-    """A longer field value is quarantined."""
+    """A row with a longer field is set aside."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -99,9 +101,13 @@ class TaskParams(Frozen):
     @model_validator(mode="after")
     def _one_kind_of_answer(self) -> Self:
         if self.completion is not None and self.completion.source == "input":
-            raise ValueError("completion.source: `input` is for teachers with `scores: input_tokens`; a task's answers are generated or given")
+            raise ValueError(
+                "completion.source: `input` is for teachers with `scores: input_tokens`; a task's answers are generated or given"
+            )
         if self.completion is None and len(self.verbalisers) < 2:
-            raise ValueError(f"verbalisers: {len(self.verbalisers)} given, and a task needs two or more, or `completion` for free answers")
+            raise ValueError(
+                f"verbalisers: {len(self.verbalisers)} given, and a task needs two or more, or `completion` for answers in free text"
+            )
         if self.completion is not None and self.verbalisers:
             raise ValueError("verbalisers and completion are both given; answers are labels or free text: leave one out")
         return self

@@ -1,119 +1,221 @@
-"""Charts of what every run has: accuracy by method on each evaluation set, accuracy by context, and learning curves."""
+"""The report's charts as inline SVG: no script, nothing from outside, the same bytes for the same numbers.
 
+Colours are the page's CSS variables, so charts follow light, dark and print. Kinds of methods differ by shape as well as by colour. Each
+picture has one label for screen readers; the tables have the numbers.
+"""
+
+import math
+import re
 from collections.abc import Sequence
+from html import escape
+from typing import Any
 
 import altair as alt
 import polars as pl
+import vl_convert
 from markupsafe import Markup
 
-from pipeline.report.collect import Json
-from pipeline.report.drawing import data, lowest, names, percent_scale, short, svg, ticks
-from pipeline.report.formatting import percent
+from pipeline.report.collect import DOMAINS, Collected, Json, domains_of, sets_of
+from pipeline.report.prose import percent
 
-WIDTH = 150
-ROW = 21
-CURVE_HEIGHT = 120
+WIDTH, ROW, WIDE = 150, 21, 210
+"""Pixels: width of a chart with names beside it, height of its rows, width of one without names."""
+TRADEOFF_WIDTH, TRADEOFF_HEIGHT = 270, 215
 CURVE_POINTS = 2400
-"""Points of all curves together: what keeps the page small with many students."""
-SMOOTHING = 0.08
-"""Window of a curve's running mean, as a share of its points."""
+"""Points of all curves together, so that the page stays small with many students."""
+INK, MUTED, STUDENT, RULE, GRID = "var(--ink)", "var(--muted)", "var(--student)", "var(--rule)", "var(--grid)"
+MARK_ROLES = re.compile(r' (role="graphics-[a-z]+"|aria-roledescription="[^"]*"|aria-hidden="true"|pointer-events="none")')
 
 
-def accuracy_charts(document: Json) -> dict[str, Markup]:
-    """One picture for each evaluation set: accuracy and its 95 % interval by method, all on one scale."""
-    return {name: _accuracy_chart(document, name) for name in document["sets"]}
-
-
-def context_chart(document: Json, method: str) -> Markup:
-    """Accuracy of each single context of a baseline, a row for each evaluation set; the same scale as the other charts."""
-    sets = {name: m["contexts"]["each"] for name, m in document["methods"][method]["sets"].items() if "contexts" in m}
-    rows = [{"set": name, "accuracy": 100 * value} for name, each in sets.items() for value in each]
-    low = lowest(document)
-    base = alt.Chart(data(rows)).encode(y=alt.Y("set:N", sort=list(sets), title=None, axis=names()))
-    reach = base.mark_rule(stroke="var(--grid)", strokeWidth=6).encode(x=_percent("min(accuracy):Q", low), x2="max(accuracy):Q")
-    dots = base.mark_point(filled=True, size=48, opacity=0.85, color="var(--muted)").encode(x=_percent("accuracy:Q", low))
-    spoken = "; ".join(f"{name} {', '.join(percent(value) for value in each)}" for name, each in sets.items())
-    chart = alt.layer(reach, dots).properties(width=WIDTH, height=ROW * len(sets))
-    return svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
-
-
-def shift_chart(target: Json, labels: Sequence[str]) -> Markup | None:
-    """Share of the last label that each context of a target set answers, before and after calibration.
-
-    None where nothing was recorded, nothing was changed, or with more than two labels, which one share does not tell.
-    """
-    label = labels[-1]
-    rows = [
-        {"context": context, "raw": 100 * change["shares_raw"][label], "calibrated": 100 * change["shares_calibrated"][label]}
-        for entry in target.get("teachers", {}).values()
-        for context, change in entry.get("contexts", {}).items()
-    ]
-    if len(labels) != 2 or all(row["raw"] == row["calibrated"] for row in rows):
-        return None
-    order = [row["context"] for row in rows]
-    title = f"answered {label}, %"
-
-    def x(field: str) -> alt.X:
-        return alt.X(f"{field}:Q", title=title, scale=alt.Scale(domain=[0, 100], nice=False), axis=ticks())
-
-    base = alt.Chart(data(rows)).encode(y=alt.Y("context:N", sort=order, title=None, axis=names()))
-    layers = [
-        base.mark_rule(stroke="var(--rule)", strokeWidth=2).encode(x=x("raw"), x2="calibrated:Q"),
-        base.mark_point(filled=True, size=55, opacity=1, fill="var(--paper)", stroke="var(--muted)", strokeWidth=2).encode(x=x("raw")),
-        base.mark_point(filled=True, size=60, opacity=1, color="var(--student)").encode(x=x("calibrated")),
-    ]
-    spoken = "; ".join(f"{row['context']} {row['raw']:.0f} raw, {row['calibrated']:.0f} calibrated" for row in rows)
-    chart = alt.layer(*layers).properties(width=WIDTH + 60, height=ROW * len(rows))
-    return svg(chart, f"Share of {label} answered by context, percent: {spoken}", order)
-
-
-def curve_chart(curve: pl.DataFrame, student: str, students: int) -> Markup:
-    """Training loss of one student by step: every (bucketed) value faint, the running mean strong."""
-    buckets = max(20, min(160, CURVE_POINTS // max(1, students)))
-    width = max(1, -(-curve.height // buckets))
-    points = curve.with_row_index().group_by(pl.col("index") // width, maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
-    window = max(1, round(points.height * SMOOTHING))
-    points = points.with_columns(pl.col("loss").rolling_mean(window, min_samples=1, center=True).alias("smooth")).select(
-        "step", "loss", "smooth"
-    )
-    base = alt.Chart(data([{k: short(v) for k, v in row.items()} for row in points.to_dicts()])).encode(
-        x=alt.X("step:Q", title="step", axis=ticks(), scale=alt.Scale(nice=False))
-    )
-    raw = base.mark_line(stroke="var(--student)", strokeWidth=1, opacity=0.3).encode(y=alt.Y("loss:Q", title="loss, nats", axis=ticks(4)))
-    smooth = base.mark_line(stroke="var(--student)", strokeWidth=2).encode(y=alt.Y("smooth:Q", title="loss, nats"))
-    first, last = points["smooth"][0], points["smooth"][-1]
-    text = f"Training loss of {student}: from {first:.3f} to {last:.3f} nats over {curve['step'].max()} steps"
-    return svg(alt.layer(raw, smooth).properties(width=WIDTH + 60, height=CURVE_HEIGHT), text)
-
-
-def _accuracy_chart(document: Json, name: str) -> Markup:
-    methods = document["methods"]
+def accuracy(document: Json, where: str) -> Markup:
+    """Accuracy of each method on one evaluation set, with its 95 % interval; the dashed line is the reference."""
     rows = [
         {
-            "method": method,
-            "kind": entry["kind"],
-            "accuracy": 100 * entry["sets"][name]["accuracy"],
-            "low": 100 * entry["sets"][name]["ci95"][0],
-            "high": 100 * entry["sets"][name]["ci95"][1],
+            "method": name,
+            "kind": method["kind"],
+            "accuracy": 100 * entry["accuracy"],
+            "low": 100 * entry["ci95"][0],
+            "high": 100 * entry["ci95"][1],
         }
-        for method, entry in methods.items()
+        for name, method in document["methods"].items()
+        for entry in [method["sets"][where]]
     ]
-    kinds = ["baseline", "student"]
-    low = lowest(document)
-    color = alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=["var(--muted)", "var(--student)"]), legend=None)
-    shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=["circle", "diamond"]), legend=None)
-    base = alt.Chart(data(rows)).encode(y=alt.Y("method:N", sort=list(methods), title=None, axis=names()))
-    reference = (
-        alt.Chart(data([row for row in rows if row["method"] == document["reference"]]))
-        .mark_rule(stroke="var(--muted)", strokeDash=[3, 3], strokeWidth=1)
-        .encode(x=_percent("accuracy:Q", low))
-    )
-    interval = base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(x=_percent("low:Q", low), x2="high:Q", color=color)
-    dots = base.mark_point(filled=True, size=70, opacity=1).encode(x=_percent("accuracy:Q", low), color=color, shape=shape)
+    low, names = _lowest(document), list(document["methods"])
+    color, shape = _two("kind", ["baseline", "student"])
+    base = alt.Chart(_data(rows)).encode(y=alt.Y("method:N", sort=names, title=None, axis=_names()))
+    reference = alt.Chart(_data([row for row in rows if row["method"] == document["reference"]]))
+    chart = alt.layer(
+        reference.mark_rule(stroke=MUTED, strokeDash=[3, 3], strokeWidth=1).encode(x=_x("accuracy", low)),
+        base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(x=_x("low", low), x2="high:Q", color=color),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=_x("accuracy", low), color=color, shape=shape),
+    ).properties(width=WIDTH, height=ROW * len(rows))
     spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})" for row in rows)
-    chart = alt.layer(reference, interval, dots).properties(width=WIDTH, height=ROW * len(rows))
-    return svg(chart, f"Accuracy on {name} in percent with 95 % intervals: {spoken}", list(methods))
+    return _svg(chart, f"Accuracy on {where} in percent with 95 % intervals: {spoken}", names)
 
 
-def _percent(field: str, low: float) -> alt.X:
-    return alt.X(field, title=None, scale=percent_scale(low), axis=ticks())
+def spread(document: Json, method: str) -> Markup:
+    """Accuracy of a method in each of its contexts (or with each seed), a row for each evaluation set."""
+    sets = {where: entry["contexts"]["each"] for where, entry in document["methods"][method]["sets"].items() if "contexts" in entry}
+    low, rows = _lowest(document), [{"set": where, "accuracy": 100 * value} for where, each in sets.items() for value in each]
+    base = alt.Chart(_data(rows)).encode(y=alt.Y("set:N", sort=list(sets), title=None, axis=_names()))
+    chart = alt.layer(
+        base.mark_rule(stroke=GRID, strokeWidth=6).encode(x=_x("min(accuracy)", low), x2="max(accuracy):Q"),
+        base.mark_point(filled=True, size=48, opacity=0.85, color=MUTED).encode(x=_x("accuracy", low)),
+    ).properties(width=WIDTH, height=ROW * len(sets))
+    spoken = "; ".join(f"{where} {', '.join(percent(value) for value in each)}" for where, each in sets.items())
+    return _svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
+
+
+def curve(curve: pl.DataFrame, student: str, students: int) -> Markup:
+    """Training loss of one student (columns step, loss) by step: means of neighbouring steps faint, their running mean strong."""
+    width = math.ceil(curve.height / max(20, min(160, CURVE_POINTS // students)))
+    rows = curve.with_row_index().group_by(pl.col("index") // width, maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
+    rows = rows.select("step", "loss", pl.col("loss").rolling_mean(max(1, rows.height // 12), min_samples=1, center=True).alias("smooth"))
+    base = alt.Chart(_data(rows.to_dicts())).encode(x=alt.X("step:Q", title="step", axis=_ticks(), scale=alt.Scale(nice=False)))
+    chart = alt.layer(
+        base.mark_line(stroke=STUDENT, strokeWidth=1, opacity=0.3).encode(y=alt.Y("loss:Q", title="loss, nats", axis=_ticks(4))),
+        base.mark_line(stroke=STUDENT, strokeWidth=2).encode(y=alt.Y("smooth:Q", title="loss, nats")),
+    ).properties(width=WIDE, height=120)
+    first, last = rows["smooth"][0], rows["smooth"][-1]
+    return _svg(chart, f"Training loss of {student}: from {first:.3f} to {last:.3f} nats over {curve['step'].max()} steps")
+
+
+def reliability(found: Collected, method: str) -> Markup:
+    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled."""
+    lowest = 100 / len(found.params.task.labels)
+    rows = [{"domain": domain, **one} for domain in domains_of(found.document) for one in _pooled_bins(found, method, domain)]
+    x = alt.X("confidence:Q", title="confidence, %", scale=alt.Scale(domain=[lowest, 100], nice=False), axis=_ticks())
+    y = alt.Y("accuracy:Q", title="right, %", scale=alt.Scale(domain=[0, 100], nice=False), axis=_ticks())
+    color, shape = _two("domain", ["in", "out"])
+    size = alt.Size("n:Q", scale=alt.Scale(type="sqrt", range=[18, 170], domain=[1, max(row["n"] for row in rows)]), legend=None)
+    ideal = alt.Chart(_data([{"confidence": value, "accuracy": value} for value in (lowest, 100)]))
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=color)
+    chart = alt.layer(
+        ideal.mark_line(stroke=RULE, strokeDash=[4, 3]).encode(x=x, y=y),
+        base.mark_line(strokeWidth=1.5, opacity=0.6),
+        base.mark_point(filled=True, opacity=0.9).encode(shape=shape, size=size),
+    ).properties(width=190, height=190)
+    spoken = "; ".join(
+        f"{DOMAINS[row['domain']].lower()}, confidence {row['confidence']:.0f} %: {row['accuracy']:.0f} % right of {row['n']:,}"
+        for row in rows
+    )
+    return _svg(chart, f"Reliability of {method}: {spoken}")
+
+
+def _pooled_bins(found: Collected, method: str, domain: str) -> list[Json]:
+    """The bins of several sets as one: counts add up; confidence and accuracy, in percent, are means over examples."""
+    bins: dict[float, list[Json]] = {}
+    for where in sets_of(found.document, domain):
+        for entry in found.of("detail", method)["sets"][where]["reliability"]:
+            bins.setdefault(entry["low"], []).append(entry)
+    totals = {low: sum(entry["n"] for entry in entries) for low, entries in sorted(bins.items())}
+    return [
+        {"n": n} | {key: 100 * sum(entry["n"] * entry[key] for entry in bins[low]) / n for key in ("confidence", "accuracy")}
+        for low, n in totals.items()
+    ]
+
+
+def frontier(document: Json, domain: str) -> tuple[list[Json], list[Json]]:
+    """The methods whose latency was measured, as rows of method, kind, latency (ms) and accuracy with its interval (percent), by latency;
+    and those of them that no other method beats in accuracy at their latency or less.
+    """
+    rows = [
+        {
+            "method": name,
+            "kind": method["kind"],
+            "latency": float(method["cost"]["latency_ms"]),
+            "accuracy": 100 * method["means"][domain]["accuracy"],
+            "low": 100 * method["means"][domain]["ci95"][0],
+            "high": 100 * method["means"][domain]["ci95"][1],
+        }
+        for name, method in document["methods"].items()
+        if (method["cost"] or {}).get("latency_ms")
+    ]
+    rows.sort(key=lambda row: (row["latency"], -row["accuracy"]))
+    unbeaten = [row for n, row in enumerate(rows) if all(row["accuracy"] > other["accuracy"] for other in rows[:n])]
+    return rows, unbeaten
+
+
+def tradeoff(document: Json, domain: str) -> Markup | None:
+    """Mean accuracy over a domain against latency; the stepped line joins the frontier. None if fewer than two methods were measured.
+
+    Names are placed beside their points: first those on the frontier, then the reference, then by accuracy. A name that would run into a
+    point or another name is left out, since the table has it.
+    """
+    rows, unbeaten = frontier(document, domain)
+    if len(rows) < 2:
+        return None
+    low, left, right = _lowest(document), rows[0]["latency"] / 1.35, rows[-1]["latency"] * 1.35
+    values = [digit * 10**power for power in range(-2, 8) for digit in (1, 2, 5) if left <= digit * 10**power <= right]
+    scale = alt.Scale(type="log", domain=[left, right], nice=False)
+    x = alt.X("latency:Q", title="latency, ms an example (log scale)", scale=scale, axis=_ticks(values=values, format="~s"))
+    color, shape = _two("kind", ["baseline", "student"])
+
+    def y(field: str) -> alt.Y:
+        return alt.Y(f"{field}:Q", title="accuracy, %", scale=alt.Scale(domain=[low, 100], nice=False, zero=False), axis=_ticks())
+
+    base = alt.Chart(_data(rows)).encode(x=x)
+    layers: list[Any] = [
+        alt.Chart(_data(unbeaten)).mark_line(interpolate="step-after", stroke=RULE, strokeWidth=1.5).encode(x=x, y=y("accuracy")),
+        base.mark_rule(strokeWidth=1.5, opacity=0.4).encode(y=y("low"), y2="high:Q", color=color),
+        base.mark_point(filled=True, size=70, opacity=1).encode(y=y("accuracy"), color=color, shape=shape),
+    ]
+    at = {row["method"]: (TRADEOFF_WIDTH * math.log(row["latency"] / left) / math.log(right / left), row["accuracy"]) for row in rows}
+    taken = [(place - 6, place + 6, height) for place, height in at.values()]
+    for row in sorted(rows, key=lambda row: (row not in unbeaten, row["method"] != document["reference"], -row["accuracy"])):
+        place, height = at[row["method"]]
+        first, size = place < TRADEOFF_WIDTH / 2, 9 + 6.6 * len(row["method"])
+        start, end = (place + 7, place + size) if first else (place - size, place - 7)
+        if all(abs(height - other) * TRADEOFF_HEIGHT > 14 * (100 - low) or end < begins or ends < start for begins, ends, other in taken):
+            taken.append((start, end, height))
+            text = alt.Chart(_data([row])).mark_text(align="left" if first else "right", dx=9 if first else -9, fill=INK)
+            layers.append(text.encode(x=x, y=y("accuracy"), text="method:N"))
+    spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} % at {row['latency']:,.0f} ms" for row in rows)
+    chart = alt.layer(*layers).properties(width=TRADEOFF_WIDTH, height=TRADEOFF_HEIGHT)
+    return _svg(chart, f"Accuracy against latency: {spoken}")
+
+
+def _data(rows: Sequence[Json]) -> alt.InlineData:
+    """Rows of a chart, with numbers rounded to what a screen can show."""
+    return alt.InlineData(
+        values=[{key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    )
+
+
+def _lowest(document: Json) -> float:
+    """Where scales of accuracy begin, percent: the multiple of 10 below all intervals and contexts."""
+    entries = [entry for method in document["methods"].values() for entry in method["sets"].values()]
+    values = [entry["ci95"][0] for entry in entries] + [entry["contexts"]["worst"] for entry in entries if "contexts" in entry]
+    return max(0.0, 100 * min(values) // 10 * 10)
+
+
+def _x(field: str, low: float, heading: str | None = None) -> alt.X:
+    """A horizontal scale from `low` to 100 percent. Each layer states it: Vega-Lite widens the scale to zero for a layer that does not."""
+    return alt.X(f"{field}:Q", title=heading, scale=alt.Scale(domain=[low, 100], nice=False, zero=False), axis=_ticks())
+
+
+def _two(field: str, values: list[str]) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape of two kinds: a grey circle, a diamond in the students' colour."""
+    color = alt.Scale(domain=values, range=[MUTED, STUDENT])
+    shape = alt.Scale(domain=values, range=["circle", "diamond"])
+    return alt.Color(f"{field}:N", scale=color, legend=None), alt.Shape(f"{field}:N", scale=shape, legend=None)
+
+
+def _names() -> alt.Axis:
+    return alt.Axis(domain=False, ticks=False, labelPadding=8, labelLimit=150)
+
+
+def _ticks(count: int = 5, **settings: Any) -> alt.Axis:
+    return alt.Axis(tickCount=count, domain=False, ticks=False, grid=True, labelPadding=6, labelFlush=False, **settings)
+
+
+def _svg(chart: Any, label: str, names: Sequence[str] = ()) -> Markup:
+    """A chart as an SVG element with one label. There is room for `names` at its left in a wider font than the one they are measured in."""
+    axis = {"labelColor": INK, "titleColor": MUTED, "gridColor": GRID}
+    fonts = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelFont": "sans-serif", "titleFont": "sans-serif"}
+    padding = {"left": 4 + round(1.2 * max(map(len, names), default=0)), "right": 10, "top": 4, "bottom": 4}
+    drawn = chart.configure(aria=False, background="transparent", padding=padding).configure_view(stroke=None)
+    drawn = drawn.configure_axis(**axis, **fonts).configure_text(font="sans-serif", fontSize=12)
+    text = vl_convert.vegalite_to_svg(drawn.to_dict())
+    text = MARK_ROLES.sub("", text[text.index("<svg") :])
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))  # noqa: S704  built here from escaped parts

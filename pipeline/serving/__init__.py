@@ -1,4 +1,4 @@
-"""Answers after training: a student from Python, over files and streams, over HTTP, and its folder for other programs."""
+"""A student in use: from Python, over files and streams, over HTTP, and as a folder for other programs."""
 
 from pipeline.serving.predictor import Prediction, Predictor
 

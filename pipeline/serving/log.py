@@ -1,11 +1,13 @@
-"""The predictions log: what a student was asked in use and what it answered, as `monitor` reads it back.
+"""The predictions log: what a student was asked in use, and what it answered. `shotless monitor` reads it back.
 
-JSON lines, one for each input: `time` (UTC, ISO 8601), `student` (the first 16 digits of its weights' sha256), `fields` (the input), and
-`label`, `confidence`, `probabilities` or `error`. Lines are only ever appended, one write for several, so that `predict` and `serve` can
-share a file, and a log can be cut, joined or rotated by any tool. It holds the inputs: keep it where inputs may lie.
+JSON lines, one for each input: `time` (UTC, ISO 8601), `student` (the first 16 digits of its weights' sha256), `fields` (the input), then
+`label`, `confidence` and `probabilities`, or `error`. Each append is one write to the file's end, so several processes can share a log, and
+any tool can cut, join or rotate it. It holds the inputs: keep it where inputs may be kept.
 """
 
 import json
+import sys
+import threading
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,24 +17,50 @@ ID_DIGITS = 16
 
 
 class PredictionLog:
-    """Appends to one log; parents are made."""
+    """Appends to one log, from any thread. Its folder is made.
+
+    A log that cannot be opened at the start raises OSError. A write that fails later costs log lines, never answers: they are counted in
+    `lost`, with one warning on standard error.
+    """
 
     def __init__(self, path: Path, weights_sha256: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        self.lost = 0
+        """Lines that could not be written."""
         self._path = path
         self._student = weights_sha256[:ID_DIGITS]
+        self._lock = threading.Lock()
+        self._torn = False
 
     def append(self, rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-        """Append inputs with their answers (`label`, `confidence`, `probabilities`, or `error`)."""
+        """Append inputs with their answers (`Prediction.as_json`)."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        lines = [
-            json.dumps({"time": time, "student": self._student, "fields": dict(fields), **answer}, ensure_ascii=False, default=str)
-            for fields, answer in rows
-        ]
-        if lines:
-            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, stays JSON's escape.
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write("\n".join(lines) + "\n")
+        lines = [json_line({"time": time, "student": self._student, "fields": dict(fields), **answer}) for fields, answer in rows]
+        if not lines:
+            return
+        with self._lock:
+            try:
+                # Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape.
+                data = "".join(["\n"] * self._torn + lines).encode("utf-8", "backslashreplace")
+                with self._path.open("ab", buffering=0) as file:
+                    written = file.write(data)
+                self._torn = written < len(data)  # the disk became full within a line; the next write begins a new one
+                fault = "only a part was written" if self._torn else None
+            except OSError as error:
+                fault = error.strerror or str(error)
+            if fault is not None:
+                if not self.lost:
+                    print(f"warning: {self._path}: {fault}. Answers go on; what cannot be logged is counted.", file=sys.stderr, flush=True)
+                self.lost += len(lines)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSON. NaN and infinities, which JSON lacks, become null; dates and the like become text."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
+    return text + "\n"
 
 
 def is_log_record(record: object) -> bool:

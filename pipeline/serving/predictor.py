@@ -1,162 +1,149 @@
-"""A student from Python, in three lines.
+"""A student from Python.
 
     from pipeline.serving import Predictor
     predictor = Predictor("artifacts/students/cd")
     print(predictor.predict(["A warm and funny film."])[0].label)
 
-It asks through the engine that evaluation used, so its probabilities are those of `artifacts/predictions`. One input that cannot be
-used never keeps the others from an answer: its prediction says why. Trade-off: an input's probabilities may differ in the sixth digit
-with the inputs that it is batched with, as rounding does.
+The template and the verbalisers come with the student's folder, so no params.yaml is needed. The engine is the one that evaluation uses:
+its probabilities are those of `artifacts/predictions`, up to rounding, which depends on the inputs that share a batch. An input that cannot
+be used gets a prediction that says why, and the others get their answers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 
-from pipeline.teachers.batches import token_budget
-from pipeline.teachers.choice import EngineChoice, choose_engine
-from pipeline.teachers.scores import Reading
-from pipeline.targets.calibration import normalised
+from pipeline.data.examples import BadValueError, field_text
+from pipeline.data.readers import MISSING
 from pipeline.errors import UsageError
-from pipeline.data.fields import MISSING, BadValueError, field_text
-from pipeline.models.loading import context_limit, load_model
-from pipeline.models.machine import default_device, memory_bytes, use_machine
-from pipeline.serving.states import recording
-from pipeline.serving.student import open_student
+from pipeline.models.folders import context_limit, load_model, weights_sha256
+from pipeline.models.machine import default_device, use_machine
+from pipeline.models.trained import Trained, open_trained
+from pipeline.params import CacheParams
+from pipeline.schema import NO_CONTEXT, Example, Prompt
+from pipeline.teachers.engines import open_engine
 
 Floats = npt.NDArray[np.float32]
 Input = str | Mapping[str, Any]
-"""A text, where the template has one field, or a value for each field."""
+"""A text, if the template has one field, or a value for each field."""
 PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, and by the end nobody in the room could say which. " * 2)
-"""Texts that the engines are compared on: fixed, so that the choice between them does not hang on the first inputs."""
+"""Texts that engines are compared on. They are fixed, so the choice does not depend on the first inputs."""
+LARGEST_FLOAT16 = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """An answer, or why there is none."""
+    """An answer, or the reason why there is none: then all but `error` is None."""
 
-    label: str | None
-    """The most probable label; None where there is an error."""
-    confidence: float | None
+    label: str | None = None
+    """The most probable label."""
+    confidence: float | None = None
     """Its probability."""
-    probabilities: dict[str, float] | None
-    """Over all labels, in the student's order; they sum to 1."""
+    probabilities: dict[str, float] | None = None
+    """Of each label; they sum to 1."""
     error: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The answer as a JSON object: `label`, `confidence` and `probabilities`, or `error`."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Predictions with what a monitor looks at besides; rows with an error have no ids and no state."""
+    """Predictions of N inputs with what the monitor tests besides. Rows with an error have no ids, and states of NaN."""
 
     predictions: list[Prediction]
-    ids: list[list[int]]
+    ids: list[tuple[int, ...]]
     """Token ids of each prompt."""
-    states: Floats | None
-    """The last layer at the answer position [N, H], where it was asked for; NaN for rows with an error."""
+    states: Floats
+    """The last layer's output at the answer position [N, H]; [N, 0] if the predictor does not keep it."""
 
 
 class Predictor:
-    """A loaded student. Not for several threads at once: `pipeline.serving.server` gives it one of its own.
+    """A loaded student. It serves one thread at a time.
 
-    `threads` of the matrix products; by default, the cores there are. Raises UsageError where `folder` is no student's folder.
+    `threads` are those of the matrix products, by default one for each core. `keep_states` makes `answer` return hidden states. Raises
+    UsageError if the folder is not a student's or its answers are free text, CorruptError if its files are not those of its training.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        self.student = open_student(Path(folder))
+    def __init__(self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False) -> None:
+        self.student = student if isinstance(student, Trained) else open_trained(Path(student))
         self.task = self.student.task
+        if self.task.params.completion is not None:
+            raise UsageError(
+                f"{self.student.folder}: this student answers in free text; predict, serve and monitor are for labels. docs/using.md shows "
+                "how plain transformers asks it."
+            )
         self.labels = self.task.labels
+        self.weights_sha256 = weights_sha256(self.student.folder)
+        self._tokens = self.student.tokens
         self._limit = context_limit(self.student.folder)
-        self.threads = use_machine(threads)
-        self._prefix = self.student.tokens.prefix_ids("")
-        device = default_device()
-        self._model = load_model(self.student.folder, device=device)
-        budget = token_budget(self._model, memory_bytes(device))
-        probes = self.student.tokens.query_ids([self.task.query(dict.fromkeys(self.task.fields, text)) for text in PROBES])
-        self._choice = choose_engine(self._model, Reading(self.student.tokens.completions), budget, self._prefix, probes)
-
-    @property
-    def engine(self) -> EngineChoice:
-        """The engine that answers, and why it was chosen."""
-        return self._choice
+        use_machine(threads)
+        model = load_model(self.student.folder, device=str(default_device()))
+        self._width = model.config.get_text_config().hidden_size if keep_states else 0
+        cache = CacheParams(encoding="top_k", top_k=1, hidden_layers=(-1,) if keep_states else ())
+        probes = [Example(dict.fromkeys(self.task.fields, text)) for text in PROBES]
+        self.engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
+        """What answers; its `reason` says why it was chosen."""
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
-        """A prediction for each input, in order. Raises UsageError only where `inputs` is no list; bad inputs come back with an error."""
+        """A prediction for each input, in order. Raises UsageError only if `inputs` is not a list."""
         return self.answer(inputs).predictions
 
-    def answer(self, inputs: Sequence[Input], with_states: bool = False) -> Answers:
-        """Predictions with each prompt's token ids and, where asked for, its last hidden state."""
+    def answer(self, inputs: Sequence[Input]) -> Answers:
+        """Predictions with each prompt's token ids and, with `keep_states`, its last hidden state."""
         if isinstance(inputs, (str, Mapping)):
-            raise UsageError("predict takes a list of inputs; for one input write predict([input])[0].")
-        errors: dict[int, str] = {}
-        queries: dict[int, str] = {}
+            raise UsageError("predict takes a list of inputs. For one input write predict([input])[0].")
+        predictions = [Prediction()] * len(inputs)
+        usable: dict[int, Example] = {}
         for place, value in enumerate(inputs):
             try:
-                queries[place] = self.task.query(self._fields(value))
+                usable[place] = self.example(value)
             except BadValueError as bad:
-                errors[place] = _sentence(bad)
-        ids: dict[int, list[int]] = {}
-        for place, query in zip(queries, self.student.tokens.query_ids(list(queries.values())), strict=True):
-            if fault := self.student.tokens.fault_of(queries[place]) or self._fault_of_length(len(query)):
-                errors[place] = fault
+                predictions[place] = Prediction(error=f"{bad.field_name}: {bad.reason}")
+        ids: list[tuple[int, ...]] = [()] * len(inputs)
+        prompts: dict[int, Prompt] = {}
+        for place, prompt in zip(usable, self._tokens.prompts(NO_CONTEXT, list(usable.values())), strict=True):
+            needed = len(prompt.ids) + self._tokens.longest_answer - 1  # the answer's last token is not read
+            if self._limit is not None and needed > self._limit:
+                fault = f"too long: {needed:,} tokens with the answer, and the student takes {self._limit:,}"
+                predictions[place] = Prediction(error=fault)
             else:
-                ids[place] = query
-        return self._score(len(inputs), ids, errors, with_states)
+                prompts[place], ids[place] = prompt, prompt.ids
+        states = np.full((len(inputs), self._width), np.nan, dtype=np.float32)
+        if prompts:
+            self._score(prompts, predictions, states)
+        return Answers(predictions, ids, states)
 
-    def fault_of(self, value: Input) -> str | None:
-        """Why an input's fields cannot be used, without asking the model; None where they can. Its length is not looked at."""
-        try:
-            self._fields(value)
-        except BadValueError as bad:
-            return _sentence(bad)
-        return None
-
-    def _score(self, count: int, ids: dict[int, list[int]], errors: Mapping[int, str], with_states: bool) -> Answers:
-        """Answers to `count` inputs, of which those in `ids` are asked, in rising order of length."""
-        order = sorted(ids, key=lambda place: (len(ids[place]), place))
-        predictions = [Prediction(None, None, None, errors.get(place)) for place in range(count)]
-        prompts = [[*self._prefix, *ids[place]] if place in ids else [] for place in range(count)]
-        states: Floats | None = None
-        if with_states:
-            states = np.full((count, self._model.config.get_text_config().hidden_size), np.nan, dtype=np.float32)
-        if not order:
-            return Answers(predictions, prompts, states)
-        engine, queries = self._choice.engine, [ids[place] for place in order]
-        if states is None:
-            scores = engine.score(self._prefix, queries)
-        else:
-            with recording(self._model, engine, self.student.tokens.completions) as recorded:
-                scores = engine.score(self._prefix, queries)
-            states[np.array(order)] = recorded.take(len(order)).cpu().numpy()
-        values = np.exp(normalised(scores.label_logprobs.cpu().numpy().astype(np.float64)))
-        for place, row in zip(order, values, strict=True):
-            best = int(row.argmax())
-            predictions[place] = Prediction(self.labels[best], float(row[best]), dict(zip(self.labels, map(float, row), strict=True)))
-        return Answers(predictions, prompts, states)
-
-    def _fields(self, value: Input) -> dict[str, str]:
-        """An input's fields as the student was trained to see them."""
-        names = self.task.fields
-        first = names[0]
+    def example(self, value: Input) -> Example:
+        """An input's fields, as the student was trained to see them. Raises BadValueError if they cannot be used; length is not checked."""
+        first, *others = self.task.fields
         if isinstance(value, str):
-            if len(names) > 1:
-                raise BadValueError(first, f"not an object with the fields {', '.join(names)}", value)
+            if others:
+                raise BadValueError(first, f"not an object with the fields {', '.join(self.task.fields)}", value)
             value = {first: value}
         if not isinstance(value, Mapping):
             raise BadValueError(first, "neither a text nor an object", value)
-        return {name: field_text(name, value.get(name, MISSING), None) for name in names}
+        example = Example({name: field_text(name, value.get(name, MISSING), None) for name in self.task.fields})
+        if fault := self._tokens.fault_of(example):
+            raise BadValueError(first, fault, value)
+        return example
 
-    def _fault_of_length(self, length: int) -> str | None:
-        """Why a query of so many tokens does not fit the model; None where it does."""
-        branch = max(len(ids) for ids in self.student.tokens.completions) - 1
-        needed = len(self._prefix) + length + branch
-        if self._limit is None or needed <= self._limit:
-            return None
-        return f"too long: {needed:,} tokens with the answer, and the student takes {self._limit:,}"
-
-
-def _sentence(bad: BadValueError) -> str:
-    return f"{bad.field_name}: {bad.reason}"
+    def _score(self, prompts: Mapping[int, Prompt], predictions: list[Prediction], states: Floats) -> None:
+        """Fill in the predictions and states of `prompts`, each at its place."""
+        scores = self.engine.score(list(prompts.values()))
+        probabilities = softmax(scores.label_logprobs.double().cpu().numpy(), axis=-1)  # [N, L]
+        for place, row in zip(prompts, probabilities, strict=True):
+            if np.isfinite(row).all():
+                best = int(row.argmax())
+                predictions[place] = Prediction(self.labels[best], float(row[best]), dict(zip(self.labels, row.tolist(), strict=True)))
+            else:
+                predictions[place] = Prediction(error="the student's probabilities are not numbers; train it again")
+        if self._width:  # kept in float16, which may overflow
+            kept = scores.encoded.hidden_states.float().clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
+            states[list(prompts)] = kept.cpu().numpy()

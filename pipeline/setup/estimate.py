@@ -1,30 +1,26 @@
 """What a full run will cost here: tokens of work from the params, and the rate at which this machine did them on a few rows.
 
-Work is counted in tokens through the whole model. A teacher reads each of C contexts once and then N queries behind each, C·(L + N·Q); a
-step of training counts three passes; a student of fewer layers counts its share. It is an estimate of forward passes: loading, downloads
-and DVC's own time (about 6 seconds a stage) come on top, and are added as such.
+Work is counted in tokens through the whole model. A teacher reads each of C contexts once and then N queries behind it, C·(L + N·Q); a
+step of training counts as three passes; a student of fewer layers counts its share. Time for loading, downloads and DVC is a number for each
+stage.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.teachers.batches import token_budget
-from pipeline.teachers.choice import choose_engine
-from pipeline.teachers.scores import Reading
-from pipeline.models.loading import load_model, load_tokenizer, parameter_counts
-from pipeline.models.machine import default_device, memory_bytes, use_machine
-from pipeline.models.packed import decoder_layers
-from pipeline.models.truncation import parse_layers
-from pipeline.params import Params
+from pipeline.params import Params, read_yaml
+from pipeline.schema import NO_CONTEXT, Example
 from pipeline.task import Task, TaskTokens
 
+ROWS_TRIED = 20
 SECONDS_A_STAGE = 6.0
 PROCESS_BYTES = 700e6
 """Python, torch and the libraries, before a model is loaded."""
 ADAM_COPIES = 7
-"""Training holds weights, gradients and two moments, and while a checkpoint is written, copies of weights and moments."""
+"""Training holds weights, gradients and two moments, and while it writes a checkpoint, copies of weights and moments."""
 
 
 @dataclass(frozen=True)
@@ -34,74 +30,115 @@ class Trial:
     tokens_per_second: float
     query_tokens: float
     """Mean tokens of a query."""
-    demonstration_tokens: float
-    """The same with its answer."""
+    answer_tokens: int
+    """Tokens of the longest answer with its separator."""
     parameters: int
     layer_parameters: int
-    """Of one layer, the largest."""
+    """Of the largest layer."""
     layers: int
     engine: str
 
 
-def try_rows(folder: Path, task: Task, rows: Sequence[Mapping[str, str]], threads: int | None) -> Trial:
-    """Answer a few rows with the model in `folder`, and time it."""
+def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
+    """Answer a few examples with the model in `folder`, and time it."""
+    from pipeline.models.folders import load_model, load_tokenizer, parameter_counts
+    from pipeline.models.machine import default_device, use_machine
+    from pipeline.models.packed import decoder_layers
+    from pipeline.teachers.engines import open_engine
+    from pipeline.teachers.scorer import LABELS_ONLY
+
     use_machine(threads)
-    device = default_device()
     tokens = TaskTokens(task, load_tokenizer(folder))
-    queries = tokens.query_ids([task.query(row) for row in rows])
-    model = load_model(folder, device=device)
-    choice = choose_engine(
-        model, Reading(tokens.completions), token_budget(model, memory_bytes(device)), tokens.prefix_ids(""), queries[:3]
-    )
+    prompts = tokens.prompts(NO_CONTEXT, examples)
+    model = load_model(folder, device=default_device())
+    engine = open_engine(model, tokens, LABELS_ONLY, prompts[:3])
     start = time.perf_counter()
-    choice.engine.score(tokens.prefix_ids(""), queries)
+    engine.score(prompts)
     seconds = time.perf_counter() - start
-    total = sum(len(ids) for ids in queries)
-    mean = total / len(queries)
-    answer = max(len(ids) for ids in tokens.completions) + len(tokens.query_ids([task.params.separator])[0])
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    a_layer = max(parameter_counts(layer)[0] for layer in decoder_layers(model))
-    return Trial(total / seconds, mean, mean + answer, parameter_counts(model)[0], a_layer, layers, choice.engine.name)
+    total = sum(len(prompt.ids) for prompt in prompts)
+    answer = tokens.longest_answer + len(tokens.tokenizer(task.params.separator).input_ids)
+    layers = decoder_layers(model)
+    a_layer = max(parameter_counts(layer)[0] for layer in layers)
+    return Trial(total / seconds, total / len(prompts), answer, parameter_counts(model)[0], a_layer, len(layers), engine.name)
 
 
 def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> dict[str, float]:
-    """Tokens through the whole model for teachers, training, and evaluation of students and baselines.
+    """Tokens through the whole model for teachers, training, and the evaluation of students and baselines.
 
     `transfer` and `evaluated` are numbers of examples.
     """
     query = trial.query_tokens
 
     def asked(teacher: str, examples: int) -> float:
-        entry = params.contexts[params.teachers[teacher].contexts]
-        return entry.count * (entry.demonstrations * trial.demonstration_tokens + examples * query)
+        context = params.contexts[params.teachers[teacher].contexts]
+        return context.count * (context.demonstrations * (query + trial.answer_tokens) + examples * query)
 
     work = {"teachers": sum(asked(name, transfer) for name in params.teachers), "training": 0.0, "students": 0.0}
-    for tuning in params.tunings.values():
-        work["training"] += 3 * tuning.steps * tuning.batch_size * query
+    for tuned in params.tuned.values():
+        work["training"] += 3 * tuned.steps * tuned.batch_size * query
     for student in params.students.values():
-        kept = len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers
-        work["training"] += 3 * student.steps * student.batch_size * query * kept / trial.layers
-        work["students"] += evaluated * query * kept / trial.layers
-    used = {teacher for baseline in params.baselines.values() for teacher in params.targets[baseline.target_set].teachers}
-    work["baselines"] = sum(asked(name, evaluated) for name in used)  # baselines that ask the same share the store's rows
+        share = _kept(student.layers, trial.layers) / trial.layers * len(student.runs)
+        rows = student.batch_size + sum(term.batch_size or student.batch_size for term in student.auxiliary.values())
+        work["training"] += 3 * student.steps * rows * query * share
+        work["students"] += evaluated * query * share
+    used = {teacher for baseline in params.baselines.values() for teacher in _teachers(params, baseline.prompts)}
+    work["baselines"] = sum(asked(name, evaluated) for name in used)  # baselines of the same teachers share the store's rows
     return work
 
 
-def stage_count(params: Params) -> int:
-    """Stages of the DAG: fetch, prepare, report, and one for each entry; a student has two."""
-    return 3 + len(params.tunings) + len(params.teachers) + len(params.targets) + 2 * len(params.students) + len(params.baselines)
-
-
-def total_seconds(work: Mapping[str, float], trial: Trial, stages: int) -> float:
-    """Seconds of a full run."""
-    return sum(work.values()) / trial.tokens_per_second + stages * SECONDS_A_STAGE
-
-
 def peak_bytes(params: Params, trial: Trial) -> float:
-    """Memory that training the largest student or tuned teacher may take, all its weights in float32, and the process around them.
+    """Memory that training the largest student or tuned teacher may take, all weights in float32, and the process around them.
 
-    The model is that of the trial. What it holds of a batch is left out: some 100 MB for short texts.
+    What the model holds of a batch is left out: some 100 MB for short texts.
     """
-    kept = [len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers for student in params.students.values()]
-    layers = max([*kept, *(trial.layers for _ in params.tunings)], default=0)
+    kept = [_kept(student.layers, trial.layers) for student in params.students.values()]
+    layers = max([*kept, *(trial.layers for _ in params.tuned)], default=0)
     return PROCESS_BYTES + 4.0 * ADAM_COPIES * (trial.parameters - (trial.layers - layers) * trial.layer_parameters)
+
+
+def stage_count(params: Params, dag: Path) -> int:
+    """Stages that dvc.yaml makes of these params."""
+    values: dict[str, Any] = params.model_dump()
+    count = 0
+    for stage in read_yaml(dag)["stages"].values():
+        entries: Any = values
+        for key in stage.get("foreach", "").strip("${}").split("."):
+            entries = entries[key] if key else [None]
+        count += len(entries)
+    return count
+
+
+def cost(params: Params, examples: Mapping[str, Sequence[Example]]) -> str:
+    """Lines that say what a run will cost. `examples` has those of the sources `unlabelled` and `test`."""
+    name = next(iter(params.models))
+    folder = Path("artifacts") / "models" / name
+    if not folder.is_dir():
+        return (
+            f"Time and memory: {folder} does not exist yet. After `shotless run model@{name}`, the same `shotless init --force` says them."
+        )
+    rows = examples["unlabelled"][:ROWS_TRIED]
+    trial = try_rows(folder, Task(params.task), rows, params.runtime.threads)
+    work = token_work(params, trial, len(examples["unlabelled"]), len(examples["test"]))
+    rate, length = trial.tokens_per_second, trial.query_tokens
+    stages = stage_count(params, Path("dvc.yaml"))
+    minutes = (sum(work.values()) / rate + stages * SECONDS_A_STAGE) / 60
+    return "\n".join(
+        [
+            f"{name} on {len(rows)} rows: {rate:,.0f} tokens/s, {length:.0f} tokens a text, engine {trial.engine}",
+            *(f"  {part}: {tokens:,.0f} tokens, about {tokens / rate / 60:,.1f} min" for part, tokens in work.items()),
+            f"A full run takes about {minutes:,.0f} minutes ({stages} stages) and up to {peak_bytes(params, trial) / 1e9:.1f} GB of memory; "
+            "after it, one more student costs only itself.",
+        ]
+    )
+
+
+def _kept(layers: str | None, depth: int) -> int:
+    from pipeline.models.folders import parse_layers
+
+    return depth if layers is None else len(parse_layers(layers, depth))
+
+
+def _teachers(params: Params, prompts: str) -> list[str]:
+    """The teachers behind a baseline's prompts; none for a bare model."""
+    kind, _, name = prompts.partition("/")
+    return list(params.targets[name].teachers) if kind == "targets" else [name] if kind == "teachers" else []

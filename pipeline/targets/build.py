@@ -5,14 +5,13 @@ prompts with the same calibration to new inputs. What a teacher is comes from it
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.cache.fidelity import kept_mass
-from pipeline.cache.folder import CACHES, ScoreCache, cache_manifest, described_task, read_cache
+from pipeline.cache.folder import CACHES, ScoreCache, cache_manifest, check_belongs, described_task, read_cache
 from pipeline.errors import MismatchError
 from pipeline.files import Folders, sha256_json, write_json
 from pipeline.params import Calibration, TargetParams
@@ -47,7 +46,7 @@ def build_targets(name: str, params: TargetParams, task: Task, folders: Folders)
     ids, sources = [example.example_id for example in transfer], np.array([example.source for example in transfer])
     caches = {teacher: read_cache(folders.artifacts / "teachers" / teacher, COLUMNS) for teacher in params.teachers}
     for teacher, cache in caches.items():
-        check_task(cache.manifest, task, folders.artifacts / "teachers" / teacher)
+        check_belongs(cache.manifest, {"task": described_task(task)}, folders.artifacts / "teachers" / teacher)
     contexts = [context for teacher, cache in caches.items() for context in _contexts(teacher, cache, params, ids)]
     everywhere = np.arange(len(ids))
     combination = _combination(params, contexts, everywhere)
@@ -71,15 +70,6 @@ def build_targets(name: str, params: TargetParams, task: Task, folders: Folders)
     write_json({teacher: {"manifest_sha256": sha256_json(manifest)} for teacher, manifest in auxiliary.items()}, output / CACHES)
     metrics = _metrics(task, caches, contexts, combination, raw, each, target, agreement)
     write_json(metrics, folders.metrics / "targets" / f"{name}.json")
-
-
-def check_task(manifest: dict[str, Any], task: Task, folder: Path) -> None:
-    """Raise MismatchError with what differs, if a cache's scores are of another task."""
-    found, wanted = manifest["task"], described_task(task)
-    if different := [f"  {key}: {found.get(key)!r}, this run has {value!r}" for key, value in wanted.items() if found.get(key) != value]:
-        raise MismatchError(
-            f"{folder}: its scores are of another task:\n" + "\n".join(different) + f"\nRun `dvc repro teacher@{folder.name}`."
-        )
 
 
 def _contexts(teacher: str, cache: ScoreCache, params: TargetParams, transfer_ids: list[str]) -> list[ContextScores]:

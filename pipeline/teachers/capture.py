@@ -1,121 +1,124 @@
-"""Stage one: a teacher answers every transfer example in each of its contexts, once, and the answers become a score cache.
+"""A teacher answers every transfer example in each of its contexts, once, and the answers become a score cache.
 
-Inputs without content are scored along with the transfer set, a row for each context: contextual calibration needs them, and they cost
-next to nothing.
+Inputs without content are scored along with the transfer set, a row for each context: contextual calibration needs them, and they cost next
+to nothing. How much of the live teacher the cache has is measured on a few rows that are scored once more, whole (`cache.fidelity`). The
+student through which losses are seen is the same model behind no context: what a student starts from.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.cache.folder import read_cache, write_shards
-from pipeline.cache.keys import ExampleIds
-from pipeline.teachers.scorer import Query, Scorer
-from pipeline.errors import UsageError
-from pipeline.files import one_writer, write_json
-from pipeline.files import example_id
-from pipeline.params import CacheParams
-from pipeline.schema import CONTEXTS, read_table
+from pipeline.cache.distributions import decode
+from pipeline.cache.fidelity import Fidelity
+from pipeline.cache.folder import described_task, write_cache
+from pipeline.errors import CorruptError, UsageError
+from pipeline.files import Folders, read_json, read_manifest, sha256_json, write_json
+from pipeline.params import Params, pick
+from pipeline.schema import NO_CONTEXT, Context, Example, read_contexts, read_examples
 from pipeline.task import Task
-from pipeline.teachers.live_fidelity import live_fidelity
-from pipeline.teachers.transfer import Joined, TransferSet
+from pipeline.teachers.scorer import Scorer
+
+FIDELITY_CONTEXTS = 4
+FIDELITY_ROWS = 8
+"""Examples of each of these contexts that are scored once more."""
+DIGITS = 6
 
 
-def capture(
-    name: str,
-    model_folder: Path,
-    contexts_file: Path,
-    transfer_file: Path,
-    output: Path,
-    task: Task,
-    cache: CacheParams,
-    dtype: str,
-    work: Path,
-    threads: int | None,
-    runtime: Path | None = None,
-    metrics: Path | None = None,
-    *,
-    on_ray: bool = False,
-    workers: int | None = None,
-) -> None:
-    """Write the score cache of teacher `name` to `output`: rows for every context × (content-free input, transfer example).
+def capture(name: str, params: Params, folders: Folders) -> None:
+    """Write the score cache artifacts/teachers/NAME: rows for every context × (content-free input, transfer example).
 
-    A task `of_texts` is read token by token, for the distributions at each.
-
-    Rows that the store under `work` holds are not scored again. `runtime` is the file for what the capture took (no output of DVC: it holds
-    seconds), `metrics` that for the cache's fidelity. `on_ray`, the model is loaded and asked by so many `workers` of Ray, to the same
-    bytes. Raises UsageError where a prompt does not fit the model.
+    Also writes metrics/fidelity/NAME.json, and metrics/runtime/teacher-NAME.json, which no stage tracks: it has seconds. Rows in the store
+    are not scored again. Raises UsageError if a prompt does not fit the model.
     """
-    contexts, free, transfer = asked(contexts_file, transfer_file, task)
-    with _scorer(model_folder, task, cache, work, threads, dtype, on_ray, workers) as scorer:
-        _capture(scorer, name, (contexts, free, transfer), output, work, runtime, metrics)
+    teacher = pick("teachers", params.teachers, name)
+    task, data = Task(params.task), folders.artifacts / "data"
+    contexts = read_contexts(data / "contexts" / f"{teacher.contexts}.parquet")
+    free = content_free(task)
+    examples = [*free, *read_examples(data / "transfer.parquet", task.fields)]
+    if len({example.example_id for example in examples}) < len(examples):
+        raise UsageError(f"{data / 'transfer.parquet'}: an example is there twice, or is in task.content_free. Run `dvc repro prepare`.")
+    if teacher.scores == "input_tokens":
+        task, free, examples = task.of_input_tokens(), [], examples[len(free) :]
+    with Scorer(
+        folders.artifacts / teacher.model,
+        task,
+        teacher.cache,
+        work=folders.work,
+        threads=params.runtime.threads,
+        dtype=teacher.dtype,
+        on_ray=params.runtime.engine == "ray",
+        workers=params.runtime.workers,
+    ) as scorer:
+        assert scorer.store is not None
+        tables = scorer.tables(contexts, examples, f"teacher {name}")
+        keys = scorer.keys
+        about = {
+            "teacher": name,
+            "model": teacher.model,
+            "identity": scorer.identity,
+            "cache": teacher.cache.model_dump(mode="json"),
+            "task": described_task(task),
+            "labels": list(task.labels),
+            "contexts": [_described(context, scorer) for context in contexts],
+            "content_free": [example.example_id for example in free],
+            "engines": scorer.store.engines(keys),
+        }
+        folder = folders.artifacts / "teachers" / name
+        write_cache(folder, tables, about)
+        fidelity = {"rows": len(keys), **_sizes(folder, scorer, keys), **_fidelity(scorer, contexts, examples, keys)}
+        write_json(fidelity, folders.metrics / "fidelity" / f"{name}.json")
+        seconds, timed = scorer.store.seconds(keys)
+        tokens = sum(scorer.store.read(keys, ["prompt_tokens"])["prompt_tokens"].to_pylist())
+        runtime = {"seconds": round(seconds, 3), "rows": len(keys), "rows_timed": timed, "prompt_tokens": tokens}
+        write_json(runtime, folders.metrics / "runtime" / f"teacher-{name}.json")
 
 
-@contextmanager
-def _scorer(
-    folder: Path, task: Task, cache: CacheParams, work: Path, threads: int | None, dtype: str, on_ray: bool, workers: int | None
-) -> Iterator[Scorer]:
-    if not on_ray:
-        yield Scorer(folder, task, cache, work, threads, dtype)
-        return
-    from pipeline.teachers.ray_scorer import RayScorer
-
-    with closing(RayScorer(folder, task, cache, work, threads, dtype, workers)) as scorer:
-        yield scorer
+def content_free(task: Task) -> list[Example]:
+    """The task's inputs without content, each put into every field; none if answers are free text, which is not calibrated."""
+    texts = task.params.content_free if task.params.completion is None else ()
+    return [Example(dict.fromkeys(task.fields, text)) for text in texts]
 
 
-def _capture(
-    scorer: Scorer,
-    name: str,
-    questions: tuple[list[dict[str, Any]], list[Query], TransferSet],
-    output: Path,
-    work: Path,
-    runtime: Path | None,
-    metrics: Path | None,
-) -> None:
-    contexts, free, transfer = questions
-    queries = Joined(free, transfer)
-    texts = [context["text"] for context in contexts]
-    rows = scorer.tables(texts, queries, f"teacher {name}")
-    about = {
-        "teacher": name,
-        "model": "/".join(scorer.model_folder.parts[-2:]),
-        "engine": scorer.engine_report,
-        "labels": list(scorer.tokens.task.labels),
-        "contexts": [{key: context[key] for key in ("context_id", "name", "tokens")} for context in contexts],
-        "content_free": [query.example_id for query in free],
-        "examples": len(transfer),
-    }
-    with one_writer(output):  # a second run writes when this one has read what it wrote
-        write_shards(output, rows, scorer.fingerprint, about)
-        if metrics is not None:
-            write_json(live_fidelity(scorer, texts, transfer, output, work), metrics)
-        if runtime is not None:
-            seconds, timed = scorer.seconds(texts, queries)
-            prompts = read_cache(output, ["prompt_tokens"]).rows["prompt_tokens"].to_numpy()
-            tokens = int(np.sum(prompts))
-            write_json({"seconds": round(seconds, 3), "rows": len(prompts), "rows_timed": timed, "prompt_tokens": tokens}, runtime)
+def _described(context: Context, scorer: Scorer) -> dict[str, Any]:
+    """A context in the manifest; `tokens` are those that it adds to a prompt."""
+    probe = [Example(dict.fromkeys(scorer.tokens.task.fields, "some text"), completion="")]
+    behind, alone = (scorer.tokens.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
+    return {"context_id": context.context_id, "name": context.name, "tokens": len(behind.ids) - len(alone.ids)}
 
 
-def asked(contexts_file: Path, transfer_file: Path, task: Task) -> tuple[list[dict[str, Any]], list[Query], TransferSet]:
-    """What a capture asks: contexts as rows of `schema.CONTEXTS`, inputs without content, the transfer set.
+def _sizes(folder: Path, scorer: Scorer, keys: Sequence[str]) -> dict[str, Any]:
+    assert scorer.store is not None
+    total = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
+    positions = sum(len(row) for row in scorer.store.read(keys, ["tail_mass"])["tail_mass"])
+    figures = {"positions": positions, "bytes_per_row": total / len(keys), "bytes_per_position": total / positions}
+    return {name: round(value, DIGITS) for name, value in figures.items()}
 
-    A cache's rows are each context × (inputs without content, then the transfer set), in this order. Raises UsageError where an example
-    would be asked twice.
+
+def _fidelity(scorer: Scorer, contexts: Sequence[Context], examples: Sequence[Example], keys: Sequence[str]) -> dict[str, Any]:
+    """Figures of `cache.fidelity`, measured once for a request and kept beside the store's rows: measuring them loads the model.
+
+    Examples are taken one after the other, so that memory has the whole distributions of one.
     """
-    contexts = read_table(contexts_file, CONTEXTS).to_pylist()
-    transfer, free = TransferSet(transfer_file, task.fields), content_free_queries(task)
-    if not ExampleIds(query.example_id for query in Joined(free, transfer)).all_different:
-        raise UsageError(f"{transfer_file}: an example stands twice, or is one of task.content_free; run `dvc repro prepare`.")
-    return contexts, free, transfer
-
-
-def content_free_queries(task: Task) -> list[Query]:
-    """The task's inputs without content, each put into every field; none where answers are free text, which is not calibrated."""
-    if task.params.completion is not None:
-        return []
-    inputs = [dict.fromkeys(task.fields, text) for text in task.params.content_free]
-    return [Query(example_id(fields), fields) for fields in inputs]
+    assert scorer.store is not None
+    kept = scorer.store.folder / f"fidelity-{sha256_json(list(keys))[:32]}.json"
+    try:
+        return read_json(kept)
+    except (FileNotFoundError, CorruptError):
+        pass
+    order = sorted(range(len(examples)), key=lambda number: examples[number].example_id)
+    numbers = order[:: max(1, len(examples) // FIDELITY_ROWS)][:FIDELITY_ROWS]
+    chosen = [examples[number] for number in numbers]
+    has_context = any(context.context_id != NO_CONTEXT.context_id for context in contexts)
+    measured = Fidelity(scorer.cache.resolution_nats)
+    for place, context in enumerate(contexts[:FIDELITY_CONTEXTS]):
+        rows = scorer.store.read([keys[place * len(examples) + number] for number in numbers])
+        answers = rows["completion_ids"].to_pylist() if scorer.tokens.task.params.completion is not None else None
+        live = scorer.distributions(context, chosen, answers)
+        students = scorer.distributions(NO_CONTEXT, chosen, answers) if has_context else repeat(None)
+        for number, (distribution, student) in enumerate(zip(live, students, strict=False)):
+            measured.add(distribution, decode(rows.slice(number, 1), scorer.cache), student)
+    figures = {name: round(value, DIGITS) for name, value in measured.figures().items() if name != "positions"}
+    write_json({"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **figures}, kept)
+    return read_json(kept)

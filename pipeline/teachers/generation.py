@@ -1,8 +1,9 @@
-"""Answers in free text, written by a model behind a context: transformers' own `generate`, on queries of one length at a time.
+"""Answers in free text, written by a model: transformers' own `generate`, on prompts of one length at a time.
 
-Nothing is padded, so that any architecture is asked as its authors meant it. The context's keys and values are computed once and copied for
-the rows of a batch; a model that does not give the same answer that way (probed on the first row) reads whole prompts. Sampling is by the
-Gumbel-max trick with noise from each prompt's hash: a row's answer depends neither on its batch nor on a generator's state.
+Nothing is padded, so that any architecture is asked as its authors meant it. The keys and values of what all prompts begin with are
+computed once and copied for the rows of a batch; a model that does not give the same answer that way (probed on the first prompt) reads
+whole prompts. Sampling is by the Gumbel-max trick with noise from each prompt's hash: an answer depends neither on its batch nor on a
+generator's state.
 """
 
 import copy
@@ -16,12 +17,13 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from pipeline.files import sha256_ids, sha256_json
+from pipeline.files import sha256_json
 from pipeline.params import CompletionParams
+from pipeline.schema import Prompt
 
 LARGEST_BATCH = 32
 CACHE_BYTES = 512 << 20
-"""Keys and values of all rows of a batch, with their copies of the context's."""
+"""Keys and values of all rows of a batch, with their copies of the prefix."""
 
 
 class Generator:
@@ -34,47 +36,51 @@ class Generator:
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         ends = tokenizer.eos_token_id if ends is None else ends
         self.end_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self.shares_context: bool | None = None
-        """Whether a context's keys and values serve its queries; None before the first context."""
+        self.shares_prefix: bool | None = None
+        """Whether a prefix's keys and values serve the prompts behind it; None before the first one."""
+        self._held: tuple[tuple[int, ...], DynamicCache] | None = None
 
     @torch.inference_mode()
-    def answers(self, context: Sequence[int], queries: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Token ids of the answer to each query behind `context`, in order; at least one token each, at most `max_tokens`.
+    def answers(self, prompts: Sequence[Prompt], shared: Sequence[int] = ()) -> list[list[int]]:
+        """Token ids of the answer to each prompt, in order; at least one token each, at most `max_tokens`.
 
-        An answer ends with the token that completes a stop text or ends the model's text, which belongs to it.
+        All prompts begin with the ids `shared` and have more. An answer ends with the token that completes a stop text or ends the model's
+        text, which belongs to it.
         """
-        found: list[list[int]] = [[] for _ in queries]
+        found: list[list[int]] = [[] for _ in prompts]
         attention, habits = self.model.config._attn_implementation or "eager", self.model.generation_config
         self.model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
         self.model.generation_config = GenerationConfig()  # what `_write` leaves open is filled from here: a chat model's penalties, beams
         try:
-            prefix = self._prefix(context, queries[0]) if context and queries else None
-            order = sorted(range(len(queries)), key=lambda number: (len(queries[number]), list(queries[number])))
-            for length, group in groupby(order, key=lambda number: len(queries[number])):
+            prefix = self._prefix(tuple(shared), prompts[0]) if shared and prompts else None
+            order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), prompts[number].ids))
+            for length, group in groupby(order, key=lambda number: len(prompts[number].ids)):
                 numbers = list(group)
-                size = self._batch_size(len(context) + length + self.params.max_tokens)
+                size = self._batch_size(length + self.params.max_tokens)
                 for start in range(0, len(numbers), size):
                     batch = numbers[start : start + size]
-                    written = self._write([[*context, *queries[number]] for number in batch], prefix)
-                    for number, answer in zip(batch, written, strict=True):
+                    for number, answer in zip(batch, self._write([prompts[number] for number in batch], prefix), strict=True):
                         found[number] = answer
         finally:
             self.model.generation_config = habits
             self.model.set_attn_implementation(attention)
         return found
 
-    def _prefix(self, context: Sequence[int], query: Sequence[int]) -> DynamicCache | None:
-        """The context's keys and values, where the model answers the same behind them as behind the whole prompt."""
-        if self.shares_context is False:
+    def _prefix(self, shared: tuple[int, ...], prompt: Prompt) -> DynamicCache | None:
+        """The shared tokens' keys and values, if the model answers the same behind them as behind the whole prompt."""
+        if self.shares_prefix is False:
             return None
-        tokens = torch.tensor([list(context)], device=self.model.device)
-        cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).get("past_key_values")
-        if not isinstance(cache, DynamicCache):
-            self.shares_context = False
-        elif self.shares_context is None:
-            prompt = [[*context, *query]]
-            self.shares_context = self._write(prompt, cache) == self._write(prompt, None)
-        return cache if self.shares_context else None
+        if self._held is None or self._held[0] != shared:
+            self._held = None  # frees the old one before the new one is made
+            tokens = torch.tensor([shared], device=self.model.device)
+            cache = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).get("past_key_values")
+            if not isinstance(cache, DynamicCache):
+                self.shares_prefix = False
+                return None
+            if self.shares_prefix is None:
+                self.shares_prefix = self._write([prompt], cache) == self._write([prompt], None)
+            self._held = (shared, cache)
+        return self._held[1] if self.shares_prefix else None
 
     def _batch_size(self, tokens: int) -> int:
         config = self.model.config.get_text_config()
@@ -83,9 +89,9 @@ class Generator:
         row = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize * tokens
         return max(1, min(LARGEST_BATCH, CACHE_BYTES // row))
 
-    def _write(self, prompts: list[list[int]], prefix: DynamicCache | None) -> list[list[int]]:
-        """Answers to prompts of one length, which begin with what `prefix` holds."""
-        tokens = torch.tensor(prompts, device=self.model.device)
+    def _write(self, prompts: Sequence[Prompt], prefix: DynamicCache | None) -> list[list[int]]:
+        """Answers to prompts of one length, which begin with the tokens of `prefix`."""
+        tokens = torch.tensor([prompt.ids for prompt in prompts], device=self.model.device)
         settings = GenerationConfig(
             max_new_tokens=self.params.max_tokens,
             do_sample=False,
@@ -139,8 +145,8 @@ class _Ended(StoppingCriteria):
 class _Gumbel(LogitsProcessor):
     """Logits over the temperature plus Gumbel noise: the largest is a draw from the tempered distribution."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], params: CompletionParams) -> None:
-        seeds = [sha256_json([params.seed, sha256_ids(prompt)]) for prompt in prompts]
+    def __init__(self, prompts: Sequence[Prompt], params: CompletionParams) -> None:
+        seeds = [sha256_json([params.seed, prompt.prompt_sha]) for prompt in prompts]
         self.generators = [np.random.default_rng(int(seed[:16], 16)) for seed in seeds]
         self.temperature = params.temperature
 

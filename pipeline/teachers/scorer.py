@@ -1,240 +1,353 @@
 """Scores of (context, example) pairs through the store: what is there is read, what is missing is scored, nothing is scored twice.
 
-The teacher's stage, the baselines and the students' evaluation all ask here. The model is loaded only if a row is missing.
+The teacher's stage asks here, and so do baselines and the evaluation of students, these without a store. The model is loaded only if a row
+is missing. Contexts are taken one after the other, so that memory has one context's prompts.
 """
 
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import cycle, islice, pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 import torch
+import transformers
 
 from pipeline.cache.encodings import columns_of
-from pipeline.cache.fingerprint import Fingerprint, fingerprint_of
-from pipeline.cache.keys import Key, Request
 from pipeline.cache.store import Part, Store
-from pipeline.teachers.asked import Asked, Given, Query
-from pipeline.teachers.batches import plan_batches, token_budget
-from pipeline.teachers.choice import EngineChoice, choose_engine
-from pipeline.teachers.generation import Generator
-from pipeline.teachers.scores import Engine, Reading, Scores
-from pipeline.errors import CorruptError, UsageError
-from pipeline.files import read_sealed_json, write_sealed_json
-from pipeline.files import context_id, sha256_ids
-from pipeline.models.memory import give_back_memory
-from pipeline.models.loading import context_limit, load_model, load_tokenizer
-from pipeline.models.machine import DTYPES, default_device, fast_dtype, memory_bytes, use_machine
-from pipeline.models.rows import Completions
+from pipeline.errors import UsageError
+from pipeline.files import sha256_file
+from pipeline.models.folders import context_limit, load_model, load_tokenizer, tokenizer_sha256, weights_sha256
+from pipeline.models.machine import DTYPES, default_device, fast_dtype, give_back_memory, use_machine
 from pipeline.params import CacheParams
 from pipeline.progress import progress, rate
-from pipeline.schema import SCORES
+from pipeline.schema import NO_CONTEXT, SCHEMA_VERSION, SCORES, STORED, Context, Example, Prompt
 from pipeline.task import Task, TaskTokens
+from pipeline.teachers.engines import Engine, open_engine, plan_batches, shared_prefix
+from pipeline.teachers.generation import Generator
+from pipeline.teachers.scores import LABELS_ONLY, Scores
 
+ENGINE_VERSION = 3
+"""Raised when the engines' numbers change by more than rounding: old rows are then scored again."""
 ROWS_PER_PART = 256
 """Rows between two writes: what a kill costs at most."""
-Scored = tuple[Part, pa.Table, float]
-"""A part, its rows (`schema.SCORES`), and the seconds that scoring took."""
 PROBE_ROWS = 3
+KEPT_IDS = 4 << 20
+"""Token ids that are kept from looking at a request until it is scored, 36 bytes each; contexts beyond are tokenised twice."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One context of a request."""
+
+    context: Context
+    keys: list[str]
+    longest: int
+    """Tokens of its longest prompt."""
+    prompts: list[Prompt] | None
+    """None: to be made again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts of one context that are scored together."""
+
+    part: Part
+    prompts: list[Prompt]
+    shared: tuple[int, ...]
+    """What all of the context's prompts begin with."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rows of a job (`schema.STORED`), and the seconds that they took."""
+
+    part: Part
+    rows: pa.Table
+    seconds: float
+
+
+class Backend(Protocol):
+    """What runs the model: this process, or workers of Ray."""
+
+    def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:
+        """Be ready for work like `probe` (`engines.open_engine`), and report the engine: name, reason, token_budget, device."""
+        ...
+
+    def score(self, jobs: Iterable[Job]) -> Iterator[Scored]:
+        """Each job's rows, in any order."""
+        ...
+
+    def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
+        """Log-probabilities of the whole vocabulary at every answer position of a prompt, [P, V] float32."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what was started."""
+        ...
+
+
+class LocalBackend:
+    """The model in this process."""
+
+    def __init__(self, folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str) -> None:
+        self._folder, self._tokens, self._cache, self._dtype = folder, tokens, cache, dtype
+        self._engine: Engine | None = None
+        self._generator: Generator | None = None
+        self._longest = 0
+
+    def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:
+        """Load the model at the first call; choose its engine again if prompts are longer than any before."""
+        longest = max(len(prompt.ids) + len(prompt.answer or ()) for prompt in probe)
+        if self._engine is None or longest > self._longest:
+            if self._engine is None:
+                model = load_model(self._folder, DTYPES[self._dtype], default_device())
+            else:
+                model = self._engine.model
+                self._engine.close()
+            self._engine, self._longest = open_engine(model, self._tokens, self._cache, probe), longest
+            completion = self._tokens.task.params.completion
+            if completion is not None and completion.source == "generated":
+                self._generator = Generator(model, self._tokens.tokenizer, completion)
+        engine = self._engine
+        return {"name": engine.name, "reason": engine.reason, "token_budget": engine.token_budget, "device": str(engine.model.device)}
+
+    def score(self, jobs: Iterable[Job]) -> Iterator[Scored]:
+        """One job after the other."""
+        for job in jobs:
+            began = time.perf_counter()
+            rows = self._rows(job)
+            yield Scored(job.part, rows, time.perf_counter() - began)
+            give_back_memory()
+
+    def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
+        """See `Engine.distributions`."""
+        assert self._engine is not None
+        return self._engine.distributions([prompt], shared)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def _rows(self, job: Job) -> pa.Table:
+        """Answers in free text are written first, unless they are there."""
+        assert self._engine is not None
+        asked = job.prompts
+        if self._generator is not None:
+            answers = self._generator.answers(job.prompts, job.shared)
+            asked = [Prompt(prompt.ids, tuple(answer)) for prompt, answer in zip(job.prompts, answers, strict=True)]
+        return stored_rows(job.prompts, asked, self._engine.score(asked, job.shared))
 
 
 class Scorer:
-    """Scores a task's inputs with one model folder, in the number format `dtype` (`models.machine.DTYPES`) or the fast one for `auto`."""
+    """Scores a task's examples with one model folder, in the number format `dtype` (`models.machine.DTYPES`) or the fast one for `auto`.
+
+    Rows are kept in the store under `work` and not scored again; with `work=None` there is no store. With `on_ray`, `workers` of Ray load
+    and run the model (by default one for each GPU or machine), to the same bytes.
+    """
 
     def __init__(
-        self, model_folder: Path, task: Task, cache: CacheParams, work: Path, threads: int | None = None, dtype: str = "float32"
+        self,
+        model_folder: Path,
+        task: Task,
+        cache: CacheParams = LABELS_ONLY,
+        *,
+        work: Path | None,
+        threads: int | None = None,
+        dtype: str = "float32",
+        on_ray: bool = False,
+        workers: int | None = None,
     ) -> None:
         self.model_folder = model_folder
-        self.tokenizer = load_tokenizer(model_folder)
-        self.tokens = TaskTokens(task, self.tokenizer)
-        self.reading = Reading(self.tokens.completions, cache, task.reads_texts)
+        self.tokens = TaskTokens(task, load_tokenizer(model_folder))
+        self.cache = cache
         use_machine(threads)
-        self.device = default_device()
-        self.dtype = fast_dtype(self.device) if dtype == "auto" else dtype
-        self.fingerprint: Fingerprint = fingerprint_of(model_folder, self.tokens, cache, self.dtype, work / "hashes")
-        self.store = Store(work, self.fingerprint)
-        self._choice: EngineChoice | None = None
-        self._generator: Generator | None = None
+        self.dtype = fast_dtype(default_device()) if dtype == "auto" else dtype
+        self.identity = identity_of(model_folder, self.tokens, cache, self.dtype, None if work is None else work / "hashes")
+        self.store = None if work is None else Store(work, self.identity)
+        self.engine_report: dict[str, Any] | None = None
+        """The engine of this process' last work: name, reason, token_budget, device; None if nothing had to be scored."""
+        self.keys: list[str] = []
+        """The `prompt_sha` of each row of the last request, contexts outermost."""
+        self.backend: Backend
+        if on_ray:
+            from pipeline.teachers.ray import RayBackend, Setup
 
-    def score(self, contexts: Sequence[str], queries: Sequence[Query], title: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of `tables` as one: for label scores of as many rows as fit in memory."""
-        return pa.concat_tables(list(self.tables(contexts, queries, title, columns)))
+            self.backend = RayBackend(Setup(model_folder.resolve(), task, cache, self.identity), workers, threads)
+        else:
+            self.backend = LocalBackend(model_folder, self.tokens, cache, self.dtype)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.backend.close()
+
+    def score(self, contexts: Sequence[Context], examples: Sequence[Example], title: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of `tables` as one table."""
+        return pa.concat_tables(self.tables(contexts, examples, title, columns))
+
+    def label_scores(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> np.ndarray:
+        """Log-probabilities of the sorted labels, [C, N, L] float64 nats: not normalised over the labels."""
+        rows = self.score(contexts, examples, title, ["label_logprobs"])
+        return np.array(rows["label_logprobs"].to_pylist(), dtype=np.float64).reshape(len(contexts), len(examples), -1)
 
     def tables(
-        self, contexts: Sequence[str], queries: Sequence[Query], title: str, columns: Sequence[str] | None = None
+        self, contexts: Sequence[Context], examples: Sequence[Example], title: str, columns: Sequence[str] | None = None
     ) -> Iterator[pa.Table]:
-        """Rows for every context (rendered text) and query, contexts outermost, with the columns of `schema.SCORES` or some of them.
+        """Rows of `schema.SCORES`, or some of their columns, of every example behind every context: a table for each context.
 
-        What is missing is scored at the call; the rows are then read block by block, so that memory holds a block of them at most. No query
-        may stand there twice. Raises UsageError where a prompt is longer than the model takes.
+        What is missing is scored at the call. Raises UsageError if a prompt is longer than the model takes, or an example cannot be told
+        from the template's control tokens.
         """
-        prefixes = {context_id(text): self.tokens.prefix_ids(text) for text in contexts}
-        asked = Asked(self.tokens, prefixes, queries)
-        self._check_lengths(asked)
-        request = Request(list(prefixes), asked.examples)
-        with self.store.lock():
-            self._score_missing(request, asked, title)
-        return self.store.read(request, columns)
+        names = list(SCORES.names if columns is None else columns)
+        asked = self._asked(contexts, examples)
+        keys = self.keys = [key for own in asked for key in own.keys]
+        if self.store is not None:
+            with self.store.lock():
+                for scored in self._score(asked, examples, self.store.missing(keys), title):
+                    self.store.write(scored.part, scored.rows, scored.seconds, self.engine_report or {})
+            read = self.store.read
+        else:
+            rows = pa.concat_tables([STORED.empty_table(), *(one.rows for one in self._score(asked, examples, keys, title))])
+            place = {key: number for number, key in enumerate(rows["prompt_sha"].to_pylist())}
+            read = lambda keys, columns: rows.select(columns).take([place[key] for key in keys])  # noqa: E731
+        stored = [name for name in names if name in STORED.names]
+        return (_with_keys(own.context, examples, read(own.keys, stored), names) for own in asked)
 
-    def _score_missing(self, request: Request, asked: Asked, title: str) -> None:
-        missing = int(self.store.missing(request).sum())
+    def distributions(
+        self, context: Context, examples: Sequence[Example], answers: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """For each example, log-probabilities of the whole vocabulary at every answer position, [P, V] float32: computed, not read.
+
+        `answers` are token ids of each example's answer; None if answers are labels, which have one position.
+        """
+        prompts = self.tokens.prompts(context, examples)
+        if answers is not None:
+            prompts = [Prompt(prompt.ids, tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        self.backend.open(self._spread(prompts))
+        # without a context nothing is shared, so that a context that is held stays so
+        shared = shared_prefix(prompts) if context.context_id != NO_CONTEXT.context_id else ()
+        return (self.backend.distributions(prompt, shared) for prompt in prompts)
+
+    def _asked(self, contexts: Sequence[Context], examples: Sequence[Example]) -> list[_Asked]:
+        """A request, after everything that may be wrong with its prompts was looked at."""
+        for example in examples:
+            if fault := self.tokens.fault_of(example):
+                raise UsageError(f"{_origin(example)} {fault}. Leave it out, or write the template without them.")
+        limit, room, asked = context_limit(self.model_folder), KEPT_IDS, []
+        for context in contexts:
+            prompts = self.tokens.prompts(context, examples)
+            for example, prompt in zip(examples, prompts, strict=True):
+                needed = self.tokens_of(prompt) - 1  # an answer's last token is not read
+                if limit is not None and needed > limit:
+                    raise UsageError(
+                        f"{_origin(example)} makes a prompt of {len(prompt.ids):,} tokens behind context {context.name!r}, {needed:,} with "
+                        f"the answer, and {self.model_folder} takes {limit:,}. Use fewer or shorter demonstrations "
+                        "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
+                    )
+            room -= sum(map(self.tokens_of, prompts))
+            longest = max(map(self.tokens_of, prompts), default=0)
+            asked.append(_Asked(context, [prompt.prompt_sha for prompt in prompts], longest, prompts if room >= 0 else None))
+        return asked
+
+    def _score(self, asked: Sequence[_Asked], examples: Sequence[Example], keys: Sequence[str], title: str) -> Iterator[Scored]:
+        """Score the prompts with these keys, each once, and report progress."""
+        missing, count = set(keys), sum(len(own.keys) for own in asked)
         if not missing:
-            if self._engine_fault():
-                self._load(asked)  # the same probe, so the same report
             return
-        scored = self._scored(request, asked)
-        held = len(request) - missing
-        cached = f", {held:,} of {len(request):,} rows ({held / len(request):.0%}) were in the store" if held else ""
+        longest = max(asked, key=lambda own: own.longest)
+        self.engine_report = self.backend.open(self._spread(longest.prompts or self.tokens.prompts(longest.context, examples)))
+        cached = f", {count - len(missing):,} of {count:,} rows were in the store" if count > len(missing) else ""
         tokens, started = 0, time.monotonic()
-        with progress(title, missing, "rows") as meter:
-            for part, rows, seconds in scored:
-                self.store.write(part, rows, seconds)
-                give_back_memory()
-                tokens += sum(asked.lengths_of([example for _, example in part.keys]))
-                if not self.reading.texts:
-                    tokens += len(rows["completion_ids"].combine_chunks().flatten())
-                meter.advance(len(part.keys), f"{rate(tokens, time.monotonic() - started):,.0f} tokens/s{cached}")
+        with progress(title, len(missing), "rows") as meter:
+            for scored in self.backend.score(self._jobs(asked, examples, missing, self.engine_report["token_budget"])):
+                yield scored
+                tokens += sum(scored.rows["prompt_tokens"].to_pylist())
+                meter.advance(len(scored.rows), f"{rate(tokens, time.monotonic() - started):,.0f} prompt tokens/s{cached}")
 
-    def _scored(self, request: Request, asked: Asked) -> Iterator[Scored]:
-        """The parts that the store lacks, scored one after the other; the model is loaded at the call."""
-        engine = self._load(asked).engine
-        return (self._score(engine, part, asked) for part in self._parts(request, asked, engine.token_budget))
+    def _jobs(self, asked: Sequence[_Asked], examples: Sequence[Example], missing: set[str], token_budget: int) -> Iterator[Job]:
+        left = set(missing)
+        for own in asked:
+            if left.isdisjoint(own.keys):
+                continue
+            prompts = own.prompts or self.tokens.prompts(own.context, examples)
+            by_key = {prompt.prompt_sha: prompt for prompt in prompts if prompt.prompt_sha in left}
+            left.difference_update(by_key)
+            shared = shared_prefix(prompts)
 
-    def _parts(self, request: Request, asked: Asked, token_budget: int) -> Iterator[Part]:
-        return self.store.parts(request, lambda keys: _divide(keys, asked, token_budget))
+            def divide(keys: list[str], by_key: Mapping[str, Prompt] = by_key, start: int = len(shared)) -> list[list[str]]:
+                rows = sorted((self.tokens_of(by_key[key]) - start, key) for key in keys)
+                return _divide([key for _, key in rows], [length for length, _ in rows], token_budget)
 
-    def _score(self, engine: Engine, part: Part, asked: Given) -> Scored:
-        began = time.perf_counter()
-        rows = _score_part(engine, part, asked, self._generator)
-        return part, rows, time.perf_counter() - began
+            keys = list(by_key)
+            parts = (Part("", tuple(part)) for part in divide(keys)) if self.store is None else self.store.parts(keys, divide)
+            for part in parts:
+                yield Job(part, [by_key[key] for key in part.keys], shared)
 
-    def seconds(self, contexts: Sequence[str], queries: Sequence[Query]) -> tuple[float, int]:
-        """Seconds that scoring these rows took, in this run or an earlier one, and how many of the rows they cover.
+    def tokens_of(self, prompt: Prompt) -> int:
+        """Tokens of a prompt with its answer, or with the longest one that it may get."""
+        return len(prompt.ids) + (self.tokens.longest_answer if prompt.answer is None else len(prompt.answer))
 
-        Model work alone: loading the model and choosing the engine are not counted. Rows of a store from before times were kept have none.
-        """
-        return self.store.seconds(Request([context_id(text) for text in contexts], (query.example_id for query in queries)))
-
-    def distributions(self, context: str, queries: Sequence[Query], answers: Completions | None) -> torch.Tensor:
-        """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32: computed now, not read from the store.
-
-        `answers` are token ids of each query's own answer; None where answers are labels, which have one position.
-        """
-        prefix = self.tokens.prefix_ids(context)
-        asked = Asked(self.tokens, {context_id(context): prefix}, queries)
-        return self._full(asked, prefix, asked.rows(asked.examples)[0], answers)
-
-    def _full(self, probe: Given, prefix: Sequence[int], queries: list[list[int]], answers: Completions | None) -> torch.Tensor:
-        engine = self._load(probe).engine
-        kept, engine.reading = engine.reading, replace(engine.reading, cache=CacheParams(encoding="full", resolution_nats=None))
-        try:
-            return engine.score(prefix, queries, answers).encoded.full_logprobs.cpu()
-        finally:
-            engine.reading = kept
-
-    @property
-    def engine_report(self) -> dict[str, str]:
-        """Which engine scored this store's rows, and why it was chosen."""
-        return read_sealed_json(self.store.folder / "engine.json")
-
-    def _engine_fault(self) -> bool:
-        """Whether nothing, or nothing that can be relied on, says which engine scored this store's rows."""
-        try:
-            return not self.engine_report
-        except FileNotFoundError:
-            return True
-        except CorruptError as error:
-            print(f"{error} Nothing need be done: the engine is chosen again.", file=sys.stderr)
-            return True
-
-    def _check_lengths(self, asked: Asked) -> None:
-        limit = context_limit(self.model_folder)
-        branch = 0 if self.reading.texts else self.tokens.longest_answer - 1
-        place = asked.longest()
-        longest, tokens = asked.examples[place], int(asked.lengths[place])
-        for context, prefix in asked.prefixes.items():
-            needed = len(prefix) + tokens + branch
-            if limit is not None and needed > limit:
-                raise UsageError(
-                    f"context {context[:12]} has {len(prefix)} tokens and example {longest[:12]} {tokens}: together with the "
-                    f"answer {needed}, and {self.model_folder} takes {limit}. Use fewer or shorter demonstrations "
-                    "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
-                )
-
-    def _load(self, asked: Given) -> EngineChoice:
-        """The engine; the model is loaded and probed at the first call, under its longest context, with its longest query and answer.
-
-        What depends on length (a sliding window) shows there, and not in the middle of the work.
-        """
-        if self._choice is None:
-            model = load_model(self.model_folder, DTYPES[self.dtype], self.device)
-            completion = self.tokens.task.params.completion
-            budget = token_budget(model, memory_bytes(self.device))
-            context = max(asked.prefixes.values(), key=lambda prefix: (len(prefix), prefix))
-            queries, own = asked.rows(asked.spread(PROBE_ROWS))
-            answers = None
-            if completion is not None:
-                if completion.source == "generated":
-                    self._generator = Generator(model, self.tokenizer, completion)
-                any_text = [list(islice(cycle(query), self.tokens.longest_answer)) for query in queries]  # does to compare
-                answers = own if self.reading.texts else any_text
-            self._choice = choose_engine(model, self.reading, budget, context, queries, answers)
-            report = {"name": self._choice.engine.name, "why": self._choice.reason, "token_budget": budget, "device": str(model.device)}
-            self._note_engine(report)
-        return self._choice
-
-    def _note_engine(self, report: dict[str, Any]) -> None:
-        if self._engine_fault():
-            write_sealed_json(report, self.store.folder / "engine.json")
+    def _spread(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """A few prompts, from the shortest to the longest, whatever their order."""
+        order = sorted(prompts, key=lambda prompt: (self.tokens_of(prompt), prompt.prompt_sha))
+        return [order[round(number * (len(order) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
 
 
-def _score_part(engine: Engine, part: Part, asked: Given, generator: Generator | None) -> pa.Table:
-    """The rows of a part, which lies in one context. Answers in free text are written first, unless they are there."""
-    context = part.keys[0][0]
-    examples = [example for _, example in part.keys]
-    prefix, (queries, answers) = asked.prefixes[context], asked.rows(examples)
-    if generator is not None:
-        answers = generator.answers(prefix, queries)
-    seen = queries
-    if engine.reading.texts and answers is not None:
-        seen = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)]
-    return _rows(context, examples, prefix, seen, answers, engine.score(prefix, queries, answers))
+def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str, remembered: Path | None = None) -> dict[str, Any]:
+    """All that decides a row's numbers except its prompt, as JSON; hashes of large files may be `remembered` in a folder."""
+    identity = {
+        "weights": weights_sha256(folder, remembered),
+        "dtype": dtype,
+        "cache": cache.model_dump(mode="json"),
+        "completions": tokens.completions,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "engine_version": ENGINE_VERSION,
+        "schema_version": SCHEMA_VERSION,
+    }
+    completion, settings = tokens.task.params.completion, folder / "generation_config.json"
+    if completion is not None and completion.source == "generated":  # what ends an answer, and how it is read as text
+        generation = sha256_file(settings) if settings.is_file() else None
+        identity |= {"completion": tokens.task.params.answering, "generation_config": generation, "tokenizer": tokenizer_sha256(folder)}
+    return identity
 
 
-def _divide(missing: list[Key], asked: Asked, budget: int) -> list[list[Key]]:
-    """Missing rows as parts: one context each, whole batches of rows of like length."""
-    parts: list[list[Key]] = []
-    for context in dict.fromkeys(context for context, _ in missing):
-        examples = [example for other, example in missing if other == context]
-        rows = sorted(zip(asked.lengths_of(examples), examples, strict=True))
-        parts.append([])
-        for batch in plan_batches([length for length, _ in rows], budget):
-            if len(parts[-1]) >= ROWS_PER_PART:
-                parts.append([])
-            parts[-1] += [(context, rows[row][1]) for row in batch]
+def _origin(example: Example) -> str:
+    return f"the input on line {example.line} of {example.source}" if example.source else f"example {example.example_id[:12]}"
+
+
+def _divide(keys: list[str], lengths: list[int], token_budget: int) -> list[list[str]]:
+    """Keys of one context in rising order of length as parts: whole batches."""
+    parts: list[list[str]] = [[]]
+    for batch in plan_batches(lengths, token_budget):
+        if len(parts[-1]) >= ROWS_PER_PART:
+            parts.append([])
+        parts[-1] += [keys[row] for row in batch]
     return parts
 
 
-def _rows(
-    context: str, examples: list[str], prefix: Sequence[int], queries: list[list[int]], answers: Completions | None, scores: Scores
-) -> pa.Table:
-    """Scores as rows of `schema.SCORES`; `queries` are what the teacher saw behind the context."""
+def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scores) -> pa.Table:
+    """Scores as rows of `schema.STORED`; `asked` are the prompts with the answers that were scored, their own or written ones."""
     ends = np.concatenate([[0], scores.positions.cumsum(0).numpy()])
     logprobs = scores.completion_logprobs.cpu().numpy()
     columns: dict[str, Any] = {
-        "context_id": [context] * len(examples),
-        "example_id": examples,
-        "prompt_sha": [sha256_ids([*prefix, *query]) for query in queries],
-        "prompt_tokens": [len(prefix) + len(query) for query in queries],
+        "prompt_sha": [prompt.prompt_sha for prompt in prompts],
+        "prompt_tokens": [len(prompt.ids) + len(prompt.answer or ()) for prompt in prompts],
         "label_logprobs": list(scores.label_logprobs.cpu().numpy()),
-        "completion_ids": [[]] * len(examples) if answers is None else list(map(list, answers)),
+        "completion_ids": [list(prompt.answer or ()) for prompt in asked],
         "completion_logprobs": [logprobs[start:end] for start, end in pairwise(ends)],
     }
     columns |= columns_of(scores.encoded, scores.positions.numpy())
-    arrays = {name: value if isinstance(value, pa.Array) else pa.array(value, SCORES.field(name).type) for name, value in columns.items()}
-    return pa.table([arrays[name] for name in SCORES.names], schema=SCORES)
+    arrays = {name: value if isinstance(value, pa.Array) else pa.array(value, STORED.field(name).type) for name, value in columns.items()}
+    return pa.table([arrays[name] for name in STORED.names], schema=STORED)
+
+
+def _with_keys(context: Context, examples: Sequence[Example], rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Stored rows with the keys of `schema.SCORES` in front."""
+    own = {"context_id": [context.context_id] * len(rows), "example_id": [example.example_id for example in examples]}
+    schema = pa.schema([SCORES.field(name) for name in names])
+    return pa.table([pa.array(own[name], pa.string()) if name in own else rows[name] for name in names], schema=schema)

@@ -1,30 +1,30 @@
 """What an engine is asked and what it returns: the one place where logits become log-probabilities."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.encodings import Encoded, encode
-from pipeline.files import sha256_ids
+from pipeline.cache.encodings import DRAWN, Encoded, encode
 from pipeline.models.rows import Completions, Row, rows_of
 from pipeline.params import CacheParams
+from pipeline.schema import Prompt
 
-LABELS_ALONE = CacheParams(encoding="top_k", top_k=1)
+LABELS_ONLY = CacheParams(encoding="top_k", top_k=1)
 """The least that is kept: for callers who want the labels' log-probabilities and no more."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of N queries: L labels at one answer position each, or free answers of one position a token; P positions in all."""
+    """Scores of N prompts: L labels at one answer position each, or an own answer with a position for each token; P positions in all."""
 
     label_logprobs: Tensor  # [N, L] float32 nats, summed over a verbaliser's tokens; L is 0 for free answers
-    positions: Tensor  # [N] int64, each row's answer positions
+    positions: Tensor  # [N] int64, answer positions of each prompt
     completion_logprobs: Tensor  # [P] float32 nats, of free answers' tokens; empty for labels
-    encoded: Encoded  # of all rows' positions, one after the other
+    encoded: Encoded  # of all positions, one prompt's after the other's
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
@@ -50,53 +50,34 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read at each row: log-probabilities of all labels, or of the row's own answer; and what is kept of distributions."""
+    """What is read of each prompt: log-probabilities of all labels, or of the prompt's own answer; and what is kept of distributions."""
 
     labels: Completions = ()
-    """Empty where each row has an answer of its own."""
-    cache: CacheParams = field(default=LABELS_ALONE)
-    texts: bool = False
-    """Whether rows' answers are texts that begin alike, so that it is the answer that tells one row from another."""
+    """Token ids of the verbalisers; empty if each prompt has an answer of its own."""
+    cache: CacheParams = LABELS_ONLY
 
-    def rows(self, queries: Sequence[Sequence[int]], answers: Completions | None) -> list[Row]:
-        """Queries with the branches that continue them, as `models.rows.rows_of` lays them."""
-        if answers is None:
-            return rows_of(queries, self.labels)
-        return [row for query, answer in zip(queries, answers, strict=True) for row in rows_of([query], [answer])]
+    def row(self, prompt: Prompt, start: int = 0) -> Row:
+        """A prompt without its first `start` tokens, with the branches that continue it."""
+        return rows_of([prompt.ids[start:]], self.labels if prompt.answer is None else [prompt.answer])[0]
 
-    def uniforms(self, context: Sequence[int], queries: Sequence[Sequence[int]], answers: Completions | None) -> list[np.ndarray]:
-        """For each row, the random numbers of its positions, from the hash of its prompt, or of the text that it is."""
-        counts = [1] * len(queries) if answers is None else list(map(len, answers))
-        if self.cache.encoding not in {"sampled", "hybrid"}:
-            return [np.zeros(count) for count in counts]
-        read = [[*query, *answer] for query, answer in zip(queries, answers, strict=True)] if self.texts and answers else queries
-        seeds = [int(sha256_ids([*context, *ids])[:16], 16) for ids in read]
-        return [np.random.default_rng(seed).random(count) for seed, count in zip(seeds, counts, strict=True)]
+    def uniforms(self, prompt: Prompt) -> np.ndarray:
+        """The random numbers of a prompt's positions, from its hash; zeros if nothing is drawn."""
+        count = 1 if prompt.answer is None else len(prompt.answer)
+        return np.random.default_rng(int(prompt.prompt_sha[:16], 16)).random(count) if self.cache.encoding in DRAWN else np.zeros(count)
 
 
-class Engine(Protocol):
-    """Scores queries under one context after another."""
+def read_scores(logits: Tensor, reading: Reading, prompts: Sequence[Prompt], hidden: Tensor | None = None) -> Scores:
+    """Scores from the logits of the prompts' rows: for each its answer position, then every branch token, [Σ(1 + branch tokens), V].
 
-    name: str
-    token_budget: int
-    reading: Reading
-
-    def score(self, context: Sequence[int], queries: Sequence[Sequence[int]], answers: Completions | None = None) -> Scores:
-        """Scores of `queries`, each behind `context`, in order; `answers` are the rows' own, of one token or more."""
-        ...
-
-
-def read_scores(
-    logits: Tensor, reading: Reading, answers: Completions | None, uniforms: Sequence[np.ndarray], hidden: Tensor | None = None
-) -> Scores:
-    """Scores from the logits of `reading.rows(...)`: for each row its answer position, then every branch token, [Σ(1 + branch tokens), V].
-
-    `hidden` [the same, D] are the kept layers' outputs there. For labels the answer position alone is kept; for a row's own answer all are.
+    `hidden` [the same, D] are the kept layers' outputs there. For labels the answer position alone is kept; for own answers all are. Either
+    all prompts have an answer, or none has.
     """
     logits = logits.float()
-    if answers is None:
+    uniforms = torch.from_numpy(np.concatenate([reading.uniforms(prompt) for prompt in prompts]))
+    answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
+    if not answers:
         return _label_scores(logits, reading, uniforms, hidden)
-    encoded = encode(logits, reading.cache, torch.from_numpy(np.concatenate(uniforms)), hidden)
+    encoded = encode(logits, reading.cache, uniforms, hidden)
     tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)
     return Scores(
         label_logprobs=logits.new_zeros(len(answers), 0),
@@ -106,7 +87,7 @@ def read_scores(
     )
 
 
-def _label_scores(logits: Tensor, reading: Reading, uniforms: Sequence[np.ndarray], hidden: Tensor | None) -> Scores:
+def _label_scores(logits: Tensor, reading: Reading, uniforms: Tensor, hidden: Tensor | None) -> Scores:
     per_row = 1 + sum(len(ids) - 1 for ids in reading.labels)
     logits = logits.reshape(-1, per_row, logits.shape[-1])
     log_z = logits.logsumexp(-1)  # [N, per_row]
@@ -122,5 +103,5 @@ def _label_scores(logits: Tensor, reading: Reading, uniforms: Sequence[np.ndarra
         label_logprobs=torch.stack(columns, -1),
         positions=torch.ones(len(logits), dtype=torch.long),
         completion_logprobs=logits.new_zeros(0),
-        encoded=encode(logits[:, 0], reading.cache, torch.from_numpy(np.concatenate(uniforms)), at_answers),
+        encoded=encode(logits[:, 0], reading.cache, uniforms, at_answers),
     )

@@ -9,28 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_rows import ENCODINGS, params_of, random_logits, table_of
 
-from pipeline.cache.distributions import check_retained, decode, fit_vocabulary, hidden_states
+from pipeline.cache.distributions import check_retained, decode, fit_vocabulary
 from pipeline.cache.encodings import columns_of, encode, temperatures
 from pipeline.errors import MismatchError, UsageError
-from pipeline.params import CacheParams
-
-ENCODINGS = ["top_k", "top_k_tail", "sampled", "hybrid", "full"]
-
-
-def random_logits(positions=6, vocabulary=40, scale=3.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(positions, vocabulary, generator=generator) * scale
-
-
-def table_of(logits, params, uniforms=None, lengths=None, hidden=None):
-    uniforms = torch.full((len(logits),), 0.3) if uniforms is None else uniforms
-    lengths = np.ones(len(logits), dtype=int) if lengths is None else np.array(lengths)
-    return pa.table(columns_of(encode(logits, params, uniforms, hidden), lengths))
-
-
-def params_of(encoding, **changes):
-    return CacheParams(**{"encoding": encoding, "top_k": 5, "samples": 4, "resolution_nats": None, **changes})
 
 
 def tempered(logits, temperature):
@@ -176,12 +159,12 @@ def test_an_encoding_of_many_positions_is_that_of_each(monkeypatch):
         assert torch.equal(getattr(whole, field.name), getattr(chunked, field.name)), field.name
 
 
-def test_hidden_states_come_back_in_half_precision():
+def test_hidden_states_are_kept_in_half_precision():
     logits = random_logits(3)
-    params = params_of("top_k")
     states = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(hidden_states(table_of(logits, params, hidden=states)), states.half())
-    assert hidden_states(table_of(logits, params)).shape == (3, 0)
+    kept = table_of(logits, params_of("top_k"), hidden=states)["hidden_states"]
+    assert kept.to_pylist() == [[row] for row in states.half().tolist()]
+    assert table_of(logits, params_of("top_k"))["hidden_states"].to_pylist() == [[[]]] * 3
 
 
 def test_a_temperature_that_is_not_stored_is_refused_with_those_that_are():

@@ -2,11 +2,41 @@
 
 import pytest
 import torch
-from test_cache_distributions import ENCODINGS, params_of, random_logits, table_of
+from score_rows import ENCODINGS, params_of, random_logits, table_of
 
 from pipeline.cache.distributions import decode
-from pipeline.cache.fidelity import fidelity
-from pipeline.students.objectives.vocabulary import divergence_nats
+from pipeline.cache.fidelity import Fidelity
+
+
+def fidelity(full, cached, student=None, resolution=None):
+    """The figures of positions that are added at once."""
+    whole = Fidelity(resolution)
+    whole.add(full, cached, student)
+    return whole.figures()
+
+
+def cached_kl(cached, logits):
+    """KL(p ‖ q) of each position as a loss on the cache sees it, by the definition: entry by entry, [P] with gradient."""
+    values = []
+    for row, log_q in enumerate(logits.double().log_softmax(-1)):
+        total, kept = log_q.new_zeros(()), []
+        for token, log_p in zip(cached.ids[row].tolist(), cached.log_probabilities[row].double(), strict=True):
+            if log_p > -torch.inf:
+                kept.append(token)
+                total = total + log_p.exp() * (log_p - log_q[token])
+        for token, log_p, weight in zip(
+            cached.sampled_ids[row].tolist(),
+            cached.sampled_log_probabilities[row].double(),
+            cached.sampled_weights[row].double(),
+            strict=True,
+        ):
+            if weight > 0:
+                total = total + weight * (log_p - log_q[token])
+        if (rest := cached.rest[row].double()) > 0:
+            outside = [token for token in range(len(log_q)) if token not in kept]
+            total = total + rest * (rest.log() - log_q[outside].logsumexp(-1))
+        values.append(total)
+    return torch.stack(values)
 
 
 def measured(encoding, resolution=None, positions=200, student=True, **changes):
@@ -31,7 +61,7 @@ def test_what_is_lost_is_what_the_student_s_loss_does_not_see(encoding):
     figures, teacher, cached, logits = measured(encoding)
     p, q = teacher.double().log_softmax(-1), logits.double().log_softmax(-1)
     whole = (p.exp() * (p - q)).sum(-1)
-    seen = divergence_nats("kl", cached, logits)
+    seen = cached_kl(cached, logits)
     assert figures["truncation_nats"] == pytest.approx(float((whole - seen).mean()), abs=1e-4)
     assert figures["student_kl_nats"] == pytest.approx(float(whole.mean()), abs=1e-4)
 
@@ -40,7 +70,7 @@ def test_what_is_lost_is_what_the_student_s_loss_does_not_see(encoding):
 def test_the_cosine_is_that_of_the_losses_gradients(encoding):
     figures, teacher, cached, logits = measured(encoding)
     leaf = logits.double().requires_grad_()
-    (gradient,) = torch.autograd.grad(divergence_nats("kl", cached, leaf).sum(), leaf)
+    (gradient,) = torch.autograd.grad(cached_kl(cached, leaf).sum(), leaf)
     true = logits.double().softmax(-1) - teacher.double().softmax(-1)
     assert figures["gradient_cosine"] == pytest.approx(float(torch.cosine_similarity(gradient.flatten(), true.flatten(), dim=0)), abs=1e-5)
     assert figures["gradient_cosine_mean"] == pytest.approx(float(torch.cosine_similarity(gradient, true).mean()), abs=1e-5)
@@ -82,3 +112,12 @@ def test_retained_mass_is_that_of_the_kept_entries():
     assert figures["retained_mass"] == pytest.approx(float(mass.mean()), abs=1e-5)
     assert figures["retained_mass_least"] == pytest.approx(float(mass.min()), abs=1e-5)
     assert figures["retained_mass_worst_percent"] == pytest.approx(float(mass.quantile(0.01)), abs=1e-5)
+
+
+def test_figures_of_pieces_are_those_of_the_whole():
+    figures, teacher, cached, logits = measured("hybrid", 1 / 4)
+    measured_in_pieces = Fidelity(1 / 4)
+    for start, end in ((0, 1), (1, 130), (130, 200)):
+        part = slice(start, end)
+        measured_in_pieces.add(teacher.log_softmax(-1)[part], cached.take(part), logits[part])
+    assert measured_in_pieces.figures() == pytest.approx(figures, rel=1e-9)

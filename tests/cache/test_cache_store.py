@@ -1,176 +1,222 @@
-"""The row store: nothing is scored twice, a killed run ends with the bytes of an unbroken one."""
+"""The store: nothing is scored twice, a killed run ends with the bytes of an unbroken one, damage is found and scored again."""
 
-import hashlib
-from pathlib import Path
+import threading
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from score_rows import IDENTITY, bytes_of, capture, divide, flip, keys, score, stored
 
-from pipeline.teachers import scorer as scorer_module
-from pipeline.teachers.scorer import Query, Scorer
-from pipeline.errors import MismatchError, ShotlessError, UsageError
-from pipeline.files import example_id
-from pipeline.params import CacheParams, TaskParams
-from pipeline.task import Task
-
-CONTEXTS = ["", "Review: a warm film\nSentiment: positive\n\n"]
-TASK = Task(TaskParams(template="Review: {text}\nSentiment:", verbalisers={"negative": " negative", "positive": " positive"}))
+from pipeline.cache.store import Part, Store, stores
+from pipeline.errors import ShotlessError
+from pipeline.schema import STORED
 
 
 class Killed(BaseException):
     """Not an Exception: nothing in the project may catch it."""
 
 
-def queries(count):
-    texts = [f"text number {number} " + "good " * (number % 7) for number in range(count)]
-    return [Query(example_id({"text": text}), {"text": text}) for text in texts]
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(scorer_module, "ROWS_PER_PART", 4)
-    monkeypatch.setattr("pipeline.teachers.batches.LARGEST_BUDGET", 64)
-
-
-@pytest.fixture
-def make_scorer(model_folder, tmp_path):
-    def make(work="work", **model):
-        return Scorer(model_folder("llama", **model), TASK, CacheParams(top_k=4), tmp_path / work)
-
-    return make
-
-
-def bytes_of(folder: Path):
-    return {file.relative_to(folder): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.parquet"))}
-
-
-def count_scored(monkeypatch, scorer):
-    """Count the rows that reach an engine."""
-    scored = []
-    original = scorer_module._score_part
-
-    def counting(engine, part, prefixes, ids):
-        scored.extend(part.keys)
-        return original(engine, part, prefixes, ids)
-
-    monkeypatch.setattr(scorer_module, "_score_part", counting)
-    return scored
-
-
-def test_rows_come_back_in_the_order_asked_for(make_scorer):
-    asked = queries(9)
-    table = make_scorer().score(CONTEXTS, asked, "test")
-    assert table["example_id"].to_pylist() == [query.example_id for query in asked] * 2
-    assert len(set(table["context_id"].to_pylist()[:9])) == 1
-
-
-def test_a_second_request_scores_nothing_and_needs_no_model(make_scorer, monkeypatch):
-    first = make_scorer().score(CONTEXTS, queries(9), "test")
-    monkeypatch.setattr(scorer_module, "load_model", None)
-    assert make_scorer().score(CONTEXTS, queries(9), "test").equals(first)
-
-
-def test_more_examples_score_only_those(make_scorer, monkeypatch):
-    scorer = make_scorer()
-    before = scorer.score(CONTEXTS, queries(6), "test")
-    scored = count_scored(monkeypatch, scorer)
-    after = scorer.score(CONTEXTS, queries(9), "test")
-    assert len(scored) == 2 * 3
-    kept = [row for row in after.to_pylist() if row["example_id"] in set(before["example_id"].to_pylist())]
-    assert pa.Table.from_pylist(kept, schema=before.schema).equals(before)
-
-
-def test_one_more_context_scores_only_that(make_scorer, monkeypatch):
-    scorer = make_scorer()
-    scorer.score(CONTEXTS[:1], queries(6), "test")
-    scored = count_scored(monkeypatch, scorer)
-    scorer.score(CONTEXTS, queries(6), "test")
-    assert len(scored) == 6
-
-
-@pytest.mark.parametrize("killed_at", [0, 1, 3])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(make_scorer, tmp_path, monkeypatch, killed_at):
-    unbroken = make_scorer("unbroken").score(CONTEXTS, queries(11), "test")
-    original, calls = scorer_module._score_part, []
-
-    def dying(*args):
-        if len(calls) == killed_at:
+def dying(at):
+    def before(number):
+        if number == at:
             raise Killed
-        calls.append(args)
-        return original(*args)
 
-    monkeypatch.setattr(scorer_module, "_score_part", dying)
+    return before
+
+
+def test_rows_come_back_in_the_order_asked_for_repeats_included(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(10))
+    asked = [*reversed(keys(10)), keys(10)[4]]
+    found = store.read(asked)
+    assert found["prompt_sha"].to_pylist() == asked
+    part_of = {key: part for part in divide(keys(10)) for key in part}
+    for row, key in enumerate(asked):
+        own = stored(part_of[key], part_of[key])
+        assert found.slice(row, 1).equals(own.slice(part_of[key].index(key), 1))
+    assert Store(tmp_path, IDENTITY).read(asked, ["prompt_tokens"]).to_pydict() == {"prompt_tokens": found["prompt_tokens"].to_pylist()}
+    assert len(store.read([])) == 0
+
+
+def test_missing_prompts_are_named_once_each_in_their_order(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(4))
+    with store.lock():
+        asked = [*keys(3, first=5), *keys(6), keys(1, first=7)[0]]
+        assert store.missing(asked) == [*keys(3, first=5), keys(1, first=4)[0]]
+
+
+def test_what_was_scored_is_never_scored_again(tmp_path):
+    assert sorted(score(Store(tmp_path, IDENTITY), keys(7))) == sorted(keys(7))
+    assert score(Store(tmp_path, IDENTITY), keys(7)) == []
+    assert sorted(score(Store(tmp_path, IDENTITY), keys(9))) == sorted(keys(2, first=7))
+
+
+@pytest.mark.parametrize("part", IDENTITY)
+def test_another_identity_does_not_find_the_rows(tmp_path, part):
+    score(Store(tmp_path, IDENTITY), keys(3))
+    other = Store(tmp_path, IDENTITY | {part: "other"})
+    with other.lock():
+        assert other.missing(keys(3)) == keys(3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 22))
+def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(tmp_path_factory, kills, count):
+    folder = tmp_path_factory.mktemp("killed")
+    capture(folder / "unbroken work", folder / "unbroken", count)
+    scored = []
+    for at in kills:
+        try:
+            scored += capture(folder / "work", folder / "cache", count, dying(at))
+        except Killed:
+            continue
+    capture(folder / "work", folder / "cache", count)
+    assert bytes_of(folder / "cache") == bytes_of(folder / "unbroken")
+
+
+def test_a_request_that_grew_takes_the_old_plan_s_open_parts_first_and_as_planned(tmp_path):
     with pytest.raises(Killed):
-        make_scorer("broken").score(CONTEXTS, queries(11), "test")
-    monkeypatch.setattr(scorer_module, "_score_part", original)
-    scorer = make_scorer("broken")
-    scored = count_scored(monkeypatch, scorer)
-    resumed = scorer.score(CONTEXTS, queries(11), "test")
-    assert resumed.equals(unbroken)
-    assert bytes_of(tmp_path / "broken") == bytes_of(tmp_path / "unbroken")
-    assert len(scored) < 22 or killed_at == 0
+        score(Store(tmp_path, IDENTITY), keys(9), dying(1))
+    store = Store(tmp_path, IDENTITY)
+    with store.lock():
+        parts = [part.keys for part in store.parts(store.missing(keys(12)), divide)]
+    assert parts == [*map(tuple, divide(keys(9))[1:]), tuple(divide(keys(3, first=9))[0])]
 
 
-def test_another_model_does_not_find_the_rows(make_scorer, monkeypatch):
-    make_scorer().score(CONTEXTS[:1], queries(3), "test")
-    other = make_scorer(num_hidden_layers=2)
-    scored = count_scored(monkeypatch, other)
-    other.score(CONTEXTS[:1], queries(3), "test")
-    assert len(scored) == 3
+def test_a_planned_part_of_which_a_prompt_is_not_asked_for_waits(tmp_path):
+    with pytest.raises(Killed):
+        score(Store(tmp_path, IDENTITY), keys(3), dying(0))
+    assert sorted(score(Store(tmp_path, IDENTITY), keys(2))) == sorted(keys(2))
+    assert score(Store(tmp_path, IDENTITY), keys(3)) == keys(1, first=2)
 
 
-def test_a_store_of_another_fingerprint_is_refused_with_what_differs(make_scorer):
-    scorer = make_scorer()
-    other = scorer.fingerprint.model_copy(update={"template": "{text}"})
-    with pytest.raises(MismatchError, match=r"template: .* has '\{text\}'"):
-        scorer.fingerprint.check(other.model_dump(), Path("somewhere.json"))
+@pytest.mark.parametrize("column", range(len(STORED)))
+def test_a_part_with_a_damaged_page_is_set_aside_with_a_message_and_scored_again_to_the_same_bytes(tmp_path, capsys, column):
+    capture(tmp_path / "work", tmp_path / "cache", 10)
+    before = bytes_of(tmp_path / "cache")
+    store = Store(tmp_path / "work", IDENTITY)
+    part = sorted(store.folder.glob("part-*"))[1]
+    whole = part.read_bytes()
+    chunk = pq.read_metadata(part).row_group(0).column(column)
+    flip(part, (chunk.data_page_offset + chunk.total_compressed_size - 2) / len(whole))
+    scored = capture(tmp_path / "work", tmp_path / "cache", 10)
+    assert bytes_of(tmp_path / "cache") == before
+    assert scored == divide(keys(10))[1]
+    assert f"{part.name}" in (said := capsys.readouterr().err)
+    assert "Its rows are scored again" in said
+    assert part.read_bytes() == whole
+    assert not list(store.folder.glob("*.damaged"))
 
 
-def test_a_prompt_longer_than_the_model_is_refused_before_any_work(make_scorer, monkeypatch):
-    monkeypatch.setattr(scorer_module, "load_model", None)
-    with pytest.raises(UsageError, match="takes 512"):
-        make_scorer().score(["long " * 600], queries(2), "test")
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 7), st.sampled_from(["flip", "cut", "zeros"]))
+def test_damage_anywhere_in_a_part_changes_no_number(tmp_path_factory, place, bit, kind):
+    folder = tmp_path_factory.mktemp("damaged")
+    store = Store(folder, IDENTITY)
+    score(store, keys(6))
+    before = store.read(keys(6))
+    part = sorted(store.folder.glob("part-*"))[place % 2]
+    data = bytearray(part.read_bytes())
+    at = place % len(data)
+    if kind == "flip":
+        data[at] ^= 1 << bit
+    elif kind == "cut":
+        del data[at:]
+    else:
+        data[at : at + 64] = bytes(len(data[at : at + 64]))
+    part.write_bytes(data)
+    again = Store(folder, IDENTITY)
+    score(again, keys(6))
+    assert again.read(keys(6)).equals(before)
 
 
-def test_a_missing_row_is_an_error_not_a_hole(make_scorer):
-    scorer = make_scorer()
-    scorer.score(CONTEXTS[:1], queries(3), "test")
-    with pytest.raises(ShotlessError, match="1 of 1 rows were not scored"):
-        scorer.store.read([("nowhere", "nothing")])
+def test_damaged_parts_come_before_others_so_that_a_stale_plan_does_not_take_their_prompts(tmp_path):
+    with pytest.raises(Killed):
+        score(Store(tmp_path, IDENTITY), keys(3), dying(0))  # plans the three together
+    score(Store(tmp_path, IDENTITY), keys(2))
+    score(Store(tmp_path, IDENTITY), keys(3))  # in two parts
+    store = Store(tmp_path, IDENTITY)
+    before = store.read(keys(3))
+    for part in store.folder.glob("part-*"):
+        flip(part)
+    again = Store(tmp_path, IDENTITY)
+    score(again, keys(3))
+    assert again.read(keys(3)).equals(before)
 
 
-def test_the_seconds_of_rows_are_those_of_the_parts_that_hold_them(make_scorer, monkeypatch):
-    """Each part takes a second; a part whose rows are asked for in half counts half."""
-    clock = iter(range(1000))
-    monkeypatch.setattr(scorer_module.time, "perf_counter", lambda: next(clock))
-    scorer, asked = make_scorer(), queries(8)
-    scorer.score(CONTEXTS, asked, "test")
-    parts = [set(pq.read_table(file)["example_id"].to_pylist()) for file in sorted(scorer.store.folder.glob("part-*.parquet"))]
-    assert scorer.seconds(CONTEXTS, asked) == (len(parts), 16)
-    seconds, covered = scorer.seconds(CONTEXTS, asked[:3])
-    ids = {query.example_id for query in asked[:3]}
-    assert covered == 6
-    assert seconds == pytest.approx(sum(len(part & ids) / len(part) for part in parts))
-    assert make_scorer().seconds(CONTEXTS, asked) == (len(parts), 16), "a later run knows them too"
+def test_a_damaged_plan_costs_nothing_that_was_scored(tmp_path, capsys):
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(6))
+    before = store.read(keys(6))
+    flip(store.folder / "plan-00000.parquet")
+    again = Store(tmp_path, IDENTITY)
+    assert again.faults()
+    assert sorted(score(again, keys(8))) == sorted(keys(2, first=6))
+    assert "plan-00000.parquet" in capsys.readouterr().err
+    assert again.read(keys(6)).equals(before)
+    assert sorted(path.name for path in again.folder.glob("plan-*.parquet")) == ["plan-00001.parquet"]
+    assert again.faults() == []
 
 
-def test_rows_from_before_times_were_kept_are_not_covered(make_scorer):
-    scorer = make_scorer()
-    scorer.score(CONTEXTS[:1], queries(4), "test")
-    for file in (scorer.store.folder / "times").iterdir():
-        file.unlink()
-    scorer.score(CONTEXTS[:1], queries(6), "test")
-    seconds, covered = scorer.seconds(CONTEXTS[:1], queries(6))
-    assert covered == 2
-    assert seconds > 0
+def test_a_damaged_identity_is_written_again(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(3))
+    (store.folder / "identity.json").write_text("{")
+    assert stores(tmp_path)[0][2] is None
+    assert score(Store(tmp_path, IDENTITY), keys(3)) == []
+    assert stores(tmp_path)[0][2] == IDENTITY
 
 
-def test_a_query_that_alone_passes_a_sliding_window_is_known_before_the_work_begins(model_folder, tmp_path):
-    folder = model_folder("mistral", sliding_window=48)
-    texts = ["short"] * 9 + ["good " * 60]
-    asked = [Query(example_id({"text": f"{text} {number}"}), {"text": f"{text} {number}"}) for number, text in enumerate(texts)]
-    scorer = Scorer(folder, TASK, CacheParams(top_k=4), tmp_path / "work")
-    assert len(scorer.score([""], asked, "test")) == 10
-    assert scorer.engine_report["name"] == "generic"
-    assert "a sliding window of 48" in scorer.engine_report["why"]
+def test_rows_that_are_not_a_part_s_are_not_written(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    with store.lock(), pytest.raises(ValueError, match="2 rows that are not those of its 3 prompts"):
+        store.write(Part("part-00000-000000", tuple(keys(3))), stored(keys(2)), 1.0, {})
+
+
+def test_a_missing_row_is_an_error_not_a_hole(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(3))
+    with pytest.raises(ShotlessError, match="1 of 4 rows are not here"):
+        store.read(keys(4))
+
+
+def test_seconds_and_engines_are_those_of_the_parts_that_hold_the_rows(tmp_path):
+    """Each part of three took a second; a row counts a third of it."""
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(6))
+    with store.lock():
+        for part in store.parts(keys(3, first=6), lambda missing: [missing]):
+            store.write(part, stored(part.keys), 4.5, {"name": "another"})
+    later = Store(tmp_path, IDENTITY)
+    seconds, covered = later.seconds([*keys(2), keys(1)[0], *keys(2, first=6), *keys(1, first=99)])
+    assert covered == 4
+    assert seconds == pytest.approx(2 / 3 + 2 * 4.5 / 3)
+    assert later.engines(keys(2)) == [{"name": "made up"}]
+    assert later.engines(keys(9)) == later.engines(list(reversed(keys(9)))) == [{"name": "another"}, {"name": "made up"}]
+
+
+def test_stores_are_listed_with_their_bytes_and_identity(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        score(Store(tmp_path, IDENTITY | {"dtype": dtype}), keys(3))
+    found = {identity["dtype"]: (folder, size) for folder, size, identity in stores(tmp_path)}
+    assert set(found) == {"float32", "bfloat16"}
+    for folder, size in found.values():
+        assert size == sum(file.stat().st_size for file in folder.iterdir()) > 1000
+    assert stores(tmp_path / "nowhere") == []
+
+
+def test_a_second_run_waits_for_the_first(tmp_path):
+    one, other, entered = Store(tmp_path, IDENTITY), Store(tmp_path, IDENTITY), threading.Event()
+
+    def second():
+        with other.lock():
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with one.lock():
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(10)
+    assert entered.is_set()

@@ -1,35 +1,89 @@
-"""`shotless verify`: every kind of damage is found and named, and repaired to the bytes there were, scoring no more than what is lost."""
+"""`shotless verify`: every kind of damage is found and named, and repaired from the store to the bytes there were, without the model."""
 
 import json
-import re
 import shutil
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from cache_world import TEACHER, Workspace
+from score_rows import ENGINE, IDENTITY, about, bytes_of, flip, stored
 
-from pipeline.cache.check import row_faults
-from pipeline.cache.folder import read_cache, read_manifest, write_cache
-from pipeline.cache.keys import KEY
-from pipeline.cache.rows import write_rows
-from pipeline.commands.verify import verify
-from pipeline.teachers import scorer as scorer_module
-from pipeline.errors import CorruptError, MismatchError, UsageError
-from pipeline.files import sha256_file, sha256_json
+from pipeline.cache.folder import read_cache, write_cache
+from pipeline.cache.store import Store, write_rows
+from pipeline.cache.verify import check_cache, row_faults
+from pipeline.commands.caches import verify
+from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
+from pipeline.files import sha256_file
+from pipeline.params import load_params
+from pipeline.schema import SCORES, STORED, Context, Example, read_contexts, read_examples, write_contexts, write_examples
+from pipeline.task import Task, TaskTokens
+
+TEACHER = "few_shot"
+CONTEXTS = [
+    Context("orders/0", demonstrations=(({"text": "a warm film"}, "positive"),)),
+    Context("orders/1", demonstrations=(({"text": "bored"}, "negative"),)),
+]
+
+
+class Project:
+    """The shipped params with a teacher's cache of 2 contexts × (1 input without content + 11 examples), in shards of 8 rows."""
+
+    def __init__(self, folder, tokenizer, raw_params):
+        self.folder, self.raw = folder, raw_params
+        self.raw["teachers"][TEACHER]["cache"] = {"top_k": 4}
+        self.cache = folder / "artifacts" / "teachers" / TEACHER
+        self.write_params()
+        self.model = folder / "artifacts" / self.raw["teachers"][TEACHER]["model"]
+        self.tokenizer = tokenizer
+        tokenizer.save_pretrained(self.model)
+        write_contexts(CONTEXTS, folder / "artifacts" / "data" / "contexts" / f"{self.raw['teachers'][TEACHER]['contexts']}.parquet")
+        self.write_transfer(11)
+        self.store = Store(folder / "work", IDENTITY)
+        self.capture()
+
+    def write_params(self):
+        (self.folder / "params.yaml").write_text(json.dumps(self.raw), "utf-8")
+
+    def write_transfer(self, count):
+        examples = [Example({"text": f"text number {n} " + "good " * (n % 7)}, source="s", line=n) for n in range(1, count + 1)]
+        write_examples(examples, ["text"], self.folder / "artifacts" / "data" / "transfer.parquet")
+
+    def capture(self):
+        """What the teacher's stage does, with made-up scores."""
+        params = load_params(self.folder / "params.yaml")
+        task = Task(params.task)
+        data = self.folder / "artifacts" / "data"
+        contexts = read_contexts(data / "contexts" / f"{params.teachers[TEACHER].contexts}.parquet")
+        free = [Example(dict.fromkeys(task.fields, text)) for text in task.params.content_free]
+        examples, tokens = [*free, *read_examples(data / "transfer.parquet", task.fields)], TaskTokens(task, self.tokenizer)
+        ids = [(context.context_id, example.example_id) for context in contexts for example in examples]
+        prompts = [prompt.prompt_sha for context in contexts for prompt in tokens.prompts(context, examples)]
+        with self.store.lock():
+            for part in self.store.parts(
+                self.store.missing(prompts), lambda missing: [missing[n : n + 5] for n in range(0, len(missing), 5)]
+            ):
+                self.store.write(part, stored(part.keys, part.keys), 1.0, ENGINE)
+        found = self.store.read(prompts)
+        columns = {"context_id": [one for one, _ in ids], "example_id": [other for _, other in ids]}
+        table = pa.table({**columns, **{name: found[name] for name in STORED.names}}, schema=SCORES)
+        listed = [{"context_id": context.context_id, "name": context.name, "tokens": 1} for context in contexts]
+        model = self.raw["teachers"][TEACHER]["model"]
+        write_cache(self.cache, [table], about(model=model, contexts=listed, content_free=[e.example_id for e in free]))
+
+    def rewrite(self, name, rows):
+        """Put other rows into a shard, with a manifest that agrees."""
+        write_rows(rows, self.cache / name, 3)
+        manifest = json.loads((self.cache / "manifest.json").read_text())
+        manifest["files"][name] = {"sha256": sha256_file(self.cache / name), "bytes": (self.cache / name).stat().st_size}
+        (self.cache / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture
-def world(tmp_path, raw_params, model_folder, monkeypatch):
-    made = Workspace(tmp_path, raw_params, model_folder("llama"), monkeypatch)
-    made.capture()
-    return made
-
-
-def flip(file, position=0.5):
-    data = bytearray(file.read_bytes())
-    data[int(len(data) * position)] ^= 1
-    file.write_bytes(data)
+def project(tmp_path, tokenizer, raw_params, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SHOTLESS_WORK", str(tmp_path / "work"))
+    monkeypatch.setattr("pipeline.cache.folder.MOST_ROWS", 8)
+    monkeypatch.setattr("pipeline.models.folders.load_model", None)
+    return Project(tmp_path, tokenizer, raw_params)
 
 
 def truncate(file):
@@ -43,233 +97,177 @@ def swap(folder):
     other.write_bytes(kept)
 
 
-def edit_manifest(folder, **changes):
-    """As someone with an editor would: the hash of the manifest is left as it was."""
-    file = folder / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def seal_manifest(folder, change):
-    """As another run would have written it."""
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    del manifest["manifest_sha256"]
-    change(manifest)
-    file.write_text(json.dumps(manifest | {"manifest_sha256": sha256_json(manifest)}))
-
-
 def with_column(rows, name, values):
     place = rows.schema.names.index(name)
     return rows.set_column(place, rows.schema.field(place), pa.array(values, rows.schema.field(place).type))
 
 
 SHARD_DAMAGE = {
-    "bit flipped": (lambda folder: flip(folder / "part-00001.parquet"), r"part-00001\.parquet: sha256 \w+ is not the manifest's"),
-    "truncated": (lambda folder: truncate(folder / "part-00001.parquet"), r"part-00001\.parquet: sha256 .* bytes are not "),
-    "empty": (lambda folder: (folder / "part-00002.parquet").write_bytes(b""), r"part-00002\.parquet: sha256 .* and 0 bytes are not"),
-    "missing": (
-        lambda folder: (folder / "part-00000.parquet").unlink(),
-        r"part-00000\.parquet: the manifest names this shard, and it is mi",
-    ),
-    "swapped": (swap, r"part-00000\.parquet: sha256[\s\S]*part-00001\.parquet: sha256"),
-    "manifest edited": (lambda folder: edit_manifest(folder, examples=12), r"manifest\.json: its contents have sha256"),
-    "manifest cut": (lambda folder: truncate(folder / "manifest.json"), r"manifest\.json: not valid JSON"),
-    "manifest missing": (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: missing, so this capture did not end"),
-    "stranger": (lambda folder: (folder / "part-00009.parquet").write_bytes(b"x"), r"the manifest does not name part-00009\.parquet"),
+    "bit flipped": (lambda folder: flip(folder / "part-00001.parquet"), "part-00001.parquet: sha256 "),
+    "truncated": (lambda folder: truncate(folder / "part-00001.parquet"), " bytes instead of "),
+    "empty": (lambda folder: (folder / "part-00002.parquet").write_bytes(b""), ", 0 bytes instead of "),
+    "missing": (lambda folder: (folder / "part-00000.parquet").unlink(), "part-00000.parquet: missing"),
+    "swapped": (swap, "part-00000.parquet: sha256 "),
 }
 
 
-def test_a_cache_in_order_passes_and_nothing_is_changed(world, capsys):
-    before, store = world.bytes(), sorted(world.store.rglob("*"))
+def test_a_cache_in_order_passes_and_nothing_is_changed(project, capsys):
+    before, parts = bytes_of(project.cache), bytes_of(project.store.folder)
     verify([TEACHER])
-    said = capsys.readouterr().out
-    assert "few_shot: 24 rows in 3 shards" in said
-    assert "row store: every part is in order" in said
-    assert world.bytes() == before
-    assert sorted(world.store.rglob("*")) == store
+    assert (
+        f"few_shot: 24 rows, {sum(len(b) for n, b in before.items() if n != 'manifest.json'):,} bytes, all intact"
+        in capsys.readouterr().out
+    )
+    assert (bytes_of(project.cache), bytes_of(project.store.folder)) == (before, parts)
 
 
 @pytest.mark.parametrize("damage", SHARD_DAMAGE)
-def test_damage_is_found_and_repaired_from_the_store_to_the_same_bytes_without_the_model(world, capsys, monkeypatch, damage):
-    before = world.bytes()
+def test_damage_is_found_and_repaired_to_the_same_bytes_without_the_model(project, capsys, damage):
+    before = bytes_of(project.cache)
     harm, message = SHARD_DAMAGE[damage]
-    harm(world.scores)
-    with pytest.raises(CorruptError, match="few_shot"):
+    harm(project.cache)
+    with pytest.raises(CorruptError, match=r"damaged: few_shot\. `shotless verify --repair`"):
         verify([TEACHER])
-    assert re.search(message, capsys.readouterr().out)
-    monkeypatch.setattr(scorer_module, "load_model", None)
+    assert message in capsys.readouterr().out
     verify([TEACHER], repair=True)
-    assert world.bytes() == before
-    verify([TEACHER])
+    assert "written again, with the bytes that the manifest says: part-0000" in capsys.readouterr().out
+    assert bytes_of(project.cache) == before
 
 
-@pytest.mark.parametrize("damage", ["bit flipped", "truncated", "missing", "swapped"])
-def test_without_a_store_only_the_rows_of_damaged_shards_are_scored_and_the_bytes_are_the_same(world, tmp_path, damage):
-    before = world.bytes()
-    SHARD_DAMAGE[damage][0](world.scores)
-    shutil.rmtree(tmp_path / "work")
-    scored = world.count_scored()
-    verify([TEACHER], repair=True)
-    assert world.bytes() == before
-    assert len(scored) == len(set(scored)) == (16 if damage == "swapped" else 8)
-
-
-def test_the_rows_to_score_again_are_named(world, tmp_path, capsys):
-    (world.scores / "part-00002.parquet").unlink()
-    lost = read_keys(world)[16:]
-    with pytest.raises(CorruptError):
-        verify([TEACHER], rows=tmp_path / "rows.csv")
-    said = capsys.readouterr().out
-    assert f"8 rows to score again in context {lost[0][0][:12]}: examples {lost[0][1][:12]}" in said
-    assert "8 rows to be had again: 8 are in the store, 0 not" in said
-    assert (tmp_path / "rows.csv").read_text().splitlines()[1:] == [f"few_shot,{context},{example}" for context, example in lost]
-
-
-def read_keys(world):
-    contexts = pq.read_table(world.contexts)["context_id"].to_pylist()
-    examples = pq.read_table(world.transfer)["example_id"].to_pylist()
-    free = json.loads((world.scores / "manifest.json").read_text())["content_free"]
-    return [(context, example) for context in contexts for example in [*free, *examples]]
-
-
-@pytest.mark.parametrize("harm", ["flip", "truncate", "unreadable"])
-def test_a_damaged_part_of_the_store_is_found_and_scored_again_rather_than_read(world, capsys, harm):
-    before = world.bytes()
-    part = sorted(world.store.glob("part-*.parquet"))[2]
-    keys, whole = {(row["context_id"], row["example_id"]) for row in pq.read_table(part, columns=KEY).to_pylist()}, part.name
-    if harm == "unreadable":
-        part.unlink()
-        part.mkdir()
-    else:
-        {"flip": flip, "truncate": truncate}[harm](part)
-    with pytest.raises(CorruptError, match="row store is damaged"):
-        verify([TEACHER])
-    said = capsys.readouterr().out
-    assert part.name in said
-    assert f"{len(keys)} rows to score again when next asked for" in said
-    scored = world.count_scored()
-    assert world.capture() == before
-    assert set(scored) == keys
-    assert len(scored) == len(keys)
-    assert (world.store / whole).is_file()
-    verify([TEACHER])
-
-
-def test_a_damaged_part_that_a_cache_still_holds_is_had_from_there(world, monkeypatch, capsys):
-    before = world.bytes()
-    flip(sorted(world.store.glob("part-*.parquet"))[2])
-    monkeypatch.setattr(scorer_module, "load_model", None)
-    verify([TEACHER], repair=True)
-    assert world.capture() == before
-    verify([TEACHER])
-    assert not list(world.store.glob("*.damaged"))
-
-
-def test_a_damaged_part_and_a_damaged_shard_cost_the_part_s_rows_alone(world):
-    before = world.bytes()
-    part = sorted(world.store.glob("part-*.parquet"))[1]
-    keys = pq.read_table(part, columns=KEY).to_pylist()
-    flip(part)
-    for shard in world.scores.glob("part-*.parquet"):
-        flip(shard)
-    scored = world.count_scored()
-    verify([TEACHER], repair=True)
-    assert world.bytes() == before
-    assert sorted(scored) == sorted((row["context_id"], row["example_id"]) for row in keys)
-
-
-def test_a_damaged_plan_is_found_and_costs_nothing_that_is_there(world, capsys, monkeypatch):
-    before = world.bytes()
-    for plan in (world.store / "plans").glob("*.parquet"):
-        flip(plan)
-    with pytest.raises(CorruptError, match="row store is damaged"):
-        verify([TEACHER])
-    monkeypatch.setattr(scorer_module, "load_model", None)
-    assert world.capture() == before
-
-
-def test_another_teacher_s_cache_is_a_mismatch_and_is_not_scored_under_the_name_of_repair(world, capsys):
-    world.raw["task"]["template"] = "{text} It was"
-    world.write_params()
-    scored = world.count_scored()
-    for repair in (False, True):
-        with pytest.raises(MismatchError):
-            verify([TEACHER], repair=repair)
-        assert "template: " in capsys.readouterr().out
-    assert not scored
-
-
-def test_a_manifest_of_another_run_is_found_and_repaired_from_the_store(world, tmp_path, capsys, monkeypatch):
-    before = world.bytes()
-
-    def other(manifest):
-        manifest["fingerprint"]["weights"] = "0" * 64
-
-    seal_manifest(world.scores, other)
-    with pytest.raises(MismatchError, match="few_shot"):
-        verify([TEACHER])
-    assert "weights: " in capsys.readouterr().out
-    monkeypatch.setattr(scorer_module, "load_model", None)
-    verify([TEACHER], repair=True)
-    assert world.bytes() == before
-
-
-def test_more_data_than_the_cache_has_is_no_damage(world, capsys):
-    world.write_transfer(12)
-    with pytest.raises(MismatchError, match="`dvc repro` captures what is lacking"):
-        verify([TEACHER])
-    assert "24 rows, and this run's data ask for 26" in capsys.readouterr().out
-
-
-def test_bytes_are_checked_where_neither_model_nor_data_are(world, capsys):
-    shutil.rmtree(world.model)
-    world.transfer.unlink()
-    verify([TEACHER])
-    said = capsys.readouterr().out
-    assert "24 rows in 3 shards" in said
-    assert "not compared with this run's data" in said
-    assert "not compared with this run's teacher" in said
-    flip(world.scores / "part-00000.parquet")
-    with pytest.raises(CorruptError):
-        verify([TEACHER])
-    with pytest.raises(UsageError, match="cannot be repaired here"):
+def test_without_the_rows_in_the_store_the_next_step_is_named(project):
+    shutil.rmtree(project.folder / "work")
+    flip(project.cache / "part-00001.parquet")
+    with pytest.raises(
+        ShotlessError, match=r"8 of 8 rows are not here.*`dvc checkout`, or `dvc repro --force --single-item teacher@few_shot`"
+    ):
         verify([TEACHER], repair=True)
 
 
-def test_a_teacher_that_params_do_not_have_is_named_with_the_choices(world):
+def test_rows_that_were_scored_otherwise_since_are_not_put_under_the_old_hash(project):
+    flip(project.cache / "part-00001.parquet")
+    damaged = bytes_of(project.cache)
+    shutil.rmtree(project.folder / "work")
+    prompts = [key for name in ("part-00000.parquet", "part-00002.parquet") for key in prompts_of(project, name)]
+    other = Store(project.folder / "work", IDENTITY)
+    with other.lock():
+        missing = [*prompts, *lost_prompts(project)]
+        for part in other.parts(missing, lambda keys: [keys]):  # one batch
+            other.write(part, stored(part.keys, part.keys), 1.0, ENGINE)
+    with pytest.raises(ShotlessError, match="the store's rows are not those that its manifest has the hash of"):
+        verify([TEACHER], repair=True)
+    assert bytes_of(project.cache) == damaged
+
+
+def prompts_of(project, name):
+    import pyarrow.parquet as pq
+
+    return pq.read_table(project.cache / name, columns=["prompt_sha"])["prompt_sha"].to_pylist()
+
+
+def lost_prompts(project):
+    """The prompts of the second shard, from the data."""
+    tokens = TaskTokens(Task(load_params().task), project.tokenizer)
+    examples = [Example({"text": "N/A"}), *read_examples(project.folder / "artifacts" / "data" / "transfer.parquet", ["text"])]
+    return [prompt.prompt_sha for context in CONTEXTS for prompt in tokens.prompts(context, examples)][8:16]
+
+
+def test_data_that_changed_since_are_not_those_of_the_shard(project):
+    flip(project.cache / "part-00001.parquet")
+    project.write_transfer(12)
+    with pytest.raises(MismatchError, match="24 rows, and this run's data ask for 26"):
+        verify([TEACHER], repair=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_a_damaged_or_missing_manifest_is_found_and_the_next_step_is_named(project, capsys, text):
+    manifest = project.cache / "manifest.json"
+    manifest.unlink() if text is None else manifest.write_text(text)
+    for repair in (False, True):
+        with pytest.raises(CorruptError, match="damaged: few_shot"):
+            verify([TEACHER], repair=repair)
+        assert "manifest.json: " in capsys.readouterr().out
+
+
+def test_files_that_the_manifest_does_not_list_are_named(project, capsys):
+    (project.cache / "part-00009.parquet").write_bytes(b"x")
+    with pytest.raises(CorruptError):
+        verify([TEACHER])
+    assert "its manifest does not list part-00009.parquet" in capsys.readouterr().out
+
+
+def test_a_damaged_part_of_the_store_is_found_and_set_aside(project, capsys):
+    part = sorted(project.store.folder.glob("part-*.parquet"))[2]
+    flip(part, 0.1)
+    with pytest.raises(CorruptError, match="damaged: the store"):
+        verify([TEACHER])
+    assert part.name in capsys.readouterr().out
+    verify([TEACHER], repair=True)
+    assert not part.exists()
+    assert Store(project.folder / "work", IDENTITY).faults() == []
+
+
+@pytest.mark.parametrize(
+    ("block", "change", "named"),
+    [
+        ("task", {"template": "{text} It was"}, "task.template: 'Review: {text}"),
+        ("teachers", {TEACHER: {"model": "models/smollm2", "contexts": "orders", "cache": {"top_k": 5}}}, "cache.top_k: 4, this run has 5"),
+    ],
+)
+def test_a_cache_of_other_params_is_refused_with_what_differs(project, capsys, block, change, named):
+    project.raw[block] |= change
+    project.write_params()
+    with pytest.raises(MismatchError, match=r"not of this run's params: few_shot\. `dvc repro`"):
+        verify([TEACHER])
+    assert named in capsys.readouterr().out
+
+
+def test_bytes_are_checked_if_neither_model_nor_data_are_here(project, capsys):
+    shutil.rmtree(project.model)
+    shutil.rmtree(project.folder / "artifacts" / "data")
+    verify([TEACHER])
+    assert "24 rows" in capsys.readouterr().out
+
+
+def test_a_cache_at_a_url_is_checked(project, capsys):
+    verify([f"file://{project.cache}"])
+    flip(project.cache / "part-00000.parquet")
+    with pytest.raises(CorruptError, match=f"damaged: file://{project.cache}"):
+        verify([f"file://{project.cache}"])
+    assert "part-00000.parquet: sha256" in capsys.readouterr().out
+
+
+def test_a_teacher_that_params_do_not_have_is_named_with_the_choices(project):
     with pytest.raises(UsageError, match="few_shot"):
         verify(["nope"])
 
 
-def test_rows_that_cannot_be_are_found_under_a_right_checksum(world, capsys):
-    shard = world.scores / "part-00001.parquet"
-    rows = pq.read_table(shard)
+def test_rows_that_cannot_be_are_found_under_a_right_hash(project, capsys):
+    rows = read_cache(project.cache).rows.slice(8, 8)
     lists = rows["topk_ids"].to_pylist()
     lists[3][0] = lists[3][0][:-1]
-    write_rows(with_column(rows, "topk_ids", lists), shard)
-
-    def reseal(manifest):
-        manifest["shards"][1] |= {"sha256": sha256_file(shard), "bytes": shard.stat().st_size}
-
-    seal_manifest(world.scores, reseal)
+    project.rewrite("part-00001.parquet", with_column(rows, "topk_ids", lists))
     with pytest.raises(CorruptError):
         verify([TEACHER])
-    assert "lists of another length in topk_logprobs than in topk_ids" in capsys.readouterr().out
+    assert "part-00001.parquet: lists in topk_logprobs are not as long as those in topk_ids" in capsys.readouterr().out
 
 
-def test_log_probabilities_that_are_none_are_found(world):
-    cache = read_cache(world.scores)
+def test_a_row_that_is_there_twice_is_found(project):
+    rows = read_cache(project.cache).rows
+    project.rewrite("part-00001.parquet", rows.slice(0, 8))
+    assert check_cache(project.cache).faults == [f"{project.cache}: 8 rows are in it more than once."]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "fault"),
+    [
+        ("label_logprobs", [float("nan"), 1.0], "2 values in label_logprobs are not log-probabilities."),
+        ("label_logprobs", [-1.0], "1 rows have lists in label_logprobs that are not as long as their answer."),
+        ("completion_ids", [3], "1 rows have lists in completion_ids that are not as long as their answer."),
+        ("tail_mass", [1.5], "1 values in tail_mass are not probabilities."),
+        ("entropies", [[1.0, 2.0]], "entropies are not those of the manifest's temperatures."),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(project, column, value, fault):
+    cache = read_cache(project.cache)
     assert row_faults(cache.rows, cache.manifest) == []
-    rows = with_column(cache.rows, "label_logprobs", [[float("nan"), 1.0], *cache.rows["label_logprobs"].to_pylist()[1:]])
-    assert row_faults(rows, cache.manifest) == ["2 values in label_logprobs are no log-probabilities"]
-
-
-def test_a_row_that_stands_twice_is_found(world, capsys):
-    manifest, rows = read_manifest(world.scores), read_cache(world.scores).rows
-    about = {key: manifest[key] for key in ("teacher", "model", "engine", "labels", "contexts", "content_free", "examples")}
-    fingerprint = scorer_module.Fingerprint.model_validate(manifest["fingerprint"])
-    write_cache(world.scores, [rows.slice(0, 23), rows.slice(0, 1)], fingerprint, about)
-    with pytest.raises(CorruptError):
-        verify([TEACHER])
-    said = capsys.readouterr().out
-    assert "1 rows stand in it more than once" in said or "is not the one that this run's data ask for" in said
+    assert row_faults(with_column(cache.rows, column, [value, *cache.rows[column].to_pylist()[1:]]), cache.manifest) == [fault]

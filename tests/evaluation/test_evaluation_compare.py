@@ -1,4 +1,4 @@
-"""Agreement, KL, paired differences and McNemar's test against their definitions; break-even by hand."""
+"""Agreement, KL, paired differences and McNemar's test against their definitions; what a student cost and saves, by hand."""
 
 import math
 
@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.errors import CorruptError, UsageError
 from pipeline.evaluation import compare as compare_module
-from pipeline.evaluation.break_even import break_even, payback, write_break_even
-from pipeline.evaluation.compare import compare_methods, comparisons, mcnemar_exact, to_reference
-from pipeline.files import read_json, write_json
+from pipeline.evaluation.compare import break_even, compare_methods, comparisons, mcnemar_exact, payback, to_reference, write_break_even
+from pipeline.evaluation.metrics import mean_accuracy, scores_by_set
+from pipeline.files import Folders, read_json, write_json
 from pipeline.params import parse_params
 from pipeline.schema import PREDICTIONS, write_table
 
@@ -32,7 +33,7 @@ def rows_of(seed, contexts=1, n=25, sets=DOMAINS):
                 rows.append(
                     {
                         "set": name,
-                        "context_id": f"c{context}",
+                        "run": f"c{context}",
                         "example_id": f"{name}-{i}",
                         "label": LABELS[labels[i]],
                         "predicted": LABELS[int(probabilities[1] > probabilities[0])],
@@ -46,6 +47,12 @@ def table_of(rows):
     return pa.Table.from_pylist(rows, PREDICTIONS)
 
 
+def compared(a, b, domains=DOMAINS):
+    """Comparisons of two methods with these rows."""
+    scores = {name: scores_by_set(table_of(rows), list(domains)) for name, rows in (("a", a), ("b", b))}
+    return comparisons("a", "b", scores, domains, **BOOTSTRAP)
+
+
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_mcnemar_is_the_two_sided_binomial_test_of_the_discordant_pairs(b, c):
     n = b + c
@@ -55,8 +62,7 @@ def test_mcnemar_is_the_two_sided_binomial_test_of_the_discordant_pairs(b, c):
 
 
 def test_a_comparison_counts_what_only_one_gets_right():
-    tables = {"a": table_of(rows_of(1)), "b": table_of(rows_of(2))}
-    found = comparisons("a", "b", tables, DOMAINS, **BOOTSTRAP)
+    found = compared(rows_of(1), rows_of(2))
     assert [(row["domain"], row["set"]) for row in found] == [
         ("in", None),
         ("in", "movie"),
@@ -79,11 +85,44 @@ def test_a_comparison_counts_what_only_one_gets_right():
 
 
 def test_several_contexts_have_a_difference_and_no_mcnemar():
-    tables = {"a": table_of(rows_of(1, contexts=3)), "b": table_of(rows_of(2))}
-    found = comparisons("a", "b", tables, DOMAINS, **BOOTSTRAP)
+    found = compared(rows_of(1, contexts=3), rows_of(2))
     assert all(row["mcnemar_p"] is row["only_method_right"] is None for row in found)
     right = [np.mean([r["predicted"] == r["label"] for r in rows if r["set"] == "movie"]) for rows in (rows_of(1, 3), rows_of(2))]
     assert found[0]["difference"] == pytest.approx(right[0] - right[1], abs=1e-6)
+
+
+def test_a_method_against_itself_differs_by_nothing_and_a_better_one_clearly():
+    rows = rows_of(4, n=200)
+    [same, *_] = compared(rows, rows)
+    assert (same["difference"], same["clear"], same["mcnemar_p"]) == (0, False, 1.0)
+    assert same["ci95"][1] < 0.02, "agreement on every example leaves little room"
+    best = [row | {"predicted": row["label"]} for row in rows]
+    [gain, *_], [loss, *_] = compared(best, rows), compared(rows, best)
+    assert gain["clear"]
+    assert loss["difference"] == pytest.approx(-gain["difference"])
+
+
+def test_a_domain_s_difference_is_of_means_over_its_sets_paired_by_example():
+    a, b = rows_of(1, n=60) + rows_of(3, n=9, sets=("small",)), rows_of(2, n=60) + rows_of(5, n=9, sets=("small",))
+    domains = DOMAINS | {"small": "in"}
+    [row, *_] = compared(a, b[::-1], domains)
+    one, two = (mean_accuracy(table_of(rows), ["movie", "small"], **BOOTSTRAP)["accuracy"] for rows in (a, b))
+    assert (row["n"], row["set"]) == (69, None)
+    assert row["difference"] == pytest.approx(one - two, abs=2e-6)
+    with pytest.raises(CorruptError, match="set 'movie': a and b answered different examples"):
+        compared(a, b[1:], domains)
+
+
+def test_the_reference_answers_every_example_once():
+    rows, table = rows_of(1), table_of(rows_of(1))
+    assert {found["agreement"] for found in to_reference(table, table, LABELS, **BOOTSTRAP).values()} == {1.0}
+    other = table_of(rows_of(2)), table_of(rows_of(2)[::-1])
+    assert to_reference(table, other[0], LABELS, **BOOTSTRAP) == to_reference(table, other[1], LABELS, **BOOTSTRAP), "joined by example"
+    with pytest.raises(UsageError, match="contexts: ensemble"):
+        to_reference(table, table_of(rows_of(1, contexts=2)), LABELS, **BOOTSTRAP)
+    for lacking, count in ((rows[1:], 1), (rows[25:], 25)):
+        with pytest.raises(CorruptError, match=f"set 'movie': the reference did not answer {count} examples, first movie-0"):
+            to_reference(table, table_of(lacking), LABELS, **BOOTSTRAP)
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -120,16 +159,16 @@ def params(raw_params):
     return parse_params(raw_params)
 
 
-def write_predictions(params, artifacts):
+def write_predictions(params, root):
     for seed, name in enumerate([*params.students, *params.baselines]):
         contexts = 2 if name in params.baselines and params.baselines[name].contexts == "each" else 1
-        write_table(table_of(rows_of(seed, contexts)), artifacts / "predictions" / f"{name}.parquet")
+        write_table(table_of(rows_of(seed, contexts)), root / "artifacts" / "predictions" / f"{name}.parquet")
 
 
 def test_every_pair_of_methods_is_compared_once(params, tmp_path):
     write_predictions(params, tmp_path)
-    compare_methods(params, tmp_path, tmp_path / "compare.json")
-    document = read_json(tmp_path / "compare.json")
+    compare_methods(params, Folders.here(tmp_path))
+    document = read_json(tmp_path / "metrics" / "compare.json")
     names = [*params.students, *params.baselines]
     pairs = [(row["method"], row["other"]) for row in document["comparisons"] if row["set"] is None and row["domain"] == "out"]
     assert {frozenset(pair) for pair in pairs} == {frozenset((a, b)) for a in names for b in names if a != b}
@@ -141,8 +180,8 @@ def test_every_pair_of_methods_is_compared_once(params, tmp_path):
 def test_with_many_methods_each_is_compared_with_the_reference_alone(params, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_module, "ALL_PAIRS_UP_TO", 3)
     write_predictions(params, tmp_path)
-    compare_methods(params, tmp_path, tmp_path / "compare.json")
-    document = read_json(tmp_path / "compare.json")
+    compare_methods(params, Folders.here(tmp_path))
+    document = read_json(tmp_path / "metrics" / "compare.json")
     assert document["pairs"] == "reference"
     assert all("teacher" in (row["method"], row["other"]) for row in document["comparisons"])
     assert {row["method"] for row in document["comparisons"]} | {row["other"] for row in document["comparisons"]} == {
@@ -201,7 +240,7 @@ def test_a_student_of_labels_pays_for_no_teacher_and_a_slower_one_never_pays(par
             {"runtime/teacher-zero_shot": {"seconds": 1.0, "rows": 10, "rows_timed": 7}},
             "teacher-zero_shot.json: the times of 3 of 10 rows are not known",
         ),
-        ({"runtime/student-cd": {"seconds": 1.0, "resumed_at_step": 12}}, "taken up at step 12"),
+        ({"runtime/student-cd": {"seconds": 1.0, "resumed_at_step": 12}}, "only the rest of a resumed training was timed"),
         ({"cost/teacher": None}, "teacher.json: no such file"),
         ({"eval/cd": {"subject": "another"}}, "cd.json: measured on another model"),
     ],
@@ -213,22 +252,35 @@ def test_what_is_missing_is_named_and_nothing_is_guessed(params, tmp_path, chang
     assert found["one_by_one"]["predictions"] is found["batched"]["predictions"] is None
 
 
-def test_without_a_throughput_nothing_is_said_of_batches_and_the_file_is_named(params, tmp_path):
-    write_times(tmp_path, **{"cost/cd": {"measured": {"subject": "cd"}, "latency_ms": 50.0, "throughput": None}})
-    found = break_even("cd", params, tmp_path)
-    assert (found["one_by_one"]["predictions"], found["batched"]["predictions"]) == (100, None)
-    assert [text.split(": ")[1] for text in found["missing"]] == [
-        "no throughput in it, so nothing can be said of batches; the method's evaluation measures it"
-    ]
-
-
 def test_the_time_of_a_tuned_teacher_counts(raw_params, tmp_path):
-    raw_params["tunings"] |= {"better": {"base": "models/smollm2", "steps": 1, "learning_rate": 1e-4}}
+    raw_params["tuned"] |= {"better": {"base": "models/smollm2", "steps": 1, "learning_rate": 1e-4}}
     raw_params["teachers"]["few_shot"]["model"] = "tuned/better"
     write_times(tmp_path, **{"runtime/tuned-better": {"seconds": 900.0, "resumed_at_step": 0}})
     found = break_even("cd", parse_params(raw_params), tmp_path)
     assert found["tuning_seconds"] == {"better": 900.0, "tuned": 4.0}
     assert (found["spent_seconds"], found["one_by_one"]["predictions"]) == (1000.0, 1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "capture", "tuning", "students"),
+    [
+        ({"learn_from": "teachers/few_shot", "ce_weight": 0.0}, {"few_shot": 50.0}, {}, {}),
+        ({"learn_from": "teachers/tuned", "ce_weight": 0.0}, {"tuned": 6.0}, {"tuned": 4.0}, {}),
+        ({"learn_from": "targets/few_shot", "base": "tuned/tuned"}, {"few_shot": 50.0}, {"tuned": 4.0}, {}),
+        ({"learn_from": "targets/few_shot", "base": "students/pbft"}, {"few_shot": 50.0}, {}, {"pbft": 5.0}),
+        ({"learn_from": "targets/few_shot", "base": "students/second"}, {"few_shot": 50.0, "zero_shot": 10.0}, {}, {"second": 7.0}),
+    ],
+)
+def test_every_teacher_tuned_model_and_base_that_a_student_is_made_with_counts_once(
+    raw_params, tmp_path, changes, capture, tuning, students
+):
+    del raw_params["data"]["evaluation"]["editorials"]
+    raw_params["students"]["cd"] |= changes
+    raw_params["students"]["second"] = raw_params["students"]["pbft"] | {"learn_from": "targets/zero_shot_raw"}
+    write_times(tmp_path, **{"runtime/student-second": {"seconds": 7.0, "resumed_at_step": 0}})
+    found = break_even("cd", parse_params(raw_params), tmp_path)
+    assert (found["capture_seconds"], found["tuning_seconds"], found["base_training_seconds"]) == (capture, tuning, students)
+    assert found["spent_seconds"] == 30.0 + sum([*capture.values(), *tuning.values(), *students.values()])
 
 
 def test_what_was_spent_is_paid_back_by_whole_predictions():
@@ -237,8 +289,8 @@ def test_what_was_spent_is_paid_back_by_whole_predictions():
 
 
 def test_break_even_of_all_students_without_any_times(params, tmp_path):
-    write_break_even(params, tmp_path, tmp_path / "break-even.json")
-    document = read_json(tmp_path / "break-even.json")
+    write_break_even(params, Folders.here(tmp_path))
+    document = read_json(tmp_path / "metrics" / "runtime" / "break-even.json")
     assert document["reference"] == "teacher"
     assert {name: entry["spent_seconds"] for name, entry in document["students"].items()} == dict.fromkeys(params.students)
     assert all(entry["missing"] for entry in document["students"].values())

@@ -7,32 +7,23 @@ import pytest
 
 from pipeline.evaluation.detail import confusion, detail, membership, reliability
 from pipeline.evaluation.metrics import expected_calibration_error
-from pipeline.schema import PREDICTIONS, examples
+from pipeline.schema import PREDICTIONS, Example
 
 LABELS = ("yes", "a-no")
 SETS = {"near": "in", "far": "out", "farther": "out"}
 RESAMPLES = 50
 
 
-def example_rows(name, n=30, kinds=("k2", None, "k1")):
+def example_rows(name, n=30, kinds=("k2", None, "k1"), slices=("kind",)):
     rng = np.random.default_rng(len(name))
     return [
-        {
-            "example_id": f"{name}-{i:03d}",
-            "label": LABELS[i % 2],
-            "source": "s",
-            "line": i + 1,
-            "premise": " ".join("w" * int(rng.integers(1, 9))),
-            "hypothesis": "two  words",
-            "slice.kind": kinds[i % len(kinds)],
-        }
+        Example(
+            {"premise": f"{name} {i} " + " ".join("w" * int(rng.integers(1, 9))), "hypothesis": "two  words"},
+            LABELS[i % 2],
+            slices=dict.fromkeys(slices, kinds[i % len(kinds)]),
+        )
         for i in range(n)
     ]
-
-
-def example_frame(rows, slices=("kind",)):
-    frame = pl.from_arrow(pa.Table.from_pylist(rows, examples(("premise", "hypothesis"), ("kind",))))
-    return frame if slices else frame.drop("slice.kind")
 
 
 def prediction_rows(contexts=1):
@@ -45,9 +36,9 @@ def prediction_rows(contexts=1):
                 rows.append(
                     {
                         "set": name,
-                        "context_id": f"c{context}",
-                        "example_id": example["example_id"],
-                        "label": example["label"],
+                        "run": f"c{context}",
+                        "example_id": example.example_id,
+                        "label": example.label,
                         "predicted": LABELS[p < 0.5],
                         "probabilities": [p, 1 - p],
                     }
@@ -56,13 +47,13 @@ def prediction_rows(contexts=1):
 
 
 def found_of(rows, sets=SETS, sliced=tuple(SETS)):
-    members = {name: membership(example_frame(example_rows(name), name in sliced), ("premise", "hypothesis")) for name in sets}
+    members = {name: membership(example_rows(name, slices=("kind",) if name in sliced else ())) for name in sets}
     return detail(pa.Table.from_pylist(rows, PREDICTIONS), LABELS, members, sets, resamples=RESAMPLES, seed=0)
 
 
 def thirds(name):
     """Example id → third by words, from the definition: the values a third and two thirds up the sorted lengths are the edges."""
-    words = {row["example_id"]: len(row["premise"].split()) + 2 for row in example_rows(name)}
+    words = {row.example_id: len(row.fields["premise"].split()) + 2 for row in example_rows(name)}
     ranked = sorted(words.values())
     low, high = ranked[int((len(ranked) - 1) / 3)], ranked[int((len(ranked) - 1) * 2 / 3)]
     return {key: "short" if count <= low else "middle" if count <= high else "long" for key, count in words.items()}, words
@@ -71,9 +62,9 @@ def thirds(name):
 @pytest.mark.parametrize("contexts", [1, 3])
 def test_every_slice_s_accuracy_is_that_of_its_rows(contexts):
     rows = prediction_rows(contexts)
-    where = {name: {"label": {r["example_id"]: r["label"] for r in example_rows(name)}} for name in SETS}
+    where = {name: {"label": {r.example_id: r.label for r in example_rows(name)}} for name in SETS}
     for name in SETS:
-        where[name]["kind"] = {r["example_id"]: r["slice.kind"] for r in example_rows(name)}
+        where[name]["kind"] = {r.example_id: r.slices["kind"] for r in example_rows(name)}
         where[name]["length"], _ = thirds(name)
     slices = found_of(rows)["slices"]
     for entry in slices:
@@ -115,8 +106,20 @@ def test_a_set_without_the_column_has_no_such_slice():
 
 
 def test_equal_lengths_stay_in_one_third():
-    rows = [row | {"premise": "one two"} for row in example_rows("near")]
-    assert membership(example_frame(rows), ("premise", "hypothesis"))["length"].unique().to_list() == ["short"]
+    rows = [Example({"text": f"one {i}"}, LABELS[0]) for i in range(9)]
+    assert membership(rows)["slice.length"].unique().to_list() == ["short"]
+
+
+def test_a_slice_may_have_any_name_that_the_params_allow():
+    """Names of the tables' own columns once gave a duplicate, or a dimension called "score_right"."""
+    names = ("words", "score", "example_id", "score_right", "set", "rows")
+    members = {"near": membership(example_rows("near", slices=names))}
+    rows = [row for row in prediction_rows() if row["set"] == "near"]
+    found = detail(pa.Table.from_pylist(rows, PREDICTIONS), LABELS, members, SETS, resamples=RESAMPLES, seed=0)["slices"]
+    for name in names:
+        own = {entry["slice"]: entry["n"] for entry in found if entry["dimension"] == name and entry["set"] is None}
+        assert own == {"k1": 10, "k2": 10}
+    assert {entry["dimension"] for entry in found} == {"domain", "label", "length", *names}
 
 
 def test_bins_hold_all_rows_and_give_the_calibration_error():

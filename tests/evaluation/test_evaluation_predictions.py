@@ -1,187 +1,162 @@
-"""Answers of students and baselines on evaluation sets, against full prompts."""
+"""Predictions of students and baselines on evaluation sets, against full prompts through the plain model."""
 
 import shutil
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from method_world import LABELS, SETS, SHOTS, TRANSFER, VERBALISERS, World, naive_calibrated, naive_scores, raw_params, rows_of
 
-from pipeline.teachers import scorer as scorer_module
-from pipeline.targets.calibration import Combination
-from pipeline.errors import MismatchError, UsageError
-from pipeline.evaluation.predict import combination_of, predict_baseline, teacher_contexts
-from pipeline.files import context_id, example_id
-from pipeline.params import parse_params
-from pipeline.schema import CONTEXTS, PREDICTIONS, read_table, write_table
-from pipeline.task import Task
+from pipeline.errors import CorruptError, MismatchError, UsageError
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.evaluation.predictions import models_of, predict, read_sets
+from pipeline.schema import PREDICTIONS, Context, Example, read_table, write_contexts, write_examples
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, model_folder):
-    return World(tmp_path_factory.mktemp("evaluation"), model_folder("llama"), model_folder("llama", seed=1))
+def predicted(world, name):
+    params = world.params
+    return predict(name, models_of(name, params, world.folders), params, world.folders, read_sets(params, world.folders))
 
 
-@pytest.fixture
-def own_world(world, tmp_path):
-    return world.copied(tmp_path / "copy")
-
-
-def assert_predictions(table, expected):
-    """`expected`: rows of set, context, text, gold label and probabilities, in order."""
+def assert_predictions(world, table, runs, expected):
+    """`expected(run, set, text)` are the probabilities."""
     assert table.schema.equals(PREDICTIONS)
     rows = table.to_pylist()
-    assert len(rows) == len(expected)
-    for row, (name, context, text, label, probabilities) in zip(rows, expected, strict=True):
-        assert (row["set"], row["context_id"]) == (name, context)
-        assert (row["example_id"], row["label"]) == (example_id({"text": text}), label)
-        assert np.log(row["probabilities"]) == pytest.approx(np.log(probabilities), abs=1e-3)
-        assert row["predicted"] == LABELS[int(np.argmax(row["probabilities"]))]
+    keys = [(name, run, text, label) for name, pairs in world.sets.items() for run in runs for text, label in pairs]
+    assert len(rows) == len(keys)
+    for row, (name, run, text, label) in zip(rows, keys, strict=True):
+        assert (row["set"], row["run"], row["label"]) == (name, run, label)
+        assert row["example_id"] == Example({"text": text}).example_id
+        assert np.log(row["probabilities"]) == pytest.approx(np.log(expected(run, name, text)), abs=1e-3)
+        assert row["predicted"] == world.labels[int(np.argmax(row["probabilities"]))]
 
 
-def test_a_student_s_predictions_are_those_of_the_plain_forward_on_the_bare_query(world, tokenizer):
-    folder = world.artifacts / "students" / "cd"
-    expected = [
-        (name, "", text, label, np.exp(naive_scores(folder, tokenizer, "", text))) for name, pairs in SETS.items() for text, label in pairs
-    ]
-    assert_predictions(world.student(), expected)
+def test_a_student_answers_as_the_plain_forward_on_the_bare_query(world):
+    assert_predictions(world, predicted(world, "cd"), [""], lambda _, __, text: world.answer("cd", "", text))
+
+
+def test_every_seed_of_a_student_answers_with_its_own_model(world):
+    places = {"seed 4": "", "seed 7": "seeds/7"}
+    assert_predictions(world, predicted(world, "several"), list(places), lambda run, _, text: world.answer("several", places[run], text))
+
+
+MODEL_OF = {"shots/0": "first", "shots/1": "first", "none/0": "second"}
+
+
+def calibrated(world, number, context, text, temperature):
+    scores = world.scores(world.artifacts / "models" / MODEL_OF[context], context, text)
+    return world.softmax((scores - world.offsets(number)) / temperature)
+
+
+@pytest.mark.parametrize(("name", "targets"), [("icl", "few"), ("icl_mix", "mix")])
+def test_every_context_answers_by_its_own_model_calibrated_by_itself(world, name, targets):
+    temperature = world.calibrations[targets]["temperature"]
+    runs = [run for run in MODEL_OF if targets == "mix" or run.startswith("shots")]
+    assert_predictions(world, predicted(world, name), runs, lambda run, _, text: calibrated(world, runs.index(run), run, text, temperature))
+
+
+def test_the_ensemble_is_the_weighted_mean_of_the_calibrated_answers(world):
+    weights = {"shots/0": 3 / 8, "shots/1": 3 / 8, "none/0": 1 / 4}
+
+    def expected(_, __, text):
+        return sum(w * calibrated(world, n, context, text, 0.7) for n, (context, w) in enumerate(weights.items()))
+
+    assert_predictions(world, predicted(world, "teacher"), [""], expected)
+
+
+def test_a_set_of_a_source_with_offsets_of_its_own_is_calibrated_by_them(world):
+    shifts = {"near": world.offsets(0), "far": [2.0, -1.0, -1.0]}
+
+    def expected(_, name, text):
+        return world.softmax(world.scores(world.artifacts / "models" / "second", "none/0", text) - shifts[name])
+
+    assert_predictions(world, predicted(world, "icl_source"), ["none/0"], expected)
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"template": "{text} It was"}, "template"),
-        ({"verbalisers": VERBALISERS | {"positive": " great"}}, "verbalisers"),
-        ({"verbalisers": {"negative": " bad", "positive": " good"}}, "verbalisers"),
-    ],
+    "changes",
+    [{"template": "{text} It was"}, {"verbalisers": {"positive": " great", "mixed": " so-so", "negative": " bad"}}],
+    ids=["template", "verbalisers"],
 )
-def test_a_student_of_another_template_or_other_verbalisers_is_refused_with_both(world, changes, what):
-    task = Task(world.task.params.model_copy(update=changes))
-    with pytest.raises(MismatchError) as caught:
-        world.student(task)
-    for part in (str(world.artifacts / "students" / "cd"), f"trained with {what}", repr(changes[what]), "run `dvc repro`"):
-        assert part in str(caught.value)
+def test_a_student_of_another_task_is_refused(world, changes):
+    world.raw["task"] |= changes
+    with pytest.raises(MismatchError, match=rf"students/cd: trained with task\.{next(iter(changes))}"):
+        models_of("cd", world.params, world.folders)
 
 
-def test_every_context_on_its_own_is_calibrated_by_itself(world, tokenizer):
-    target = raw_params()["targets"]["few"]
-    folder = world.artifacts / "models" / "first"
-    expected = [
-        (name, context_id(context), text, label, naive_calibrated(world, tokenizer, target, folder, context, text))
-        for name, pairs in SETS.items()
-        for context in SHOTS
-        for text, label in pairs
-    ]
-    assert_predictions(world.baseline("few", ensemble=False), expected)
+def test_the_order_of_labels_in_params_does_not_matter(world):
+    before = predicted(world, "cd"), predicted(world, "teacher")
+    world.raw["task"]["verbalisers"] = dict(reversed(world.raw["task"]["verbalisers"].items()))
+    assert (predicted(world, "cd"), predicted(world, "teacher")) == before
 
 
-def test_contexts_of_several_teachers_are_each_answered_by_their_own_model(world, tokenizer):
-    target = raw_params()["targets"]["mix"]
-    asked = [("first", SHOTS[0]), ("first", SHOTS[1]), ("second", "")]
-    expected = [
-        (name, context_id(context), text, label, naive_calibrated(world, tokenizer, target, folder, context, text))
-        for name, pairs in SETS.items()
-        for folder, context in ((world.artifacts / "models" / model, context) for model, context in asked)
-        for text, label in pairs
-    ]
-    assert_predictions(world.baseline("mix", ensemble=False), expected)
+def test_a_damaged_student_is_refused_by_file(world):
+    (world.artifacts / "students" / "several" / "seeds" / "7" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CorruptError, match=r"seeds/7/config\.json: 2 bytes"):
+        models_of("several", world.params, world.folders)
 
 
-def test_the_ensemble_is_the_weighted_mean_of_the_calibrated_answers(world, tokenizer):
-    target = raw_params()["targets"]["mix"]
-    asked = [("first", SHOTS[0], 3 / 8), ("first", SHOTS[1], 3 / 8), ("second", "", 1 / 4)]
-    expected = []
-    for name, pairs in SETS.items():
-        for text, label in pairs:
-            each = [naive_calibrated(world, tokenizer, target, world.artifacts / "models" / m, context, text) for m, context, _ in asked]
-            expected.append((name, "", text, label, sum(weight * p for (*_, weight), p in zip(asked, each, strict=True))))
-    assert_predictions(world.baseline("mix", ensemble=True), expected)
+def test_a_context_that_changed_is_named(world):
+    write_contexts([Context("shots/0", "another")], world.artifacts / "data" / "contexts" / "shots.parquet")
+    with pytest.raises(MismatchError, match=r"shots\.parquet: context 'shots/0' is not the one"):
+        models_of("icl", world.params, world.folders)
 
 
-def test_an_ensemble_of_log_probabilities_is_the_geometric_mean(world, tokenizer):
-    asked = [("second", "", 0.5), ("first", SHOTS[0], 0.25), ("first", SHOTS[1], 0.25)]
-    expected = []
-    for name, pairs in SETS.items():
-        for text, label in pairs:
-            p = np.exp(sum(w * naive_scores(world.artifacts / "models" / model, tokenizer, context, text) for model, context, w in asked))
-            expected.append((name, "", text, label, p / p.sum()))
-    assert_predictions(world.baseline("geometric", ensemble=True), expected)
+def test_a_teacher_that_is_no_longer_the_calibrated_one_is_refused(world):
+    shutil.rmtree(world.artifacts / "models" / "first")
+    shutil.copytree(world.model_folder("llama", seed=2), world.artifacts / "models" / "first")
+    with pytest.raises(MismatchError, match=r"models/first: not the model"):
+        predicted(world, "icl")
 
 
-def test_the_ensemble_of_the_transfer_set_would_be_the_targets(world):
-    """Baselines and targets are made by the same arithmetic from the same calibration."""
-    sets = {"transfer": [row | {"label": LABELS[0]} for row in rows_of([(text, None) for text in TRANSFER])]}
-    table = predict_baseline("base", world.calibration("mix"), True, world.task, sets, world.artifacts, world.work, 1)
-    targets = read_table(world.artifacts / "targets" / "mix" / "targets.parquet", pa.schema([PREDICTIONS.field("probabilities")]))
-    assert np.allclose(table["probabilities"].to_pylist(), targets["probabilities"].to_pylist(), atol=1e-6)
+def test_slices_come_from_the_file_itself(world):
+    examples = [Example({"text": "a film"}, "mixed", slices={"stars": "3", "words": None})]
+    write_examples(examples, ("text",), world.artifacts / "data" / "evaluation" / "near.parquet", ("stars", "words"))
+    sets = read_sets(world.params, world.folders)
+    assert (sets["near"], [example.slices for example in sets["far"]]) == (examples, [{}] * 3)
 
 
-def test_no_prediction_is_lost_where_two_models_answer_in_the_same_contexts(world):
-    """Either every (model, context) has its rows, or such a baseline is refused."""
-    raw = raw_params()
-    raw["baselines"]["icl_two_models"] = {"prompts": "targets/two_models", "contexts": "each"}
-    try:
-        parse_params(raw)
-        table = world.baseline("two_models", ensemble=False)
-    except UsageError:
-        return
-    assert len(table) == 2 * len(SHOTS) * sum(map(len, SETS.values()))
+@pytest.fixture
+def no_cost(monkeypatch):
+    """The stage without its measurement, which has tests of its own."""
+    figures = {"measured": {"subject": "s"}}
+    monkeypatch.setattr("pipeline.evaluation.evaluate.measure_method", lambda *_: figures)
 
 
-def test_an_example_in_two_sets_is_answered_alike_and_asked_once(own_world):
-    shutil.rmtree(own_world.work)
-    rows = own_world.student().to_pylist()
-    shared = [row["probabilities"] for row in rows if row["example_id"] == example_id({"text": "a film"})]
+@pytest.mark.parametrize(("name", "kind"), [("several", "student"), ("icl", "baseline"), ("teacher", "baseline")])
+def test_the_stage_writes_predictions_and_metrics_of_them(world, no_cost, name, kind):
+    evaluate(name, world.params, world.folders)
+    table = read_table(world.artifacts / "predictions" / f"{name}.parquet", PREDICTIONS)
+    assert table == predicted(world, name)
+    metrics, detail = world.metric("eval", name), world.metric("detail", name)
+    assert (metrics["method"], metrics["kind"], metrics["subject"]) == (name, kind, "s")
+    assert metrics["sets"] == evaluate_predictions(table, world.labels, resamples=50, seed=3)
+    assert [entry["n"] for entry in metrics["sets"].values()] == [4, 3]
+    assert ("contexts" in metrics["sets"]["near"]) == (name != "teacher")
+    assert world.metric("summary", name).keys() == {"accuracy_in", "accuracy_lowest", "ece", "log_loss"}
+    assert {entry["dimension"] for entry in detail["slices"]} == {"domain", "label", "length"}
+    files = ("artifacts/predictions", "metrics/eval", "metrics/summary", "metrics/detail")
+    before = {file: next((world.root / file).iterdir()).read_bytes() for file in files}
+    evaluate(name, world.params, world.folders)
+    assert before == {file: next((world.root / file).iterdir()).read_bytes() for file in files}
+
+
+def test_an_unknown_method_is_refused_with_the_choices(world):
+    with pytest.raises(UsageError, match="no 'nobody'; choose one of: cd, icl, icl_mix, icl_source, several, teacher"):
+        evaluate("nobody", world.params, world.folders)
+
+
+def test_an_example_in_two_sets_is_answered_alike(world):
+    rows = predicted(world, "cd").to_pylist()
+    shared = [row["probabilities"] for row in rows if row["example_id"] == Example({"text": "a film"}).example_id]
     assert len(shared) == 2
     assert shared[0] == shared[1]
-    files = own_world.work.glob("scores/*/part-*.parquet")
-    assert sum(pq.read_metadata(file).num_rows for file in files) == len({text for pairs in SETS.values() for text, _ in pairs})
 
 
-def test_a_second_evaluation_needs_no_model(world, monkeypatch):
-    tables = [world.student(), world.baseline("mix", ensemble=True)]
-    monkeypatch.setattr(scorer_module, "load_model", None)
-    assert [world.student(), world.baseline("mix", ensemble=True)] == tables
-
-
-def test_baselines_share_the_scores_of_the_same_prompts(own_world, monkeypatch):
-    own_world.baseline("mix", ensemble=True)
-    monkeypatch.setattr(scorer_module, "load_model", None)
-    own_world.baseline("few", ensemble=False)
-    own_world.baseline("geometric", ensemble=True)
-
-
-def test_a_context_that_is_no_longer_there_is_named(own_world):
-    path = own_world.artifacts / "data" / "contexts" / "shots.parquet"
-    write_table(read_table(path, CONTEXTS).slice(0, 1), path)
-    with pytest.raises(MismatchError, match=rf"shots\.parquet: context {context_id(SHOTS[1])[:12]} of target set 'mix' is not in it"):
-        own_world.baseline("mix", ensemble=True)
-
-
-def test_contexts_come_in_the_calibration_s_order(own_world):
-    calibration = own_world.calibration("mix")
-    calibration["contexts"].reverse()
-    assert [row["text"] for row in teacher_contexts(calibration, "few", own_world.artifacts)] == SHOTS[::-1]
-
-
-def test_a_teacher_that_is_no_longer_the_calibrated_one_is_refused(own_world, model_folder):
-    shutil.rmtree(own_world.artifacts / "models" / "first")
-    shutil.copytree(model_folder("llama", seed=2), own_world.artifacts / "models" / "first")
-    with pytest.raises(MismatchError, match=r"targets/mix/calibration\.json was not made by this run's teacher"):
-        own_world.baseline("mix", ensemble=True)
-
-
-def test_the_combination_is_what_the_calibration_says():
-    calibration = {
-        "average": "log_probability",
-        "temperature": 0.5,
-        "contexts": [{"offsets_nats": [0.25, -0.25], "weight": 0.75}, {"offsets_nats": [0.0, 0.0], "weight": 0.25}],
-        "by_source": {"tweets": [[1.0, -1.0], [0.5, -0.5]]},
-    }
-    found = combination_of(calibration, "movie")
-    assert isinstance(found, Combination)
-    assert found.offsets.tolist() == [[0.25, -0.25], [0.0, 0.0]]
-    assert found.weights.tolist() == [0.75, 0.25]
-    assert (found.average, found.temperature) == ("log_probability", 0.5)
-    assert combination_of(calibration, "tweets").offsets.tolist() == [[1.0, -1.0], [0.5, -0.5]]
+def test_baselines_share_the_scores_of_the_same_prompts_and_students_leave_none(world, monkeypatch):
+    predicted(world, "cd")
+    assert not (world.folders.work / "scores").exists()
+    first = predicted(world, "teacher")
+    monkeypatch.setattr("pipeline.teachers.scorer.load_model", None)
+    assert predicted(world, "teacher") == first
+    predicted(world, "icl")
+    predicted(world, "icl_source")

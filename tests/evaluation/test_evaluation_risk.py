@@ -8,13 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluation.attribution import MOST_WORDS, attribute, disagreements, leave_one_out, log_odds
-from pipeline.evaluation.flips import SHOWN, Answered, flips, flips_of
-from pipeline.evaluation.gaps import SMALLEST_SLICE, by_confidence, gaps, homogeneity
+from pipeline.errors import CorruptError
+from pipeline.evaluation.detail import SMALLEST_SLICE, gaps, homogeneity
+from pipeline.evaluation.metrics import binned
+from pipeline.evaluation.predictions import models_of, predict, read_sets
+from pipeline.evaluation.risk import (
+    FLIPS_SHOWN,
+    MOST_WORDS,
+    Answered,
+    answered,
+    attribute,
+    attributions,
+    check_risks,
+    flips,
+    log_odds,
+)
 from pipeline.evaluation.swaps import CONTRACTIONS, FRAMES, GENDER, NAMES, SWAPS, other_gender, other_names, swap_fields, written_out
+from pipeline.schema import PREDICTIONS, Example, read_table, write_table
 
 LABELS = ("negative", "positive")
 BY_NAME = {swap.name: swap for swap in SWAPS}
+PAIRS = [pair.split("/") for pair in GENDER.split()]
 
 
 @pytest.mark.parametrize(
@@ -35,15 +49,16 @@ def test_words_of_gender_become_their_counterparts(text, expected):
 
 
 def test_pairs_of_gender_are_swapped_both_ways():
-    for one, other in GENDER:
+    for one, other in PAIRS:
         assert (other_gender(one), other_gender(other)) == (other, one)
 
 
 def test_a_name_becomes_another_of_its_row_and_never_a_word():
-    for row in NAMES.values():
+    rows = [row.split() for row in NAMES]
+    for row in rows:
         assert {other_names(name) for name in row} == set(row)
         assert all(other_names(name) != name for name in row)
-    every = [name for row in NAMES.values() for name in row]
+    every = [name for row in rows for name in row]
     assert len(set(every)) == len(every)
     assert other_names("John's film beats JOHN and john, Johnny and Mary.") == "Tyrone's film beats JOHN and john, Johnny and Lakisha."
 
@@ -55,7 +70,7 @@ def test_contractions_with_one_reading_are_written_out_and_negations_stay():
 
 def test_no_swap_touches_a_negation():
     negation = ("not", "n't", "never", "no")
-    swapped = [*CONTRACTIONS, *CONTRACTIONS.values(), *(word for pair in GENDER for word in pair), *FRAMES]
+    swapped = [*CONTRACTIONS, *CONTRACTIONS.values(), *(word for pair in PAIRS for word in pair), *FRAMES]
     assert not [text for text in swapped for word in text.lower().split() if word in negation or word.endswith("n't")]
 
 
@@ -78,17 +93,25 @@ def test_a_brace_in_a_text_is_no_place_to_fill():
     assert BY_NAME["frame_1"].apply("{0} {x}") == "Here is the text: {0} {x}"
 
 
-def answered(name, number, text, p=0.9, label="negative"):
-    return Answered(name, f"{name}-{number}", {"text": text}, label, np.array([p, 1 - p]))
+def answer(name, text, p=0.9, label="negative"):
+    return Answered(name, Example({"text": text}, label), np.array([p, 1 - p]))
+
+
+def sure(examples):
+    return np.tile([0.9, 0.1], (len(examples), 1))
+
+
+def swap_entry(found, name):
+    return next(entry for entry in found if entry["name"] == name)
 
 
 def test_flips_are_counted_over_the_texts_that_held_something_to_swap():
-    examples = [answered("movie", i, text) for i, text in enumerate(["John slept", "nothing here", "Mary slept", "he slept"])]
+    examples = [answer("movie", text) for text in ["John slept", "nothing here", "Mary slept", "he slept"]]
     asked = []
 
     def ask(inputs):
         asked.extend(inputs)
-        return np.array([[0.2, 0.8] if "Tyrone" in fields["text"] else [0.7, 0.3] for fields in inputs])
+        return np.array([[0.2, 0.8] if "Tyrone" in example.fields["text"] else [0.7, 0.3] for example in inputs])
 
     found = {entry["name"]: entry for entry in flips(examples, ask, LABELS, per_set=10)}
     names = found["first_names"]
@@ -119,27 +142,27 @@ def test_flips_are_counted_over_the_texts_that_held_something_to_swap():
 
 
 def test_no_more_texts_of_a_set_are_asked_than_wished_and_all_are_counted():
-    examples = [answered(name, i, f"text {i}") for name in ("movie", "tweets") for i in range(5)]
-    found = flips(examples, lambda inputs: np.tile([0.9, 0.1], (len(inputs), 1)), LABELS, per_set=3)
-    frame = next(entry for entry in found if entry["name"] == "frame_3")
+    examples = [answer(name, f"{name} {i}") for name in ("movie", "tweets") for i in range(5)]
+    frame = swap_entry(flips(examples, sure, LABELS, per_set=3), "frame_3")
     assert (frame["with_swap"], frame["asked"]) == (10, 6)
     assert frame["by_set"] == {"movie": {"asked": 3, "flips": 0}, "tweets": {"asked": 3, "flips": 0}}
 
 
 def test_no_flips_give_the_exact_binomial_bound_and_few_examples_are_shown():
-    rows = [(answered("movie", i, "x"), {"text": "y"}, np.array([0.8, 0.2])) for i in range(20)]
-    found = flips_of(rows, LABELS)
+    found = swap_entry(flips([answer("movie", f"text {i}") for i in range(20)], sure, LABELS, per_set=50), "frame_1")
     assert found["ci95"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 20))]
-    assert len(found["examples"]) == SHOWN
+    assert len(found["examples"]) == FLIPS_SHOWN
 
 
 def test_each_word_is_left_out_once_and_lies_where_it_says():
-    fields = {"premise": " A  warm, funny film", "hypothesis": "film"}
-    parts = leave_one_out(fields)
-    assert [word["word"] for word, _ in parts] == ["A", "warm,", "funny", "film", "film"]
-    assert all(fields[word["field"]][word["start"] : word["end"]] == word["word"] for word, _ in parts)
-    assert [without["premise"] for _, without in parts[:4]] == ["warm, funny film", "A funny film", "A  warm, film", "A  warm, funny"]
-    assert parts[4][1] == {"premise": " A  warm, funny film", "hypothesis": ""}
+    fields, asked = {"premise": " A  warm, funny film", "hypothesis": "film"}, []
+    [words] = attribute([(Example(fields), 0)], lambda inputs: asked.extend(inputs) or sure(inputs))
+    assert [word["word"] for word in words] == ["A", "warm,", "funny", "film", "film"]
+    assert all(fields[word["field"]][word["start"] : word["end"]] == word["word"] for word in words)
+    assert asked[0].fields == fields
+    shortened = ["warm, funny film", "A funny film", "A  warm, film", "A  warm, funny"]
+    assert [example.fields["premise"] for example in asked[1:5]] == shortened
+    assert asked[5].fields == {"premise": " A  warm, funny film", "hypothesis": ""}
 
 
 def test_weights_are_the_log_odds_that_a_word_carries():
@@ -147,14 +170,15 @@ def test_weights_are_the_log_odds_that_a_word_carries():
     part = {"good": 1.5, "film": 0.0, "but": -0.25, "dull": -2.0}
 
     def ask(inputs):
-        odds = np.array([sum(part[word] for word in fields["text"].split()) for fields in inputs])
+        odds = np.array([sum(part[word] for word in example.fields["text"].split()) for example in inputs])
         p = 1 / (1 + np.exp(-odds))
         return np.stack([1 - p, p], axis=1)
 
-    [positive, negative] = attribute([{"text": "good film but dull"}] * 2, [1, 0], ask)
+    example = Example({"text": "good film but dull"})
+    [positive, negative] = attribute([(example, 1), (example, 0)], ask)
     assert {word["word"]: word["weight"] for word in positive} == pytest.approx(part)
     assert {word["word"]: -word["weight"] for word in negative} == pytest.approx(part)
-    assert attribute([], [], ask) == []
+    assert attribute([], ask) == []
 
 
 def test_log_odds_are_against_all_other_answers_and_finite():
@@ -163,14 +187,28 @@ def test_log_odds_are_against_all_other_answers_and_finite():
 
 
 def test_sets_take_turns_among_the_sampled_disagreements_and_long_texts_are_counted():
-    mine = [answered(name, i, "a text", 0.9) for name in ("movie", "tweets") for i in range(4)]
-    mine[0] = answered("movie", 0, "word " * (MOST_WORDS + 1), 0.9)
-    theirs = [answered(m.set, m.example_id[-1], "a text", 0.2 if m.example_id != "movie-3" else 0.8) for m in mine][::-1]
-    chosen, long = disagreements(mine, theirs, count=5)
-    assert [mine[place].example_id for place, _ in chosen] == ["movie-1", "tweets-0", "movie-2", "tweets-1", "tweets-2"]
-    assert all(mine[place].example_id == theirs[at].example_id for place, at in chosen)
+    mine = [answer(name, f"{name} {i}") for name in ("movie", "tweets") for i in range(6)]
+    mine[0] = answer("movie", "word " * (MOST_WORDS + 1))
+    theirs = [Answered(m.set, m.example, np.array([0.8, 0.2] if i == 3 else [0.2, 0.8])) for i, m in enumerate(mine)]
+    entries, long = attributions(mine, theirs, sure, LABELS)
+    ids = {
+        name: sorted(m.example.example_id for i, m in enumerate(mine) if m.set == name and i not in (0, 3)) for name in ("movie", "tweets")
+    }
+    expected = [("movie", i) for i in ids["movie"][:4]], [("tweets", i) for i in ids["tweets"][:4]]
+    assert [(entry["set"], entry["example_id"]) for entry in entries] == [pair for turn in zip(*expected, strict=True) for pair in turn]
+    assert {(entry["student"], entry["reference"], entry["student_p"], entry["reference_p"]) for entry in entries} == {(*LABELS, 0.9, 0.8)}
     assert long == 1
-    assert disagreements(mine, mine)[0] == []
+    assert attributions(mine, mine, sure, LABELS) == ([], 0)
+
+
+def test_an_example_with_several_rows_is_refused():
+    """The rows of two seeds are answers of two models."""
+    examples = [Example({"text": text}, "negative") for text in ("a", "b")]
+    rows = [{"example_id": e.example_id, "predicted": "negative", "probabilities": [0.9, 0.1]} for e in examples]
+    assert [one.example for one in answered({"movie": pl.DataFrame(rows)}, {"movie": examples}, LABELS)] == examples
+    for wrong in ([*rows, rows[0]], rows[:1], [rows[0], rows[0]]):
+        with pytest.raises(CorruptError, match=rf"set 'movie': {len(wrong)} rows for 2 examples"):
+            answered({"movie": pl.DataFrame(wrong)}, {"movie": examples}, LABELS)
 
 
 def test_homogeneity_is_the_chi_square_test_of_right_and_wrong():
@@ -186,7 +224,7 @@ def test_gaps_lie_between_the_best_and_the_worst_slice_that_is_large_enough():
     sizes = {"good": 30, "bad": SMALLEST_SLICE, "tiny": SMALLEST_SLICE - 1}
     kinds = [kind for kind, size in sizes.items() for _ in range(size)]
     ids = [str(i) for i in range(len(kinds))]
-    members = {"movie": pl.DataFrame({"example_id": ids, "words": [1] * len(ids), "kind": kinds})}
+    members = {"movie": pl.DataFrame({"example_id": ids, "words": [1] * len(ids), "slice.kind": kinds})}
     share = {"good": 0.9, "bad": 0.5, "tiny": 0.0}
     score = [float(kinds[: i + 1].count(k) <= share[k] * sizes[k]) for i, k in enumerate(kinds)]
     ours = {"movie": pl.DataFrame({"example_id": ids, "score": score})}
@@ -202,9 +240,67 @@ def test_gaps_lie_between_the_best_and_the_worst_slice_that_is_large_enough():
 def test_disagreement_by_confidence_is_counted_bin_by_bin():
     confidence = np.array([0.55, 0.6, 0.61, 0.95])
     differ, right, other = (np.array(values, dtype=bool) for values in ([1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]))
-    found = by_confidence(confidence, differ, right, other)
-    assert found == [
+    shares = {"disagreement": differ, "student_accuracy": right, "reference_accuracy": other}
+    assert binned(confidence, 10, shares) == [
         {"low": 0.5, "high": 0.6, "n": 2, "disagreement": 0.5, "student_accuracy": 0.5, "reference_accuracy": 1.0},
         {"low": 0.6, "high": 0.7, "n": 1, "disagreement": 1.0, "student_accuracy": 1.0, "reference_accuracy": 0.0},
         {"low": 0.9, "high": 1.0, "n": 1, "disagreement": 0.0, "student_accuracy": 1.0, "reference_accuracy": 1.0},
     ]
+
+
+def checked(world, name):
+    """A student's risks, after its predictions and the reference's."""
+    params = world.params
+    for method in (name, "teacher"):
+        table = predict(method, models_of(method, params, world.folders), params, world.folders, read_sets(params, world.folders))
+        write_table(table, world.artifacts / "predictions" / f"{method}.parquet")
+    check_risks(name, params, world.folders)
+    return world.metric("risk", name)
+
+
+def assert_checks_of(world, found, name, place, run):
+    """The checks are of one model: its answers before and after, and the rows of its run."""
+    frame = swap_entry(found["swaps"], "frame_3")
+    assert (frame["texts"], frame["asked"]) == (7, 7)
+    for shown in frame["examples"]:
+        text = f"{shown['before']['text']} That is the whole text."
+        assert shown["after"] == {"text": text}
+        before, after = (world.answer(name, place, asked) for asked in (shown["before"]["text"], text))
+        best = int(before.argmax())
+        assert (shown["answer_before"], shown["answer_after"]) == (world.labels[best], world.labels[int(after.argmax())])
+        assert (shown["p_before"], shown["p_after"]) == pytest.approx((before[best], after[best]), abs=1e-4)
+    ours, theirs = (
+        {(row["set"], row["example_id"]): row["predicted"] for row in table.to_pylist() if row["run"] == own}
+        for table, own in (
+            (read_table(world.artifacts / "predictions" / f"{m}.parquet", PREDICTIONS), r) for m, r in ((name, run), ("teacher", ""))
+        )
+    )
+    differ = {key for key in ours if ours[key] != theirs[key]}
+    assert found["disagreement"][0]["share"] == pytest.approx(len(differ) / 7, abs=1e-6)
+    assert {(entry["set"], entry["example_id"]) for entry in found["attributions"]} == differ, "all are few enough to be shown"
+    for entry in found["attributions"]:
+        text, best = entry["fields"]["text"], world.labels.index(entry["student"])
+        for word in entry["words"]:
+            at = text[: word["start"]].count(" ")
+            without = " ".join(text.split()[:at] + text.split()[at + 1 :])
+            p, q = (world.answer(name, place, asked)[best] for asked in (text, without))
+            assert word["weight"] == pytest.approx(np.log(p / (1 - p)) - np.log(q / (1 - q)), abs=2e-3)
+
+
+def test_a_student_s_answers_to_swapped_and_shortened_texts_are_the_plain_forward_s(world):
+    found = checked(world, "cd")
+    assert_checks_of(world, found, "cd", "", "")
+    assert found.keys() == {"student", "reference", "swaps", "gaps", "disagreement", "attributions", "attributions_skipped_long"}
+
+
+def test_each_seed_is_checked_by_its_own_model_and_its_own_answers(world):
+    found = checked(world, "several")
+    assert (found["run"], list(found["runs"])) == ("seed 4", ["seed 7"])
+    assert_checks_of(world, found, "several", "", "seed 4")
+    assert_checks_of(world, found["runs"]["seed 7"], "several", "seeds/7", "seed 7")
+
+
+def test_nothing_is_checked_in_free_text(world):
+    world.answer_freely()
+    check_risks("several", world.params, world.folders)
+    assert world.metric("risk", "several").keys() == {"student", "skipped"}

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import CorruptError, UsageError
-from pipeline.evaluation.metrics import agreement, compare, evaluate_predictions, expected_calibration_error, mean_accuracy
+from pipeline.errors import CorruptError
+from pipeline.evaluation.metrics import evaluate_predictions, expected_calibration_error, mean_accuracy, summary
 from pipeline.schema import PREDICTIONS
 
 LABELS = ("negative", "positive", "a-neutral")  # deliberately not in alphabetical order
@@ -35,7 +35,7 @@ def random_rows(seed: int, n: int = 40, contexts: int = 1, sets: tuple[str, ...]
                 rows.append(
                     {
                         "set": name,
-                        "context_id": f"c{context}" if contexts > 1 else "",
+                        "run": f"c{context}" if contexts > 1 else "",
                         "example_id": f"{name}-{i:04d}",
                         "label": LABELS[gold[i]],
                         "predicted": LABELS[int(p[i].argmax())],
@@ -82,7 +82,7 @@ def test_metrics_equal_their_definitions(seed: int) -> None:
 def test_several_contexts_give_means_over_contexts() -> None:
     rows = random_rows(1, contexts=3, sets=("in",))
     found = evaluate(rows)["in"]
-    each = [naive_metrics([row for row in rows if row["context_id"] == f"c{i}"]) for i in range(3)]
+    each = [naive_metrics([row for row in rows if row["run"] == f"c{i}"]) for i in range(3)]
     for key in each[0]:
         assert found[key] == pytest.approx(np.mean([metrics[key] for metrics in each]), abs=2e-6)
     accuracies = [metrics["accuracy"] for metrics in each]
@@ -98,7 +98,7 @@ def test_one_context_has_no_contexts_entry() -> None:
 def test_repeating_a_context_narrows_no_interval() -> None:
     """Contexts share their examples, so the same answers four times over are no more evidence than once."""
     once = random_rows(2, sets=("in",))
-    copies = [row | {"context_id": f"c{i}"} for i in range(4) for row in once]
+    copies = [row | {"run": f"c{i}"} for i in range(4) for row in once]
     assert evaluate(copies)["in"]["ci95"] == evaluate(once)["in"]["ci95"]
 
 
@@ -143,7 +143,7 @@ def test_metrics_do_not_depend_on_label_order() -> None:
 @pytest.mark.parametrize(
     "bad", [[math.nan, 0.5, 0.5], [0.2, 0.2, 0.2], [1.2, -0.1, -0.1], [0.5, 0.5]], ids=["nan", "sum", "negative", "length"]
 )
-def test_what_is_no_distribution_is_an_error_naming_the_row(bad: list[float]) -> None:
+def test_what_is_not_a_distribution_is_an_error_naming_the_row(bad: list[float]) -> None:
     rows = random_rows(0)
     rows[7] = rows[7] | {"probabilities": bad}
     with pytest.raises(CorruptError, match=r"set 'in': example in-0007"):
@@ -161,56 +161,10 @@ def test_an_unknown_label_an_uneven_context_and_a_repeat_are_errors() -> None:
     rows = random_rows(0)
     with pytest.raises(CorruptError, match="'label' has odd; the task's labels are a-neutral, negative, positive"):
         evaluate([rows[0] | {"label": "odd"}, *rows[1:]])
-    with pytest.raises(CorruptError, match="in-0000 has 2 of 3 contexts"):
+    with pytest.raises(CorruptError, match="in-0000 has 2 rows in 3 runs"):
         evaluate(random_rows(0, contexts=3)[1:])
-    with pytest.raises(CorruptError, match="twice"):
+    with pytest.raises(CorruptError, match="in-0000 has 2 rows in 1 runs"):
         evaluate([*rows, rows[0]])
-
-
-def test_agreement_with_itself_is_one_and_counts_equal_predictions() -> None:
-    rows = random_rows(0)
-    table = predictions(rows)
-    assert agreement(table, table) == {"in": 1.0, "out": 1.0}
-    other = predictions(random_rows(9))
-    expected = {
-        name: np.mean([a["predicted"] == b["predicted"] for a, b in zip(rows, random_rows(9), strict=True) if a["set"] == name])
-        for name in ("in", "out")
-    }
-    assert agreement(table, other) == pytest.approx(expected)
-    assert agreement(table, predictions(random_rows(9)[::-1])) == agreement(table, other), "rows are joined by key, not by order"
-
-
-def test_agreement_needs_one_prediction_an_example_and_all_examples() -> None:
-    rows = random_rows(0)
-    with pytest.raises(UsageError, match="contexts: ensemble"):
-        agreement(predictions(rows), predictions(random_rows(0, contexts=2)))
-    with pytest.raises(CorruptError, match=r"1 rows have no counterpart.*in-0000"):
-        agreement(predictions(rows), predictions(rows[1:]))
-
-
-def test_a_method_against_itself_differs_by_nothing_and_a_better_one_clearly() -> None:
-    rows = random_rows(4, n=200)
-    table = predictions(rows)
-    same = compare(table, table, ["in", "out"], resamples=200, seed=0)
-    assert same["difference"] == 0
-    assert not same["clear"]
-    assert same["ci95"][1] < 0.01, "agreement on every example leaves little room"
-    best = predictions([row | {"predicted": row["label"]} for row in rows])
-    gain = compare(best, table, ["in", "out"], resamples=200, seed=0)
-    assert gain["clear"]
-    loss = compare(table, best, ["in", "out"], resamples=200, seed=0)
-    assert loss["difference"] == pytest.approx(-gain["difference"])
-
-
-def test_comparison_is_of_means_over_sets_paired_by_example() -> None:
-    a, b = random_rows(1, n=60), random_rows(2, n=60)
-    b = [y | {"label": x["label"]} for x, y in zip(a, b, strict=True)]
-    found = compare(predictions(a), predictions(b[::-1]), ["in", "out"], resamples=100, seed=0)
-    expected = mean_accuracy(predictions(a), ["in", "out"], resamples=10, seed=0)["accuracy"]
-    expected -= mean_accuracy(predictions(b), ["in", "out"], resamples=10, seed=0)["accuracy"]
-    assert found["difference"] == pytest.approx(expected, abs=2e-6)
-    with pytest.raises(CorruptError, match="different examples"):
-        compare(predictions(a), predictions(b[1:]), ["in"], resamples=10, seed=0)
 
 
 def test_mean_accuracy_weighs_sets_alike_whatever_their_size() -> None:
@@ -234,3 +188,18 @@ def test_the_frame_is_left_as_it_was() -> None:
     before = pl.from_arrow(table).clone()
     evaluate_predictions(table, LABELS, resamples=10, seed=0)
     assert before.equals(pl.from_arrow(table))
+
+
+SUMMED = {
+    "movie": {"accuracy": 0.9, "ece": 0.1, "log_loss": 0.3},
+    "amazon": {"accuracy": 0.8, "ece": 0.2, "log_loss": 0.5},
+    "tweets": {"accuracy": 0.6, "ece": 0.3, "log_loss": 0.7},
+}
+
+
+def test_the_summary_s_means_are_unweighted_over_the_sets_of_a_domain() -> None:
+    row = summary(SUMMED, {"movie": "in", "amazon": "out", "tweets": "out"})
+    assert row == {"accuracy_in": 0.9, "accuracy_out": 0.7, "accuracy_lowest": 0.6, "ece": 0.2, "log_loss": 0.5}
+    assert all(isinstance(value, float) for value in row.values()), "dvc metrics shows numbers at the top level alone"
+    assert "accuracy_in" not in summary(SUMMED, dict.fromkeys(SUMMED, "out"))
+    assert summary({"movie": {"well_formed": 0.5, "n": 4}}, {"movie": "in"}) == {"well_formed_in": 0.5}

@@ -1,16 +1,19 @@
-"""`shotless predict` as a user runs it: every format in and out, order, bounded windows, bad rows, the log."""
+"""`shotless predict` as a user runs it: every format in and out, order, bounded windows, bad rows, the log, exit codes."""
 
 import csv
 import json
 import os
+import shutil
 import threading
+from pathlib import Path
 
 import polars as pl
 import pytest
-from serving_world import TEXTS, make_student, shotless, shotless_process
+from serving_world import PROJECT, TEXTS, VERBALISERS, make_student, shotless, shotless_process
 
+from pipeline.params import read_yaml, write_yaml
+from pipeline.serving.files import Item, predict_items
 from pipeline.serving.predictor import Predictor
-from pipeline.serving.stream import Item, predict_stream
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_standard_input_to_standard_output_with_a_bad_row_between(folder):
     assert [row.get("error") for row in rows] == [None, "not JSON", "text: empty", "text: missing", None]
     assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
     assert rows[0]["confidence"] == max(rows[0]["probabilities"].values()) == rows[0]["probabilities"][rows[0]["label"]]
-    assert done.stderr.strip() == "5 rows answered by cd, 3 of them with an error"
+    assert done.stderr.strip() == "cd: 5 rows, 3 with an error"
     logged = [json.loads(line) for line in (folder / "log" / "used.jsonl").read_text("utf-8").splitlines()]
     assert [entry["fields"] for entry in logged] == [{"text": "a warm film"}, {}, {"text": ""}, {"text": None}, {"text": "funny"}]
     assert [entry.get("label") for entry in logged] == [row.get("label") for row in rows]
@@ -92,15 +95,15 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
             taken += 1
             yield item
 
-    stream = predict_stream(predictor, counted(), window_rows=4)
+    stream = predict_items(predictor, counted(), window_rows=4)
     first = next(stream)
     assert (len(first), taken) == (4, 4)
     windows = [first, *stream]
     assert [item.line for window in windows for item, _ in window] == list(range(len(items)))
     whole = predictor.predict([item.fields for item in items])
     assert [p.label for window in windows for _, p in window] == [p.label for p in whole]
-    monkeypatch.setattr("pipeline.serving.stream.WINDOW_CHARS", 30)
-    assert max(len(window) for window in predict_stream(predictor, items)) < 8
+    monkeypatch.setattr("pipeline.serving.files.WINDOW_CHARS", 30)
+    assert max(len(window) for window in predict_items(predictor, items)) < 8
 
 
 @pytest.mark.parametrize(
@@ -108,11 +111,14 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
     [
         (["--student", "nope"], "there are: cd"),
         (["--student", "cd", "-i", "nope.jsonl"], "nope.jsonl: no such file"),
-        (["--student", "cd", "-i", "rows.xlsx"], "names no format"),
+        (["--student", "cd", "-i", "rows.xlsx"], "does not end with one of"),
         (["--student", "cd", "-i", "rows.jsonl", "--input-format", "xml"], "choose one of: csv, jsonl, parquet, tsv"),
         (["--student", "cd", "-i", "rows.jsonl", "--field", "body=text"], "the student's fields are: text"),
-        (["--student", "cd", "-i", "rows.jsonl", "--keep", "label"], "rename it"),
-        (["--student", "cd", "--output-format", "parquet"], "name a file with --output"),
+        (["--student", "cd", "-i", "rows.jsonl", "--keep", "label"], "write --keep NAME=label"),
+        (["--student", "cd", "-i", "rows.jsonl", "--keep", "id", "--keep", "id=text"], "asked for twice"),
+        (["--student", "cd", "-i", "rows.jsonl", "--keep", "id="], "write COLUMN, or NAME=COLUMN"),
+        (["--student", "cd", "-i", "body.csv", "--field", "text=body", "--keep", "gold=star"], "with --keep NAME=star"),
+        (["--student", "cd", "--output-format", "parquet"], "--output: Parquet cannot be written to standard output"),
         (["--student", "cd", "-i", "body.csv"], "no column 'text'; the columns are: body. Name the right one with --field text=COLUMN"),
         (["--student", "cd", "-o", "x.tsv"], "tsv is read, not written"),
     ],
@@ -143,3 +149,77 @@ def test_a_pipe_is_read_as_a_file_is(folder):
     done = shotless(folder, "predict", "--student", "cd", "--input", "pipe.jsonl", "--threads", "1")
     writer.join()
     assert json.loads(done.stdout)["line"] == 1
+
+
+def test_the_only_student_needs_no_name_and_several_need_one(folder, tmp_path, model_folder):
+    done = shotless(folder, "predict", "--input", "rows.jsonl", "--threads", "1")
+    assert len(done.stdout.splitlines()) == len(TEXTS)
+    none = shotless(tmp_path, "predict", "--input", "rows.jsonl", check=False)
+    assert (none.returncode, "there is none yet" in none.stderr) == (2, True)
+    for name in ("a", "b"):
+        make_student(tmp_path / "artifacts" / "students" / name, model_folder("llama"))
+    several = shotless(tmp_path, "predict", "--input", "rows.jsonl", check=False)
+    assert (several.returncode, "name one of: a, b" in several.stderr) == (2, True)
+
+
+def test_a_kept_column_is_renamed(folder):
+    (folder / "labelled.jsonl").write_text('{"text": "a film", "label": "good"}\n', "utf-8")
+    for form in ("jsonl", "csv", "parquet"):
+        shotless(folder, "predict", "-i", "labelled.jsonl", "--keep", "gold=label", "-o", f"kept.{form}", "--threads", "1")
+    read = {"jsonl": pl.read_ndjson, "csv": pl.read_csv, "parquet": pl.read_parquet}
+    rows = {form: read[form](folder / f"kept.{form}").row(0, named=True) for form in read}
+    assert {row["gold"] for row in rows.values()} == {"good"}
+    assert {row["label"] for row in rows.values()} <= {"negative", "positive"}
+
+
+def test_numbers_that_json_lacks_become_null(folder):
+    lines = ['{"text": "a film", "score": NaN, "more": [1, -Infinity]}', '{"text": "dull", "score": 0.5, "more": {"a": 1e999}}']
+    (folder / "gaps.jsonl").write_text("\n".join(lines), "utf-8")
+    pl.DataFrame({"text": ["a film", "dull"], "score": [float("nan"), 0.5], "more": [[1.0, float("-inf")], [2.0]]}).write_parquet(
+        folder / "gaps.parquet"
+    )
+    for source, more in (("gaps.jsonl", [[1, None], {"a": None}]), ("gaps.parquet", [[1.0, None], [2.0]])):
+        options = ["--keep", "score", "--keep", "more", "--log", f"{source}.log", "--threads", "1"]
+        rows = [
+            json.loads(line, parse_constant=pytest.fail) for line in shotless(folder, "predict", "-i", source, *options).stdout.splitlines()
+        ]
+        assert [row["score"] for row in rows] == [None, 0.5]
+        assert [row["more"] for row in rows] == more
+        for form, read in {"csv": pl.read_csv, "parquet": pl.read_parquet}.items():
+            shotless(folder, "predict", "-i", source, "--keep", "score", "-o", f"gaps-out.{form}", "--threads", "1")
+            assert read(folder / f"gaps-out.{form}")["score"].cast(pl.Float64).to_list() == [None, 0.5]
+
+
+def test_a_log_of_an_input_that_is_not_a_number_is_json(folder):
+    (folder / "number.jsonl").write_text('{"text": NaN}\n{"text": "a film"}\n', "utf-8")
+    shotless(folder, "predict", "-i", "number.jsonl", "--log", "number.log", "--threads", "1")
+    logged = [json.loads(line, parse_constant=pytest.fail) for line in (folder / "number.log").read_text("utf-8").splitlines()]
+    assert [entry["fields"]["text"] for entry in logged] == [None, "a film"]
+
+
+def test_it_ends_with_1_only_if_no_row_has_an_answer(folder):
+    for lines, code in ((["x", '{"text": ""}'], 1), (["x", '{"text": "a film"}'], 0), ([], 0)):
+        (folder / "some.jsonl").write_text("\n".join(lines), "utf-8")
+        done = shotless(folder, "predict", "-i", "some.jsonl", "-o", "some.csv", "--threads", "1", check=False)
+        assert done.returncode == code
+        assert (folder / "some.csv").read_text("utf-8").count("\n") == 1 + len(lines)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_under_the_log_costs_no_answer(folder):
+    (folder / "full.log").symlink_to("/dev/full")
+    done = shotless(folder, "predict", "-i", "rows.jsonl", "-o", "all.jsonl", "--log", "full.log", "--window", "3", "--threads", "1")
+    assert len((folder / "all.jsonl").read_text("utf-8").splitlines()) == len(TEXTS)
+    assert done.stderr.count("warning:") == 1
+    assert f"{len(TEXTS)} of them are not in full.log" in done.stderr
+
+
+def test_a_name_is_refused_if_params_ask_something_else_and_its_path_is_not(folder, tmp_path):
+    shutil.copytree(folder / "artifacts", tmp_path / "artifacts")
+    params = read_yaml(PROJECT / "params.yaml")
+    params["task"] |= {"template": "Text: {text}\nLabel:", "verbalisers": VERBALISERS}
+    write_yaml(params, tmp_path / "params.yaml")
+    rows = ["-i", str(folder / "rows.jsonl"), "--threads", "1"]
+    refused = shotless(tmp_path, "predict", "--student", "cd", *rows, check=False)
+    assert (refused.returncode, "'Text: {text}" in refused.stderr) == (2, True)
+    shotless(tmp_path, "predict", "--student", "artifacts/students/cd", *rows)

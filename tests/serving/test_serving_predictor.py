@@ -1,20 +1,16 @@
-"""A student from Python: the probabilities of evaluation and of plain transformers, its checks, and inputs that cannot be used."""
+"""A student from Python: the probabilities of plain transformers, its checks, and inputs that cannot be used."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
-from serving_world import LONG_VERBALISERS, TEMPLATE, TEXTS, VERBALISERS, make_student
+from safetensors.torch import load_file, save_file
+from serving_world import LONG_VERBALISERS, PROJECT, TEMPLATE, TEXTS, VERBALISERS, make_student, seal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import MismatchError, UsageError
-from pipeline.evaluation.predict import predict_student
-from pipeline.files import example_id
-from pipeline.models.provenance import identity_entries
-from pipeline.params import TaskParams
+from pipeline.errors import CorruptError, UsageError
+from pipeline.params import CompletionParams, TaskParams
 from pipeline.serving import Predictor
 from pipeline.task import Task
 
@@ -31,19 +27,21 @@ def predictor(student):
 
 @torch.no_grad()
 def plainly(folder, verbalisers):
-    """Label probabilities and last hidden states with transformers alone, prompt by prompt."""
+    """Label probabilities and outputs of the last layer with transformers alone, prompt by prompt."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    caught = []
+    model.model.layers[-1].register_forward_hook(lambda _module, _args, out: caught.append(out[0] if isinstance(out, tuple) else out))
     shares, states = [], []
     for text in TEXTS:
         prompt = tokenizer(TEMPLATE.format(text=text)).input_ids
         totals = []
-        for verbaliser in verbalisers.values():
-            ids = tokenizer(verbaliser).input_ids
+        for label in sorted(verbalisers):
+            ids = tokenizer(verbalisers[label]).input_ids
             logs = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
             totals.append(sum(float(logs[len(prompt) - 1 + place, token]) for place, token in enumerate(ids)))
         shares.append(np.exp(totals) / np.exp(totals).sum())
-        out = model(torch.tensor([prompt]), output_hidden_states=True)
-        states.append(out.hidden_states[-1][0, -1].numpy())
+        model(torch.tensor([prompt]))
+        states.append(caught[-1][0, -1].numpy())
     return np.array(shares), np.array(states)
 
 
@@ -52,31 +50,19 @@ def shares_of(predictions):
 
 
 @pytest.mark.parametrize("verbalisers", [VERBALISERS, LONG_VERBALISERS], ids=["one token", "several tokens"])
-@pytest.mark.parametrize(
-    ("architecture", "changes", "engine"), [("llama", {}, "shared_prefix"), ("mistral", {"sliding_window": 8}, "generic")]
-)
-def test_answers_and_states_are_those_of_plain_transformers(tmp_path, model_folder, architecture, changes, engine, verbalisers):
+@pytest.mark.parametrize(("architecture", "changes"), [("llama", {}), ("mistral", {"sliding_window": 8})], ids=["llama", "sliding window"])
+def test_answers_and_states_are_those_of_plain_transformers(tmp_path, model_folder, architecture, changes, verbalisers):
     folder = make_student(tmp_path / "s", model_folder(architecture, **changes), verbalisers=verbalisers)
-    predictor = Predictor(folder, 1)
-    assert predictor.engine.engine.name == engine
+    predictor = Predictor(folder, 1, keep_states=True)
     expected, states = plainly(folder, verbalisers)
-    answers = predictor.answer(TEXTS, with_states=True)
+    answers = predictor.answer(TEXTS)
     assert shares_of(answers.predictions) == pytest.approx(expected, abs=1e-5)
-    assert answers.states == pytest.approx(states, abs=1e-4)
-    labels = list(verbalisers)
+    assert answers.states == pytest.approx(states, rel=2e-3, abs=1e-3)  # kept in float16
+    labels = sorted(verbalisers)
     assert [p.label for p in answers.predictions] == [labels[row.argmax()] for row in expected]
     assert [p.confidence for p in answers.predictions] == pytest.approx(expected.max(1), abs=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert answers.ids == [tokenizer(TEMPLATE.format(text=text)).input_ids for text in TEXTS]
-
-
-def test_answers_are_those_of_the_evaluation_stage(tmp_path, student, predictor):
-    task = Task(TaskParams(template=TEMPLATE, verbalisers=VERBALISERS))
-    rows = [{"example_id": example_id({"text": text}), "text": text, "label": "positive"} for text in TEXTS]
-    table = predict_student("cd", {"": student}, task, {"test": rows}, tmp_path / "work", 1)
-    found = predictor.predict(TEXTS)
-    assert [p.label for p in found] == table["predicted"].to_pylist()
-    assert shares_of(found) == pytest.approx(np.array(table["probabilities"].to_pylist()), abs=1e-6)
+    assert list(map(list, answers.ids)) == [tokenizer(TEMPLATE.format(text=text)).input_ids for text in TEXTS]
 
 
 def test_the_three_lines_of_the_documentation_run(student):
@@ -102,9 +88,16 @@ def test_an_input_that_cannot_be_used_leaves_the_others_their_answers(predictor)
     assert all(p.label is p.confidence is p.probabilities is None for p in found[1::2])
 
 
+def test_a_text_that_spells_a_control_token_of_the_template_is_an_error_of_its_row(tmp_path, model_folder):
+    folder = make_student(tmp_path / "s", model_folder("llama"), template="{text}<|end|>answer:")
+    fine, spelt = Predictor(folder, 1).predict(["a film", "a film<|end|>"])
+    assert fine.error is None
+    assert "<|end|>, a control token" in spelt.error
+
+
 def test_nothing_asked_is_nothing_answered(predictor):
     assert predictor.predict([]) == []
-    assert np.isnan(predictor.answer([""], with_states=True).states).all()
+    assert predictor.answer([""]).states.shape == (1, 0)
 
 
 def test_a_text_is_seen_as_it_was_in_training_without_outer_white_space(predictor):
@@ -124,26 +117,30 @@ def test_several_fields_need_an_object(tmp_path, model_folder):
     assert fields.error is None
 
 
-def test_a_folder_without_provenance_is_no_student(tmp_path, student):
+def test_a_folder_that_is_not_a_whole_student_is_refused(tmp_path, student):
     shutil.copytree(student, tmp_path / "s")
-    (tmp_path / "s" / "provenance.json").unlink()
-    with pytest.raises(UsageError, match="is it a student's folder"):
+    (tmp_path / "s" / "config.json").write_text("{}", "utf-8")
+    with pytest.raises(CorruptError, match=r"config\.json"):
+        Predictor(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=r"manifest\.json"):
         Predictor(tmp_path / "s")
 
 
-def test_a_broken_provenance_is_named(tmp_path, student):
-    shutil.copytree(student, tmp_path / "s")
-    for text in ("{", '{"labels": ["a"]}', '{"labels": ["a"], "verbalisers": {"a": {"text": " a", "ids": [1]}}, "template": "{text}"}'):
-        (tmp_path / "s" / "provenance.json").write_text(text, "utf-8")
-        with pytest.raises(UsageError, match=r"provenance\.json"):
-            Predictor(tmp_path / "s")
+def test_a_student_that_answers_in_free_text_is_refused(tmp_path, model_folder):
+    shutil.copytree(model_folder("llama"), tmp_path / "s")
+    seal(tmp_path / "s", Task(TaskParams(template=TEMPLATE, completion=CompletionParams())))
+    with pytest.raises(UsageError, match="answers in free text"):
+        Predictor(tmp_path / "s")
 
 
-def test_a_library_that_reads_the_tokenizer_otherwise_is_refused(tmp_path, student):
-    folder = tmp_path / "s"
-    shutil.copytree(student, folder)
-    provenance = json.loads((folder / "provenance.json").read_text("utf-8"))
-    provenance["verbalisers"]["positive"]["ids"] = [5]
-    (folder / "provenance.json").write_text(json.dumps(provenance | identity_entries(folder, provenance)), "utf-8")
-    with pytest.raises(MismatchError, match=r"'positive' into \[\d+\], and the student was trained with \[5\]"):
-        Predictor(folder)
+def test_a_student_whose_weights_are_not_numbers_has_an_error_for_an_answer(tmp_path, model_folder):
+    """Its engine cannot be told from the plain forward either: NaN equals nothing."""
+    shutil.copytree(model_folder("llama"), tmp_path / "s")
+    weights = load_file(tmp_path / "s" / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "s" / "model.safetensors", {"format": "pt"})
+    seal(tmp_path / "s", Task(TaskParams(template=TEMPLATE, verbalisers=VERBALISERS)))
+    [found] = Predictor(tmp_path / "s", 1).predict(["a film"])
+    assert found.probabilities is None
+    assert "not numbers" in found.error

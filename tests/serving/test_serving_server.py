@@ -2,25 +2,33 @@
 
 import asyncio
 import json
-import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+import uvicorn
 from fastapi import HTTPException, Request
 from fastapi.testclient import TestClient
-from serving_world import TEXTS, make_student
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving_world import PROJECT, TEXTS, make_student
 
 from pipeline.serving.log import PredictionLog
-from pipeline.serving.batching import Batcher, OverloadedError
 from pipeline.serving.predictor import Prediction, Predictor
-from pipeline.serving.server import Limits, _body, make_app
+from pipeline.serving.server import Batcher, Limits, make_app, read_body
+
+JSON = {"content-type": "application/json"}
+LIMITS = Limits(body_bytes=50_000, rows=12, chars=100, body_seconds=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +38,29 @@ def predictor(tmp_path_factory, model_folder):
 
 @pytest.fixture
 def client(predictor, tmp_path):
-    limits = Limits(body_bytes=2000, rows=12, chars=100)
-    with TestClient(make_app(predictor, limits, PredictionLog(tmp_path / "log.jsonl", "f" * 64))) as client:
+    with TestClient(make_app(predictor, LIMITS, PredictionLog(tmp_path / "log.jsonl", "f" * 64))) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def address(predictor):
+    """Host and port of a listening server."""
+    config = uvicorn.Config(make_app(predictor, LIMITS), port=0, log_level="critical", access_log=False, http="h11")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()
+    server.should_exit = True
+    thread.join()
+
+
+def ask(address, inputs):
+    url = f"http://{address[0]}:{address[1]}/predict"
+    request = urllib.request.Request(url, json.dumps({"inputs": inputs}).encode(), JSON)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["predictions"]
 
 
 def test_answers_are_the_predictors_and_bad_rows_have_an_error(client, predictor, tmp_path):
@@ -53,45 +81,93 @@ def test_answers_are_the_predictors_and_bad_rows_have_an_error(client, predictor
     assert [entry.get("label") for entry in logged] == [row.get("label") for row in found]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "said"),
-    [
-        ("{", 422, "not JSON"),
-        ("[" * 900, 422, "not JSON"),
-        ("[]", 422, "send an object"),
-        ('{"inputs": "a film"}', 422, "send an object"),
-        (json.dumps({"inputs": ["a"] * 13}), 422, "13 inputs, and a request may have 12"),
-        (json.dumps({"inputs": ["a" * 2000]}), 413, "larger than 2,000 bytes"),
-    ],
-)
-def test_a_request_over_a_limit_is_refused_with_the_reason(client, body, status, said):
-    done = client.post("/predict", content=body, headers={"content-type": "application/json"})
+BODIES = {  # body, status, words of the reason
+    "empty": (b"", 422, "not JSON"),
+    "not JSON": (b"inputs", 422, "not JSON"),
+    "cut": (b'{"inputs": ["a', 422, "not JSON"),
+    "a list": (b"[]", 422, "send an object"),
+    "NaN": (b"NaN", 422, "send an object"),
+    "no inputs": (b"{}", 422, "send an object"),
+    "inputs: a text": (b'{"inputs": "a"}', 422, "send an object"),
+    "inputs: an object": (b'{"inputs": {"text": "a"}}', 422, "send an object"),
+    "too many": (json.dumps({"inputs": ["a"] * 13}).encode(), 422, "13 inputs, and a request may have 12"),
+    "too large": (b'{"inputs": ["' + b"x" * 60_000 + b'"]}', 413, "larger than 50,000 bytes"),
+    "deep": (b"[" * 40_000, 422, "not JSON"),
+    "a long integer": (b'{"inputs": [' + b"9" * 5000 + b"]}", 422, "not JSON"),
+    "not UTF-8": (b'{"inputs": ["\xff\xfe"]}', 422, "not JSON"),
+    "raw NUL": (b'{"inputs": ["a\0b"]}', 422, "not JSON"),
+    "a pickle": (b"\x80\x04\x95\x10\0\0\0", 422, "not JSON"),
+}
+ROWS = {  # a body that is answered, and each row's error, None for an answer
+    "nothing": (b'{"inputs": []}', []),
+    "wrong kinds": (b'{"inputs": [1, null, true, [], 1e999, NaN]}', ["text: neither a text nor an object"] * 6),
+    "wrong fields": (b'{"inputs": [{}, {"text": []}, {"text": NaN}]}', ["text: missing", "text: not a text", "text: not a text"]),
+    "given twice": (b'{"inputs": 7, "inputs": ["a film"]}', [None]),
+    "deep within a field": (b'{"inputs": [{"text": ' + b"[" * 900 + b"]" * 900 + b"}]}", ["text: not a text"]),
+    "a long text of another name": (json.dumps({"inputs": [{"body": "x" * 101}]}).encode(), ["too long: more than 100 characters"]),
+    "utf-16": ('{"inputs": ["é"]}'.encode("utf-16"), [None]),
+    "byte order mark": (b'\xef\xbb\xbf{"inputs": ["a"]}', [None]),
+    "half of a surrogate pair": (b'{"inputs": ["a film", "\\ud800"]}', [None, "text: lone surrogate"]),
+    "NUL": (b'{"inputs": ["a\\u0000b"]}', ["text: control character"]),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_bad_body_has_a_status_and_a_reason(client, name):
+    body, status, reason = BODIES[name]
+    done = client.post("/predict", content=body, headers=JSON)
     assert done.status_code == status
-    assert said in done.json()["detail"]
+    assert reason in done.json()["detail"]
 
 
-def test_a_body_that_does_not_say_json_is_refused(client):
-    assert client.post("/predict", content='{"inputs": []}', headers={"content-type": "text/plain"}).status_code == 415
+@pytest.mark.parametrize("name", ROWS)
+def test_a_bad_row_has_an_error_and_a_line_of_strict_json_in_the_log(client, tmp_path, name):
+    body, errors = ROWS[name]
+    done = client.post("/predict", content=body, headers=JSON)
+    assert done.status_code == 200
+    assert [row.get("error") for row in done.json()["predictions"]] == errors
+    logged = (tmp_path / "log.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail).get("error") for line in logged] == errors
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json", "\t;;"])
+def test_another_type_is_refused(client, kind):
+    assert client.post("/predict", content=b'{"inputs": []}', headers={"content-type": kind}).status_code == 415
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=6) | st.just("text"), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+def is_text(value):
+    """Whether a row has an answer, by the rule of training: printable text of at most 100 characters once stripped."""
+    value = value.get("text") if isinstance(value, dict) else value
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]", value.strip())
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps({"inputs": value}).encode()))
+def test_any_body_has_an_answer_for_each_row_that_is_a_text_or_a_reason(client, body):
+    done = client.post("/predict", content=body, headers=JSON)
+    try:
+        inputs = json.loads(body)["inputs"]
+        assert isinstance(inputs, list)
+    except (ValueError, TypeError, KeyError, AssertionError):
+        assert done.status_code == 422
+        return
+    assert done.status_code == 200
+    assert [row.get("error") is None for row in done.json()["predictions"]] == [is_text(value) for value in inputs]
 
 
 def test_a_body_of_unknown_length_is_read_no_further_than_the_limit(client):
-    sent = []
-
     def parts():
-        for _ in range(100):
-            sent.append(1)
+        for _ in range(300):
             yield b" " * 500
 
-    done = client.post("/predict", content=parts(), headers={"content-type": "application/json"})
-    assert done.status_code == 413
-
-
-def test_half_of_a_surrogate_pair_is_an_error_of_its_row_and_stays_readable_in_the_log(client, tmp_path):
-    done = client.post("/predict", content=b'{"inputs": ["a film", "\\ud800"]}', headers={"content-type": "application/json"})
-    assert done.status_code == 200
-    assert [("error" in row) for row in done.json()["predictions"]] == [False, True]
-    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
-    assert [entry["fields"]["text"] for entry in logged] == ["a film", "\ud800"]
+    assert client.post("/predict", content=parts(), headers=JSON).status_code == 413
 
 
 def body_that(*events):
@@ -113,16 +189,59 @@ PART = {"type": "http.request", "body": b"{", "more_body": True}
 @pytest.mark.parametrize(("events", "status"), [([PART, 30.0, PART], 408), ([PART, {"type": "http.disconnect"}], 499)])
 def test_a_body_that_does_not_arrive_is_given_up(events, status):
     with pytest.raises(HTTPException) as caught:
-        asyncio.run(_body(body_that(*events), 100, 0.01))
+        asyncio.run(read_body(body_that(*events), Limits(body_seconds=0.01)))
     assert caught.value.status_code == status
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_under_the_log_costs_no_answer_and_is_counted(predictor, tmp_path, capsys):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with TestClient(make_app(predictor, LIMITS, PredictionLog(tmp_path / "log.jsonl", "f" * 64))) as client:
+        for _ in range(3):
+            done = client.post("/predict", json={"inputs": TEXTS[:2]})
+            assert (done.status_code, len(done.json()["predictions"])) == (200, 2)
+        assert "shotless_log_lines_lost 6.0" in client.get("/metrics").text
+    assert capsys.readouterr().err.count("warning:") == 1
+
+
+def test_a_slow_disk_under_the_log_keeps_no_one_waiting(predictor, tmp_path, monkeypatch):
+    log, free = PredictionLog(tmp_path / "log.jsonl", "f" * 64), threading.Event()
+    monkeypatch.setattr(log, "append", lambda _rows: free.wait(20))
+    app, messages = make_app(predictor, LIMITS, log), []
+
+    async def main():
+        body = json.dumps({"inputs": TEXTS[:1]}).encode()
+
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        async def send(message):
+            messages.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        request = asyncio.create_task(app(scope, receive, send))
+        while not any(message["type"] == "http.response.body" for message in messages):
+            await asyncio.sleep(0.01)
+        assert not request.done()  # the answer was sent, and the log still waits
+        free.set()
+        await request
+
+    asyncio.run(asyncio.wait_for(main(), 15))
 
 
 def test_health_and_metrics_say_what_answered(client, predictor):
     client.post("/predict", json={"inputs": [*TEXTS[:3], ""]})
-    client.post("/predict", content="{", headers={"content-type": "application/json"})
+    client.post("/predict", content="{", headers=JSON)
     health = client.get("/health").json()
     assert (health["status"], health["student"], health["labels"]) == ("ok", "cd", ["negative", "positive"])
-    assert health["weights_sha256"] == predictor.student.weights_sha256
+    assert (health["fields"], health["engine"], health["waiting_rows"]) == (["text"], predictor.engine.name, 0)
+    assert health["weights_sha256"] == predictor.weights_sha256
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     figures = answer.text
@@ -134,6 +253,10 @@ def test_health_and_metrics_say_what_answered(client, predictor):
     assert "process_resident_memory_bytes" in figures
 
 
+def batcher(answer, **limits):
+    return Batcher(answer, Limits(**{"batch_rows": 4, "waiting_rows": 6, **limits}))
+
+
 def test_requests_that_arrive_while_the_model_is_busy_share_its_next_pass():
     calls, free = [], threading.Event()
 
@@ -143,19 +266,36 @@ def test_requests_that_arrive_while_the_model_is_busy_share_its_next_pass():
         return [Prediction(str(row), 1.0, {}) for row in rows]
 
     async def main():
-        async with Batcher(answer, 4, 6).running() as batcher:
-            first = batcher.submit([0])
-            while not calls:
-                await asyncio.sleep(0.001)
-            others = [batcher.submit([n, n]) for n in (1, 2, 3)]
-            with pytest.raises(OverloadedError):
-                batcher.submit([4])
-            free.set()
-            return await asyncio.gather(first, *others)
+        asked = batcher(answer)
+        first = asyncio.create_task(asked.ask([0]))
+        while not calls:
+            await asyncio.sleep(0.001)
+        others = [asyncio.create_task(asked.ask([n, n])) for n in (1, 2, 3)]
+        await asyncio.sleep(0.01)
+        assert asked.waiting == 6
+        with pytest.raises(HTTPException, match="503"):
+            await asked.ask([4])
+        free.set()
+        return await asyncio.gather(first, *others)
 
     found = asyncio.run(main())
     assert calls == [[0], [1, 1, 2, 2], [3, 3]]
     assert [[p.label for p in rows] for rows in found] == [["0"], ["1", "1"], ["2", "2"], ["3", "3"]]
+
+
+def test_a_request_of_more_rows_than_a_pass_has_gets_one_alone():
+    calls = []
+
+    def answer(rows):
+        calls.append(len(rows))
+        return [Prediction(str(row), 1.0, {}) for row in rows]
+
+    async def main():
+        asked = batcher(answer, waiting_rows=20)
+        return await asyncio.gather(*(asked.ask(list(range(count))) for count in (9, 0, 2)))
+
+    assert [[p.label for p in rows] for rows in asyncio.run(main())] == [[str(n) for n in range(count)] for count in (9, 0, 2)]
+    assert calls == [9, 2]
 
 
 def test_a_pass_that_fails_fails_its_requests_and_not_the_next_ones():
@@ -165,32 +305,120 @@ def test_a_pass_that_fails_fails_its_requests_and_not_the_next_ones():
         return [Prediction("a", 1.0, {}) for _ in rows]
 
     async def main():
-        async with Batcher(answer, 4, 6).running() as batcher:
-            with pytest.raises(ArithmeticError):
-                await batcher.submit(["bad"])
-            return await batcher.submit(["good"])
+        asked = batcher(answer)
+        with pytest.raises(ArithmeticError):
+            await asked.ask(["bad"])
+        return await asked.ask(["good"])
 
     assert [p.label for p in asyncio.run(main())] == ["a"]
 
 
 def test_whoever_goes_away_does_not_take_the_others_answers():
-    async def main():
-        async with Batcher(lambda rows: [Prediction(row, 1.0, {}) for row in rows], 4, 6).running() as batcher:
-            gone, kept = batcher.submit(["a"]), batcher.submit(["b"])
-            gone.cancel()
-            return await kept
+    calls, free = [], threading.Event()
 
-    assert [p.label for p in asyncio.run(main())] == ["b"]
+    def answer(rows):
+        calls.append(list(rows))
+        assert free.wait(10)
+        return [Prediction(row, 1.0, {}) for row in rows]
+
+    async def main():
+        asked = batcher(answer)
+        running = asyncio.create_task(asked.ask(["running"]))
+        while not calls:
+            await asyncio.sleep(0.001)
+        waiting, kept = (asyncio.create_task(asked.ask([name])) for name in ("waiting", "kept"))
+        await asyncio.sleep(0.01)
+        running.cancel()
+        waiting.cancel()
+        await asyncio.sleep(0.01)
+        free.set()
+        return await kept
+
+    assert [p.label for p in asyncio.run(main())] == ["kept"]
+    assert calls == [["running"], ["kept"]]  # what nobody waits for is not asked
 
 
 def test_a_full_queue_tells_a_request_to_come_back(predictor, monkeypatch):
-    def full(self, rows):
-        raise OverloadedError
+    began, free = threading.Event(), threading.Event()
 
-    monkeypatch.setattr(Batcher, "submit", full)
-    with TestClient(make_app(predictor)) as client:
-        done = client.post("/predict", json={"inputs": ["a"]})
-    assert (done.status_code, done.headers["retry-after"]) == (503, "1")
+    def slowly(rows):
+        began.set()
+        assert free.wait(20)
+        return [Prediction(predictor.labels[0], 1.0, {}) for _ in rows]
+
+    monkeypatch.setattr(predictor, "predict", slowly)
+    with TestClient(make_app(predictor, Limits(waiting_rows=3))) as client, ThreadPoolExecutor(2) as others:
+        first = others.submit(client.post, "/predict", json={"inputs": ["a"]})
+        assert began.wait(20)
+        second = others.submit(client.post, "/predict", json={"inputs": ["b", "c"]})
+        while client.get("/health").json()["waiting_rows"] < 2:
+            time.sleep(0.01)
+        done = client.post("/predict", json={"inputs": ["d", "e"]})
+        free.set()
+        assert (done.status_code, done.headers["retry-after"]) == (503, "1")
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
+
+
+def test_many_clients_at_once_each_get_their_own_answers(address, predictor):
+    expected = dict(zip(TEXTS, predictor.predict(TEXTS), strict=True))
+
+    def asks(number):
+        dice = random.Random(number)
+        for _ in range(15):
+            texts = dice.choices([*TEXTS, ""], k=dice.randrange(1, 12))
+            for text, row in zip(texts, ask(address, texts), strict=True):
+                if text:
+                    assert row["probabilities"] == pytest.approx(expected[text].probabilities, abs=1e-5)
+                else:
+                    assert row == {"error": "text: empty"}
+
+    with ThreadPoolExecutor(6) as clients:
+        list(clients.map(asks, range(6)))
+
+
+def test_clients_that_bring_no_request_keep_no_one_from_an_answer(address):
+    beginnings = [b"", b"P", b"POST /predict HTTP/1.1\r\nHost: x\r\nX: "]
+    slow = [socket.create_connection(address, timeout=30) for _ in range(100)]
+    try:
+        for number, client in enumerate(slow):
+            client.sendall(beginnings[number % 3])
+        assert len(ask(address, TEXTS[:2])) == 2
+    finally:
+        for client in slow:
+            client.close()
+
+
+POST = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+RAW = {  # bytes on the wire, and the statuses that may come back; None: the connection may be closed without one
+    "not HTTP": (b"hello\r\n\r\n", {400}),
+    "a chunk without a length": (CHUNKED + b"zz\r\n", {400, None}),
+    "a chunk of exabytes": (CHUNKED + b"fffffffffffffffff\r\n", {400, 408, None}),
+    "a negative length": (POST + b"Content-Length: -5\r\n\r\n", {400}),
+    "a body that does not come": (POST + b"Content-Length: 99\r\n\r\n{", {408}),
+    "a header of a megabyte": (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 1_000_000 + b"\r\n\r\n", {400, 431, None}),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50) + b"\r\n\r\n", {400, None}),
+}  # fmt: skip
+
+
+def say(address, data):
+    """Send bytes; the status that comes back, None if the connection is closed without one."""
+    with socket.create_connection(address, timeout=20) as connection:
+        answer = b""
+        try:
+            connection.sendall(data)
+            while b"\r\n" not in answer and (part := connection.recv(4096)):
+                answer += part
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    return int(answer.split()[1]) if answer else None
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_bytes_that_are_not_a_request_stop_nothing(address, name):
+    data, statuses = RAW[name]
+    assert say(address, data) in statuses
+    assert say(address, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") == 200
 
 
 def test_a_real_process_listens_on_loopback_answers_and_ends_when_told(tmp_path, model_folder, predictor):
@@ -207,22 +435,17 @@ def test_a_real_process_listens_on_loopback_answers_and_ends_when_told(tmp_path,
         "--threads",
         "1",
     ]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    server = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(PROJECT)}, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
         said = ""
         while "running on" not in said:
             said = server.stderr.readline()
             assert said, "the server ended before it listened"
-        address = re.search(r"http://127\.0\.0\.1:\d+", said)[0]
-        body = json.dumps({"inputs": TEXTS[:2]}).encode()
-        request = urllib.request.Request(f"{address}/predict", body, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            found = json.load(answer)["predictions"]
-        assert [row["label"] for row in found] == [p.label for p in predictor.predict(TEXTS[:2])]
+        port = re.search(r"http://127\.0\.0\.1:(\d+)", said)[1]
+        assert [row["label"] for row in ask(("127.0.0.1", port), TEXTS[:2])] == [p.label for p in predictor.predict(TEXTS[:2])]
         with pytest.raises(urllib.error.HTTPError, match="415") as refused:
-            urllib.request.urlopen(f"{address}/predict", b"{}", timeout=30)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/predict", b"{}", timeout=30)
         refused.value.close()
         server.send_signal(signal.SIGTERM)
         server.wait(20)

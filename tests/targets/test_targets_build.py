@@ -1,128 +1,185 @@
-"""Target sets on disk against the definition, from a cache of a small random model."""
-
-import shutil
+"""Target sets on disk against the definition, from a made-up cache: two contexts, two sources, two labels."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.special import softmax
+from score_rows import IDENTITY, TASK, about, rows, stored
 
-from pipeline.errors import UsageError
-from pipeline.evaluation.predict import combination_of
-from pipeline.files import read_json
-from pipeline.files import context_id, example_id
-from pipeline.params import CacheParams, TargetParams, TaskParams, TeacherParams, parse_params
-from pipeline.schema import CONTEXTS, SCORES, TARGETS, examples, read_table, write_table
+from pipeline.cache.folder import CACHES, cache_manifest, described_task, write_cache
+from pipeline.errors import MismatchError, UsageError
+from pipeline.files import Folders, read_json, sha256_json
+from pipeline.params import TargetParams, TaskParams, parse_params
+from pipeline.schema import SCORES, STORED, TARGETS, Context, Example, read_table, write_examples
 from pipeline.targets.build import build_targets
+from pipeline.targets.calibration import combination_of
 from pipeline.task import Task
-from pipeline.teachers.capture import capture
 
-TASK = Task(TaskParams(template="{text} ->", verbalisers={"negative": " bad", "positive": " good"}))
-TEXTS = [*(f"a film about number {n}" for n in range(7)), *(f"the kettle of shop {n} leaks" for n in range(5))]
-SOURCES = ["films"] * 7 + ["kettles"] * 5
-
-
-@pytest.fixture(scope="module")
-def captured(model_folder, tmp_path_factory):
-    """A folder with a transfer set of two sources, and a teacher's scores of it in two contexts."""
-    root = tmp_path_factory.mktemp("targets")
-    rows = [
-        {"example_id": example_id({"text": text}), "label": None, "completion": None, "source": source, "line": n, "text": text}
-        for n, (text, source) in enumerate(zip(TEXTS, SOURCES, strict=True), 1)
-    ]
-    transfer = root / "transfer.parquet"
-    write_table(pa.Table.from_pylist(rows, examples(["text"])), transfer)
-    contexts = root / "shots.parquet"
-    shown = ["it is good\n", "it is bad\n"]
-    write_table(
-        pa.Table.from_pylist(
-            [{"context_id": context_id(t), "name": f"shots/{n}", "text": t, "example_ids": [], "tokens": 1} for n, t in enumerate(shown)],
-            CONTEXTS,
-        ),
-        contexts,
-    )
-    shutil.copytree(model_folder("llama"), root / "models/llama")
-    capture("few", root / "models/llama", contexts, transfer, root / "scores/few", TASK, CacheParams(), "float32", root / "work", 1)
-    return root
+EXAMPLES = [
+    *(Example({"text": f"a film about number {n}"}, source="films", line=n) for n in range(7)),
+    *(Example({"text": f"the kettle of shop {n} leaks"}, source="kettles", line=n) for n in range(5)),
+]
+FREE = Example({"text": "N/A"})
+CONTEXTS = [Context("orders/0", "one"), Context("orders/1", "two")]
 
 
-def built(root, name, **settings):
-    params = TargetParams(teachers={"few": 1.0}, **settings)
-    teacher = TeacherParams(model="models/llama", contexts="shots")
-    texts = read_table(root / "transfer.parquet", examples(["text"]))
-    build_targets(name, params, {"few": teacher}, TASK, texts, root / "scores", root / name, root / f"{name}.json")
-    return read_table(root / name / "targets.parquet", TARGETS), read_json(root / name / "calibration.json")
+def write_teacher(folders, name, task=TASK, examples=(FREE, *EXAMPLES)):
+    """Write a cache of made-up scores; returns them by (context_id, example_id), in the order of sorted labels."""
+    found = stored([f"{name} {context.name} {example.example_id}" for context in CONTEXTS for example in examples])
+    ids = [(context.context_id, example.example_id) for context in CONTEXTS for example in examples]
+    columns = {"context_id": [one for one, _ in ids], "example_id": [other for _, other in ids]}
+    table = pa.table({**columns, **{column: found[column] for column in STORED.names}}, schema=SCORES)
+    listed = [{"context_id": context.context_id, "name": context.name, "tokens": 9} for context in CONTEXTS]
+    described = about(task=described_task(task), labels=list(task.labels), contexts=listed, content_free=[FREE.example_id])
+    write_cache(folders.artifacts / "teachers" / name, [table], described)
+    return dict(zip(ids, np.array(found["label_logprobs"].to_pylist()), strict=True))
 
 
-def naive(root, rows):
-    """Batch-calibrated mean over contexts of the rows' answers, from the score cache, by the definition."""
-    table = pa.concat_tables([pa.parquet.read_table(file) for file in sorted((root / "scores/few").glob("*.parquet"))])
-    assert set(SCORES.names) & set(table.column_names)
-    found = {(row["context_id"], row["example_id"]): row["label_logprobs"] for row in table.to_pylist()}
-    contexts = dict.fromkeys(context for context, _ in found)
-    wanted = [example_id({"text": TEXTS[n]}) for n in rows]
+@pytest.fixture
+def folders(tmp_path):
+    found = Folders(tmp_path / "artifacts", tmp_path / "metrics", tmp_path / "work")
+    write_examples(EXAMPLES, ["text"], found.artifacts / "data" / "transfer.parquet")
+    return found
+
+
+@pytest.fixture
+def scores(folders):
+    return write_teacher(folders, "few")
+
+
+def built(folders, name="set", task=TASK, **settings):
+    build_targets(name, TargetParams.model_validate({"teachers": {"few": 1.0}, **settings}), task, folders)
+    folder = folders.artifacts / "targets" / name
+    return np.array(read_table(folder / "targets.parquet", TARGETS)["probabilities"].to_pylist()), read_json(folder / "calibration.json")
+
+
+def naive(scores, chosen):
+    """The mean over contexts of batch_log-calibrated answers to some examples, by the definition."""
     each = []
-    for context in contexts:
-        logp = np.log(softmax(np.array([found[context, one] for one in wanted], dtype=np.float64), axis=-1))
+    for context in CONTEXTS:
+        logp = np.log(softmax(np.array([scores[context.context_id, EXAMPLES[n].example_id] for n in chosen]), axis=-1))
         each.append(softmax(logp - logp.mean(0), axis=-1))
     return np.mean(each, axis=0)
 
 
-def test_calibration_by_source_is_that_of_each_source_alone(captured):
-    table, calibration = built(captured, "apart", calibrate_by="source")
-    values = np.array(table["probabilities"].to_pylist())
-    films, kettles = range(7), range(7, 12)
-    assert np.allclose(values[films], naive(captured, films), atol=1e-6)
-    assert np.allclose(values[kettles], naive(captured, kettles), atol=1e-6)
-    whole, pooled = built(captured, "whole")
-    assert np.allclose(np.array(whole["probabilities"].to_pylist()), naive(captured, range(12)), atol=1e-6)
-    assert not np.allclose(values, np.array(whole["probabilities"].to_pylist()), atol=1e-4)
-    assert pooled["by_source"] == {}
+def test_a_target_set_is_what_its_definition_says(folders, scores):
+    values, calibration = built(folders)
+    assert np.allclose(values, naive(scores, range(12)), atol=1e-6)
+    assert calibration["by_source"] == {}
+    assert read_table(folders.artifacts / "targets/set/targets.parquet", TARGETS)["example_id"].to_pylist() == [
+        e.example_id for e in EXAMPLES
+    ]
+
+
+def test_calibration_by_source_is_that_of_each_source_alone(folders, scores):
+    values, calibration = built(folders, calibrate_by="source")
+    assert np.allclose(values[:7], naive(scores, range(7)), atol=1e-6)
+    assert np.allclose(values[7:], naive(scores, range(7, 12)), atol=1e-6)
     assert list(calibration["by_source"]) == ["films", "kettles"]
-
-
-def test_a_target_set_of_some_sources_has_their_rows_alone_and_is_calibrated_on_them(captured):
-    table, _ = built(captured, "kettles", sources=["kettles"])
-    assert table["example_id"].to_pylist() == [example_id({"text": text}) for text in TEXTS[7:]]
-    assert np.allclose(np.array(table["probabilities"].to_pylist()), naive(captured, range(7, 12)), atol=1e-6)
-
-
-def test_a_baseline_takes_the_shift_of_its_set_s_source_where_there_is_one(captured):
-    _, calibration = built(captured, "apart", calibrate_by="source")
-    pooled = combination_of(calibration, "unknown").offsets
-    assert np.array_equal(pooled, [context["offsets_nats"] for context in calibration["contexts"]])
     assert np.array_equal(combination_of(calibration, "films").offsets, calibration["by_source"]["films"])
+    pooled = combination_of(calibration, "unknown").offsets
+    assert np.array_equal(pooled, [context["offsets"] for context in calibration["contexts"]])
     assert not np.allclose(combination_of(calibration, "films").offsets, pooled, atol=1e-4)
 
 
-def test_a_teacher_may_be_calibrated_otherwise_than_the_others(captured):
-    _, own = built(captured, "own", calibration="batch", calibrations={"few": "none"})
-    assert np.array_equal([context["offsets_nats"] for context in own["contexts"]], np.zeros((2, 2)))
-    plain, _ = built(captured, "plain", calibration="none")
-    table, _ = built(captured, "own", calibration="batch", calibrations={"few": "none"})
-    assert table.equals(plain)
+@pytest.mark.parametrize("kind", ["none", "contextual", "batch", "batch_log"])
+@pytest.mark.parametrize("average", ["probability", "log_probability"])
+def test_calibration_json_puts_the_same_calibration_to_other_inputs(folders, scores, kind, average):
+    values, calibration = built(folders, calibration=kind, average=average, temperature=0.7)
+    raw = np.array([[scores[context.context_id, example.example_id] for example in EXAMPLES] for context in CONTEXTS])
+    assert np.allclose(combination_of(calibration, "films").ensemble(raw), values, atol=1e-6)
+
+
+def test_calibration_json_says_what_each_teacher_is(folders, scores):
+    _, calibration = built(folders)
+    assert calibration["labels"] == ["negative", "positive"]
+    assert calibration["teachers"] == {
+        "few": {"model": "models/tiny", "contexts": "orders", "dtype": "float32", "cache": about()["cache"], "identity": IDENTITY}
+    }
+    assert [(context["teacher"], context["name"], context["context_id"], context["weight"]) for context in calibration["contexts"]] == [
+        ("few", context.name, context.context_id, 0.5) for context in CONTEXTS
+    ]
+
+
+def test_teachers_share_by_weight_and_their_contexts_share_it(folders, scores):
+    other = write_teacher(folders, "zero")
+    values, calibration = built(folders, teachers={"few": 1.0, "zero": 3.0}, calibration="none")
+    assert [context["weight"] for context in calibration["contexts"]] == [0.125, 0.125, 0.375, 0.375]
+    asked = [(context.context_id, EXAMPLES[4].example_id) for context in CONTEXTS]
+    expected = sum(share * softmax(found[key]) for share, found in ((0.125, scores), (0.375, other)) for key in asked)
+    assert np.allclose(values[4], expected, atol=1e-6)
+
+
+def test_a_teacher_may_be_calibrated_otherwise_than_the_others(folders, scores):
+    values, own = built(folders, calibrations={"few": "none"})
+    assert [context["calibration"] for context in own["contexts"]] == ["none", "none"]
+    assert np.array_equal(values, built(folders, calibration="none")[0])
+
+
+def test_the_order_of_labels_in_params_changes_nothing(folders, scores):
+    """Finding 14: vectors follow the sorted labels, which are stored beside them."""
+    turned = Task(TaskParams(template=TASK.params.template, verbalisers=dict(reversed(TASK.params.verbalisers.items()))))
+    before = built(folders, "before")
+    after = built(folders, "after", task=turned)
+    assert np.array_equal(before[0], after[0])
+    assert before[1] | {"targets": ""} == after[1] | {"targets": ""}
+    write_teacher(folders, "few", task=turned)
+    assert np.array_equal(before[0], built(folders, "again")[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"template": "{text} It was"}, r"task\.template: 'Review: \{text\}"),
+        ({"verbalisers": {"negative": " positive", "positive": " negative"}}, r"task\.verbalisers\.negative: ' negative', this run has"),
+    ],
+)
+def test_scores_of_another_task_are_refused_with_what_differs(folders, scores, change, named):
+    with pytest.raises(MismatchError, match=named):
+        built(folders, task=Task(TASK.params.model_copy(update=change)))
+
+
+def test_a_cache_that_lacks_an_example_is_refused(folders):
+    write_teacher(folders, "few", examples=[FREE, *EXAMPLES[:9]])
+    with pytest.raises(
+        MismatchError, match=rf"3 examples of the transfer set are not in it, first {EXAMPLES[9].example_id[:12]}\. Run `dvc"
+    ):
+        built(folders)
+
+
+def test_caches_that_students_may_learn_whole_are_named_by_their_manifests_hash(folders, scores):
+    write_cache(folders.artifacts / "teachers" / "reader", [rows(3)], about())
+    built(folders, auxiliary_caches=["reader", "few"])
+    named = read_json(folders.artifacts / "targets" / "set" / CACHES)
+    expected = {name: sha256_json(cache_manifest(folders.artifacts / "teachers" / name)) for name in ("reader", "few")}
+    assert {name: entry["manifest_sha256"] for name, entry in named.items()} == expected
+
+
+def test_the_metrics_are_those_of_the_files(folders, scores):
+    values, _ = built(folders, calibration="batch")
+    metrics = read_json(folders.metrics / "targets" / "set.json")
+    assert metrics["rows"] == 12
+    assert metrics["label_shares"]["positive"] == pytest.approx((values.argmax(-1) == 1).mean(), abs=1e-6)
+    assert metrics["mean_confidence"] == pytest.approx(values.max(-1).mean(), abs=1e-6)
+    raw = np.array([scores[CONTEXTS[0].context_id, example.example_id] for example in EXAMPLES])
+    first = metrics["teachers"]["few"]["contexts"]["orders/0"]
+    assert first["shares_raw"]["negative"] == pytest.approx((raw.argmax(-1) == 0).mean(), abs=1e-6)
+    assert first["offset_probability"]["negative"] == pytest.approx(softmax(raw, -1).mean(0)[0] - 0.5, abs=1e-6)
+    assert metrics["cache"]["few"]["rows"] == 26
+    assert metrics["cache"]["few"]["verbaliser_mass_mean"] == pytest.approx(
+        np.exp(np.array(list(scores.values()))).sum(-1).mean(), abs=1e-6
+    )
 
 
 def test_calibrations_of_teachers_that_are_not_there_are_refused(raw_params):
     raw_params["targets"]["mix"]["calibrations"] = {"other": "none"}
-    with pytest.raises(UsageError, match=r"targets\.mix: calibrations: other is none of its teachers; choose of: few_shot, tuned, zero"):
+    with pytest.raises(UsageError, match=r"targets\.mix: calibrations: other not among its teachers; choose from: few_shot, tuned, zero"):
         parse_params(raw_params)
 
 
 def test_calibration_by_source_without_batch_calibration_is_refused(raw_params):
     raw_params["targets"]["few_shot_raw"]["calibrate_by"] = "source"
-    with pytest.raises(UsageError, match=r"targets\.few_shot_raw: `calibrate_by: source` is for `calibration: batch`.*'none'"):
+    with pytest.raises(UsageError, match=r"targets\.few_shot_raw: `calibrate_by: source` is for `batch` or `batch_log`.*'none'"):
         parse_params(raw_params)
-
-
-def test_sources_beside_are_known_ones_and_others(raw_params):
-    raw_params["data"]["transfer"]["beside"] = {"blogs": 10}
-    with pytest.raises(UsageError, match=r"data\.transfer\.beside: no 'blogs'; choose one of: amazon, editorials, movie"):
-        parse_params(raw_params)
-    raw_params["data"]["transfer"]["beside"] = {"tweets": 10}
-    raw_params["targets"]["mix"]["sources"] = ["amazon"]
-    with pytest.raises(UsageError, match=r"targets\.mix\.sources: no 'amazon'; choose one of: movie, tweets"):
-        parse_params(raw_params)
-    raw_params["data"]["transfer"]["beside"] = {"movie": 10}
-    with pytest.raises(UsageError, match=r"'movie' is data\.transfer\.source itself"):
-        parse_params(raw_params)
+    raw_params["targets"]["few_shot_raw"]["calibration"] = "batch"
+    assert parse_params(raw_params).targets["few_shot"].calibration == "batch_log"

@@ -1,0 +1,149 @@
+"""`shotless init`, `check`, `run`, `doctor` and `clean`: what concerns the project as a whole. Heavy imports are inside the commands."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import ShotlessError, UsageError
+
+HEADER = "# Written by `shotless init`. `shotless check` names what is wrong; docs/params.md lists every key.\n\n"
+
+
+def init(
+    labelled: Annotated[Path | None, typer.Option(help="A file with texts and labels: demonstrations are drawn from it.")] = None,
+    unlabelled: Annotated[Path | None, typer.Option(help="A file with texts: students learn from the teachers' answers to them.")] = None,
+    test: Annotated[Path | None, typer.Option(help="A file with texts and labels that nothing learns from.")] = None,
+    template: Annotated[str | None, typer.Option(help=r"The prompt; {text} is the input, \n a new line.")] = None,
+    field: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, for a column of another name.")] = None,
+    label_column: Annotated[str, typer.Option(help="The column with the labels.")] = "label",
+    verbaliser: Annotated[list[str] | None, typer.Option(help="LABEL=WORD: what the model answers for a label.")] = None,
+    per_label: Annotated[int, typer.Option(min=1, help="Demonstrations of each label.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("params.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file; the old one is kept as params.yaml.old.")] = False,
+) -> None:
+    """Write params.yaml for your own files, check it on them, and say what a run will cost. On a terminal it asks for what is missing."""
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; --force replaces it and keeps the old one as {output}.old.")
+
+    from pipeline.files import write_text
+    from pipeline.params import read_yaml, yaml_text
+    from pipeline.setup.estimate import cost
+    from pipeline.setup.new_task import Answers, new_task
+
+    usual = "Text: {text}\\nLabel:"
+    answers = Answers(
+        labelled=_asked(labelled, "--labelled", "File with labelled texts"),
+        unlabelled=_asked(unlabelled, "--unlabelled", "File with unlabelled texts"),
+        test=_asked(test, "--test", "File with labelled texts for the test"),
+        template=(template or (typer.prompt("Prompt", usual) if sys.stdin.isatty() else usual)).replace("\\n", "\n"),
+        verbalisers=_pairs(verbaliser or [], "--verbaliser"),
+        fields=_pairs(field or [], "--field"),
+        label_column=label_column,
+        per_label=per_label,
+    )
+    task = new_task(read_yaml(Path("params.yaml")), answers)
+    print("\n".join(task.notes))
+    text = HEADER + yaml_text(task.raw, leaves_in_one_line=True)
+    if not output.exists() or output.read_text(encoding="utf-8") != text:  # asking twice keeps the first .old
+        if output.exists():
+            output.replace(output.with_name(f"{output.name}.old"))
+        write_text(text, output)
+    print(f"{output}: labels {', '.join(f'{label} ({word.strip()})' for label, word in task.params.task.verbalisers.items())}")
+    print(cost(task.params, task.sources))
+
+
+def check() -> None:
+    """Check params.yaml before anything runs: every key, value and name, the local files, the versions of the libraries."""
+    from pipeline.params import checked_params
+
+    print(f"params.yaml is in order: {checked_params().summary}.")
+
+
+def run(
+    stages: Annotated[list[str] | None, typer.Argument(help="Stages such as `prepare` or `teacher@few_shot`; default: all.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Lay presets/NAME.yaml over params.yaml, and run in runs/NAME.")] = None,
+) -> None:
+    """Check params.yaml, run what has changed (`dvc repro`), and print what was gained."""
+    from pipeline.params import checked_params
+    from pipeline.params.presets import make_workspace, reproduce
+
+    workspace = Path() if preset is None else make_workspace(preset, Path())
+    checked_params(workspace)
+    if not reproduce(workspace, Path(), stages or []):
+        raise ShotlessError("The run did not finish; the reason is above. What is done stays done: the next run goes on from there.")
+    if not stages:
+        from pipeline.report.tables import print_summary
+
+        print_summary(workspace)
+
+
+def doctor() -> None:
+    """Say what this machine has, which number format and engine a run will use, and what is missing. Ends with 1 if something is."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from pipeline.setup.doctor import findings
+
+    found = findings()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in found:
+        style = {"ok": "", "note": "yellow", "missing": "bold red"}[finding.state]
+        text = f"{finding.value} → {finding.hint}" if finding.hint else finding.value
+        table.add_row(Text(finding.state, style=style), Text(finding.name), Text(text))
+    Console().print(table)
+    if missing := [finding.name for finding in found if finding.state == "missing"]:
+        print(f"missing: {', '.join(missing)}")
+        raise typer.Exit(1)
+    print("Nothing is missing.")
+
+
+def clean(
+    everything: Annotated[bool, typer.Option("--all", help="Also the scores that this project's caches were made from.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+) -> None:
+    """Free what `.work` holds beyond this project's caches: scores of other models, unfinished trainings, timings. Artifacts stay."""
+    from pipeline.cache.store import stores
+    from pipeline.files import Folders, read_json, sha256_json
+
+    folders = Folders.here()
+    manifests = [*folders.artifacts.glob("teachers/*/manifest.json"), *Path("runs").glob("**/artifacts/teachers/*/manifest.json")]
+    used = {sha256_json(read_json(path)["identity"])[:32] for path in manifests}
+    entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name != "scores"}
+    entries |= {store.folder: f"scores of {store.about}" for store in stores(folders.work)}
+    going = {path: what for path, what in entries.items() if everything or path.name not in used}
+    total = 0
+    for path, what in going.items():
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        total += size
+        print(f"{size / 1e6:>10,.1f} MB  {path}  {what}")
+    kept = len(entries) - len(going)
+    print(f"{total / 1e6:>10,.1f} MB in all" + (f"; scores of {kept} caches stay (--all takes them too)" if kept else ""))
+    if not yes:
+        print("Nothing was deleted; --yes deletes it.")
+        return
+    for path in going:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    print("Deleted.")
+
+
+def _asked(given: Path | None, option: str, question: str) -> Path:
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        raise UsageError(f"{option}: missing, and there is no terminal to ask on.")
+    return Path(typer.prompt(question))
+
+
+def _pairs(entries: list[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for entry in entries:
+        key, _, value = entry.partition("=")
+        if not key or not value:
+            raise UsageError(f"{option} {entry}: write it as NAME=VALUE.")
+        pairs[key] = value
+    return pairs

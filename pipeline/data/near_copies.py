@@ -1,0 +1,91 @@
+"""Near copies of some texts among others: every pair is compared, so none is missed.
+
+Two texts are compared as sets of character 5-grams, without case, punctuation and runs of white space. They are copies if the Jaccard
+similarity |A ∩ B| / |A ∪ B| reaches a threshold. What the rows of both sides have in common (a footer, the headings of a form) says nothing
+about one of them, so its 5-grams are left out. A text that has no others is a single gram, so that equal texts are always copies.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+
+GRAM = 5
+COMMON_SHARE, COMMON_ROWS = 0.2, 10
+"""A 5-gram is common if more than this share of the rows have it, and at least so many rows, on either side."""
+SAMPLE = 400
+"""Rows of each side, about, in which common 5-grams are counted."""
+BLOCK = 1024
+"""Candidates compared at once; 1,000 originals then take about 10 MB."""
+_NOT_WORD = re.compile(r"[^\w\s]|_")
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The most similar original, the first of equals: its group, its place there, and the similarity in (0, 1]."""
+
+    group: str
+    original: int
+    similarity: float
+
+
+class Originals:
+    """Texts of which copies are looked for, in named groups.
+
+    `rows` are texts of the source that the candidates come from. A 5-gram that is common there and in one of the groups is left out.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[str]], rows: Sequence[str], threshold: float) -> None:
+        self._places = [(group, at) for group, texts in groups.items() for at in range(len(texts))]
+        self._threshold = threshold
+        self._common = _common(rows).intersection(set[str]().union(*(_common(texts) for texts in groups.values())))
+        grams = [self._grams(text) for texts in groups.values() for text in texts]
+        self._vocabulary = {gram: at for at, gram in enumerate(dict.fromkeys(gram for own in grams for gram in own))}
+        self._sizes = np.array([len(own) for own in grams])
+        self._having = self._counts(grams).T.tocsr()  # (5-grams, originals)
+
+    def copies(self, candidates: Sequence[str]) -> list[Copy | None]:
+        """For each candidate the original that it is a copy of, or None."""
+        found: list[Copy | None] = [None] * len(candidates)
+        for start in range(0, len(candidates) if self._places else 0, BLOCK):
+            grams = [self._grams(text) for text in candidates[start : start + BLOCK]]
+            sizes = np.array([len(own) for own in grams])
+            pairs = (self._counts(grams) @ self._having).tocoo()  # (candidates, originals): 5-grams in common
+            similarity = pairs.data / (sizes[pairs.row] + self._sizes[pairs.col] - pairs.data)
+            close = np.flatnonzero(similarity >= self._threshold)
+            for at in close[np.lexsort((-pairs.col[close], similarity[close]))]:  # the best comes last
+                group, original = self._places[int(pairs.col[at])]
+                found[start + int(pairs.row[at])] = Copy(group, original, float(similarity[at]))
+        return found
+
+    def _counts(self, grams: Sequence[frozenset[str]]) -> csr_array:
+        """(texts, 5-grams of the originals): 1 for each that a text has."""
+        ids = [[self._vocabulary[gram] for gram in own if gram in self._vocabulary] for own in grams]
+        starts = np.cumsum([0, *map(len, ids)])
+        columns = np.array([at for own in ids for at in own], dtype=np.int64)
+        return csr_array((np.ones(len(columns), np.int32), columns, starts), shape=(len(grams), len(self._vocabulary)))
+
+    def _grams(self, text: str) -> frozenset[str]:
+        return (grams(text) - self._common) or frozenset([normalise(text)])
+
+
+def normalise(text: str) -> str:
+    """Text without case, punctuation and runs of white space; a text of punctuation alone keeps it."""
+    plain = text.casefold()
+    return " ".join(_NOT_WORD.sub(" ", plain).split()) or " ".join(plain.split())
+
+
+def grams(text: str) -> frozenset[str]:
+    """Character 5-grams of the normalised text; the text itself if it is shorter."""
+    plain = normalise(text)
+    return frozenset(plain[i : i + GRAM] for i in range(max(len(plain) - GRAM + 1, 1)))
+
+
+def _common(texts: Sequence[str]) -> frozenset[str]:
+    """The 5-grams that many of the texts have, counted in every n-th of them."""
+    sample = texts[:: max(1, len(texts) // SAMPLE)]
+    counts = Counter(gram for text in sample for gram in grams(text))
+    return frozenset(gram for gram, count in counts.items() if count >= COMMON_ROWS and count > COMMON_SHARE * len(sample))

@@ -1,0 +1,172 @@
+"""Predictions of students and baselines on the evaluation sets, as rows on disk from which every number is made.
+
+A student answers with no context, each seed's model by itself. A baseline answers in the contexts of a target set, with the calibration
+learnt on the transfer set: each context on its own, or all averaged as the target set averages them. Answers in free text are generated
+with the task's own limits: by a student, a teacher in each of its contexts, or a model folder as it came. Scores of baselines go through
+the store, so baselines that put the same prompts to the same model share them; a student's are not kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import MismatchError
+from pipeline.files import Folders, read_json, read_manifest
+from pipeline.models.trained import open_trained
+from pipeline.params import Params
+from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples
+from pipeline.targets.calibration import combination_of, normalised
+from pipeline.task import Task
+from pipeline.teachers.scorer import Scorer
+
+Sets = Mapping[str, Sequence[Example]]
+"""Evaluation set → its examples."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A model that answers for a method, and how."""
+
+    folder: Path
+    contexts: tuple[Context, ...] = (NO_CONTEXT,)
+    dtype: str = "float32"
+    run: str | None = None
+    """Its run in the table; None: the name of each context."""
+    work: Path | None = None
+    """Where its scores are kept; None: nowhere."""
+    identity: Mapping[str, Any] | None = None
+    """The scores' identity that it must still have."""
+
+    def scorer(self, task: Task, params: Params) -> Scorer:
+        """A scorer of this model. Raises MismatchError if it is not the model that the prompts were calibrated with."""
+        scorer = Scorer(self.folder, task, work=self.work, threads=params.runtime.threads, dtype=self.dtype)
+        other = [key for key, value in (self.identity or {}).items() if key != "cache" and scorer.identity.get(key) != value]
+        if other:
+            raise MismatchError(
+                f"{self.folder}: not the model that the teacher's scores are of ({', '.join(other)} differs). Run `dvc repro`."
+            )
+        return scorer
+
+
+def read_sets(params: Params, folders: Folders) -> dict[str, list[Example]]:
+    """The evaluation sets in the params' order, with the slices that their files have."""
+    found = {}
+    for name in params.data.evaluation:
+        path = folders.artifacts / "data" / "evaluation" / f"{name}.parquet"
+        columns = pq.read_schema(path).names if path.is_file() else []
+        slices = [column.removeprefix(SLICE) for column in columns if column.startswith(SLICE)]
+        found[name] = read_examples(path, params.task.fields, slices)
+    return found
+
+
+def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
+    """The models that answer for a student (one for each seed, the first one's first) or a baseline (one for each teacher).
+
+    Raises MismatchError if a student was trained for another task or a context is no longer what it was, CorruptError if a student's folder
+    is damaged.
+    """
+    if name in params.students:
+        runs = params.students[name].runs
+        found = []
+        for place, run in runs.items():
+            folder = folders.artifacts / "students" / name / place
+            open_trained(folder).check_task(params.task)
+            found.append(Answering(folder, run=f"seed {run.seed}" if len(runs) > 1 else ""))
+        return found
+    prompts = params.baselines[name].prompts
+    if prompts.startswith("targets/"):
+        calibration = read_calibration(name, params, folders)
+        teachers = [
+            {**entry, "contexts": [context for context in calibration["contexts"] if context["teacher"] == teacher]}
+            for teacher, entry in calibration["teachers"].items()
+        ]
+    elif prompts.startswith("teachers/"):
+        teachers = [read_manifest(folders.artifacts / prompts)]
+    else:
+        return [Answering(folders.artifacts / prompts, run="", work=folders.work)]
+    return [
+        Answering(
+            folders.artifacts / teacher["model"],
+            tuple(_context(listed, folders) for listed in teacher["contexts"]),
+            teacher["identity"]["dtype"],
+            work=folders.work,
+            identity=teacher["identity"],
+        )
+        for teacher in teachers
+    ]
+
+
+def read_calibration(baseline: str, params: Params, folders: Folders) -> dict[str, Any]:
+    """What a target set says of its prompts: teachers, contexts (teacher by teacher) with weights and offsets, how they are combined."""
+    return read_json(folders.artifacts / params.baselines[baseline].prompts / "calibration.json")
+
+
+def _context(listed: Mapping[str, Any], folders: Folders) -> Context:
+    """A context by its name ("orders/0" of the list "orders"). Raises MismatchError if it is no longer what it was."""
+    path = folders.artifacts / "data" / "contexts" / f"{listed['name'].rpartition('/')[0]}.parquet"
+    found = {context.name: context for context in read_contexts(path)}.get(listed["name"])
+    if found is None or found.context_id != listed["context_id"]:
+        raise MismatchError(f"{path}: context {listed['name']!r} is not the one that the teacher answered in. Run `dvc repro`.")
+    return found
+
+
+def predict(name: str, models: Sequence[Answering], params: Params, folders: Folders, sets: Sets) -> pa.Table:
+    """`schema.PREDICTIONS` of a student, a run for each seed, or of a target set's prompts: a run for each context, or their ensemble.
+
+    Rows are sets outermost, then runs, then examples. `models` are from `models_of`. Raises MismatchError if one is no longer the model
+    that the calibration was learnt with.
+    """
+    task, examples = Task(params.task), _unique(sets)
+    place = {example: row for row, example in enumerate(examples)}
+    asked, title = list(examples.values()), f"evaluate {name}"
+    scored = np.concatenate([model.scorer(task, params).label_scores(model.contexts, asked, title) for model in models])  # [C, all, L]
+    rows = []
+    for key, own in sets.items():
+        scores = scored[:, [place[example.example_id] for example in own]]  # [C, N, L]
+        if name in params.students:
+            runs, each = [model.run for model in models], np.exp(normalised(scores))
+        else:
+            combination = combination_of(read_calibration(name, params, folders), own[0].source)
+            runs, each = [context.name for model in models for context in model.contexts], combination.each(scores)
+            if params.baselines[name].contexts == "ensemble":
+                runs, each = [""], combination.ensemble(scores)[None]
+        for run, probabilities in zip(runs, each.astype(np.float32), strict=True):
+            for example, values in zip(own, probabilities, strict=True):
+                predicted = task.labels[int(values.argmax())]
+                rows.append({**_keys(key, run or "", example), "predicted": predicted, "probabilities": values})
+    return pa.Table.from_pylist(rows, schema=PREDICTIONS)
+
+
+def answer(name: str, models: Sequence[Answering], params: Params, sets: Sets) -> pa.Table:
+    """`schema.ANSWERS` of a student or baseline: sets outermost, then runs, then examples. `models` are from `models_of`."""
+    assert params.task.completion is not None
+    # Answers that the data give are what a student learns; here it writes its own.
+    writes = params.task.completion.model_copy(update={"source": "generated"})
+    task, examples = Task(params.task.model_copy(update={"completion": writes})), list(_unique(sets).values())
+    said: dict[str, dict[str, tuple[str, int]]] = {}  # run → example → answer, tokens
+    for model in models:
+        scorer, names = model.scorer(task, params), {context.context_id: context.name for context in model.contexts}
+        columns = ["context_id", "example_id", "completion_ids"]
+        for row in scorer.score(model.contexts, examples, f"evaluate {name}", columns).to_pylist():
+            run = names[row["context_id"]] if model.run is None else model.run
+            text = scorer.tokens.tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+            said.setdefault(run, {})[row["example_id"]] = text, len(row["completion_ids"])
+    rows = []
+    for key, run, example in ((key, run, example) for key, own in sets.items() for run in said for example in own):
+        text, tokens = said[run][example.example_id]
+        rows.append({**_keys(key, run, example), "answer": text, "tokens": tokens})
+    return pa.Table.from_pylist(rows, schema=ANSWERS)
+
+
+def _unique(sets: Sets) -> dict[str, Example]:
+    """Every example once, by its id. All sets are one request: their batches are filled together."""
+    return {example.example_id: example for examples in sets.values() for example in examples}
+
+
+def _keys(key: str, run: str, example: Example) -> dict[str, Any]:
+    return {"set": key, "run": run, "example_id": example.example_id, "label": example.label}

@@ -1,0 +1,267 @@
+"""The report's words: numbers as people read them, what each method is, and what a run shows.
+
+No conclusion is fixed beforehand. A sentence follows from the sign of a difference and from whether its paired interval includes zero. A
+sentence whose numbers are missing is left out. Names are in backticks, which the page and the card set as code.
+"""
+
+from collections.abc import Iterable
+
+from pipeline.params import Params, StudentParams, TargetParams
+from pipeline.report.collect import DOMAINS, Collected, Json, best, comparison, domains_of, main_domain, sets_of
+
+DASH = "–"
+ONE_LABEL_SHARE = 0.9
+"""A method that gives one label this often may hardly look at its input."""
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A fraction as a percentage without its sign: 0.8633 → 86.3."""
+    return DASH if share is None else f"{100 * share:.{digits}f}"
+
+
+def points(difference: float) -> str:
+    """A difference of fractions in percentage points, with a true minus sign: -0.021 → −2.1."""
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return "0.0" if text in {"+0.0", "−0.0"} else text
+
+
+def span(interval: list[float], digits: int = 1) -> str:
+    """An interval of fractions as percentages: 82.0–90.1."""
+    return f"{percent(interval[0], digits)}–{percent(interval[1], digits)}"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A count or measurement with thousands separators; a dash if it is missing."""
+    return DASH if value is None else f"{value:,.{digits}f}"
+
+
+def scaled(value: float | None, unit: str = "") -> str:
+    """A large number in thousands, millions, …: 113142528 → 113.1 M; with the unit B: 452.6 MB."""
+    if value is None:
+        return DASH
+    for factor, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:,.1f} {prefix}{unit}"
+    return f"{value:,.0f} {unit}".rstrip()
+
+
+def compact(value: float) -> str:
+    """A setting as people write it: 5e-05 → 5e-5."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def p_value(value: float | None) -> str:
+    """A p-value with three digits."""
+    return DASH if value is None else "under 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a`, `b` and `c`."""
+    quoted = [f"`{name}`" for name in names]
+    return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted) or DASH
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 set`, `3 sets`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def about(found: Collected, method: str) -> str:
+    """One line on what a method is."""
+    params = found.params
+    if method in params.students:
+        return f"{learnt(params.students[method])}; {layers(found, method).partition(' (')[0]}"
+    baseline = params.baselines[method]
+    if not baseline.target_set:
+        return f"asks {baseline.prompts}"
+    target = params.targets[baseline.target_set]
+    several = context_sizes(params, baseline.target_set)[0]
+    text = f"prompts {' + '.join(target.teachers)}, {calibrated(target)}"
+    if several == 1:
+        return text
+    return f"{text}, {'each context by itself' if baseline.contexts == 'each' else f'{several} contexts averaged'}"
+
+
+def learnt(student: StudentParams) -> str:
+    """What a student learns from, each further term with its weight."""
+    kind, _, name = student.learn_from.partition("/")
+    first = {"targets": f"distilled from the target set {name}", "teachers": f"distilled from the teacher {name}’s distributions"}
+    labels = {"demonstrations": "the demonstrations’ labels", "targets": "the targets’ most probable labels"}[student.ce_target]
+    terms = [f"{student.ce_weight:g} × {labels}"] if student.ce_weight and kind in first else []
+    for teacher, term in student.auxiliary.items():
+        terms += [f"{term.weight:g} × the distributions of {teacher}"] if term.weight else []
+        terms += [f"{term.hidden_weight:g} × the hidden states of {teacher}"] if term.hidden_weight else []
+    return ", plus ".join([first.get(kind, "trained on the demonstrations’ labels alone"), *terms])
+
+
+def calibrated(target: TargetParams) -> str:
+    """How a target set is calibrated, as params.yaml says it."""
+    text = f"calibration {target.calibration}" + (" within each source" if target.calibrate_by == "source" else "")
+    return text + "".join(f", {teacher} {kind}" for teacher, kind in target.calibrations.items())
+
+
+def layers(found: Collected, student: str) -> str:
+    """Which layers of its base a student keeps, and how many if training recorded it."""
+    kept, recorded = found.params.students[student].layers, found.of("train", student).get("layers")
+    number = len(recorded) if isinstance(recorded, list) else recorded
+    if kept is None:
+        return "all layers" if number is None else f"all {number} layers"
+    return f"layers {kept}" if number is None else f"{number} layers ({kept})"
+
+
+def context_sizes(params: Params, targets: str) -> tuple[int, int]:
+    """Contexts behind a target set, and the largest number of demonstrations in one."""
+    entries = [params.contexts[params.teachers[name].contexts] for name in params.targets[targets].teachers]
+    return sum(entry.count for entry in entries), max(entry.demonstrations for entry in entries)
+
+
+def title(params: Params) -> str:
+    """The page's heading: which models, how many students."""
+    models = dict.fromkeys(params.base_model(teacher.model) for teacher in params.teachers.values())
+    return f"{' + '.join(models)}: from prompt to {plural(len(params.students), 'student')}"
+
+
+def lead(found: Collected) -> list[str]:
+    """What was distilled into what, from how much: a few sentences for the top of the page."""
+    params, reference = found.params, found.params.evaluation.reference
+    target = params.baselines[reference].target_set
+    if target:
+        contexts, demonstrations = context_sizes(params, target)
+        models = listed(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers))
+        text = f"The teacher is {models}, prompted with {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}."
+        if (rows := found.of("targets", target).get("rows")) is not None:
+            text += f" Its answers to {rows:,} unlabelled examples are what students can learn from."
+        lines = [text]
+    else:
+        lines = [f"The teacher is `{reference}`. Students learn from its answers, token by token, and see the bare input."]
+    for name, student in params.students.items():
+        size = f" ({scaled(count)} parameters)" if (count := found.of("train", name).get("parameters")) is not None else ""
+        kept = f"layers {student.layers} of " if student.layers else ""
+        lines.append(f"`{name}` is {kept}`{student.base}`{size}, {learnt(student)}.")
+    return lines
+
+
+def key_figures(found: Collected) -> list[tuple[str, str, str]]:
+    """At most four of (figure, what it is, note) about the best student; for free text the share of well-formed answers of each student."""
+    document, methods = found.document, found.document["methods"]
+    domain, reference = main_domain(document), document["reference"]
+    theirs = methods[reference]["means"][domain]
+    if document.get("answers"):
+        shares = {name: methods[name]["means"][domain].get("well_formed") for name in found.params.students}
+        note = f"{reference} {percent(theirs.get('well_formed'))} %, {DOMAINS[domain].lower()}"
+        return [(f"{percent(share)} %", "well formed", f"`{name}`; {note}") for name, share in shares.items() if share is not None][:4]
+    if not found.params.students:
+        return []
+    top = best(document, domain, "student")[0]
+    ours, row = methods[top]["means"][domain], comparison(document, top, reference, domain)
+    note = f"which has {percent(theirs['accuracy'])} %" + ("" if row is None or row["clear"] else "; not told apart")
+    right = f"best student, `{top}`; 95 % interval {span(ours['ci95'])}"
+    figures = [(f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", right)]
+    figures.append((points(ours["accuracy"] - theirs["accuracy"]), f"points compared with {reference}", note))
+    for key, unit, what in (("prompt_tokens", "", "prompt tokens an example"), ("latency_ms", " ms", "an example, median")):
+        both = [found.of("cost", name).get(key) for name in (top, reference)]
+        figures += [(f"{both[0]:,.0f}{unit}", what, f"instead of {both[1]:,.0f}{unit}")] if None not in both else []
+    return figures
+
+
+def missing_files(found: Collected, *prefixes: str) -> str:
+    """A sentence on the missing files below some folders, and how to get them; empty if there are none."""
+    absent = {file: stage for file, stage in found.missing.items() if file.startswith(prefixes)}
+    if not absent:
+        return ""
+    untracked = any(file.startswith(("metrics/cost", "metrics/runtime")) for file in absent)
+    commands = " ".join(dict.fromkeys([*absent.values(), "report"]))
+    text = f"Not found: {listed(absent)}. Run `dvc repro {'-f -s ' if untracked else ''}{commands}`."
+    return f"{text} These are times of one machine, which DVC does not keep." if untracked else text
+
+
+def measured_on(found: Collected) -> str:
+    """What costs were measured with: processor, number formats, threads, number of texts; a sentence for each way there is."""
+    ways: dict[str, None] = {}
+    for one in (cost["measured"] for name in found.document["methods"] if (cost := found.of("cost", name))):
+        machine = ", ".join([one["processor"], *one["dtypes"], plural(one["threads"], "thread")])
+        counts = f"latency over {plural(one['examples'], 'text')} one by one, throughput over {plural(one['batched'], 'text')} in batches"
+        ways[f"Measured on {machine}: {counts}."] = None
+    return " ".join(ways)
+
+
+def findings(document: Json) -> list[str]:
+    """Sentences for "What this run shows", the most important first."""
+    if all(method["kind"] != "student" for method in document["methods"].values()):
+        lines = ["This run has no student: it shows prompting alone."]
+    else:
+        lines = [_best_student(document, domain) for domain in reversed(domains_of(document))]
+        lines += [*_better_prompt(document), _confidence(document)]
+    return lines + _spread(document) + _one_label(document)
+
+
+def difference(row: Json) -> str:
+    """A comparison's sign, size and interval: `2.1 points above `teacher` (95 % interval …)`."""
+    interval = f"(95 % interval of the difference {points(row['ci95'][0])} to {points(row['ci95'][1])})"
+    if row["difference"] == 0:
+        return f"level with `{row['other']}` {interval}"
+    side = "above" if row["difference"] > 0 else "below"
+    return f"{percent(abs(row['difference']))} points {side} `{row['other']}` {interval}"
+
+
+def _best_student(document: Json, domain: str) -> str:
+    names, reference = best(document, domain, "student"), document["reference"]
+    found = document["methods"][names[0]]["means"][domain]
+    who = f"the best student is {listed(names)}" if len(names) == 1 else f"the best students are {listed(names)}"
+    text = f"{DOMAINS[domain]} ({listed(sets_of(document, domain))}), {who}: {percent(found['accuracy'])} % right"
+    text += f" (95 % interval {span(found['ci95'])}), with no demonstrations in the prompt."
+    if (row := comparison(document, names[0], reference, domain)) is not None:
+        text += f" It is {difference(row)}."
+    pairs = {other: comparison(document, names[0], other, domain) for other in document["methods"] if other not in names}
+    if unclear := [other for other, row in pairs.items() if row is not None and not row["clear"]]:
+        text += f" It is not told apart from {listed(unclear)}: the intervals of these differences include zero."
+    return text
+
+
+def _better_prompt(document: Json) -> list[str]:
+    domain = main_domain(document)
+    top = best(document, domain, "student")[0]
+    lines = []
+    for winner in best(document, domain):
+        row = comparison(document, top, winner, domain)
+        if document["methods"][winner]["kind"] == "baseline" and winner != document["reference"] and row is not None:
+            lines.append(f"{DOMAINS[domain]}, the prompt `{winner}` is the most accurate method; `{top}` is {difference(row)}.")
+    return lines
+
+
+def _confidence(document: Json) -> str:
+    domain, reference = main_domain(document), document["reference"]
+    top = best(document, domain, "student")[0]
+    ours, theirs = (percent(document["methods"][name]["means"][domain]["ece"]) for name in (top, reference))
+    return (
+        f"{DOMAINS[domain]}, the confidence of `{top}` is off by {ours} points on average (expected calibration error), "
+        f"that of `{reference}` by {theirs}."
+    )
+
+
+def _spread(document: Json) -> list[str]:
+    """The widest range between contexts, or between seeds, of each method that was scored several times."""
+    lines = []
+    for name, method in document["methods"].items():
+        if ranges := {key: entry["contexts"] for key, entry in method["sets"].items() if "contexts" in entry}:
+            widest = max(ranges, key=lambda key: ranges[key]["best"] - ranges[key]["worst"])
+            low, high = percent(ranges[widest]["worst"]), percent(ranges[widest]["best"])
+            what = "seed" if method["kind"] == "student" else "choice of context"
+            lines.append(f"The {what} alone moves `{name}` between {low} % and {high} % on `{widest}`.")
+    return lines
+
+
+def _one_label(document: Json) -> list[str]:
+    lines = []
+    for name, method in document["methods"].items():
+        label, where, share = most_answered(method)
+        if share >= ONE_LABEL_SHARE:
+            unless = "Unless the labels there are that uneven, it hardly looks at the input."
+            lines.append(f"`{name}` answers `{label}` to {percent(share)} % of `{where}`. {unless}")
+    return lines
+
+
+def most_answered(method: Json) -> tuple[str, str, float]:
+    """The label that a method gives most often on any set: (label, set, share)."""
+    shares = [(label, where, share) for where, entry in method["sets"].items() for label, share in entry["predicted_shares"].items()]
+    return max(shares, key=lambda one: one[2])

@@ -1,0 +1,217 @@
+"""Files and streams of inputs in, predictions out: JSON lines, CSV, TSV (read only), Parquet, or a predictions log.
+
+Rows are read, answered and written in windows, so memory is bounded by a window's rows and characters, and predictions come in the order of
+the input. A window's first row waits for its last; a window of one row answers line by line, more slowly.
+"""
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.readers import MISSING, BadRow, BlankLine, MissingColumnError, read_rows
+from pipeline.errors import UsageError, choices
+from pipeline.files import replacing
+from pipeline.params.data import FORMATS
+from pipeline.serving.log import is_log_record, json_line
+from pipeline.serving.predictor import Prediction, Predictor
+
+STANDARD_INPUT = Path("/dev/stdin")
+OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "error")
+WINDOW_ROWS = 1024
+WINDOW_CHARS = 4_000_000
+UNENCODABLE = "backslashreplace"
+"""Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One row of the input; `line` is 1-based."""
+
+    line: int
+    fields: Mapping[str, Any]
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that pass through to the output."""
+    error: str | None = None
+    """Why the row could not be read."""
+
+
+Answered = tuple[Item, Prediction]
+
+
+def format_of(path: str, chosen: str | None, option: str) -> str:
+    """The format that `option` chose, else what the file's name ends with. Standard input and output are JSON lines by default."""
+    if chosen is not None:
+        if chosen not in FORMATS.values():
+            raise UsageError(f"{option}: no format {chosen!r}; choose one of: {choices(set(FORMATS.values()))}")
+        return chosen
+    suffix = ".jsonl" if path == "-" else Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f"{path}: the name does not end with one of {choices(FORMATS)}; say the format with {option}.")
+    return FORMATS[suffix]
+
+
+def columns_of(fields: Sequence[str], mapped: Sequence[str]) -> dict[str, str]:
+    """Each field's column, from options such as `text=body`. Raises UsageError if one names no field."""
+    columns = dict(zip(fields, fields, strict=True))
+    for entry in mapped:
+        name, _, column = entry.partition("=")
+        if name not in columns or not column:
+            raise UsageError(f"--field {entry}: write FIELD=COLUMN; the student's fields are: {choices(fields)}")
+        columns[name] = column
+    return columns
+
+
+def kept_columns(options: Sequence[str]) -> dict[str, str]:
+    """Name in the output → column, from options such as `id` or `gold=label`. Raises UsageError if a name is taken."""
+    kept: dict[str, str] = {}
+    for entry in options:
+        name, separator, column = entry.partition("=")
+        if not name or (separator and not column):
+            raise UsageError(f"--keep {entry}: write COLUMN, or NAME=COLUMN to give it another name.")
+        if name in OWN_COLUMNS or name.startswith("p_") or name in kept:
+            taken = "is asked for twice" if name in kept else "is a column of the output itself"
+            raise UsageError(f"--keep {entry}: {name!r} {taken}; write --keep NAME={column or name} to give it another name.")
+        kept[name] = column or name
+    return kept
+
+
+def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[Item]:
+    """Rows of a file, or of standard input for "-". `columns` has each field's column, `kept` the column of each name that passes through.
+
+    Blank lines are skipped; a row that cannot be read comes with an error. A predictions log gives the inputs that it holds. Raises
+    UsageError if the file is absent, lacks a column or is not of this format.
+    """
+    file = STANDARD_INPUT if path == "-" else Path(path)
+    if not file.exists() or file.is_dir():
+        raise UsageError(f"{path}: no such file.")
+    if form == "parquet" and not file.is_file():
+        raise UsageError(f"{'standard input' if path == '-' else path}: Parquet is read from its end; write it to a file first.")
+    is_log = form == "jsonl" and _begins_as_log(file)
+    asked = ["fields"] if is_log else list(columns.values())
+    try:
+        for read in read_rows(file, form, [*asked, *kept.values()]):  # pyright: ignore[reportArgumentType]
+            if isinstance(read, BlankLine):
+                continue
+            if isinstance(read, BadRow):
+                yield Item(read.line, {}, error=f"{read.field}: {read.reason}" if read.field else read.reason)
+                continue
+            values = [_value(value) for value in read.values]
+            through = dict(zip(kept, values[len(asked) :], strict=True))
+            if not is_log:
+                yield Item(read.line, dict(zip(columns, values, strict=False)), through)
+            elif isinstance(values[0], dict):
+                yield Item(read.line, values[0], through)
+            else:
+                yield Item(read.line, {}, through, "fields: missing")
+    except MissingColumnError as missing:
+        options = {column: f"--keep NAME={column}" for column in kept.values()} | {
+            c: f"--field {name}=COLUMN" for name, c in columns.items()
+        }
+        raise UsageError(f"{missing.fault} Name the right one with {options[missing.column]}.") from None
+
+
+def _value(value: Any) -> Any:
+    """A cell; None for one that is absent, or a number that JSON lacks."""
+    return None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+def _begins_as_log(file: Path) -> bool:
+    if not file.is_file():  # a pipe is read once
+        return False
+    with file.open("rb") as lines:
+        first = lines.readline()
+    try:
+        return is_log_record(json.loads(first))
+    except (ValueError, RecursionError):
+        return False
+
+
+def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int = WINDOW_ROWS) -> Iterator[list[Answered]]:
+    """Windows of items with their predictions, in the order of the input."""
+    for window in _windows(items, window_rows):
+        usable = [item.fields for item in window if item.error is None]
+        answers = iter(predictor.predict(usable))
+        yield [(item, next(answers) if item.error is None else Prediction(error=item.error)) for item in window]
+
+
+def _windows(items: Iterable[Item], window_rows: int) -> Iterator[list[Item]]:
+    window: list[Item] = []
+    chars = 0
+    for item in items:
+        window.append(item)
+        chars += sum(len(value) for value in item.fields.values() if isinstance(value, str))
+        if len(window) >= window_rows or chars >= WINDOW_CHARS:
+            yield window
+            window, chars = [], 0
+    if window:
+        yield window
+
+
+@contextmanager
+def writing(path: str, form: str, labels: Sequence[str], kept: Iterable[str]) -> Iterator[Callable[[Sequence[Answered]], None]]:
+    """A function that writes one window after another to a file, or to standard output for "-".
+
+    A row has the input's line, the kept columns, then `label`, `confidence`, the probability of each label (`p_LABEL` in CSV and Parquet)
+    and `error`. A file is whole or not there.
+    """
+    names = ["line", *kept, "label", "confidence", *(f"p_{label}" for label in labels), "error"]
+    if form == "tsv":
+        raise UsageError("--output-format: tsv is read, not written; choose one of: csv, jsonl, parquet")
+    if path == "-":
+        if form == "parquet":
+            raise UsageError("--output: Parquet cannot be written to standard output; name a file.")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors=UNENCODABLE)
+        yield _text_writer(sys.stdout, form, names)
+        return
+    with replacing(Path(path)) as temporary:
+        if form != "parquet":
+            with temporary.open("w", encoding="utf-8", errors=UNENCODABLE, newline="") as file:
+                yield _text_writer(file, form, names)
+            return
+        types = {"line": pa.int64()} | {name: pa.float64() for name in names if name == "confidence" or name.startswith("p_")}
+        # Kept columns are text: what a column of a stream holds is known after its last row only.
+        schema = pa.schema([pa.field(name, types.get(name, pa.string()), nullable=name != "line") for name in names])
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+
+            def write(window: Sequence[Answered]) -> None:
+                rows = [_flat(replace(item, kept={k: _as_text(v) for k, v in item.kept.items()}), found) for item, found in window]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+            yield write
+
+
+def _text_writer(file: TextIO, form: str, names: Sequence[str]) -> Callable[[Sequence[Answered]], None]:
+    sheet = csv.DictWriter(file, names, lineterminator="\n")
+    if form == "csv":
+        sheet.writeheader()
+
+    def write(window: Sequence[Answered]) -> None:
+        if form == "csv":
+            sheet.writerows(_flat(item, found) for item, found in window)
+        else:
+            file.writelines(json_line({"line": item.line, **item.kept, **found.as_json()}) for item, found in window)
+        file.flush()
+
+    return write
+
+
+def _flat(item: Item, found: Prediction) -> dict[str, Any]:
+    """A row of CSV or Parquet; what is absent is left out."""
+    answer = found.as_json()
+    shares = answer.pop("probabilities", {})
+    return {"line": item.line, **item.kept, **answer, **{f"p_{label}": share for label, share in shares.items()}}
+
+
+def _as_text(value: Any) -> str | None:
+    return None if value is None else str(value).encode("utf-8", UNENCODABLE).decode("utf-8")

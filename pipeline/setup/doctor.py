@@ -1,0 +1,106 @@
+"""What this machine has, which number format and engine a run will use, and what is missing. Nothing is installed or changed."""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from pipeline.errors import UsageError
+from pipeline.params import Params, load_params
+from pipeline.params.reading import absent_files, other_versions
+from pipeline.schema import Context, Example
+from pipeline.task import Task, TaskTokens
+
+DISK_NEEDED_GB = 6.0
+MEMORY_NEEDED_GB = 4.0
+PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, and nobody could say which.")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact; `hint` says what to do about it."""
+
+    name: str
+    value: str
+    state: Literal["ok", "note", "missing"] = "ok"
+    hint: str = ""
+
+
+def findings() -> list[Finding]:
+    """Everything that `shotless doctor` says of this machine and the project in the working folder, in order."""
+    found = _machine()
+    if other := other_versions(Path("constraints.txt")):
+        found.append(Finding("versions", " ".join(other), "missing"))
+    try:
+        params = load_params()
+        absent = absent_files(params)
+        found.append(Finding("files", "\n".join(absent), "missing") if absent else Finding("params.yaml", params.summary))
+    except UsageError as error:
+        params = None
+        found.append(Finding("params.yaml", str(error), "missing"))
+    if any("not installed" in line for line in other):
+        return found
+    found += _torch(params.runtime.threads if params else None)
+    return found + ([_model(name, params) for name in params.models] if params else [])
+
+
+def _machine() -> list[Finding]:
+    """Python, cores, memory, and the disk that the project is on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = psutil.virtual_memory()
+    total, free, disk = memory.total / 1e9, memory.available / 1e9, shutil.disk_usage(".").free / 1e9
+    return [
+        Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("cores", f"{usable} usable, {psutil.cpu_count(logical=False) or usable} physical"),
+        _enough("memory", f"{free:.1f} of {total:.1f} GB free", free, MEMORY_NEEDED_GB, "close other programs, or use a smaller model"),
+        _enough("disk", f"{disk:.1f} GB free", disk, DISK_NEEDED_GB, "free some, for models, data and scores; `shotless clean` may help"),
+    ]
+
+
+def _enough(name: str, value: str, found: float, needed: float, hint: str) -> Finding:
+    return Finding(name, value) if found >= needed else Finding(name, f"{value}, {needed:.0f} GB needed", "missing", hint)
+
+
+def _torch(threads: int | None) -> list[Finding]:
+    """Version, threads, instruction set, number format, device."""
+    import torch
+
+    from pipeline.models.machine import default_device, fast_dtype, use_machine
+
+    used, device = use_machine(threads), default_device()
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return [
+        Finding("torch", f"{torch.__version__}, {used} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        Finding("dtype", f"teachers with `dtype: auto` {fast_dtype(device)}, students float32, on {device.type}"),
+        Finding("gpu", ", ".join(gpus) or "none that torch sees; none is needed"),
+    ]
+
+
+def _model(name: str, params: Params) -> Finding:
+    """Whether a model is there, its size, which engine it gets and why."""
+    from pipeline.models.folders import check_folder, load_model, load_tokenizer, parameter_counts
+    from pipeline.models.machine import default_device
+    from pipeline.teachers.engines import open_engine
+    from pipeline.teachers.scorer import LABELS_ONLY
+
+    title, folder = f"model {name}", Path("artifacts") / "models" / name
+    if not folder.is_dir():
+        return Finding(title, "not made yet", "note", f"`shotless run model@{name}` makes it")
+    try:
+        check_folder(folder)
+        tokens = TaskTokens(Task(params.task), load_tokenizer(folder))
+    except UsageError as error:
+        return Finding(title, str(error), "missing", f"`dvc repro --force model@{name}` makes it again")
+    needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # stored in 16 bits or more, held in 32
+    if needed > psutil.virtual_memory().available:
+        return Finding(title, f"needs up to {needed / 1e9:.1f} GB of memory", "missing", "take a smaller model")
+    fields, labels = tokens.task.fields, tokens.task.labels
+    examples = [Example(dict.fromkeys(fields, text)) for text in PROBES]
+    demonstrations = ((examples[1].fields, labels[0]),) if labels else ()
+    model = load_model(folder, device=default_device())
+    engine = open_engine(model, tokens, LABELS_ONLY, tokens.prompts(Context("probe", "", demonstrations), examples))
+    return Finding(title, f"{parameter_counts(model)[0] / 1e6:,.0f} M parameters; engine {engine.name}: {engine.reason}")

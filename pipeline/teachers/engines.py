@@ -1,0 +1,195 @@
+"""How a model scores prompts: the fast engine if it gives the plain forward's numbers on a probe, else the generic one.
+
+The fast engine reads what all prompts begin with (a context, a template's head) once, and all prompts attend to that one copy. For a shared
+prefix of P tokens and N prompts of Q further tokens that is P + N·Q tokens of model work instead of N·(P + Q). See `models.packed`.
+
+The generic engine runs full prompts, as plain transformers does. It holds for sliding windows, state-space layers and any other
+architecture, and is what the fast engine is compared with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, cycle, islice, takewhile
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.models.forward import in_float32, packed_if_exact, packed_logits, plain_logits
+from pipeline.models.machine import memory_bytes
+from pipeline.models.packed import LayerKeyValues, PackedModel
+from pipeline.models.rows import Row
+from pipeline.params import CacheParams
+from pipeline.schema import Prompt
+from pipeline.task import TaskTokens
+from pipeline.teachers.scores import Reading, Scores, read_scores
+
+WORTH_SHARING = 8
+"""Tokens from which a prefix is shared: attending to one costs every layer a few passes over memory."""
+LARGEST_BUDGET, LARGEST_GPU_BUDGET = 1024, 4096
+"""Tokens a pass: enough for products to run at full rate. With more, results leave a CPU's caches (measured on SmolLM2-135M)."""
+ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30
+"""Bytes that a pass may take for what it computes, at most."""
+
+
+class Engine:
+    """Scores prompts in passes of at most `token_budget` tokens, or one prompt."""
+
+    name = "generic"
+    reason = ""
+    """Why this engine runs, in a sentence."""
+
+    def __init__(self, model: PreTrainedModel, reading: Reading, token_budget: int) -> None:
+        self.model = model
+        self.reading = reading
+        self.token_budget = token_budget
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Scores:
+        """Scores of the prompts, in order; either all have an answer of their own, or none has.
+
+        `shared` are ids that all begin with, so that several calls share them; None: what these prompts have in common. Raises ValueError
+        if a prompt does not begin with them or has nothing after them.
+        """
+        start = self._share(prompts, shared)
+        rows = [self.reading.row(prompt, start) for prompt in prompts]
+        batches = plan_batches([row.length for row in rows], self.token_budget)
+        parts = []
+        for batch in batches:
+            logits, hidden = self._logits([rows[number] for number in batch], start)
+            parts.append(read_scores(logits, self.reading, [prompts[number] for number in batch], hidden))
+        order = torch.tensor([number for batch in batches for number in batch])
+        return Scores.concatenate(parts).take(order.argsort())
+
+    def distributions(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Tensor:
+        """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32."""
+        reading, self.reading = self.reading, replace(self.reading, cache=CacheParams(encoding="full", resolution_nats=None))
+        try:
+            return self.score(prompts, shared).encoded.full_logprobs.cpu()
+        finally:
+            self.reading = reading
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+
+    def _share(self, prompts: Sequence[Prompt], shared: Sequence[int] | None) -> int:  # noqa: ARG002
+        """Make what prompts share ready; returns how many tokens that is."""
+        return 0
+
+    def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        return plain_logits(self.model, rows, self.reading.cache.hidden_layers)
+
+
+class SharedPrefixEngine(Engine):
+    """The fast engine. It keeps the keys and values of the last prefix."""
+
+    name = "shared_prefix"
+
+    def __init__(self, packed: PackedModel, reading: Reading, token_budget: int) -> None:
+        super().__init__(packed.model, reading, token_budget)
+        self.packed = packed
+        self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self._held = ((), [])
+        self.packed.detach()
+
+    def _share(self, prompts: Sequence[Prompt], shared: Sequence[int] | None) -> int:
+        if shared is None:
+            shared = shared_prefix(prompts) if len(prompts) > 1 else ()
+        prefix = tuple(shared) if len(shared) >= WORTH_SHARING else ()
+        if any(len(prompt.ids) <= len(prefix) or prompt.ids[: len(prefix)] != prefix for prompt in prompts):
+            raise ValueError(f"a prompt does not begin with the {len(prefix)} shared tokens, or has nothing after them")
+        if prefix and self._held[0] != prefix:
+            self._held = ((), [])  # frees the old one before the new one is made
+            self._held = (prefix, self.packed.read_context(prefix))
+        return len(prefix)
+
+    def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:
+        return packed_logits(self.packed, rows, self._held[1] if start else (), start, self.reading.cache.hidden_layers)
+
+
+def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, probe: Sequence[Prompt]) -> Engine:
+    """The engine for a model. `probe` are a few prompts of the work ahead, the longest among them.
+
+    Nothing is assumed from an architecture's name: a model that the fast engine does not reproduce differs on the probe, or refuses, and
+    gets the generic one. What depends on length (a sliding window) shows there, and not in the middle of the work. The two are compared in
+    float32, whatever the model's format (`models.forward.in_float32`).
+    """
+    if tokens.task.params.completion is not None:  # any text will do to compare
+        texts = [prompt.answer or tuple(islice(cycle(prompt.ids), tokens.longest_answer)) for prompt in probe]
+        probe = [Prompt(prompt.ids, text) for prompt, text in zip(probe, texts, strict=True)]
+    reading, budget = Reading(tokens.completions, cache), token_budget(model, memory_bytes(model.device))
+    # What is compared depends on no threshold: it is neither rounded, in steps that may be larger than the tolerance, nor kept or drawn as
+    # a probability falls on one side of a number or the other.
+    exact = replace(reading, cache=cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None}))
+    longest = max(probe, key=lambda prompt: len(prompt.ids))
+
+    def probed(engine: Engine) -> Scores:  # the second call has a prefix even if these prompts share nothing
+        return Scores.concatenate([engine.score(probe), engine.score([longest], longest.ids[:-1])])
+
+    def difference(packed: PackedModel) -> float:
+        return largest_difference(expected, probed(SharedPrefixEngine(packed, exact, budget)))
+
+    with in_float32(model) as tolerance:
+        expected = probed(Engine(model, exact, budget))
+        packed, reason = packed_if_exact(model, difference, tolerance)
+    engine = Engine(model, reading, budget) if packed is None else SharedPrefixEngine(packed, reading, budget)
+    engine.reason = reason
+    return engine
+
+
+def largest_difference(one: Scores, other: Scores) -> float:
+    """Largest absolute difference of the log-probabilities of labels, answers and most probable tokens, and of log Z, in nats."""
+    pairs = [(one.label_logprobs, other.label_logprobs), (one.completion_logprobs, other.completion_logprobs)]
+    pairs += [(getattr(one.encoded, name), getattr(other.encoded, name)) for name in ("topk_logprobs", "log_z")]
+    return max(float((a - b).abs().max()) for a, b in pairs if a.numel())
+
+
+def shared_prefix(prompts: Sequence[Prompt]) -> tuple[int, ...]:
+    """The ids that all prompts begin with; each keeps one of its own, for its answer position."""
+    ids = [prompt.ids for prompt in prompts]
+    first, last = min(ids), max(ids)  # what the first and the last in order share, all share
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return first[: min(alike, min(map(len, ids)) - 1)]
+
+
+def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Row numbers of each batch: rows in rising order of length, as many as fit `token_budget` tokens and at least one.
+
+    Rows of like length are together, so that the small padded part of the attention has next to no padding. The last two batches share
+    their rows evenly: a last one of a few tokens would read all weights for little. The plan follows from the lengths alone, so that a
+    resumed run scores what an unbroken one would.
+    """
+    batches: list[list[int]] = []
+    tokens = 0
+    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
+        if not batches or tokens + lengths[row] > token_budget:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(row)
+        tokens += lengths[row]
+    if len(batches) < 2:
+        return batches
+    rows = batches[-2] + batches[-1]
+    ends = list(accumulate(lengths[row] for row in rows))
+    cut = min(range(1, len(rows)), key=lambda place: max(ends[place - 1], ends[-1] - ends[place - 1]))
+    return [*batches[:-2], rows[:cut], rows[cut:]]
+
+
+def token_budget(model: PreTrainedModel, memory_bytes: int) -> int:
+    """Tokens that a pass may have for its activations to stay within an eighth of `memory_bytes`, half of what the weights leave, and
+    512 MB (4 GB on a GPU).
+
+    It follows from the device and the model alone, not from what else runs there: batches, and so a row's last bits, follow from it.
+    Counted for each token: about ten vectors of the hidden size and four of the inner size, and the logits of one answer position in 16
+    tokens, twice.
+    """
+    config = model.config.get_text_config()
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden)
+    per_token = (10 * hidden + 4 * inner) * model.dtype.itemsize + 2 * 4 * int(config.vocab_size) // 16
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    largest, most = (LARGEST_BUDGET, ACTIVATIONS) if model.device.type == "cpu" else (LARGEST_GPU_BUDGET, GPU_ACTIVATIONS)
+    return max(64, min(largest, min(memory_bytes // 8, max(0, memory_bytes - weights) // 2, most) // per_token))

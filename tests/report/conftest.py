@@ -1,0 +1,236 @@
+"""A made-up run for the report's tests: random predictions of a chosen accuracy, judged by the real evaluation, and the files that other
+stages would write. Nothing here was measured.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.evaluation.compare import compare_methods
+from pipeline.evaluation.detail import detail, membership
+from pipeline.evaluation.free_text import judge
+from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.files import Folders, sha256_file, sha256_text, write_json
+from pipeline.params import Params, parse_params
+from pipeline.report.collect import Collected, collect
+from pipeline.report.page import build_report
+from pipeline.schema import ANSWERS, PREDICTIONS, Example, write_examples, write_table
+
+PROJECT = Path(__file__).resolve().parents[2]
+ACCURACY = {"icl": (0.56, 0.53), "zero_shot": (0.81, 0.88), "teacher": (0.87, 0.86), "cd": (0.87, 0.88), "pbft": (0.66, 0.59)}
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    """params.yaml as it is shipped, with two evaluation sets and a bootstrap that takes no time."""
+    return _raw()
+
+
+def _raw() -> dict[str, Any]:
+    raw = YAML(typ="safe", pure=True).load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+    raw["data"]["evaluation"] = {name: raw["data"]["evaluation"][name] for name in ("movie", "tweets")}
+    raw["evaluation"]["bootstrap"] = 50
+    return raw
+
+
+@pytest.fixture
+def free_text(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same data with answers in free text: JSON with a sentiment and a reason."""
+    form = {"keys": {"sentiment": ["negative", "positive"], "because": []}, "label": "sentiment"}
+    raw["task"] = {"template": "Review: {text}\nJSON:", "completion": {"stop": ["}"], "form": form}}
+    raw["contexts"] = {"few": {"demonstrations": 0, "instruction": "Answer so."}}
+    raw["teachers"] = {"few": {"model": "models/smollm2", "contexts": "few"}}
+    raw["targets"], raw["tuned"] = {}, {}
+    raw["students"] = {"cd": {"base": "models/smollm2", "learn_from": "teachers/few", "steps": 5, "learning_rate": 1e-4}}
+    raw["baselines"] = {
+        "teacher": {"prompts": "teachers/few", "contexts": "each"},
+        "bare": {"prompts": "models/smollm2", "contexts": "each"},
+    }
+    raw["evaluation"]["reference"] = "teacher"
+    return raw
+
+
+@pytest.fixture(scope="session")
+def write_run() -> Callable[..., Params]:
+    """A function that writes a whole run of some params below a folder."""
+    return _write_run
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of the shipped methods, with its report; not to be changed."""
+    root = tmp_path_factory.mktemp("run")
+    build_report(_write_run(_raw(), root), Folders.here(root), root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def page(root: Path) -> str:
+    return (root / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def found(root: Path) -> Collected:
+    return collect(parse_params(_raw()), Folders.here(root))
+
+
+def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
+    params = parse_params(raw)
+    folders, settings = Folders.here(root), {"resamples": params.evaluation.bootstrap, "seed": 0}
+    sets = {name: _examples(name, params, examples) for name in params.data.evaluation}
+    domains = {name: entry.domain for name, entry in params.data.evaluation.items()}
+    for name, rows in sets.items():
+        write_examples(rows, params.task.fields, folders.artifacts / "data" / "evaluation" / f"{name}.parquet")
+    for method in [*params.baselines, *params.students]:
+        table, path = predictions(params, method, sets), folders.artifacts / "predictions" / f"{method}.parquet"
+        write_table(table, path)
+        about = {"method": method, "subject": sha256_text(method), "predictions_sha256": sha256_file(path)}
+        if params.task.completion is None:
+            judged = evaluate_predictions(table, params.task.labels, **settings)
+            members = {name: membership(rows) for name, rows in sets.items()}
+            broken_down = detail(table, params.task.labels, members, domains, **settings)
+            write_json({"method": method, **broken_down}, folders.metrics / "detail" / f"{method}.json")
+            write_json(cost(params, method), folders.metrics / "cost" / f"{method}.json")
+        else:
+            judged = judge(table, params.task.completion.form, **settings)
+        write_json({**about, "sets": judged}, folders.metrics / "eval" / f"{method}.json")
+    compare_methods(params, folders)
+    _write_rest(params, folders)
+    return params
+
+
+def _examples(name: str, params: Params, count: int) -> list[Example]:
+    gold = np.random.default_rng(len(name)).integers(2, size=count)
+    text = "is thin <b>& bold</b>, and it drags"
+    return [Example(dict.fromkeys(params.task.fields, f"Plot {i} of {name} {text}"), params.task.labels[gold[i]]) for i in range(count)]
+
+
+def predictions(params: Params, method: str, sets: dict[str, list[Example]]) -> pa.Table:
+    """Rows of one method, right with its chance; free text says the gold label, or something ill-formed."""
+    rng, rows = np.random.default_rng(list(method.encode())), list[dict[str, Any]]()
+    seeds = params.students[method].seeds or () if method in params.students else ()
+    each = method in params.baselines and params.baselines[method].contexts == "each" and params.task.completion is None
+    runs = [f"orders/{number}" for number in range(4)] if each else [f"seed {seed}" for seed in seeds] or [""]
+    for number, (name, examples) in enumerate(sets.items()):
+        for run in runs:
+            for example in examples:
+                right = rng.random() < ACCURACY.get(method, (0.75, 0.75))[number % 2]
+                row = {"set": name, "run": run, "example_id": example.example_id, "label": example.label}
+                if params.task.completion is None:
+                    answer = params.task.labels.index(str(example.label)) ^ (not right)
+                    sure = rng.uniform(0.5, 1)
+                    row |= {"predicted": params.task.labels[answer], "probabilities": [sure, 1 - sure][:: 1 if answer == 0 else -1]}
+                else:
+                    said = json.dumps({"sentiment": example.label, "because": "<b>flat</b>"})
+                    row |= {"answer": said if right else "what?", "tokens": 10}
+                rows.append(row)
+    return pa.Table.from_pylist(rows, schema=PREDICTIONS if params.task.completion is None else ANSWERS)
+
+
+def cost(params: Params, method: str) -> dict[str, Any]:
+    """A made-up cost file; that of `icl` is of another model."""
+    student = method in params.students
+    figures = {
+        "latency_ms": 31.0 if student else 140.0,
+        "peak_rss_bytes": 911_000_000,
+        "throughput": {"examples": 64, "examples_per_second": 81.2},
+    }
+    behind = [{"model": "models/smollm2", "demonstrations": n, "prompt_tokens": 33.1 + 25 * n, **figures} for n in (0, 8)]
+    behind.append({"model": "models/smollm2", "demonstrations": 32, "too_long_for": 2048})
+    measured = {"subject": sha256_text("other" if method == "icl" else method), "examples": 8, "batched": 64}
+    return {
+        "measured": measured | {"device": "cpu", "processor": "A made-up processor", "dtypes": ["float32"], "threads": 2},
+        "prompt_tokens": 26.4 if student else 506.8,
+        "parameters": 113_142_528,
+        "disk_bytes": 457_000_000,
+        "forward_passes": 1,
+        **figures,
+        **({} if student else {"by_demonstrations": behind}),
+    }
+
+
+def _write_rest(params: Params, folders: Folders) -> None:
+    """What training, teachers, target sets, prepare and the risk checks would leave."""
+    metrics, artifacts, labels = folders.metrics, folders.artifacts, params.task.labels
+    change = {"shares_raw": dict(zip(labels, (0.08, 0.92), strict=True)), "shares_calibrated": dict.fromkeys(labels, 0.5)}
+    change |= {"offset_nats": dict(zip(labels, (0.81, -0.81), strict=True))}
+    for name, target in params.targets.items():
+        teachers = {teacher: {"weight": 1.0, "contexts": {"orders/0": change}} for teacher in target.teachers}
+        write_json({"rows": 1200, "teachers": teachers, "agreement": 0.82}, metrics / "targets" / f"{name}.json")
+    for teacher in params.teachers:
+        kept = {"rows": 4800, "bytes_per_row": 241.5, "retained_mass": 0.991, "kl_to_live_nats": 0.0012, "scored_again": 32}
+        write_json(kept, metrics / "fidelity" / f"{teacher}.json")
+        write_json({"seconds": 70.1, "prompt_tokens": 7010, "rows": 8, "rows_timed": 8}, metrics / "runtime" / f"teacher-{teacher}.json")
+    never = {"saved_seconds": -0.016, "predictions": None}
+    spent = {"capture_seconds": {"few_shot": 70.1}, "training_seconds": 265.7, "missing": ["metrics/cost/x.json: no such file"]}
+    spent |= {"one_by_one": {"saved_seconds": 1.734, "predictions": 1987}, "batched": never}
+    write_json({"reference": "teacher", "students": dict.fromkeys(params.students, spent)}, metrics / "runtime" / "break-even.json")
+    for name, student in params.students.items():
+        write_json({"final_loss": 0.071, "parameters": 113_142_528, "layers": 24}, metrics / "train" / f"{name}.json")
+        (metrics / "curves").mkdir(exist_ok=True)
+        lines = [f"{step},{1 / step:.6f}" for step in range(1, student.steps + 1)]
+        (metrics / "curves" / f"{name}.csv").write_text("\n".join(["step,loss", *lines]) + "\n", encoding="utf-8")
+        write_json({"files": {"model.safetensors": {"sha256": "ab" * 32, "bytes": 9}}}, artifacts / "students" / name / "manifest.json")
+        write_json(_risk(params, name) if params.task.completion is None else {"student": name}, metrics / "risk" / f"{name}.json")
+    source = {"rows": 10605, "quarantined": {"empty": 2}, "left_out_by_label_rule": 5310, "exact_repeats_removed": 12}
+    source |= {"conflicting_labels_removed": 2, "examples": 5278}
+    roles = {"demonstrations": {"drawn": 16}, "transfer": {"drawn": 1200, "copies_of_evaluation_removed": {"movie": 7, "tweets": 4}}}
+    contexts = {"orders": {"tokens": {"orders/0": 478, "orders/1": 481}}}
+    counts = {"sources": dict.fromkeys(params.data.sources, source), "roles": roles, "contexts": contexts}
+    write_json(counts, metrics / "prepare.json")
+    bad = {"source": "movie", "file": "movie.tsv", "line": 17, "field": "", "reason": "not UTF-8", "value": "<i>caf\ufffd"}
+    (artifacts / "data" / "quarantine.jsonl").write_text(json.dumps(bad) + "\n", encoding="utf-8")
+
+
+def _risk(params: Params, student: str) -> dict[str, Any]:
+    field, labels = params.task.fields[0], params.task.labels
+    text = "the plot is thin & <b>drags</b>"
+    flip = {"before": {field: "Ann <liked> it"}, "after": {field: "Eve <liked> it"}, "label": labels[0]}
+    flip |= {"answer_before": labels[0], "answer_after": labels[1], "p_before": 0.56, "p_after": 0.44}
+    swap = {
+        "name": "first_names",
+        "what": "first names by others of the same gender",
+        "texts": 400,
+        "with_swap": 30,
+        "asked": 23,
+        "flips": 1,
+    }
+    swap |= {"flip_rate": 0.0435, "ci95": [0.001, 0.22], "mean_shift": 0.012, "largest_shift": 0.21, "examples": [flip]}
+    unused = {
+        "name": "contractions",
+        "what": "contractions written out",
+        "texts": 400,
+        "with_swap": 0,
+        "asked": 0,
+        "flips": 0,
+        "examples": [],
+    }
+    side = {"lowest": {"slice": "long", "accuracy": 0.8}, "highest": {"slice": "short", "accuracy": 0.89}, "gap": 0.09}
+    gap = {"dimension": "length", "domain": "out", "set": None, "p_value": 0.03, "student": side, "reference": side}
+    part = {"low": 0.5, "high": 0.75, "n": 20, "disagreement": 0.4, "student_accuracy": 0.6, "reference_accuracy": 0.5}
+    words = [
+        {"field": field, "word": word, "start": text.index(word), "end": text.index(word) + len(word)} for word in ("plot", "thin", "drags")
+    ]
+    weighed = [word | {"weight": weight} for word, weight in zip(words, (0.1, 1.25, -0.75), strict=True)]
+    attribution = {
+        "set": "movie",
+        "fields": {field: text},
+        "label": labels[0],
+        "student": labels[0],
+        "student_p": 0.71,
+        "reference": labels[1],
+    }
+    return {
+        "student": student,
+        "reference": params.evaluation.reference,
+        "swaps": [swap, unused],
+        "gaps": [gap, gap | {"dimension": "domain", "domain": None, "p_value": None}],
+        "disagreement": [{"domain": domain, "n": 200, "share": 0.085, "by_student_confidence": [part]} for domain in ("in", "out")],
+        "attributions": [attribution | {"reference_p": 0.55, "words": weighed}],
+    }

@@ -1,0 +1,155 @@
+"""The scorer without files of a project: contexts and examples in, rows out, with a store and without one."""
+
+import numpy as np
+import pytest
+import torch
+from teachers.conftest import CONTEXTS, TASK, TEXTS, TWO, example
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.models.folders import load_model, save_model
+from pipeline.params import TaskParams
+from pipeline.schema import NO_CONTEXT, STORED
+from pipeline.task import Task, TaskTokens
+from pipeline.teachers import scorer as module
+from pipeline.teachers.engines import SharedPrefixEngine
+from pipeline.teachers.scorer import Scorer
+
+LABELS = Task(TaskParams.model_validate(TASK))
+EXAMPLES = [example(text, line) for line, text in enumerate(TEXTS, 1)]
+
+
+@torch.no_grad()
+def naive_labels(model, prompt, completions):
+    found = []
+    for ids in completions:
+        log_p = model(torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
+        found.append(sum(float(log_p[len(prompt) - 1 + place, token]) for place, token in enumerate(ids)))
+    return found
+
+
+@pytest.fixture
+def metaspace(tiny_model, tmp_path):
+    """A model folder with a SentencePiece-like tokenizer: Llama-2, Mistral 0.1, TinyLlama, Phi-3."""
+    words = ["▁Review", "Review", ":", "▁Sentiment", "Sentiment", "▁good", "▁bad", "▁so-so", "▁a", "▁film", "▁warm", "\n", "▁"]
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(["<unk>", "<s>", *letters, *words]))}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|:|▁?[^▁\n:]+"), "isolated")
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>")
+    save_model(tiny_model("llama", vocab_size=len(vocabulary)), tokenizer, tmp_path / "metaspace")
+    return tmp_path / "metaspace"
+
+
+def test_a_metaspace_tokenizer_sees_context_and_query_as_one_text(metaspace):
+    """Tokenised alone, the query would begin with "▁Review" behind a line end, unlike the demonstrations before it."""
+    scorer = Scorer(metaspace, LABELS, work=None, threads=1)
+    tokenizer, examples = scorer.tokens.tokenizer, [example("a warm film"), example("a film")]
+    table = scorer.score([TWO], examples, "t", ["label_logprobs", "prompt_sha"])
+    model = load_model(metaspace)
+    prompts = scorer.tokens.prompts(TWO, examples)
+    for one, prompt, row in zip(examples, prompts, table.to_pylist(), strict=True):
+        text = LABELS.context_text(TWO) + LABELS.query(one.fields)
+        assert list(prompt.ids) == [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+        assert tokenizer.convert_tokens_to_ids("Review") in prompt.ids
+        assert tokenizer.convert_tokens_to_ids("▁Review") not in prompt.ids[1:]
+        assert row["label_logprobs"] == pytest.approx(naive_labels(model, prompt.ids, scorer.tokens.completions), abs=1e-4)
+
+
+def test_scores_without_a_store_are_those_of_a_store(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ROWS_PER_PART", 4)
+    kept = Scorer(model_folder("llama"), LABELS, work=tmp_path, threads=1).score(CONTEXTS, EXAMPLES, "t")
+    free = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t")
+    assert kept.equals(free)
+    assert kept["prompt_sha"].to_pylist() == [
+        prompt.prompt_sha
+        for context in CONTEXTS
+        for prompt in Scorer(model_folder("llama"), LABELS, work=None).tokens.prompts(context, EXAMPLES)
+    ]
+
+
+def test_label_scores_have_contexts_examples_and_sorted_labels(model_folder):
+    scorer = Scorer(model_folder("llama"), LABELS, work=None, threads=1)
+    found = scorer.label_scores(CONTEXTS, EXAMPLES, "t")
+    assert (found.shape, found.dtype) == ((3, len(EXAMPLES), 3), np.float64)
+    model = load_model(model_folder("llama"))
+    assert LABELS.labels == ("mixed", "negative", "positive")
+    prompt = scorer.tokens.prompts(CONTEXTS[2], EXAMPLES)[4].ids
+    assert found[2, 4] == pytest.approx(naive_labels(model, prompt, scorer.tokens.completions), abs=1e-4)
+    assert scorer.engine_report is not None
+    assert scorer.engine_report["name"] == "shared_prefix"
+
+
+@pytest.mark.parametrize("columns", [["label_logprobs"], ["example_id", "prompt_tokens"], ["completion_ids", "context_id"]])
+def test_columns_come_in_the_order_asked_for(model_folder, columns):
+    table = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t", columns)
+    assert table.column_names == columns
+    assert len(table) == len(CONTEXTS) * len(EXAMPLES)
+
+
+def test_a_context_is_read_once_for_all_its_parts(model_folder, monkeypatch):
+    shared = []
+    original = SharedPrefixEngine.score
+    monkeypatch.setattr(module, "ROWS_PER_PART", 1)
+    monkeypatch.setattr("pipeline.teachers.engines.LARGEST_BUDGET", 32)
+    scorer = Scorer(model_folder("llama"), LABELS, work=None, threads=1)
+    scorer.label_scores([NO_CONTEXT], EXAMPLES[:1], "probe")
+
+    def noted(self, prompts, prefix=None):
+        shared.append(prefix)
+        return original(self, prompts, prefix)
+
+    monkeypatch.setattr(SharedPrefixEngine, "score", noted)
+    scorer.label_scores([TWO], EXAMPLES, "t")
+    whole = module.shared_prefix(scorer.tokens.prompts(TWO, EXAMPLES))
+    parts = [prefix for prefix in shared if prefix == whole]
+    assert len(parts) > 1
+    assert len(whole) > 20
+
+
+def test_longer_prompts_than_any_before_are_probed_again(model_folder):
+    """A window that was long enough for the first request is too short for the second."""
+    scorer = Scorer(model_folder("mistral", sliding_window=40), LABELS, work=None, threads=1)
+    scorer.label_scores([NO_CONTEXT], EXAMPLES, "short")
+    assert scorer.engine_report["name"] == "shared_prefix"
+    found = scorer.label_scores([TWO], EXAMPLES, "long")
+    assert scorer.engine_report["name"] == "generic"
+    prompt = scorer.tokens.prompts(TWO, EXAMPLES)[0].ids
+    assert len(prompt) > 40
+    expected = naive_labels(load_model(model_folder("mistral", sliding_window=40)), prompt, scorer.tokens.completions)
+    assert found[0, 0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_request_of_nothing_has_no_rows(model_folder, tmp_path):
+    scorer = Scorer(model_folder("llama"), LABELS, work=tmp_path, threads=1)
+    assert len(scorer.score(CONTEXTS, [], "t")) == 0
+    assert scorer.engine_report is None
+
+
+def test_contexts_past_what_is_kept_are_tokenised_again_and_give_the_same(model_folder, monkeypatch):
+    expected = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t")
+    monkeypatch.setattr(module, "KEPT_IDS", 100)
+    assert Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t").equals(expected)
+
+
+def test_stored_rows_have_the_schema(model_folder):
+    table = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score([TWO], EXAMPLES, "t", STORED.names)
+    assert table.schema.equals(STORED)
+
+
+@pytest.mark.parametrize("text", ["a<|end|>b", "<|end|>", "<|end|><|end|> good", "end<|end|>Review: bad"])
+def test_a_control_token_in_a_text_is_the_characters_it_is(tokenizer, text):
+    tokens = TaskTokens(LABELS, tokenizer)
+    (prompt,) = tokens.prompts(NO_CONTEXT, [example(text)])
+    assert tokenizer.eos_token_id not in prompt.ids
+    assert tokenizer.decode(prompt.ids) == LABELS.query({"text": text})
+
+
+def test_a_template_keeps_its_own_control_tokens(tokenizer):
+    tokens = TaskTokens(Task(TaskParams(template="<|end|>Review: {text}<|end|>Sentiment:", verbalisers=TASK["verbalisers"])), tokenizer)
+    assert tokens.prompts(NO_CONTEXT, [example("a film")])[0].ids.count(tokenizer.eos_token_id) == 2
+    assert tokens.fault_of(example("a film")) is None
+    assert "holds <|end|>" in tokens.fault_of(example("a<|end|>b"))
