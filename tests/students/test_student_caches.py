@@ -27,7 +27,9 @@ CACHES = {
 def cache_of(project, name="few", temperature=1.0, tokenizer=None, task=None):
     base = project.artifacts / "models" / "tiny"
     tokens = TaskTokens(Task(task or project.task), load_tokenizer(base))
-    return TeacherCache(project.artifacts / "teachers" / name, project.folders.work, tokens, tokenizer or tokenizer_sha256(base), temperature)
+    return TeacherCache(
+        project.artifacts / "teachers" / name, project.folders.work, tokens, tokenizer or tokenizer_sha256(base), temperature
+    )
 
 
 def transfer(project):
@@ -134,7 +136,11 @@ def test_exact_head_and_drawn_tail_come_near_the_whole(make_project):
 
 def test_labels_have_the_one_position_behind_the_bare_prompt(make_project):
     project = make_project(caches=["few"])
-    term, model, tokenizer = term_of(project), load_model(project.artifacts / "models" / "tiny"), load_tokenizer(project.artifacts / "models" / "tiny")
+    term, model, tokenizer = (
+        term_of(project),
+        load_model(project.artifacts / "models" / "tiny"),
+        load_tokenizer(project.artifacts / "models" / "tiny"),
+    )
     assert {(row.positions, row.answer) for row in term.rows} == {(1, ())}
     texts = {tokenizer.decode(row.ids) for row in term.rows}
     assert texts == {f"Review: {example.fields['text']}\nSentiment:" for example in project.examples}
@@ -186,7 +192,7 @@ def test_the_loss_to_hidden_states_is_that_of_plain_forwards(make_project, model
     term = term_of(project, hidden_weight=0.7, layers=((1, 0), (-1, 2)))
     term = CacheTerm(term.divergence, 0.0, 4, term.rows, term.cache, 0.7, term.layers)
     model, rows = load_model(project.artifacts / "models" / "tiny"), term.rows[:6]
-    cached = term.cache.hidden_states(term.rows[:])  # [P, 2, H]: layers 1 and -1
+    cached = term.cache.hidden_states(term.rows[:], (1, -1))  # [P, 2, H]: layers 1 and -1
     deviation, total = cached.std(0, correction=0), 0.0
     for row, theirs in zip(rows, cached, strict=False):
         with torch.no_grad():
@@ -215,7 +221,9 @@ def test_free_answers_are_learnt(make_project, changes):
     assert manifest["completions"] == {}
 
 
-@pytest.mark.parametrize("tuning", [{}, {"tuning": "lora", "learning_rate": 2e-2}, {"tuning": "bitfit", "learning_rate": 2e-2}, {"freeze_layers": 1}])
+@pytest.mark.parametrize(
+    "tuning", [{}, {"tuning": "lora", "learning_rate": 2e-2}, {"tuning": "bitfit", "learning_rate": 2e-2}, {"freeze_layers": 1}]
+)
 @pytest.mark.parametrize("auxiliary", CACHES)
 def test_caches_beside_targets_are_learnt_and_leave_a_plain_student(make_project, auxiliary, tuning):
     project = make_project(caches=["few", "reader"])

@@ -17,7 +17,7 @@ from pipeline.params import TuningParams
 from pipeline.students.checkpoint import Checkpoint, Reached
 from pipeline.students.data import Batches, LabelTerm, TargetRow, micro_batches, permutation, validation_part
 from pipeline.students.loop import StudentForward, Validation, train
-from pipeline.students.losses import kl_nats, label_log_probabilities, objective
+from pipeline.students.losses import label_divergence, objective
 from pipeline.students.small_vocabulary import SmallVocabulary
 from pipeline.students.tuning import adamw, apply_tuning, clip_gradients, learning_rate, trained_weights
 
@@ -172,7 +172,7 @@ def test_the_forward_has_the_plain_values_and_gradients(tiny_model, monkeypatch,
 
     def gradients(log_probabilities):
         model.zero_grad()
-        kl_nats(target, log_probabilities).mean().backward()
+        label_divergence("kl", target, log_probabilities).mean().backward()
         return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
     expected_values = naive_log_probabilities(model, completions, [row.ids for row in rows])
@@ -229,7 +229,9 @@ def test_a_tuned_model_is_plain_again_and_frozen_weights_are_as_they_were(tiny_m
     assert set(after) == set(before)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed
-    embeddings = {n for n in before if n.endswith(("embed_tokens.weight", "embed_positions.weight", "wte.weight", "wpe.weight", "embed_in.weight"))}
+    embeddings = {
+        n for n in before if n.endswith(("embed_tokens.weight", "embed_positions.weight", "wte.weight", "wpe.weight", "embed_in.weight"))
+    }
     assert kind == "full" or not changed & embeddings
     if kind == "upper":
         assert not any(".0." in name or ".1." in name for name in changed)
@@ -323,7 +325,7 @@ def test_the_objective_is_the_weighted_sum_of_means():
     kl, gold = kl_term(2), gold_term(1, weight=3.0)
     both = LabelTerm("kl", 1.0, 2, kl.rows, label_weight=0.5)
     alone = float(objective([kl], [kl.rows], log_p[:2], [2]))
-    assert alone == pytest.approx(float(kl_nats(torch.tensor([row.target for row in kl.rows]), log_p[:2]).mean()))
+    assert alone == pytest.approx(float(label_divergence("kl", torch.tensor([row.target for row in kl.rows]), log_p[:2]).mean()))
     assert float(objective([kl, gold], [kl.rows, gold.rows], log_p, [2, 1])) == pytest.approx(alone + 3.0 * -float(log_p[2, 0]))
     labels = -sum(float(own[row.label]) for row, own in zip(kl.rows, log_p, strict=False)) / 2
     assert float(objective([both], [kl.rows], log_p[:2], [2])) == pytest.approx(alone + 0.5 * labels)
@@ -412,7 +414,7 @@ def naive_agreement(model):
     """Mean KL to the targets of the validation rows, one row at a time."""
     with torch.no_grad():
         log_p = naive_log_probabilities(model, SINGLE, [row.ids for row in HELD])
-    return float(kl_nats(torch.tensor([row.target for row in HELD]), log_p).mean())
+    return float(label_divergence("kl", torch.tensor([row.target for row in HELD]), log_p).mean())
 
 
 @pytest.mark.parametrize("changes", [*TUNINGS.values(), {"micro_batch": 2}])
@@ -424,13 +426,14 @@ def test_the_best_step_s_weights_are_those_the_model_ends_with(tiny_model, chang
     steps, values = zip(*outcome.reached.validations, strict=True)
     assert steps == tuple(range(13))
     assert values[0] == pytest.approx(before, rel=1e-4)
-    assert outcome.best_step == steps[values.index(min(values))]
+    assert outcome.reached.best_step == steps[values.index(min(values))]
     assert naive_agreement(model) == pytest.approx(min(values), rel=2e-3, abs=1e-4)
 
 
 def test_validation_does_not_change_the_training_and_comes_first_at_intervals_and_last(tiny_model):
     outcomes = [
-        train(tiny_model("llama"), SINGLE, [kl_term()], tuning(steps=7), title="t", validation=one) for one in (None, Validation(HELD, 3, None))
+        train(tiny_model("llama"), SINGLE, [kl_term()], tuning(steps=7), title="t", validation=one)
+        for one in (None, Validation(HELD, 3, None))
     ]
     assert outcomes[0].reached.losses == outcomes[1].reached.losses
     assert [step for step, _ in outcomes[1].reached.validations] == [0, 3, 6, 7]
@@ -442,10 +445,8 @@ def test_a_run_that_only_gets_worse_ends_early_with_the_model_as_it_was(tiny_mod
     with torch.no_grad():  # targets that the untouched model meets exactly
         answers = naive_log_probabilities(model, SINGLE, [row.ids for row in HELD]).exp().tolist()
     met = [TargetRow(row.example_id, row.ids, tuple(answer)) for row, answer in zip(HELD, answers, strict=True)]
-    outcome = train(
-        model, SINGLE, [kl_term()], tuning(steps=50, learning_rate=1e-2), title="t", validation=Validation(met, 2, patience=3)
-    )
-    assert outcome.best_step == 0
+    outcome = train(model, SINGLE, [kl_term()], tuning(steps=50, learning_rate=1e-2), title="t", validation=Validation(met, 2, patience=3))
+    assert outcome.reached.best_step == 0
     assert [step for step, _ in outcome.reached.validations] == [0, 2, 4, 6]
     assert len(outcome.reached.losses) == 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -529,7 +530,9 @@ def test_killed_after_every_step_the_training_ends_with_the_same_bits(tiny_model
     expected = train(whole, SINGLE, terms, params, title="t", validation=validation)
     for step in range(1, params.steps):
         with pytest.raises(Killed):
-            train(model(), SINGLE, terms, params, title="t", validation=validation, checkpoint=DyingCheckpoint(tmp_path, "s", "f" * 64, 0.0))
+            train(
+                model(), SINGLE, terms, params, title="t", validation=validation, checkpoint=DyingCheckpoint(tmp_path, "s", "f" * 64, 0.0)
+            )
         resumed_at.append(step)
     broken = model()
     found = train(broken, SINGLE, terms, params, title="t", validation=validation, checkpoint=Checkpoint(tmp_path, "s", "f" * 64, 1e9))
