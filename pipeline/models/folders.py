@@ -18,11 +18,10 @@ from transformers.utils import logging
 
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
 from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json, sha256_text, write_json
+from pipeline.params.data import MODEL_FILES
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
-"""What belongs to a model folder: no pickles, no Python files."""
 PLACE_KEYS = ("name_or_path", "is_local", "local_files_only")
 """Entries of tokenizer_config.json that say where the tokenizer came from, not what it does."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
