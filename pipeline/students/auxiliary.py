@@ -93,7 +93,7 @@ class TeacherCache:
         reads_input = (manifest["task"]["completion"] or {}).get("source") == "input"
         self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer) if reads_input else tokens
         self._content_free = list(manifest["content_free"])
-        found = {**manifest["task"], "tokenizer": manifest["tokenizer"]}
+        found = {**manifest["task"], "tokenizer": manifest["identity"].get("tokenizer_sha256")}
         wanted = {**described_task(self._tokens.task), "tokenizer": tokenizer_sha256}
         different = [f"  {key}: the cache has {found[key]!r}, this student {one!r}" for key, one in wanted.items() if found[key] != one]
         if different:
@@ -110,7 +110,7 @@ class TeacherCache:
         """
         keys = read_cache(self.folder, COLUMNS[:3]).rows
         keys = keys.append_column("number", pa.array(np.arange(len(keys))))
-        keys = keys.filter(~pc.field("example_id").isin(pa.array(self._content_free, pa.string())))
+        keys = keys.filter(~pc.field("example_id").isin(self._content_free))
         asked = set(keys["example_id"].unique().to_pylist())
         examples = [example for example in transfer if example.example_id in asked]
         if not asked or len(examples) < len(asked):

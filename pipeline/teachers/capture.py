@@ -59,7 +59,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
             "teacher": name,
             "model": teacher.model,
             "identity": scorer.identity,
-            "tokenizer": tokenizer_sha256(folders.artifacts / teacher.model),
+            "tokenizer_sha256": tokenizer_sha256(scorer.model_folder),
             "cache": teacher.cache.model_dump(mode="json"),
             "task": described_task(task),
             "labels": list(task.labels),
