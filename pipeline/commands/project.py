@@ -113,7 +113,9 @@ def clean(
     manifests = [*folders.artifacts.glob("teachers/*/manifest.json"), *Path("runs").glob("**/artifacts/teachers/*/manifest.json")]
     used = {sha256_json(read_json(path)["identity"])[:32] for path in manifests}
     entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name != "scores"}
-    entries |= {store.folder: f"scores of {store.about}" for store in stores(folders.work)}
+    for folder, identity in stores(folders.work).items():
+        known = identity or {"weights": "unknown", "dtype": "unknown number format"}
+        entries[folder] = f"scores of weights {known['weights'][:12]}, {known['dtype']}"
     going = {path: what for path, what in entries.items() if everything or path.name not in used}
     total = 0
     for path, what in going.items():
