@@ -19,8 +19,7 @@ from pipeline.cache.distributions import Distributions, decode
 from pipeline.cache.encodings import columns_of, encode
 from pipeline.models.machine import use_machine
 from pipeline.params import CacheParams
-from pipeline.students.objectives.fused import fused_divergence
-from pipeline.students.objectives.vocabulary import divergence_nats
+from pipeline.students.vocabulary_losses import divergence_nats, fused_divergence
 
 VOCABULARY, WIDTH = 49_152, 576
 REPEATS = 3

@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
 from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json, sha256_text, write_json
-from pipeline.models.packed import decoder_layers
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -29,6 +28,10 @@ PLACE_KEYS = ("name_or_path", "is_local", "local_files_only")
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Entries of transformers' configs that list something for each layer."""
 SETTLED_NS = 2_000_000_000
+
+
+class UnsupportedModelError(Exception):
+    """The architecture does something that the packed pass does not reproduce; use the plain forward."""
 
 
 def build_model(path: Path, output: Path) -> None:
@@ -225,6 +228,15 @@ def parse_layers(text: str, depth: int) -> list[int]:
             raise UsageError(f"layers: {text!r} must name layers between 0 and {depth - 1}, each once, in rising order.")
         chosen += range(first, last + 1)
     return chosen
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The list of decoder layers: the module list as long as the config says."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {depth} layers")
 
 
 def cut_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
