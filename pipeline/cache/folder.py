@@ -25,11 +25,8 @@ from pipeline.task import Task
 
 SHARD_LEVEL = 19
 """zstd level of shards, which are written once and carried about; it saves a tenth over level 3."""
-MOST_ROWS = 16_384
-SHARD_BYTES = 64 << 20
-"""About what a shard takes in memory at most."""
-FULL_VOCABULARY, HIDDEN_SIZE, LABEL_BYTES = 1 << 16, 2048, 200
-"""What a model is taken to have, for the size of shards; bytes of a row beside its distributions."""
+MOST_ROWS = 2048
+"""Rows of each shard but the last. A shard is decoded as a whole: with every entry of a vocabulary of 50,000 it has 400 MB."""
 CACHES = "caches.json"
 """In a target set: the caches that its students may learn whole, as {teacher: {"manifest_sha256": sha256_json(manifest)}}."""
 AGAIN = "Run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
@@ -71,12 +68,11 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, An
     `context_id`, `name`, `tokens`); `content_free` (example ids); `engines`. The manifest adds `schema_version`, `shards` (file → rows),
     and `files` (file → sha256, bytes).
     """
-    size = rows_per_shard(about["cache"], about["task"]["completion"])
     with one_writer(folder.with_name(f".{folder.name}.lock")):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)  # until all shards are written, the folder is not a cache
         shards: dict[str, int] = {}
-        for number, rows in enumerate(_in_shards(tables, size)):
+        for number, rows in enumerate(_in_shards(tables)):
             name = f"part-{number:05d}.parquet"
             write_rows(rows, folder / name, SHARD_LEVEL)
             shards[name] = len(rows)
@@ -86,24 +82,15 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, An
         write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards}, list(shards))
 
 
-def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+def _in_shards(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     held = SCORES.empty_table()
     for table in tables:
         held = pa.concat_tables([held, table.cast(SCORES)])
-        while len(held) >= size:
-            yield held.slice(0, size)
-            held = held.slice(size)
+        while len(held) >= MOST_ROWS:
+            yield held.slice(0, MOST_ROWS)
+            held = held.slice(MOST_ROWS)
     if len(held):
         yield held
-
-
-def rows_per_shard(cache: Mapping[str, Any], completion: Mapping[str, Any] | None) -> int:
-    """Rows of each shard but the last: a power of two that follows from what is captured, and from nothing else."""
-    entries = {"sampled": cache["samples"], "hybrid": cache["top_k"] + cache["samples"], "full": FULL_VOCABULARY}
-    position = 12 * entries.get(cache["encoding"], cache["top_k"]) + 8 * (1 + len(cache["temperatures"]))
-    position += 2 * HIDDEN_SIZE * len(cache["hidden_layers"]) + 20
-    rows = SHARD_BYTES // (LABEL_BYTES + position * (1 if completion is None else completion["max_tokens"]))
-    return min(MOST_ROWS, 1 << max(4, rows.bit_length() - 1))
 
 
 def cache_manifest(folder: Path | str) -> dict[str, Any]:

@@ -10,12 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from score_rows import TASK, about, bytes_of, flip, rows
 
-from pipeline.cache.folder import CacheReader, check_belongs, described_task, read_cache, rows_per_shard, write_cache
+from pipeline.cache.folder import CacheReader, check_belongs, described_task, read_cache, write_cache
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
 from pipeline.files import check_manifest
 from pipeline.params import CacheParams
@@ -148,24 +146,6 @@ def test_a_second_writer_waits_for_the_first_and_both_leave_it_whole(tmp_path):
     for thread in threads:
         thread.join(10)
     assert read_cache(tmp_path / "cache").rows.equals(rows(7))
-
-
-@given(
-    st.builds(
-        CacheParams,
-        encoding=st.sampled_from(["top_k", "top_k_tail", "sampled", "hybrid", "full"]),
-        top_k=st.integers(1, 4096),
-        samples=st.integers(1, 4096),
-        hidden_layers=st.lists(st.integers(-4, -1), max_size=4).map(tuple),
-    ),
-    st.one_of(st.none(), st.integers(1, 4096)),
-)
-def test_a_shard_s_rows_are_a_power_of_two_that_more_content_never_raises(params, positions):
-    cache = params.model_dump(mode="json")
-    count = rows_per_shard(cache, None if positions is None else {"max_tokens": positions})
-    assert 16 <= count <= 16_384
-    assert count.bit_count() == 1
-    assert rows_per_shard(cache, {"max_tokens": 2 * (positions or 1)}) <= count
 
 
 # --- of this run
