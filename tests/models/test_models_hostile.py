@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SENTENCES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -180,4 +181,7 @@ def test_a_damaged_folder_is_refused_or_has_other_hashes(tmp_path, model_folder,
         hashes = [(weights_sha256(own), tokenizer_sha256(own)) for own in (good, folder)]
     except ShotlessError:
         return
-    assert hashes[0] != hashes[1]
+    if hashes[0] == hashes[1]:  # a setting of the tokenizer that changes no text's ids
+        assert name in {"tokenizer.json", "tokenizer_config.json"}
+        ids = [load_tokenizer(own)(SENTENCES, add_special_tokens=False, split_special_tokens=True).input_ids for own in (good, folder)]
+        assert ids[0] == ids[1]

@@ -94,7 +94,7 @@ class Project:
         for column, values in columns_of(encode(torch.cat(logits), params, uniforms, torch.cat(states)), positions).items():
             table = table.append_column(SCORES.field(column), values)
         about = {
-            "teacher": name, "model": teacher, "identity": {"tokenizer_sha256": tokenizer_sha256(folder)}, "cache": params.model_dump(mode="json"),
+            "teacher": name, "model": teacher, "identity": {}, "tokenizer": tokenizer_sha256(folder), "cache": params.model_dump(mode="json"),
             "task": described_task(task), "labels": list(task.labels), "content_free": [examples[-1].example_id], "engines": [],
             "contexts": [{"context_id": context.context_id, "name": context.name, "tokens": 1} for context in contexts],
         }  # fmt: skip
