@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from pydantic import BaseModel
 
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.evaluation.metrics import Json
-from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.models.folders import context_limit, load_model, load_tokenizer, parameter_counts, weights_sha256
 from pipeline.models.machine import DTYPES, cores, default_device, peak_rss_bytes, use_machine
@@ -37,6 +36,9 @@ from pipeline.schema import NO_CONTEXT, Context, Example, Prompt, read_examples
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers.engines import open_engine
 from pipeline.teachers.engines import LABELS_ONLY
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.predictions import Answering
 
 COST_VERSION = 3
 """Raised when what is measured changes: figures that another version kept are not used."""
@@ -81,7 +83,7 @@ class Job(BaseModel, frozen=True):
         return {"device": device.type, "processor": name, "dtypes": dtypes, "threads": self.threads, "torch": torch.__version__}
 
 
-def measure_method(name: str, models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Json:
+def measure_method(name: str, models: Sequence["Answering"], params: Params, folders: Folders, examples: Sequence[Example]) -> Json:
     """Measure a method on the first of `examples` and write its figures to metrics/cost/NAME.json; see `run_job`.
 
     `models` are from `predictions.models_of`. A baseline also has `by_demonstrations`, a row for each of its models and each number in
@@ -100,7 +102,7 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
     return figures
 
 
-def _by_demonstrations(model: Answering, params: Params, folders: Folders, examples: Sequence[Example], since: float) -> Iterator[Json]:
+def _by_demonstrations(model: "Answering", params: Params, folders: Folders, examples: Sequence[Example], since: float) -> Iterator[Json]:
     there = read_examples(folders.artifacts / "data" / "demonstrations.parquet", params.task.fields)
     tokens, limit = TaskTokens(Task(params.task), load_tokenizer(model.folder)), context_limit(model.folder)
     bare = len(tokens.prompts(NO_CONTEXT, examples[:1])[0].ids)
@@ -117,7 +119,7 @@ def _by_demonstrations(model: Answering, params: Params, folders: Folders, examp
             yield row | {key: figures[key] for key in FIGURES}
 
 
-def _job(models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Job:
+def _job(models: Sequence["Answering"], params: Params, folders: Folders, examples: Sequence[Example]) -> Job:
     timed = min(params.evaluation.cost_examples, len(examples))
     asked, found = examples[: max(timed, THROUGHPUT_EXAMPLES)], []
     for model in models:

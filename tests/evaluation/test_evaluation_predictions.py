@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
-from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import evaluate_predictions
-from pipeline.evaluation.predictions import models_of, predict, read_sets
+from pipeline.evaluation.predictions import evaluate, models_of, predict, read_sets
 from pipeline.schema import PREDICTIONS, TARGETS, Context, Example, read_table, write_contexts, write_examples
 from pipeline.targets.build import build_targets
 from pipeline.task import Task
@@ -135,7 +134,7 @@ def test_slices_come_from_the_file_itself(world):
 def no_cost(monkeypatch):
     """The stage without its measurement, which has tests of its own."""
     figures = {"measured": {"subject": "s"}}
-    monkeypatch.setattr("pipeline.evaluation.evaluate.measure_method", lambda *_: figures)
+    monkeypatch.setattr("pipeline.evaluation.predictions.measure_method", lambda *_: figures)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("several", "student"), ("icl", "baseline"), ("teacher", "baseline")])

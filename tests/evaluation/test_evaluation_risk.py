@@ -9,18 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError
-from pipeline.evaluation.detail import SMALLEST_SLICE, gaps, homogeneity
 from pipeline.evaluation.metrics import binned
 from pipeline.evaluation.predictions import models_of, predict, read_sets
 from pipeline.evaluation.risk import (
     FLIPS_SHOWN,
     MOST_WORDS,
+    SMALLEST_SLICE,
     Answered,
     answered,
     attribute,
     attributions,
     check_risks,
     flips,
+    gaps,
+    homogeneity,
     log_odds,
 )
 from pipeline.evaluation.swaps import CONTRACTIONS, FRAMES, GENDER, NAMES, SWAPS, other_gender, other_names, swap_fields, written_out
