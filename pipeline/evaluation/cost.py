@@ -59,7 +59,8 @@ class Prompts(BaseModel, frozen=True):
 class Job(BaseModel, frozen=True):
     """All prompts of a method. An example's answer takes every model's prompts for it; the first `timed` are answered one by one."""
 
-    task: TaskParams
+    task: Json
+    """`TaskParams` as JSON."""
     models: list[Prompts]
     timed: int
     threads: int
@@ -124,7 +125,7 @@ def _job(models: Sequence[Answering], params: Params, folders: Folders, examples
         ids = [[list(prompt.ids) for prompt in tokens.prompts(context, asked)] for context in model.contexts]
         weights = weights_sha256(model.folder, folders.work / "hashes")
         found.append(Prompts(folder=str(model.folder), weights=weights, dtype=model.dtype, ids=ids))
-    return Job(task=params.task, models=found, timed=timed, threads=params.runtime.threads or cores())
+    return Job(task=params.task.model_dump(mode="json"), models=found, timed=timed, threads=params.runtime.threads or cores())
 
 
 def measure(job: Job, work: Path, since: float = 0.0) -> Json:
@@ -153,11 +154,11 @@ def run_job(job: Job) -> Json:
     """Answer the first examples one by one, after one to warm up, then all in batches, and return the figures.
 
     `measured` (`subject`, number of `examples` one by one and `batched`, and the machine); `prompt_tokens` of an example; `latency_ms`, the
-    median; `peak_rss_bytes` up to the batches, with Python and its libraries (`before_loading_rss_bytes`); `peak_device_bytes` on a GPU;
-    `parameters`, `weights_bytes`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}.
+    median; `peak_rss_bytes` up to the batches, with Python and its libraries; `peak_device_bytes` on a GPU; `parameters`, `disk_bytes`;
+    `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}.
     """
     use_machine(job.threads)
-    before, device = peak_rss_bytes(), default_device()
+    device = default_device()
     folders = {(prompts.weights, prompts.dtype): Path(prompts.folder) for prompts in job.models}
     loaded = {key: load_model(folder, DTYPES[key[1]], device) for key, folder in folders.items()}
     by_example = [
@@ -166,17 +167,14 @@ def run_job(job: Job) -> Json:
     ]
     seconds = [_seconds(asked) for asked in [by_example[0], *by_example]][1:]
     on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-    files = [file for folder in folders.values() for file in folder.iterdir() if file.is_file()]
     figures = {
         "measured": {"subject": job.subject, "examples": job.timed, "batched": len(job.models[0].ids[0]), **job.machine()},
         "prompt_tokens": float(np.mean([sum(len(ids) for _, ids in asked) for asked in by_example])),
         "latency_ms": round(1000 * float(np.median(seconds)), 2),
         "peak_rss_bytes": peak_rss_bytes(),
         **on_device,
-        "before_loading_rss_bytes": before,
         "parameters": sum(parameter_counts(model)[0] for model in loaded.values()),
-        "weights_bytes": sum(file.stat().st_size for file in files if file.suffix == ".safetensors"),
-        "disk_bytes": sum(file.stat().st_size for file in files),
+        "disk_bytes": sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir() if file.is_file()),
         "forward_passes": len(by_example[0]),
     }
     return figures | {"throughput": _throughput(job, loaded, folders)}
@@ -199,7 +197,7 @@ def _throughput(job: Job, loaded: Mapping[tuple[str, str], Any], folders: Mappin
         asked = [
             [Prompt(tuple(ids)) for ids in own] for prompts in job.models if (prompts.weights, prompts.dtype) == key for own in prompts.ids
         ]
-        tokens = TaskTokens(Task(job.task), load_tokenizer(folders[key]))
+        tokens = TaskTokens(Task(TaskParams.model_validate(job.task)), load_tokenizer(folders[key]))
         engine = open_engine(model, tokens, LABELS_ONLY, max(asked, key=lambda prompts: len(prompts[0].ids))[:PROBES])
         names.append(engine.name)
         start = time.perf_counter()

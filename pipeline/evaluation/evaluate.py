@@ -17,7 +17,8 @@ def evaluate(name: str, params: Params, folders: Folders) -> None:
     metrics/detail/NAME.json (reliability, confusion, slices). metrics/cost/NAME.json is not an output of DVC: it has times of this machine.
     Free text has no probabilities of labels, hence no calibration curves, and its cost is not measured.
     """
-    pick("students, baselines", {**params.students, **params.baselines}, name)
+    if name not in params.students:
+        pick("students, baselines", params.baselines, name)
     settings, completion = params.evaluation, params.task.completion
     sets, models = read_sets(params, folders), models_of(name, params, folders)
     table = predict(name, models, params, folders, sets) if completion is None else answer(name, models, params, sets)

@@ -71,12 +71,12 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
     is damaged.
     """
     if name in params.students:
-        runs = params.students[name].runs
-        found = []
-        for place, run in runs.items():
+        seeds, found = params.students[name].seeds or (), []
+        runs = {f"seed {seed}": f"seeds/{seed}" if at else "" for at, seed in enumerate(seeds)} if len(seeds) > 1 else {"": ""}
+        for run, place in runs.items():
             folder = folders.artifacts / "students" / name / place
             open_trained(folder).check_task(params.task)
-            found.append(Answering(folder, run=f"seed {run.seed}" if len(runs) > 1 else ""))
+            found.append(Answering(folder, run=run))
         return found
     prompts = params.baselines[name].prompts
     if prompts.startswith("targets/"):

@@ -121,7 +121,7 @@ def flips(mine: Sequence[Answered], ask: Ask, labels: Sequence[str], per_set: in
     """For each swap how often the answer flips; at most `per_set` texts of each set are asked again for a swap, drawn by their hash.
 
     `texts`, `with_swap` (texts with something to swap), `asked`, `flips` with `flip_rate` and `ci95`; `mean_shift` and `largest_shift` are
-    absolute changes in the probability of the answer given before; `by_set`; `examples`, flips before the largest shifts. Rates and shifts
+    absolute changes in the probability of the answer given before; `examples`, flips before the largest shifts. Rates and shifts
     are None if nothing was asked.
     """
     holding, chosen = {}, {}
@@ -151,9 +151,6 @@ def _flips_of(rows: Sequence[tuple[Answered, Example, Floats]], labels: Sequence
     flipped = [entry["answer_before"] != entry["answer_after"] for entry in entries]
     shifts = [abs(entry["p_after"] - entry["p_before"]) for entry in entries]
     interval = binomtest(sum(flipped), len(entries)).proportion_ci(0.95, method="exact") if entries else None
-    by_set: dict[str, list[bool]] = {}
-    for entry, flip in zip(entries, flipped, strict=True):
-        by_set.setdefault(entry["set"], []).append(flip)
     order = sorted(range(len(entries)), key=lambda at: (not flipped[at], -shifts[at], entries[at]["example_id"]))
     return {
         "asked": len(entries),
@@ -162,7 +159,6 @@ def _flips_of(rows: Sequence[tuple[Answered, Example, Floats]], labels: Sequence
         "ci95": [float(interval.low), float(interval.high)] if interval else None,
         "mean_shift": float(np.mean(shifts)) if entries else None,
         "largest_shift": max(shifts, default=None),
-        "by_set": {name: {"asked": len(own), "flips": sum(own)} for name, own in by_set.items()},
         "examples": [entries[at] for at in order[:FLIPS_SHOWN]],
     }
 
@@ -170,16 +166,15 @@ def _flips_of(rows: Sequence[tuple[Answered, Example, Floats]], labels: Sequence
 def disagreement(
     mine: Sequence[Answered], other: Sequence[Answered], labels: Sequence[str], domains: Mapping[str, str], domain: str
 ) -> Json:
-    """How often student and reference answer differently in a domain: `n`, `share`, and both accuracies by the confidence of each."""
+    """How often student and reference answer differently in a domain: `n`, `share`, and both accuracies by the student's confidence."""
     pairs = [(a, b) for a, b in zip(mine, other, strict=True) if domains[a.set] == domain]
     gold = np.array([labels.index(a.example.label or "") for a, _ in pairs])
     ours, theirs = (np.stack([pair[side].probabilities for pair in pairs]) for side in (0, 1))
     right, right_reference = ours.argmax(axis=1) == gold, theirs.argmax(axis=1) == gold
     differ = ours.argmax(axis=1) != theirs.argmax(axis=1)
     shares = {"disagreement": differ, "student_accuracy": right, "reference_accuracy": right_reference}
-    by = {"by_student_confidence": ours, "by_reference_confidence": theirs}
-    bins = {key: binned(probabilities.max(axis=1), CONFIDENCE_BINS, shares) for key, probabilities in by.items()}
-    return {"domain": domain, "n": len(pairs), "share": float(differ.mean()), **bins}
+    bins = binned(ours.max(axis=1), CONFIDENCE_BINS, shares)
+    return {"domain": domain, "n": len(pairs), "share": float(differ.mean()), "by_student_confidence": bins}
 
 
 def attributions(mine: Sequence[Answered], other: Sequence[Answered], ask: Ask, labels: Sequence[str]) -> tuple[list[Json], int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import UsageError
-from pipeline.models.packed import decoder_layers
+from pipeline.models.folders import decoder_layers
 
 
 class HiddenStates:

@@ -16,7 +16,7 @@ from pipeline.data.readers import MissingColumnError, Row, read_rows
 from pipeline.data.roles import assign
 from pipeline.errors import UsageError, choices
 from pipeline.params import Params, SourceParams, TaskParams, parse_params
-from pipeline.params.data import DOWNLOADS
+from pipeline.params.data import DOWNLOADS, FORMATS
 from pipeline.schema import Context, Example
 from pipeline.task import Task, TaskTokens
 
@@ -24,9 +24,10 @@ MOST_LABELS = 20
 DEMONSTRATIONS = 16
 """In a context, if they fit: as many of each label as this allows, and one at least."""
 BAD_SHOWN = 3
-LONG_SHARE = 0.01
-"""Share of a file's texts that may be left out as too long."""
-MOST_LEFT_OUT = 0.2
+LONG_SHARE, OUTLIER = 0.01, 4
+"""A text is left out if it is this many times as long as all but this share of its file."""
+MOST_LEFT_OUT = 20
+"""Percent of a file."""
 BYTES_A_TOKEN = 2
 UNKNOWN_LIMIT = 8192
 """For a model that is not there yet: bytes that a token has at least, as a rule, and tokens that the model takes."""
@@ -83,6 +84,8 @@ def _labels(answers: Answers) -> list[str]:
     path, column, counts = answers.labelled, answers.label_column, Counter[str]()
     if not path.is_file():
         raise UsageError(f"{path}: no such file.")
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{path}: a file's name ends with one of {choices(FORMATS)}; rename it.")
     for read in read_rows(path, SourceParams(path=str(path)).form, [column]):
         try:
             counts[label_text(column, read.values[0]) if isinstance(read, Row) else ""] += 1
@@ -159,13 +162,14 @@ def _read(params: Params) -> dict[str, SourceExamples]:
     task = Task(params.task.model_copy(update={"max_chars": 10**12}))
     read = {name: read_source(name, entry, Path(entry.path), task) for name, entry in params.data.sources.items()}
     for source in read.values():
-        check_limit(source, params.data.bad_rows_limit, Path("artifacts") / "sources" / source.name / "quarantine.jsonl")
+        check_limit(source, params.data.bad_rows_limit)
     return read
 
 
 def _about(source: SourceExamples) -> Iterator[str]:
     yield f"{source.file}: {source.counts['rows']:,} rows, {len(source.examples):,} texts, {source.bad_rows:,} bad"
-    yield from (f"  {entry.describe()}" for entry in source.quarantine[:BAD_SHOWN])
+    for row in source.quarantine[:BAD_SHOWN]:
+        yield f"  line {row.line}: {row.field + ': ' if row.field else ''}{row.reason}"
     if len(source.quarantine) > BAD_SHOWN:
         yield f"  and {len(source.quarantine) - BAD_SHOWN:,} more"
 
@@ -201,7 +205,8 @@ def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExa
     """Set `task.max_chars` so that few texts are left out, and all others leave room for a context; take the longer ones out of `read`."""
     texts = {name: {e.example_id: max(map(len, e.fields.values())) for e in source.examples} for name, source in read.items()}
     usual: int = TaskParams.model_fields["max_chars"].default
-    longest = max([usual, *(sorted(own.values())[-1 - int(LONG_SHARE * len(own))] for own in texts.values() if own)])
+    ranked = [sorted(own.values()) for own in texts.values() if own]
+    longest = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
     for name, source in read.items():
         tokens = measure.tokens([task.query(example.fields) for example in source.examples])
         too_long = [texts[name][e.example_id] - 1 for e, count in zip(source.examples, tokens, strict=True) if count > measure.room]
@@ -215,14 +220,13 @@ def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExa
             continue
         source.examples = [example for example in source.examples if texts[name][example.example_id] <= longest]
         yield f"{source.file}: {left_out:,} texts are longer than {longest:,} characters and are left out"
-        share = (source.bad_rows + left_out) / source.counts["rows"]
-        if share > MOST_LEFT_OUT:
+        percent = -(-100 * (source.bad_rows + left_out) // source.counts["rows"])
+        if percent > MOST_LEFT_OUT:
             raise UsageError(
                 f"{source.file}: {left_out:,} of {source.counts['rows']:,} rows are longer than {longest:,} characters: an input may have "
                 f"{measure.room:,} tokens, half of what a model here takes. Shorten the texts, or take a model that takes more."
             )
-        if share > raw["data"]["bad_rows_limit"]:
-            raw["data"]["bad_rows_limit"] = math.ceil(share * 100) / 100
+        raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent / 100)
 
 
 def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExamples], measure: Measure) -> Iterator[str]:
@@ -239,7 +243,7 @@ def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExample
     for words_allowed in (None, *(words[len(words) * quarter // 4] for quarter in (3, 2, 1))):
         demonstrations = data.demonstrations.model_copy(update={"max_words": words_allowed})
         try:
-            drawn = assign(data.model_copy(update={"demonstrations": demonstrations}), task.labels, read).demonstrations
+            drawn = assign(data.model_copy(update={"demonstrations": demonstrations}), task.labels, read).drawn["demonstrations"]
         except UsageError:
             if words_allowed is None:
                 raise
