@@ -8,8 +8,8 @@ import pytest
 from conftest import PROJECT
 from serving_world import shotless
 
-from pipeline.data.prepare import prepare
 from pipeline.data.examples import write_source
+from pipeline.data.prepare import prepare
 from pipeline.files import Folders
 from pipeline.params import load_params, read_yaml, resolve, write_yaml
 from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, stage_count, token_work
@@ -17,7 +17,28 @@ from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_byte
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
 FILES = ["--labelled", "mine/l.jsonl", "--unlabelled", "mine/u.jsonl", "--test", "mine/t.jsonl", "--output", "new.yaml"]
-WORDS = "amber brook cedar delta ember fjord grove haven inlet jetty knoll lagoon meadow nectar orchard prairie quarry ridge summit tundra".split()
+WORDS = [
+    "amber",
+    "brook",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "haven",
+    "inlet",
+    "jetty",
+    "knoll",
+    "lagoon",
+    "meadow",
+    "nectar",
+    "orchard",
+    "prairie",
+    "quarry",
+    "ridge",
+    "summit",
+    "tundra",
+]
 
 
 def sentence(number, words=12):
