@@ -17,9 +17,6 @@ from pipeline.errors import UsageError
 from pipeline.params import CompletionParams, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example, Prompt
 
-TEXT_TOKENS = 512
-"""Tokens that a text read token by token is taken to have at most, for the size of a cache's shards."""
-
 
 @dataclass(frozen=True)
 class Task:
@@ -54,7 +51,7 @@ class Task:
 
     def of_input_tokens(self) -> "Task":
         """The same inputs, with every token after the first as the answer."""
-        completion = CompletionParams(source="input", max_tokens=TEXT_TOKENS)
+        completion = CompletionParams(source="input")
         return Task(self.params.model_copy(update={"verbalisers": {}, "completion": completion}))
 
     def query(self, fields: Mapping[str, str]) -> str:

@@ -114,7 +114,7 @@ def clean(
     manifests = [*folders.artifacts.glob("teachers/*/manifest.json"), *Path("runs").glob("**/artifacts/teachers/*/manifest.json")]
     used = {sha256_json(read_json(path)["identity"])[:32] for path in manifests}
     entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name != "scores"}
-    for folder, _, identity in stores(folders.work):
+    for folder, identity in stores(folders.work).items():
         entries[folder] = "scores, damaged" if identity is None else f"scores of weights {identity['weights'][:12]}, {identity['dtype']}"
     going = {path: what for path, what in entries.items() if everything or path.name not in used}
     total = 0

@@ -186,6 +186,7 @@ def _broken(archive: Path, error: Exception) -> UsageError:
 
 def _take_repository(about: str, params: HubDownload, built: Path) -> None:
     """Download the listed files, or a model's files at the top of its repository."""
+
     def ask(request: Callable[[], T]) -> T:
         return _ask_hub(about, request)
 

@@ -36,7 +36,7 @@ from pipeline.params import Params, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example, Prompt, read_examples
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers.engines import open_engine
-from pipeline.teachers.scores import LABELS_ONLY
+from pipeline.teachers.engines import LABELS_ONLY
 
 COST_VERSION = 3
 """Raised when what is measured changes: figures that another version kept are not used."""

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from pipeline.models.loading import load_model
 
 from benchmarks import student as benchmark
 from benchmarks import student_rows
 from benchmarks.training_limit import limits
-from pipeline.models.loading import load_model
 
 LESSON = {
     "rows": [{"text": f"text {n}", "ids": list(range(3, 8 + n)), "label": n % 2, "answer": " good"} for n in range(4)],
