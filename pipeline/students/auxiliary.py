@@ -110,7 +110,7 @@ class TeacherCache:
         """
         keys = read_cache(self.folder, COLUMNS[:3]).rows
         keys = keys.append_column("number", pa.array(np.arange(len(keys))))
-        keys = keys.filter(~pc.field("example_id").isin(self._content_free))
+        keys = keys.filter(~pc.field("example_id").isin(pa.array(self._content_free, pa.string())))
         asked = set(keys["example_id"].unique().to_pylist())
         examples = [example for example in transfer if example.example_id in asked]
         if not asked or len(examples) < len(asked):
