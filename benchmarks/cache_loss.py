@@ -19,8 +19,7 @@ from pipeline.cache.distributions import Distributions, decode
 from pipeline.cache.encodings import columns_of, encode
 from pipeline.models.machine import use_machine
 from pipeline.params import CacheParams
-from pipeline.students.objectives.fused import fused_divergence
-from pipeline.students.objectives.vocabulary import divergence_nats
+from pipeline.students.vocabulary_losses import divergence_nats, fused_divergence
 
 VOCABULARY, WIDTH = 49_152, 576
 REPEATS = 3
@@ -29,7 +28,7 @@ REPEATS = 3
 def step(how: str, cached: Distributions, hidden: Tensor, head: Tensor, logits_at_once: int) -> Tensor:
     """The mean KL of all positions, differentiable."""
     if how == "fused":
-        return fused_divergence("kl", cached, hidden, head, logits_at_once=logits_at_once)[0]
+        return fused_divergence("kl", cached, hidden, head, None, logits_at_once=logits_at_once) / len(hidden)
     if how == "whole":
         return divergence_nats("kl", cached, hidden @ head.t()).mean()
     if how == "log_softmax":  # as losses are mostly written: all logits, all log-probabilities, the entries gathered

@@ -7,18 +7,19 @@ tokens. A few of each review's positions are kept, spread over its tokens, and i
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
 import torch
 from torch import Tensor
 
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.folders import load_model, load_tokenizer
 from pipeline.models.packed import PackedModel
 from pipeline.models.rows import Row, pack
+from pipeline.params import load_params
+from pipeline.schema import NO_CONTEXT, read_contexts, read_examples
+from pipeline.task import Task, TaskTokens
 
 MODEL = Path("artifacts/models/smollm2")
 EXAMPLES = Path("artifacts/data/transfer.parquet")
 CONTEXTS = Path("artifacts/data/contexts/orders.parquet")
-QUERY = "\n\nReview: {text}\nSentiment:"
 LEAD, TRAIL = 4, 4
 """Tokens of the query before and after the review's own, about."""
 REVIEWS_A_PASS = 8
@@ -37,12 +38,14 @@ class Positions:
 @torch.inference_mode()
 def real_positions(reviews: int, each: int) -> Positions:
     """`each` positions of each of the first `reviews` examples of the transfer set."""
-    tokenizer = load_tokenizer(MODEL)
-    context = tokenizer(pl.read_parquet(CONTEXTS)["text"][0], add_special_tokens=False)["input_ids"]
-    texts = pl.read_parquet(EXAMPLES)["text"].head(reviews).to_list()
-    queries = [tokenizer(QUERY.format(text=text), add_special_tokens=False)["input_ids"] for text in texts]
+    task = Task(load_params().task)
+    tokens = TaskTokens(task, load_tokenizer(MODEL))
+    examples = read_examples(EXAMPLES, task.fields)[:reviews]
     model = PackedModel(load_model(MODEL), answers_only=False)
-    return Positions(_logits(model, context, queries, each), _logits(model, [], queries, each), each)
+    queries = [list(prompt.ids) for prompt in tokens.prompts(NO_CONTEXT, examples)]
+    whole = [list(prompt.ids) for prompt in tokens.prompts(read_contexts(CONTEXTS)[0], examples)]
+    start = len(whole[0]) - len(queries[0])  # no token reaches over the seam of this template
+    return Positions(_logits(model, whole[0][:start], queries, each), _logits(model, [], queries, each), each)
 
 
 def _logits(model: PackedModel, context: list[int], queries: list[list[int]], each: int) -> Tensor:

@@ -13,15 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.flops import product_rate, shared_prefix_flops
-from pipeline.teachers.batches import token_budget
-from pipeline.teachers.generic import GenericEngine
-from pipeline.teachers.scores import Reading
-from pipeline.teachers.shared_prefix import SharedPrefixEngine
-from pipeline.models.memory import peak_rss_bytes
-from pipeline.models.loading import load_model
-from pipeline.models.machine import DTYPES, default_device, memory_bytes, use_machine
+from pipeline.models.folders import load_model
+from pipeline.models.machine import DTYPES, default_device, memory_bytes, peak_rss_bytes, use_machine
 from pipeline.models.packed import PackedModel
 from pipeline.params import CacheParams
+from pipeline.schema import Prompt
+from pipeline.teachers.engines import Engine, Reading, SharedPrefixEngine, token_budget
 
 BATCH = 8
 TOP_K = 32
@@ -58,10 +55,15 @@ def answering(name: str, model: PreTrainedModel, completions: Any) -> Callable[[
         return partial({"plain": plain, "plain_batched": plain_batched}[name], model)
     budget = token_budget(model, memory_bytes(default_device()))
     reading = Reading(completions, CacheParams(top_k=TOP_K))
-    engine = GenericEngine(model, reading, budget)
+    engine = Engine(model, reading, budget)
     if name == "shared_prefix":
         engine = SharedPrefixEngine(PackedModel(model), reading, budget)
-    return lambda prompts: engine.score(prompts["context_ids"], prompts["query_ids"]).label_logprobs
+
+    def answer(prompts: Prompts) -> Tensor:
+        whole = [Prompt((*prompts["context_ids"], *query)) for query in prompts["query_ids"]]
+        return engine.score(whole, prompts["context_ids"]).label_logprobs
+
+    return answer
 
 
 def _labels(log_probabilities: Tensor, prompts: Prompts) -> Tensor:

@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.files import work_folder
+from pipeline.files import Folders
 
 
 def python_of(name: str, packages: list[str], *, constrained: bool = True) -> Path | None:
     """The Python of an environment with `packages`, or None, and the reason printed, where they cannot be installed."""
-    folder = (work_folder() / "environments" / name).absolute()
+    folder = (Folders.here().work / "environments" / name).absolute()
     python = folder / "bin" / "python"
     done = folder / "installed"
     wanted = "\n".join(packages)

@@ -24,11 +24,10 @@ import typer
 from benchmarks.machine import about
 from benchmarks.training_limit import limits
 from pipeline.errors import UsageError
-from pipeline.files import write_json
-from pipeline.files import sha256_text
-from pipeline.models.loading import load_tokenizer
+from pipeline.files import sha256_text, write_json
+from pipeline.models.folders import load_tokenizer
 from pipeline.params import load_params
-from pipeline.schema import examples, read_table
+from pipeline.schema import NO_CONTEXT, read_examples
 from pipeline.task import Task, TaskTokens
 
 RESULTS = Path("benchmarks/results/student.json")
@@ -102,14 +101,15 @@ def write_lesson(model: Path, transfer: Path, count: int, file: Path) -> Path:
         raise UsageError(f"{model} and {transfer} are needed; `make run` makes them.")
     task = Task(load_params().task)
     tokens = TaskTokens(task, load_tokenizer(model))
-    texts = [task.query(row) for row in read_table(transfer, examples(task.fields)).to_pylist()[:count]]
+    examples = read_examples(transfer, task.fields)[:count]
+    texts = [task.query(example.fields) for example in examples]
     if len(texts) < count:
         raise UsageError(
             f"{transfer} has {len(texts)} texts, and steps × batch size are {count}; ask for fewer with --steps or --batch-size."
         )
-    ids = [[*tokens.prefix_ids(""), *query] for query in tokens.query_ids(texts)]
+    ids = [prompt.ids for prompt in tokens.prompts(NO_CONTEXT, examples)]
     labels = [int(sha256_text(text), 16) % len(tokens.completions) for text in texts]
-    verbalisers = list(task.params.verbalisers.values())
+    verbalisers = task.verbalisers
     rows = [
         {"text": text, "ids": row, "label": label, "answer": verbalisers[label]}
         for text, row, label in zip(texts, ids, labels, strict=True)

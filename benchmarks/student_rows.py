@@ -33,7 +33,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"tuning": "bitfit"},
     "head": {"tuning": "head"},
 }
-IMPORTS = {"own": ("pipeline.students.training", "peft"), "trainer_padded": (), "sft_trainer": ("datasets", "trl")}
+IMPORTS = {"own": ("pipeline.students.loop", "peft"), "trainer_padded": (), "sft_trainer": ("datasets", "trl")}
 """What a row's code loads by itself, loaded before memory is looked at: it is no memory of the training."""
 SAME_PRODUCTS = {"trainer_same_products": "trainer_padded", "sft_same_products": "sft_trainer"}
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,18 +80,18 @@ def steps_ended() -> list[float]:
 def own(name: str, model: PreTrainedModel, lesson: dict[str, Any], steps: int, batch_size: int) -> list[int]:
     """Run the project's training; tokens of each step."""
     from pipeline.params import TuningParams
-    from pipeline.students.batches import Example, Order, Term
-    from pipeline.students.training import train
+    from pipeline.students.data import Batches, LabelTerm, TargetRow
+    from pipeline.students.loop import train
 
     made = [
-        Example(f"{number:064x}", tuple(row["ids"]), tuple(0.9 if n == row["label"] else 0.1 for n in range(len(lesson["completions"]))))
+        TargetRow(f"{number:064x}", tuple(row["ids"]), tuple(0.9 if n == row["label"] else 0.1 for n in range(len(lesson["completions"]))))
         for number, row in enumerate(lesson["rows"])
     ]
     params = TuningParams(steps=steps, batch_size=batch_size, learning_rate=LEARNING_RATE, **TUNINGS[name])
-    term = Term("kl", 1.0, batch_size, tuple(made))
+    term = LabelTerm("kl", 1.0, batch_size, made)
     trained = train(model, lesson["completions"], [term], params, title=name)
-    order = Order(term, params.seed)
-    tokens = [sum(len(example.ids) for example in order.batch(step)) for step in range(steps)]
+    batches = Batches(made, batch_size, params.seed)
+    tokens = [sum(len(row.ids) for row in batches.at(step)) for step in range(steps)]
     assert sum(tokens) == trained.tokens
     return tokens
 

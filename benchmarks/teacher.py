@@ -22,13 +22,13 @@ from rich.table import Table
 
 from benchmarks.environments import python_of
 from benchmarks.flops import FORMULA
-from benchmarks.gguf import gguf_of
 from benchmarks.machine import about
 from benchmarks.prompts import LABELS, build, texts
 from pipeline.files import write_json
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.folders import load_tokenizer
 
 MODEL = Path("artifacts/models/smollm2")
+GGUF = Path("downloads/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 QUERY_TOKENS = 48
 QUERIES = 128
 SLOW = {0: 32, 256: 16, 1024: 8, 4096: 4}
@@ -114,7 +114,7 @@ def _run(engine: str, prompts: dict[str, Any], gguf: Path | None) -> dict[str, A
         elif engine == "llama_cpp":
             python, command = (
                 python_of("llama_cpp", LLAMA_CPP),
-                ["benchmarks/llama_cpp_engine.py", str(gguf or gguf_of(MODEL.name)), str(file)],
+                ["benchmarks/llama_cpp_engine.py", str(gguf or GGUF), str(file)],
             )
         elif engine == "profile":
             command = ["-m", "benchmarks.where_time_goes", str(MODEL), str(file)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.models.loading import load_model
+from pipeline.models.folders import load_model
 from pipeline.models.packed import decoder_layers
 from pipeline.params import TuningParams
 from pipeline.students.tuning import apply_tuning

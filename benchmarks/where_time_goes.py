@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine import answering
-from pipeline.models.loading import load_model
+from pipeline.models.folders import load_model
 from pipeline.models.machine import DTYPES, use_machine
 
 KINDS = {

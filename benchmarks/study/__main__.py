@@ -1,7 +1,7 @@
 """The study: `python -m benchmarks.study [PART …]` runs parts of plan.yaml, then writes the table of all finished parts.
 
-A part is a run of the pipeline in runs/study/PART. A finished part costs seconds; a stopped one goes on. Accuracies are means over a group's
-draws; ± is the standard deviation over draws, of the mean over evaluation sets.
+A part is a run of the pipeline in runs/study/PART. A finished part costs seconds; a stopped one goes on. Accuracies are means over a
+group's draws; ± is the standard deviation over draws, of the mean over evaluation sets.
 """
 
 import json

@@ -47,7 +47,7 @@ def init(
     task = new_task(read_yaml(Path("params.yaml")), answers)
     print("\n".join(task.notes))
     costs = cost(task.params, task.sources)  # before anything is written: it also says what does not suit the model
-    text = HEADER + yaml_text(task.raw, leaves_in_one_line=True)
+    text = HEADER + yaml_text(task.raw)
     if not output.exists() or output.read_text(encoding="utf-8") != text:  # asking twice keeps the first .old
         if output.exists():
             output.replace(output.with_name(f"{output.name}.old"))
@@ -114,7 +114,7 @@ def clean(
     manifests = [*folders.artifacts.glob("teachers/*/manifest.json"), *Path("runs").glob("**/artifacts/teachers/*/manifest.json")]
     used = {sha256_json(read_json(path)["identity"])[:32] for path in manifests}
     entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name != "scores"}
-    for folder, _, identity in stores(folders.work):
+    for folder, identity in stores(folders.work).items():
         entries[folder] = "scores, damaged" if identity is None else f"scores of weights {identity['weights'][:12]}, {identity['dtype']}"
     going = {path: what for path, what in entries.items() if everything or path.name not in used}
     total = 0

@@ -99,7 +99,11 @@ def test_dvc_alone_finds_the_environment(tmp_path, model_folder):
     assert (tmp_path / "artifacts" / "params.yaml").exists()
 
 
-IDENTITIES = [{"weights": "a" * 64, "dtype": "float32"}, {"weights": "b" * 64, "dtype": "float32"}, {"weights": "c" * 64, "dtype": "bfloat16"}]
+IDENTITIES = [
+    {"weights": "a" * 64, "dtype": "float32"},
+    {"weights": "b" * 64, "dtype": "float32"},
+    {"weights": "c" * 64, "dtype": "bfloat16"},
+]
 
 
 @pytest.fixture
