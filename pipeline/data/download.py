@@ -90,30 +90,16 @@ def _ask_pip(about: str, params: PypiDownload, folder: Path) -> Path:
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL
     done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)  # noqa: S603
     if done.returncode != 0:
-        raise UsageError(f"{about}: {_explain(params, done.stderr)}")
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()][-6:]
+        raise UsageError(
+            f"{about}: pip cannot download this {params.kind}. Check `package`, `version` and `kind`, network, proxy and index (`pip config list`), "
+            "then run `dvc repro` again. If its sha256 still differs, do not use the file before you know why. pip said:\n  "
+            + "\n  ".join(said)
+        )
     (file,) = folder.iterdir()
     if (found := sha256_file(file)) != params.sha256:
         raise UsageError(f"{about}: {file.name} has sha256 {found}, params.yaml says {params.sha256}. Do not use it before you know why.")
     return file
-
-
-def _explain(params: PypiDownload, stderr: str) -> str:
-    """What went wrong, from pip's messages, and the next step."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    if "No module named pip" in stderr:
-        return f"this Python has no pip ({sys.executable}). Run `python -m ensurepip`, or `make setup`."
-    if "DO NOT MATCH THE HASHES" in stderr:
-        got = next((line.split()[-1] for line in lines if line.startswith("Got ")), "another")
-        return (
-            f"the {params.kind} from the index has sha256 {got}, params.yaml says {params.sha256}. Run `dvc repro` again: a cut download "
-            "has another sha256 too. If it stays, correct `sha256` (or `kind`) if the pin is wrong; otherwise do not use the file."
-        )
-    if any(sign in stderr for sign in ("connection broken", "Max retries", "NewConnectionError", "ProxyError", "SSLError", "timed out")):
-        said = "the package index cannot be reached. Check network, proxy and `pip config list`, then run `dvc repro` again."
-    else:
-        said = f"pip cannot download this {params.kind}. Check `package`, `version` and `kind`, and the index (`pip config list`)."
-    faults = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"] or lines[-3:]
-    return "\n  ".join([said, "pip said:", *faults[:6]])
 
 
 def _extract(archive: Path, folder: Path, member: str | None = None) -> None:
@@ -168,7 +154,6 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], Any] | None
 
 def _take_repository(about: str, params: HubDownload, built: Path) -> None:
     """Download the listed files, or a model's files at the top of its repository."""
-
     with _hub_errors(about):
         names = huggingface_hub.list_repo_files(params.repo, repo_type=params.kind, revision=params.revision)
     if absent := sorted(set(params.files) - set(names)):
@@ -177,7 +162,7 @@ def _take_repository(about: str, params: HubDownload, built: Path) -> None:
     if params.kind == "model":
         if refused := [name for name in taken if not any(fnmatch(name, good) for good in (*MODEL_FILES, "*.gguf"))]:
             raise UsageError(
-                f"{about}: files: {choices(refused)} is not a safetensors, GGUF, configuration or tokenizer file, and is never loaded."
+                f"{about}: {choices(refused)} is not a safetensors, GGUF, configuration or tokenizer file, and is never loaded."
             )
         if not any(name.endswith((".safetensors", ".gguf")) for name in taken):
             weights = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".safetensors"))]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.readers import MISSING, BadRow, BlankLine, MissingColumnError, json_keys, read_rows
+from pipeline.data.readers import MISSING, BadRow, MissingColumnError, json_keys, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import Folders, read_json, write_json, write_text
 from pipeline.params import LabelRule, Params, SourceParams, pick
@@ -84,39 +84,34 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     if not path.is_file():
         raise UsageError(f"data.sources.{name}.path: {str(path)!r} is not a file. Correct it, or run the download it comes from.")
     columns = {field: (params.fields or {}).get(field, field) for field in task.fields}
-    own = [*([] if params.label is None else [params.label.column]), *([] if params.completion is None else [params.completion])]
-    asked = [*columns.values(), *params.slices.values(), *own]
-    label_of = None if params.label is None else label_reader(params.label, task)
-    max_chars = task.params.max_chars
-    rows = blank_lines = left_out = 0
+    rule, answers, max_chars = params.label, params.completion, task.params.max_chars
+    label_of = None if rule is None else label_reader(rule, task)
+    asked = [*columns.values(), *params.slices.values(), *(column for column in (rule and rule.column, answers) if column)]
+    rows = left_out = 0
     quarantine: list[Quarantined] = []
     checked: list[Example] = []
 
     def set_aside(line: int, column: str, reason: str, value: object) -> None:
         quarantine.append(Quarantined(name, path.name, line, column, reason, shorten(str(value))))
 
-    for read in read_rows(path, params.form, asked, params.columns):
-        if isinstance(read, BlankLine):
-            blank_lines += 1
-            continue
-        rows += 1
+    for rows, read in enumerate(read_rows(path, params.form, asked, params.columns), start=1):  # noqa: B007  their number
         if isinstance(read, BadRow):
             set_aside(read.line, read.field, read.reason, read.value)
             continue
-        values, label = iter(read.values), None
+        values, label = dict(zip(asked, read.values, strict=True)), None
         try:
-            fields = {field: field_text(column, next(values), max_chars) for field, column in columns.items()}
-            slices = {known: label_text(column, next(values), "slice") or None for known, column in params.slices.items()}
-            raw_label = None if label_of is None else next(values)
-            answer = None if params.completion is None else field_text(params.completion, next(values), max_chars)
+            fields = {field: field_text(column, values[column], max_chars) for field, column in columns.items()}
+            slices = {known: label_text(column, values[column], "slice") or None for known, column in params.slices.items()}
+            answer = None if answers is None else field_text(answers, values[answers], max_chars)
         except BadValueError as bad:
             set_aside(read.line, bad.field_name, bad.reason, bad.value)
             continue
-        try:
-            label = None if label_of is None else label_of(raw_label)
-            left_out += label_of is not None and label is None
-        except BadValueError as bad:
-            set_aside(read.line, bad.field_name, bad.reason, bad.value)
+        if rule is not None and label_of is not None:
+            try:
+                label = label_of(values[rule.column])
+                left_out += label is None
+            except BadValueError as bad:
+                set_aside(read.line, bad.field_name, bad.reason, bad.value)
         checked.append(Example(fields, label, answer, name, read.line, slices))
 
     if not rows:
@@ -129,7 +124,6 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     labels = Counter(example.label for example in examples if example.label is not None)
     counts = {
         "rows": rows,
-        "blank_lines": blank_lines,
         "quarantined": dict(sorted(Counter(entry.reason for entry in quarantine).items())),
         "left_out_by_label_rule": left_out,
         "exact_repeats_removed": len(checked) - len(examples),
@@ -232,19 +226,23 @@ def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
     With a threshold the value is a number. Otherwise `label_text` spells it, so that `1`, `1.0` and `"1"` are one label, as are `true` and
     `"True"`; a label that params.yaml spells exactly as the file does comes first.
     """
-    if (threshold := rule.threshold) is not None:
-
-        def by_sign(value: Any) -> str | None:
-            rating = 0.0 if value is None else _number(rule.column, value)
-            return None if abs(rating) <= threshold else rule.positive if rating > 0 else rule.negative
-
-        return by_sign
     exact = {label: label for label in task.labels} if rule.values is None else rule.values
     respelt = {label_text(rule.column, key): label for key, label in exact.items()}
 
-    def by_value(value: Any) -> str | None:
+    def by_sign(value: Any, threshold: float) -> str | None:
+        try:
+            rating = 0.0 if value is None else float(str(value).replace("_", "?"))  # Python reads "1_0" as ten
+        except ValueError:
+            rating = math.nan
+        if not math.isfinite(rating):
+            raise BadValueError(rule.column, "not a number", value)
+        return None if abs(rating) <= threshold else rule.positive if rating > 0 else rule.negative
+
+    def read(value: Any) -> str | None:
         if value is MISSING:
             raise BadValueError(rule.column, "missing", "")
+        if rule.threshold is not None:
+            return by_sign(value, rule.threshold)
         if isinstance(value, str) and value.strip() in exact:
             return exact[value.strip()] or None
         text = label_text(rule.column, value)
@@ -252,7 +250,7 @@ def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
             raise BadValueError(rule.column, "unknown label", f"{text} (the labels are: {choices(exact)})")
         return respelt.get(text) or None
 
-    return by_value
+    return read
 
 
 def label_text(column: str, value: Any, what: str = "label") -> str:
@@ -270,15 +268,3 @@ def label_text(column: str, value: Any, what: str = "label") -> str:
     if text.lower() in {"true", "false"}:
         return text.lower()
     return whole[1] if (whole := WHOLE_FLOAT.fullmatch(text)) else text
-
-
-def _number(column: str, value: Any) -> float:
-    if value is MISSING:
-        raise BadValueError(column, "missing", "")
-    try:
-        number = math.nan if "_" in str(value) else float(str(value))  # Python reads "1_0" as ten; a file that has it means something else
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise BadValueError(column, "not a number", value)
-    return number

@@ -1,9 +1,9 @@
 """Files of examples, read row by row: jsonl, csv, tsv, Parquet.
 
 A reader yields the asked columns of each row with its line number, or a `BadRow` that says why the row cannot be read. It never stops at
-a bad row and never drops one. Text files are streamed; they are UTF-8, UTF-16 with a byte order mark, or Windows-1252. A tsv file has no
-quoting: quotes belong to the text, a record is a line. A csv file follows RFC 4180: a field in quotes may have several lines, and a quote
-inside it is doubled; its header shows whether commas, semicolons, tabs or bars separate the columns.
+a bad row and never drops one; blank lines are not rows. Text files are streamed; they are UTF-8, UTF-16 with a byte order mark, or
+Windows-1252. A tsv file has no quoting: quotes belong to the text, a record is a line. A csv file follows RFC 4180: a field in quotes may
+have several lines, and a quote inside it is doubled; its header shows whether commas, semicolons, tabs or bars separate the columns.
 """
 
 import codecs
@@ -49,13 +49,6 @@ class BadRow:
     value: str
 
 
-@dataclass(frozen=True, slots=True)
-class BlankLine:
-    """A line with nothing in it: not a row, but counted."""
-
-    line: int
-
-
 class MissingColumnError(UsageError):
     """A file lacks a column altogether; `fault` says so without the next step, which differs between commands and stages."""
 
@@ -66,12 +59,11 @@ class MissingColumnError(UsageError):
         super().__init__(f"{self.fault} Name the right one under `fields` or `label.column` of this source in params.yaml.{hint}")
 
 
-Read = Row | BadRow | BlankLine
-Record = tuple[int, list[str]] | BadRow | BlankLine
+Record = tuple[int, list[str]] | BadRow
 """A record of a csv or tsv file with the line it begins on."""
 
 
-def read_rows(path: Path, form: str, asked: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[Read]:
+def read_rows(path: Path, form: str, asked: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[Row | BadRow]:
     """Yield the rows of `path` with the values of the columns `asked`; `form` is jsonl, csv, tsv or parquet.
 
     `columns` names the columns of a csv or tsv file that has no header line. Raises UsageError if the file lacks a column, has it twice, or
@@ -118,10 +110,11 @@ def _encoding(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, without their ends (LF or CRLF)."""
+    """Lines that are not blank with their numbers, without their ends (LF or CRLF)."""
     with _opened(path, "\n") as file:
         for number, line in enumerate(file, start=1):
-            yield number, line.removesuffix("\n").removesuffix("\r")
+            if text := line.removesuffix("\n").removesuffix("\r"):
+                yield number, text
 
 
 def _fault(text: str, line: int, field: str = "") -> BadRow | None:
@@ -130,13 +123,11 @@ def _fault(text: str, line: int, field: str = "") -> BadRow | None:
     return BadRow(line, field, "not UTF-8", text.encode(errors="surrogateescape").decode(errors="backslashreplace"))
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | BadRow | BlankLine]:
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
     for number, text in _lines(path):
-        if not text.strip():
-            yield BlankLine(number)
-        elif fault := _fault(text, number):
+        if fault := _fault(text, number):
             yield fault
-        else:
+        elif text.strip():
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
@@ -147,7 +138,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | BadRow | Blank
 
 def _tsv_records(path: Path) -> Iterator[Record]:
     for number, text in _lines(path):
-        yield (_fault(text, number) or (number, text.split("\t"))) if text else BlankLine(number)
+        yield _fault(text, number) or (number, text.split("\t"))
 
 
 def _csv_records(path: Path, asked: Sequence[str], columns: Sequence[str] | None) -> Iterator[Record]:
@@ -187,10 +178,11 @@ def _csv_records(path: Path, asked: Sequence[str], columns: Sequence[str] | None
                 for number in range(first, first + len(record)):
                     yield BadRow(number, "", "not CSV", f"{error}, in the record that begins on line {first}")
             else:
-                yield (_fault(delimiter.join(values), first) or (first, values)) if values else BlankLine(first)
+                if values:
+                    yield _fault(delimiter.join(values), first) or (first, values)
 
 
-def _delimited(path: Path, records: Iterator[Record], asked: Sequence[str], columns: Sequence[str] | None) -> Iterator[Read]:
+def _delimited(path: Path, records: Iterator[Record], asked: Sequence[str], columns: Sequence[str] | None) -> Iterator[Row | BadRow]:
     header = columns
     places = [] if header is None else _places(path, header, asked)
     for record in records:
@@ -218,7 +210,7 @@ def _places(path: Path, header: Sequence[str], asked: Sequence[str]) -> list[int
     return [header.index(name) for name in asked]
 
 
-def _parquet(path: Path, asked: Sequence[str]) -> Iterator[Read]:
+def _parquet(path: Path, asked: Sequence[str]) -> Iterator[Row | BadRow]:
     number = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:

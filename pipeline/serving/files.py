@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.readers import MISSING, BadRow, BlankLine, MissingColumnError, read_rows
+from pipeline.data.readers import MISSING, BadRow, MissingColumnError, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import replacing
 from pipeline.params.data import FORMATS
@@ -98,8 +98,6 @@ def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[s
     log_keys = LOG_KEYS if form == "jsonl" else ()
     try:
         for read in read_rows(file, form, [*columns.values(), *kept.values(), *log_keys]):
-            if isinstance(read, BlankLine):
-                continue
             if isinstance(read, BadRow):
                 yield Item(read.line, {}, error=f"{read.field}: {read.reason}" if read.field else read.reason)
                 continue

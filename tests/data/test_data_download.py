@@ -153,8 +153,9 @@ def test_what_a_killed_run_left_is_removed(index: Index, tmp_path: Path) -> None
 
 def test_no_network_names_the_next_step(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_RETRIES", "1")  # pip says that it cannot connect if it tries again
-    with pytest.raises(UsageError, match=r"downloads\.mine: rows 1\.0 \(wheel\): the package index cannot be reached"):
+    with pytest.raises(
+        UsageError, match=r"(?s)downloads\.mine: rows 1\.0 \(wheel\): .* Check .* network.*pip said:\n  .*No matching distribution"
+    ):
         download("mine", pypi(b"", "a"), tmp_path / "mine")
 
 
@@ -189,14 +190,14 @@ def test_pip_is_asked_for_the_pinned_file_alone_and_its_sha256_is_checked_again(
 @pytest.mark.parametrize(
     ("stderr", "expected"),
     [
-        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n Expected sha256 aa\n  Got        bb", "has sha256 bb"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n Expected sha256 aa\n  Got        bb", "Expected sha256 aa\n  Got        bb"),
         ("ERROR: No matching distribution found for rows==1.0", "Check `package`, `version` and `kind`"),
-        ("/x/python: No module named pip", "has no pip"),
+        ("/x/python: No module named pip", "No module named pip"),
     ],
 )
 def test_what_pip_says_becomes_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, expected: str) -> None:
     fake_pip(monkeypatch, stderr)
-    with pytest.raises(UsageError, match=rf"rows 1\.0.*{expected}"):
+    with pytest.raises(UsageError, match=rf"(?s)rows 1\.0.*{expected}"):
         download("mine", pypi(b"", "a"), tmp_path / "mine")
 
 

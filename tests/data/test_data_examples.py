@@ -167,7 +167,6 @@ def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     counts = source.counts
     of_fields = sum(counts["quarantined"].get(reason, 0) for reason in ("empty", "too long", "not JSON"))
     assert counts["rows"] == 100 == of_fields + counts["exact_repeats_removed"] + counts["examples"]
-    assert counts["blank_lines"] == 1
     assert len(source.quarantine) == sum(counts["quarantined"].values()) + counts["conflicting_labels_removed"]
     assert counts["labelled"] == sum(label is not None for label in labels(source).values())
 

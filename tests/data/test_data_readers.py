@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.readers import MISSING, BadRow, BlankLine, Row, read_rows
+from pipeline.data.readers import MISSING, BadRow, Row, read_rows
 from pipeline.errors import UsageError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n\0"), min_size=1, max_size=20)
@@ -27,9 +27,9 @@ def written(tmp_path: Path, content: bytes | str) -> Path:
 
 
 def read(tmp_path: Path, form: str, content: bytes | str, asked: list[str], columns: list[str] | None = None) -> list[Any]:
-    """Rows as (line, *values) and bad rows as (line, reason); blank lines as they are."""
+    """Rows as (line, *values) and bad rows as (line, reason)."""
     found = read_rows(written(tmp_path, content), form, asked, columns)
-    return [(r.line, *r.values) if isinstance(r, Row) else (r.line, r.reason) if isinstance(r, BadRow) else r for r in found]
+    return [(r.line, *r.values) if isinstance(r, Row) else (r.line, r.reason) for r in found]
 
 
 # tsv
@@ -37,7 +37,7 @@ def read(tmp_path: Path, form: str, content: bytes | str, asked: list[str], colu
 
 def test_quotes_in_a_tsv_are_text_and_either_line_end_will_do(tmp_path: Path) -> None:
     found = read(tmp_path, "tsv", '\ufeffid\ttext\r\n1\t"open\r\n2\tit\'s "so" so\n\n3\ta,b', ["text", "id"])
-    assert found == [(2, '"open', "1"), (3, 'it\'s "so" so', "2"), BlankLine(4), (5, "a,b", "3")]
+    assert found == [(2, '"open', "1"), (3, 'it\'s "so" so', "2"), (5, "a,b", "3")]
 
 
 def test_other_line_separators_do_not_split_a_record(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_bad_tsv_rows_are_named_with_their_line(tmp_path: Path) -> None:
 
 def test_a_csv_record_of_several_lines_has_the_line_it_begins_on(tmp_path: Path) -> None:
     found = read(tmp_path, "csv", 'text,label\n"two\r\nlines, ""quoted""",positive\n\nplain,negative\n', ["label", "text"])
-    assert found == [(2, "positive", 'two\r\nlines, "quoted"'), BlankLine(4), (5, "negative", "plain")]
+    assert found == [(2, "positive", 'two\r\nlines, "quoted"'), (5, "negative", "plain")]
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,11 @@ def test_rows_before_a_broken_record_are_read_and_every_line_is_accounted_for(tm
     content = "text,label\n" + "".join(f'"row {i}",good\n' for i in range(before)) + '"' + "".join(breaks) + '",bad\n'
     found = list(read_rows(written(tmp_path, content), "csv", ["text", "label"]))
     assert [row.values for row in found[:before] if isinstance(row, Row)] == [(f"row {i}", "good") for i in range(before)]
-    lines = content.count("\n")
-    covered = set[int]()
-    for row, following in zip(found, [*(row.line for row in found[1:]), lines + 1], strict=True):
-        assert row.line not in covered
-        covered |= {row.line} if isinstance(row, BlankLine) else set(range(row.line, following))
-    assert covered == set(range(2, lines + 1))
+    ends = [sum(value.count("\n") for value in (row.values if isinstance(row, Row) else [row.value])) for row in found]
+    covered = [line for row, end in zip(found, ends, strict=True) for line in range(row.line, row.line + end + 1)]
+    assert covered == sorted(set(covered))
+    lines = content.split("\n")
+    assert not any(lines[number - 1] for number in set(range(2, len(lines) + 1)).difference(covered)), "the others are blank"
 
 
 def test_a_csv_row_that_is_not_utf8_does_not_stop_the_rest(tmp_path: Path) -> None:
@@ -165,7 +164,7 @@ def parquet(**columns: Any) -> bytes:
 GOOD = parquet(text=["a film", "b"] * 200)
 FILES: dict[str, tuple[str, bytes, Any]] = {  # format, bytes, and the rows of the column `text`; or what the refusal says
     "jsonl: empty": ("jsonl", b"", []),
-    "jsonl: blank lines": ("jsonl", b"\n \n", [BlankLine(1), BlankLine(2)]),
+    "jsonl: blank lines": ("jsonl", b"\n \n", []),
     "jsonl: not JSON": ("jsonl", b'text\n{"text": "a"}', [(1, "not JSON"), (2, "a")]),
     "jsonl: not objects": ("jsonl", b"[1]\n1\nnull", [(1, "not a JSON object"), (2, "not a JSON object"), (3, "not a JSON object")]),
     "jsonl: cut": ("jsonl", b'{"text": "a', [(1, "not JSON")]),
