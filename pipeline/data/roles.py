@@ -83,7 +83,7 @@ class _Draw:
         texts = {name: [text_of(example) for example in own] for name, own in earlier.items()}
         self._originals = Originals(texts, [text_of(example) for example in rows], data.near_copy)
         self._roles, self._shown = roles, ""
-        self._copies = roles.copies.setdefault(role, Counter(dict.fromkeys(earlier, 0)))
+        roles.copies.setdefault(role, Counter(dict.fromkeys(earlier, 0)))
 
     def balanced(self, labels: Sequence[str], per_label: int | None) -> list[Example]:
         """`per_label` examples of each label (None: all there are), together in rank order; of all examples if there are no labels."""
@@ -130,7 +130,7 @@ class _Draw:
 
     def _keep_out(self, example: Example, copy: Copy) -> None:
         original, like, text = self._roles.drawn[copy.group][copy.original], f"near copy of {copy.group}", shorten(text_of(example))
-        self._copies[copy.group] += 1
+        self._roles.copies[self.role][copy.group] += 1
         self.lost[f"near copies of {copy.group}"] += 1
         where = {"role": copy.group, "source": original.source, "line": original.line, "similarity": round(copy.similarity, 4)}
         entry = Quarantined(example.source, self.source.file, example.line, "", like, text, where)

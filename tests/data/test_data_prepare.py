@@ -181,7 +181,7 @@ def test_answers_of_the_pool_are_kept_only_if_they_are_what_students_learn(raw: 
 def test_a_source_that_was_not_read_is_named(raw: Raw) -> None:
     params = run(raw)
     shutil.rmtree("artifacts/sources/pool")
-    with pytest.raises(UsageError, match=r"source 'pool' was not read. Run `dvc repro source@pool`"):
+    with pytest.raises(UsageError, match=r"sources/pool/examples\.parquet: no such file"):
         prepare(params, Folders.here())
 
 
