@@ -1,5 +1,8 @@
 """The `shotless` command line: what a user asks for outside the DAG."""
 
+import logging
+import os
+
 import typer
 
 from pipeline.commands.caches import verify
@@ -21,5 +24,7 @@ for command in (init, check, run, doctor, clean, predict, serve, monitor, export
 
 def app() -> None:
     """Run the command line; an error ends with its message and its exit code."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars and advice would break up the commands' own lines
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     with ending_with_a_message():
         commands()

@@ -135,8 +135,8 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         elif (found := sha256_file(path)) != entry["sha256"]:
             faults.append(f"{path}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…")
     if faults:
-        step = f"{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole."
-        raise CorruptError("\n".join([*faults, step]))
+        remedy = f"{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole."
+        raise CorruptError("\n".join([*faults, remedy]))
     return manifest
 
 

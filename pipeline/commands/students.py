@@ -157,8 +157,8 @@ def monitor(
     tests = drift_tests(old, new, predictor.labels, settings, unseen if unseen and len(unseen) >= LEAST_ROWS else None)
     if labels and bound:
         tests.append(accuracy_test(new, *bound))
-    limit = params.data.bad_rows_limit if params else 0.02
-    document = verdict(predictor, old, new, corrected(tests, settings.false_alarm_rate), peak_mb, settings, limit)
+    tests = corrected(tests, settings.false_alarm_rate)
+    document = verdict(predictor, old, new, tests, peak_mb, settings, params.data.bad_rows_limit if params else 0.02)
     print_table(document)
     write_json(document, json_file)
     write_page(document, page)

@@ -97,7 +97,10 @@ def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], f
             if isinstance(read, BadRow):
                 yield Item(read.line, {}, error=f"{read.field}: {read.reason}" if read.field else read.reason)
                 continue
-            values = [_value(value) for value in read.values]
+            values: list[Any] = [
+                None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value  # which JSON lacks
+                for value in read.values
+            ]
             is_log = form == "jsonl" and isinstance(values[-1], dict) and None not in values[-3:]
             fields = values[-1] if is_log else dict(zip(columns, values, strict=False))
             yield Item(read.line, fields, dict(zip(kept, values[len(columns) :], strict=False)))
@@ -105,11 +108,6 @@ def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], f
         options = {column: f"--keep NAME={column}" for column in kept.values()}
         options |= {column: f"--field {name}=COLUMN" for name, column in columns.items()}
         raise UsageError(f"{missing.fault} Name the right one with {options[missing.column]}.") from None
-
-
-def _value(value: Any) -> Any:
-    """A cell; None for one that is absent, or a number that JSON lacks."""
-    return None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int) -> Iterator[list[Answered]]:

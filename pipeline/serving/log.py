@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ID_DIGITS = 16
 UNENCODABLE = "backslashreplace"
 """Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
 
@@ -31,7 +30,7 @@ class PredictionLog:
         self.lost = 0
         """Lines that could not be written."""
         self._path = path
-        self._student = weights_sha256[:ID_DIGITS]
+        self._student = weights_sha256[:16]
         self._lock = threading.Lock()
         self._torn = False
 
