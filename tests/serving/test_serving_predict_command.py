@@ -147,11 +147,15 @@ def test_a_kept_column_that_utf8_cannot_hold_stops_nothing(folder, form):
 
 def test_a_pipe_is_read_as_a_file_is(folder):
     os.mkfifo(folder / "pipe.jsonl")
-    writer = threading.Thread(target=lambda: (folder / "pipe.jsonl").write_text('{"text": "a warm film"}\n', "utf-8"))
+    logged = json.dumps({"time": "2026-01-01T00:00:00+00:00", "student": "f" * 16, "fields": {"text": "a warm film"}, "label": "x"})
+    lines = f'{{"text": "a warm film"}}\n{logged}\n'  # the second is a line of a predictions log
+    writer = threading.Thread(target=lambda: (folder / "pipe.jsonl").write_text(lines, "utf-8"))
     writer.start()
     done = shotless(folder, "predict", "--student", "cd", "--input", "pipe.jsonl", "--threads", "1")
     writer.join()
-    assert json.loads(done.stdout)["line"] == 1
+    one, other = map(json.loads, done.stdout.splitlines())
+    assert (one["line"], other["line"]) == (1, 2)
+    assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
 def test_the_only_student_needs_no_name_and_several_need_one(folder, tmp_path, model_folder):
