@@ -6,9 +6,8 @@ import os
 import typer
 
 from pipeline.commands.caches import verify
-from pipeline.commands.monitor import monitor
 from pipeline.commands.project import check, clean, doctor, init, run
-from pipeline.commands.students import export, predict, serve
+from pipeline.commands.students import export, monitor, predict, serve
 from pipeline.errors import ending_with_a_message
 
 commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

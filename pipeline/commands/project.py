@@ -47,7 +47,7 @@ def init(
     task = new_task(read_yaml(Path("params.yaml")), answers)
     print("\n".join(task.notes))
     costs = cost(task.params, task.sources)  # before anything is written: it also says what does not suit the model
-    text = HEADER + yaml_text(task.raw, leaves_in_one_line=True)
+    text = HEADER + yaml_text(task.raw)
     if not output.exists() or output.read_text(encoding="utf-8") != text:  # asking twice keeps the first .old
         if output.exists():
             output.replace(output.with_name(f"{output.name}.old"))

@@ -34,8 +34,7 @@ from pipeline.models.machine import DTYPES, cores, cpu_info, default_device, pea
 from pipeline.params import Params, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example, Prompt, read_examples
 from pipeline.task import Task, TaskTokens
-from pipeline.teachers.engines import open_engine
-from pipeline.teachers.scores import LABELS_ONLY
+from pipeline.teachers.engines import LABELS_ONLY, open_engine
 
 if TYPE_CHECKING:
     from pipeline.evaluation.predictions import Answering

@@ -18,11 +18,10 @@ from transformers.utils import logging
 
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
 from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json, sha256_text, write_json
+from pipeline.params.data import MODEL_FILES
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBES = ("A warm, funny film.", " It's 1,024 tokens\n\nlong", "Größe: 5 € 你好 🙂", "\tdef f(x):  return x")
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
-"""What belongs to a model folder: no pickles, no Python files."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Entries of transformers' configs that list something for each layer."""
 SETTLED_NS = 2_000_000_000

@@ -11,8 +11,8 @@ from functools import partial
 from jinja2 import Environment
 
 from pipeline.params import HubDownload
-from pipeline.report.collect import DOMAINS, Collected, licence_of
-from pipeline.report.prose import about, compact, context_sizes, layers, learnt, number, percent, plural, scaled
+from pipeline.report.collect import DOMAINS, Collected
+from pipeline.report.prose import context_sizes, layers, learnt, licence_of, number, percent, plural, scaled
 from pipeline.report.tables import weakest_slice
 
 
@@ -21,25 +21,26 @@ def render_card(environment: Environment, found: Collected, student: str) -> str
     params = found.params
     base = params.base_model(params.students[student].base)
     path = params.models[base].path
-    download = params.downloads[path.split("/")[1]] if path.startswith("downloads/") else None
-    if isinstance(download, HubDownload):
-        origin = f"{download.repo} at {download.revision}"
-    else:
-        origin = "a local file or folder" if download is None else f"PyPI {download.package} {download.version}"
+    origin, hub_base = "a local file or folder", None
+    if path.startswith("downloads/"):
+        download = params.downloads[path.split("/")[1]]
+        hub_base = download.repo if isinstance(download, HubDownload) else None
+        origin = f"{hub_base} {download.revision}" if isinstance(download, HubDownload) else f"PyPI {download.package} {download.version}"
     licence = licence_of(params, path, params.models[base].licence)
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     # JSON strings are Python strings too; jinja2's own `tojson` escapes quotes for HTML.
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment.get_template("card.md.jinja").render(
         found=found,
+        document=found.document,
         name=student,
         task=params.task,
+        distilled=not params.students[student].learn_from.startswith("data/"),
         base=base,
-        hub_base=download.repo if isinstance(download, HubDownload) else None,
+        hub_base=hub_base,
         origin=origin,
         licence=licence,
         licence_id=licence.lower() if re.fullmatch(r"[A-Za-z]+[A-Za-z0-9.-]*", licence) else "other",
-        about=about(found, student),
         facts=_facts(found, student),
         limits=_limits(found, student),
     )
@@ -57,7 +58,7 @@ def _facts(found: Collected, student: str) -> dict[str, str]:
         facts["transfer examples"] = number(found.of("targets", target).get("rows"))
     if kind == "data" or (entry.ce_weight and entry.ce_target == "demonstrations"):
         facts["labelled examples"] = number(params.data.demonstrations.per_label * len(params.task.labels))
-    facts["steps"] = f"{entry.steps:,} of {plural(entry.batch_size, 'example')}, learning rate {compact(entry.learning_rate)}"
+    facts["steps"] = f"{entry.steps:,}, with {plural(entry.batch_size, 'example')} each; learning rate {entry.learning_rate:g}"
     seeds = [str(run.seed) for run in entry.runs.values()]
     facts["seeds"] = ", ".join(seeds) + ("; figures are means over them, and this folder is of the first" if len(seeds) > 1 else "")
     return facts
@@ -73,7 +74,7 @@ def _limits(found: Collected, student: str) -> list[str]:
     ]
     if weak := weakest_slice(found, student):
         where = f"{weak['dimension']} “{weak['slice']}”, {DOMAINS[weak['domain']].lower()}"
-        lines.append(f"Its weakest slice is {where}: {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')}.")
+        lines.append(f"Its weakest slice is {where}: {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')} right.")
     if asked := [entry for entry in found.of("risk", student).get("swaps", []) if entry["asked"]]:
         worst = max(asked, key=lambda entry: entry["flips"] / entry["asked"])
         lines.append(f"A swap that should not matter ({worst['what']}) changed {worst['flips']:,} of {plural(worst['asked'], 'answer')}.")

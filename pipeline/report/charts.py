@@ -5,8 +5,8 @@ picture has one label for screen readers; the tables have the numbers.
 """
 
 import math
-import re
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -18,74 +18,78 @@ from markupsafe import Markup
 from pipeline.report.collect import DOMAINS, Collected, Json, domains_of, sets_of
 from pipeline.report.prose import percent
 
-WIDTH, ROW, WIDE = 150, 21, 210
-"""Pixels: width of a chart with names beside it, height of its rows, width of one without names."""
+WIDTH, ROW = 150, 21
+"""Pixels: width of a chart with names beside it, and height of its rows."""
 TRADEOFF_WIDTH, TRADEOFF_HEIGHT = 270, 215
-CURVE_POINTS = 2400
-"""Points of all curves together, so that the page stays small with many students."""
+CURVE_POINTS = 80
 INK, MUTED, STUDENT, RULE, GRID = "var(--ink)", "var(--muted)", "var(--student)", "var(--rule)", "var(--grid)"
-MARK_ROLES = re.compile(r' (role="graphics-[a-z]+"|aria-roledescription="[^"]*"|aria-hidden="true"|pointer-events="none")')
+NAMES = alt.Axis(domain=False, ticks=False, labelPadding=8, labelLimit=150)
 
 
 def accuracy(document: Json, where: str) -> Markup:
     """Accuracy of each method on one evaluation set, with its 95 % interval; the dashed line is the reference."""
-    rows = [
-        {
-            "method": name,
-            "kind": method["kind"],
-            "accuracy": 100 * entry["accuracy"],
-            "low": 100 * entry["ci95"][0],
-            "high": 100 * entry["ci95"][1],
-        }
-        for name, method in document["methods"].items()
-        for entry in [method["sets"][where]]
-    ]
-    low, names = _lowest(document), list(document["methods"])
+    rows, low, names = _rows(document, "sets", where), _lowest(document), list(document["methods"])
     color, shape = _two("kind", ["baseline", "student"])
-    base = alt.Chart(_data(rows)).encode(y=alt.Y("method:N", sort=names, title=None, axis=_names()))
+    base = alt.Chart(_data(rows)).encode(y=alt.Y("method:N", sort=names, title=None, axis=NAMES))
     reference = alt.Chart(_data([row for row in rows if row["method"] == document["reference"]]))
     chart = alt.layer(
-        reference.mark_rule(stroke=MUTED, strokeDash=[3, 3], strokeWidth=1).encode(x=_x("accuracy", low)),
-        base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(x=_x("low", low), x2="high:Q", color=color),
-        base.mark_point(filled=True, size=70, opacity=1).encode(x=_x("accuracy", low), color=color, shape=shape),
+        reference.mark_rule(stroke=MUTED, strokeDash=[3, 3], strokeWidth=1).encode(x=_share(alt.X, "accuracy", low)),
+        base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(x=_share(alt.X, "low", low), x2="high:Q", color=color),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=_share(alt.X, "accuracy", low), color=color, shape=shape),
     ).properties(width=WIDTH, height=ROW * len(rows))
     spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})" for row in rows)
     return _svg(chart, f"Accuracy on {where} in percent with 95 % intervals: {spoken}", names)
 
 
-def spread(document: Json, method: str) -> Markup:
-    """Accuracy of a method in each of its contexts (or with each seed), a row for each evaluation set."""
+def _rows(document: Json, kind: str, key: str) -> list[Json]:
+    """Each method's accuracy and its interval (percent) on a set (`kind` "sets") or over a domain ("means")."""
+    entries = [(name, method["kind"], method[kind][key]) for name, method in document["methods"].items()]
+    return [
+        {"method": name, "kind": of, "accuracy": 100 * own["accuracy"], "low": 100 * own["ci95"][0], "high": 100 * own["ci95"][1]}
+        for name, of, own in entries
+    ]
+
+
+def spread(document: Json, method: str) -> Markup | None:
+    """Accuracy of a method in each of its contexts (or with each seed), a row for each evaluation set. None if it answered once."""
     sets = {where: entry["contexts"]["each"] for where, entry in document["methods"][method]["sets"].items() if "contexts" in entry}
+    if not sets:
+        return None
     low, rows = _lowest(document), [{"set": where, "accuracy": 100 * value} for where, each in sets.items() for value in each]
-    base = alt.Chart(_data(rows)).encode(y=alt.Y("set:N", sort=list(sets), title=None, axis=_names()))
+    base = alt.Chart(_data(rows)).encode(y=alt.Y("set:N", sort=list(sets), title=None, axis=NAMES))
     chart = alt.layer(
-        base.mark_rule(stroke=GRID, strokeWidth=6).encode(x=_x("min(accuracy)", low), x2="max(accuracy):Q"),
-        base.mark_point(filled=True, size=48, opacity=0.85, color=MUTED).encode(x=_x("accuracy", low)),
+        base.mark_rule(stroke=GRID, strokeWidth=6).encode(x=_share(alt.X, "min(accuracy)", low), x2="max(accuracy):Q"),
+        base.mark_point(filled=True, size=48, opacity=0.85, color=MUTED).encode(x=_share(alt.X, "accuracy", low)),
     ).properties(width=WIDTH, height=ROW * len(sets))
     spoken = "; ".join(f"{where} {', '.join(percent(value) for value in each)}" for where, each in sets.items())
     return _svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
 
 
-def curve(curve: pl.DataFrame, student: str, students: int) -> Markup:
-    """Training loss of one student (columns step, loss) by step: means of neighbouring steps faint, their running mean strong."""
-    width = math.ceil(curve.height / max(20, min(160, CURVE_POINTS // students)))
-    rows = curve.with_row_index().group_by(pl.col("index") // width, maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
-    rows = rows.select("step", "loss", pl.col("loss").rolling_mean(max(1, rows.height // 12), min_samples=1, center=True).alias("smooth"))
-    base = alt.Chart(_data(rows.to_dicts())).encode(x=alt.X("step:Q", title="step", axis=_ticks(), scale=alt.Scale(nice=False)))
-    chart = alt.layer(
-        base.mark_line(stroke=STUDENT, strokeWidth=1, opacity=0.3).encode(y=alt.Y("loss:Q", title="loss, nats", axis=_ticks(4))),
-        base.mark_line(stroke=STUDENT, strokeWidth=2).encode(y=alt.Y("smooth:Q", title="loss, nats")),
-    ).properties(width=WIDE, height=120)
-    first, last = rows["smooth"][0], rows["smooth"][-1]
-    return _svg(chart, f"Training loss of {student}: from {first:.3f} to {last:.3f} nats over {curve['step'].max()} steps")
+def curve(found: Collected, student: str) -> Markup | None:
+    """Training loss of one student by step, in means over neighbouring steps. None if it was not recorded."""
+    steps: pl.DataFrame | None = found.files.get(f"metrics/curves/{student}.csv")
+    if steps is None:
+        return None
+    group = pl.int_range(pl.len()) // math.ceil(steps.height / CURVE_POINTS)
+    rows = steps.group_by(group.alias("group"), maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
+    x = alt.X("step:Q", title="step", axis=_ticks(), scale=alt.Scale(nice=False))
+    chart = alt.Chart(_data(rows.to_dicts())).mark_line(stroke=STUDENT, strokeWidth=2)
+    chart = chart.encode(x=x, y=alt.Y("loss:Q", title="loss, nats", axis=_ticks())).properties(width=210, height=120)
+    return _svg(
+        chart, f"Training loss of {student}: from {rows['loss'][0]:.3f} to {rows['loss'][-1]:.3f} nats over {rows['step'][-1]} steps"
+    )
 
 
-def reliability(found: Collected, method: str) -> Markup:
-    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled."""
-    lowest = 100 / len(found.params.task.labels)
-    rows = [{"domain": domain, **one} for domain in domains_of(found.document) for one in _pooled_bins(found, method, domain)]
-    x = alt.X("confidence:Q", title="confidence, %", scale=alt.Scale(domain=[lowest, 100], nice=False), axis=_ticks())
-    y = alt.Y("accuracy:Q", title="right, %", scale=alt.Scale(domain=[0, 100], nice=False), axis=_ticks())
+def reliability(found: Collected, method: str) -> Markup | None:
+    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled. None if there are no bins."""
+    if not (detail := found.of("detail", method)):
+        return None
+    rows, lowest = list[Json](), 100 / len(found.params.task.labels)
+    for domain in domains_of(found.document):
+        bins = pl.DataFrame([entry for where in sets_of(found.document, domain) for entry in detail["sets"][where]["reliability"]])
+        means = [(pl.col(key) * pl.col("n")).sum() / pl.col("n").sum() * 100 for key in ("confidence", "accuracy")]
+        rows += bins.group_by("low").agg(*means, pl.col("n").sum(), pl.lit(domain).alias("domain")).sort("low").to_dicts()
+    x, y = _share(alt.X, "confidence", lowest, "confidence, %"), _share(alt.Y, "accuracy", 0, "right, %")
     color, shape = _two("domain", ["in", "out"])
     size = alt.Size("n:Q", scale=alt.Scale(type="sqrt", range=[18, 170], domain=[1, max(row["n"] for row in rows)]), legend=None)
     ideal = alt.Chart(_data([{"confidence": value, "accuracy": value} for value in (lowest, 100)]))
@@ -102,38 +106,14 @@ def reliability(found: Collected, method: str) -> Markup:
     return _svg(chart, f"Reliability of {method}: {spoken}")
 
 
-def _pooled_bins(found: Collected, method: str, domain: str) -> list[Json]:
-    """The bins of several sets as one: counts add up; confidence and accuracy, in percent, are means over examples."""
-    bins: dict[float, list[Json]] = {}
-    for where in sets_of(found.document, domain):
-        for entry in found.of("detail", method)["sets"][where]["reliability"]:
-            bins.setdefault(entry["low"], []).append(entry)
-    totals = {low: sum(entry["n"] for entry in entries) for low, entries in sorted(bins.items())}
-    return [
-        {"n": n} | {key: 100 * sum(entry["n"] * entry[key] for entry in bins[low]) / n for key in ("confidence", "accuracy")}
-        for low, n in totals.items()
-    ]
-
-
 def frontier(document: Json, domain: str) -> tuple[list[Json], list[Json]]:
-    """The methods whose latency was measured, as rows of method, kind, latency (ms) and accuracy with its interval (percent), by latency;
-    and those of them that no other method beats in accuracy at their latency or less.
+    """The methods whose latency was measured, as `_rows` with `latency` (ms), fastest first; and those that no other method beats in
+    accuracy at their latency or less.
     """
-    rows = [
-        {
-            "method": name,
-            "kind": method["kind"],
-            "latency": float(method["cost"]["latency_ms"]),
-            "accuracy": 100 * method["means"][domain]["accuracy"],
-            "low": 100 * method["means"][domain]["ci95"][0],
-            "high": 100 * method["means"][domain]["ci95"][1],
-        }
-        for name, method in document["methods"].items()
-        if (method["cost"] or {}).get("latency_ms")
-    ]
+    costs: Json = {name: (method["cost"] or {}).get("latency_ms") for name, method in document["methods"].items()}
+    rows = [row | {"latency": costs[row["method"]]} for row in _rows(document, "means", domain) if costs[row["method"]]]
     rows.sort(key=lambda row: (row["latency"], -row["accuracy"]))
-    unbeaten = [row for n, row in enumerate(rows) if all(row["accuracy"] > other["accuracy"] for other in rows[:n])]
-    return rows, unbeaten
+    return rows, [row for n, row in enumerate(rows) if all(row["accuracy"] > other["accuracy"] for other in rows[:n])]
 
 
 def tradeoff(document: Json, domain: str) -> Markup | None:
@@ -150,10 +130,7 @@ def tradeoff(document: Json, domain: str) -> Markup | None:
     scale = alt.Scale(type="log", domain=[left, right], nice=False)
     x = alt.X("latency:Q", title="latency, ms an example (log scale)", scale=scale, axis=_ticks(values=values, format="~s"))
     color, shape = _two("kind", ["baseline", "student"])
-
-    def y(field: str) -> alt.Y:
-        return alt.Y(f"{field}:Q", title="accuracy, %", scale=alt.Scale(domain=[low, 100], nice=False, zero=False), axis=_ticks())
-
+    y = partial(_share, alt.Y, low=low, title="accuracy, %")
     base = alt.Chart(_data(rows)).encode(x=x)
     layers: list[Any] = [
         alt.Chart(_data(unbeaten)).mark_line(interpolate="step-after", stroke=RULE, strokeWidth=1.5).encode(x=x, y=y("accuracy")),
@@ -189,9 +166,9 @@ def _lowest(document: Json) -> float:
     return max(0.0, 100 * min(values) // 10 * 10)
 
 
-def _x(field: str, low: float, heading: str | None = None) -> alt.X:
-    """A horizontal scale from `low` to 100 percent. Each layer states it: Vega-Lite widens the scale to zero for a layer that does not."""
-    return alt.X(f"{field}:Q", title=heading, scale=alt.Scale(domain=[low, 100], nice=False, zero=False), axis=_ticks())
+def _share(channel: Any, field: str, low: float, title: str | None = None) -> Any:
+    """A scale from `low` to 100 percent (`alt.X` or `alt.Y`). Each layer states it: Vega-Lite widens the scale to zero if one does not."""
+    return channel(f"{field}:Q", title=title, scale=alt.Scale(domain=[low, 100], nice=False, zero=False), axis=_ticks())
 
 
 def _two(field: str, values: list[str]) -> tuple[alt.Color, alt.Shape]:
@@ -201,12 +178,8 @@ def _two(field: str, values: list[str]) -> tuple[alt.Color, alt.Shape]:
     return alt.Color(f"{field}:N", scale=color, legend=None), alt.Shape(f"{field}:N", scale=shape, legend=None)
 
 
-def _names() -> alt.Axis:
-    return alt.Axis(domain=False, ticks=False, labelPadding=8, labelLimit=150)
-
-
-def _ticks(count: int = 5, **settings: Any) -> alt.Axis:
-    return alt.Axis(tickCount=count, domain=False, ticks=False, grid=True, labelPadding=6, labelFlush=False, **settings)
+def _ticks(**settings: Any) -> alt.Axis:
+    return alt.Axis(tickCount=4, domain=False, ticks=False, grid=True, labelPadding=6, labelFlush=False, **settings)
 
 
 def _svg(chart: Any, label: str, names: Sequence[str] = ()) -> Markup:
@@ -215,7 +188,7 @@ def _svg(chart: Any, label: str, names: Sequence[str] = ()) -> Markup:
     fonts = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelFont": "sans-serif", "titleFont": "sans-serif"}
     padding = {"left": 4 + round(1.2 * max(map(len, names), default=0)), "right": 10, "top": 4, "bottom": 4}
     drawn = chart.configure(aria=False, background="transparent", padding=padding).configure_view(stroke=None)
-    drawn = drawn.configure_axis(**axis, **fonts).configure_text(font="sans-serif", fontSize=12)
+    drawn = drawn.configure_axis(**axis, **fonts).configure_axisY(titlePadding=9).configure_text(font="sans-serif", fontSize=12)
     text = vl_convert.vegalite_to_svg(drawn.to_dict())
-    text = MARK_ROLES.sub("", text[text.index("<svg") :])
+    text = text[text.index("<svg") :]
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))  # noqa: S704  built here from escaped parts

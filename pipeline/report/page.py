@@ -3,37 +3,33 @@
 The page has no script, font or picture from outside; the content security policy in its head forbids them. jinja2 escapes everything that
 comes from data or params. Charts are the only markup passed through, and they are built from escaped parts.
 
-A section is an entry of `SECTIONS` (anchor, name in the navigation, heading, a function that gives what its template needs beyond `found`,
-or None if the section does not apply) and `templates/sections/ANCHOR.html.jinja`.
+A section is an entry of `SECTIONS` and `templates/sections/ANCHOR.html.jinja`, which calls `tables`, `charts`, `prose` and the functions
+below for what it shows.
 """
 
 import platform
 import re
-from collections.abc import Callable
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
-from ruamel.yaml import YAML
 
 from pipeline.evaluation.free_text import values_of
 from pipeline.files import Folders, sha256_json, sha256_text, write_json, write_text
-from pipeline.params import FormParams, Params
+from pipeline.params import Params, yaml_text
 from pipeline.params.reading import VERSIONS
 from pipeline.report import charts, prose, tables
 from pipeline.report.card import render_card
-from pipeline.report.collect import DOMAINS, Collected, Json, collect, domains_of, licence_of, ranked_students, stage_of
+from pipeline.report.collect import DOMAINS, Collected, Json, collect, domains_of, ranked
 from pipeline.report.prose import percent
 
-STUDENTS_COMPARED = 3
-"""Students shown side by side in slices and risk checks: the best ones."""
-SAMPLES, LONGEST_TEXT, FLIPS, ATTRIBUTIONS, STRONGEST_WORDS = 12, 320, 3, 4, 4
-"""Texts shown on the page, and their longest length."""
-FILTERS = (prose.compact, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span)
+SAMPLES, FLIPS, ATTRIBUTIONS, STRONGEST_WORDS = 12, 3, 4, 4
+SECTIONS = ("findings", "results", "cost", "confidence", "mistakes", "risks", "contexts", "training", "data", "reproduce")
+"""Anchors; capitalised, they are the headings."""
+ANSWER_SECTIONS = ("answers", *SECTIONS[-3:])
 
 
 def build_report(params: Params, folders: Folders, project: Path) -> None:
@@ -52,16 +48,13 @@ def build_report(params: Params, folders: Folders, project: Path) -> None:
 
 def render_page(found: Collected) -> str:
     """The report as HTML. A section that does not apply is left out."""
-    environment = _environment(escaping=True)
-    common = {"found": found, "document": found.document, "reference": found.document["reference"]}
-    sections = []
-    for anchor, nav, heading, values in ANSWER_SECTIONS if "answers" in found.document else SECTIONS:
-        if (given := values(found)) is not None:
+    environment, sections = _environment(escaping=True), {}
+    for anchor in ANSWER_SECTIONS if "answers" in found.document else SECTIONS:
+        if found.params.students or anchor not in {"risks", "training"}:
             template = environment.get_template(f"sections/{anchor}.html.jinja")
-            body = template.render(**common, missing=lambda *prefixes: prose.missing_files(found, *prefixes), **given)
-            sections.append({"anchor": anchor, "nav": nav, "heading": heading, "body": Markup(body)})  # noqa: S704  a template's output
-    texts = {"title": prose.title(found.params), "lead": prose.lead(found), "figures": prose.key_figures(found)}
-    return environment.get_template("page.html.jinja").render(**texts, sections=sections)
+            body = template.render(found=found, document=found.document, reference=found.document["reference"])
+            sections[anchor] = Markup(body)  # noqa: S704  a template's output
+    return environment.get_template("page.html.jinja").render(found=found, sections=sections)
 
 
 def _environment(*, escaping: bool) -> Environment:
@@ -79,120 +72,29 @@ def _environment(*, escaping: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code} | {function.__name__: function for function in FILTERS}
-    functions = (licence_of, prose.calibrated, prose.layers, prose.learnt)
-    environment.globals |= {"cell": tables.Cell} | {function.__name__: function for function in functions}
+    filters = (code, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span)
+    environment.filters |= {function.__name__: function for function in filters}
+    functions = (domains_of, ranked, disagreements, risks_of_best, flipped, attributions, samples, identity, yaml_text)
+    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {"DOMAINS": DOMAINS, "cell": tables.Cell, "charts": charts, "prose": prose, "tables": tables}
     return environment
 
 
-def _results(found: Collected) -> Json:
-    drawn = {
-        f"{where}, {DOMAINS[own['domain']].lower()}": charts.accuracy(found.document, where)
-        for where, own in found.document["sets"].items()
-    }
-    return {"headline": tables.headline(found), "charts": drawn, "comparisons": tables.comparisons(found.document)}
-
-
-def _cost(found: Collected) -> Json:
-    tradeoff = {DOMAINS[domain]: charts.tradeoff(found.document, domain) for domain in domains_of(found.document)}
-    break_even = found.of("runtime", "break-even").get("students", {})
-    return {
-        "tradeoff": {heading: chart for heading, chart in tradeoff.items() if chart},
-        "measured_on": prose.measured_on(found),
-        "stale": " ".join(stage_of(found.params, name) for name in sorted(found.stale_cost)),
-        "break_even": [_break_even(name, entry) for name, entry in break_even.items()],
-        "lacking": list(dict.fromkeys(line for entry in break_even.values() for line in entry["missing"])),
-    }
-
-
-def _break_even(name: str, entry: Json) -> Json:
-    """A student's seconds, and after how many predictions they are saved, as (text, note)."""
-    parts = [seconds for key in ("capture_seconds", "tuning_seconds", "base_training_seconds") for seconds in entry.get(key, {}).values()]
-    row: Json = {"name": name, "makers": None if None in parts else sum(parts), "training": entry["training_seconds"]}
-    for key in ("one_by_one", "batched"):
-        count, saved = entry[key]["predictions"], entry[key]["saved_seconds"] or 0.0
-        row[key] = ("never" if saved < 0 else prose.DASH, "") if count is None else (f"{count:,}", f"saves {1000 * saved:,.0f} ms each")
-    return row
-
-
-def _confidence(found: Collected) -> Json:
-    shown = [*ranked_students(found.document)[:STUDENTS_COMPARED], found.document["reference"]]
-    drawn = {name: charts.reliability(found, name) for name in shown if found.of("detail", name)}
-    return {"charts": drawn, "calibration": tables.calibration(found), "has_both": len(domains_of(found.document)) > 1}
-
-
-def _mistakes(found: Collected) -> Json:
-    students, reference = ranked_students(found.document), found.document["reference"]
-    return {
-        "confusion": tables.confusion(found, [*students[:1], reference]),
-        "slices": tables.slices(found, [*students[:STUDENTS_COMPARED], reference]),
-        "student": next(iter(students), None),
-        "examples": _disagreements(found, students[0]) if students else [],
-    }
-
-
-def _risks(found: Collected) -> Json | None:
-    shown = [name for name in ranked_students(found.document) if found.of("risk", name)][:STUDENTS_COMPARED]
-    flipped = {name: _flipped(found.of("risk", name)) for name in shown}
-    given = {"shown": shown, "flipped": flipped, "attributions": _attributions(found.of("risk", shown[0])) if shown else []}
-    return given if found.params.students else None
-
-
-def _contexts(found: Collected) -> Json:
-    document = found.document
-    several = [name for name, method in document["methods"].items() if any("contexts" in entry for entry in method["sets"].values())]
-    counted = found.files.get("metrics/prepare.json", {}).get("contexts", {})
-    tokens = {name: list(entry["tokens"].values()) for name, entry in counted.items() if entry["tokens"]}
-    return {
-        "charts": {name: charts.spread(document, name) for name in several},
-        "tokens": [f"`{name}`: {prose.plural(len(own), 'context')} of {min(own):,} to {max(own):,} tokens" for name, own in tokens.items()],
-        "fidelity": {name: entry for name in found.params.teachers if (entry := found.of("fidelity", name))},
-    }
-
-
-def _training(found: Collected) -> Json | None:
-    drawn = {name: charts.curve(curve, name, len(found.curves)) for name, curve in found.curves.items()}
-    return {"curves": drawn} if found.params.students else None
-
-
-def _reproduce(found: Collected) -> Json:
-    """Params, what was downloaded, digests of the students, versions of the libraries."""
-    params, text, idle = found.params, StringIO(), {"runtime", "monitor"}
-    yaml = YAML(typ="safe", pure=True)
-    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.default_flow_style, yaml.width = False, 120
-    yaml.dump(params.model_dump(mode="json", exclude_defaults=True, exclude=idle), text)
-    identity: Json = {"Params": {"sha256": sha256_json(params.model_dump(mode="json", exclude=idle))}}
-    identity |= {f"Download {name}": entry.model_dump(exclude_defaults=True) for name, entry in params.downloads.items()}
+def identity(found: Collected) -> Json:
+    """What a run is known by: hashes of its params and of the students' files, versions of the libraries."""
+    params = found.params
+    shown: Json = {"Params": {"sha256": sha256_json(params.model_dump(mode="json", exclude={"runtime", "monitor"}))}}
     for name in params.students:
-        if (manifest := found.files.get(f"artifacts/students/{name}/manifest.json")) is not None:
-            identity[f"Student {name}"] = {file: entry["sha256"] for file, entry in manifest["files"].items()}
-    versions = {"python": platform.python_version()} | {name: version(name) for group in VERSIONS.values() for name in group}
-    return {"identity": identity | {"Versions": versions}, "text": text.getvalue()}
+        if manifest := found.files.get(f"artifacts/students/{name}/manifest.json"):
+            shown[f"Student {name}"] = {file: entry["sha256"] for file, entry in manifest["files"].items()}
+    libraries = {name: version(name) for group in VERSIONS.values() for name in group}
+    return shown | {"Versions": {"python": platform.python_version()} | libraries}
 
 
-def _answers(found: Collected) -> Json:
-    form = found.params.task.completion and found.params.task.completion.form
-    compared = tables.comparisons(found.document)
-    return {"table": tables.answers(found.document), "comparisons": compared, "samples": _samples(found, form), "form": form}
+# Texts with what was said of them, for the macro `articles`: `where`, `texts` (a text, or its pieces, each with its side) and `pairs`.
 
 
-SECTIONS: list[tuple[str, str, str, Callable[[Collected], Json | None]]] = [
-    ("shows", "What it shows", "What this run shows", lambda found: {"findings": prose.findings(found.document)}),
-    ("results", "Results", "Results", _results),
-    ("cost", "Cost", "Cost", _cost),
-    ("calibration", "Confidence", "Confidence", _confidence),
-    ("mistakes", "Mistakes", "Mistakes", _mistakes),
-    ("risks", "Risks", "Risk checks", _risks),
-    ("contexts", "Contexts", "Contexts and targets", _contexts),
-    ("training", "Training", "Training", _training),
-    ("data", "Data", "Data", lambda _: {}),
-    ("reproduce", "Reproduce", "Reproduce", _reproduce),
-]
-ANSWER_SECTIONS = [("answers", "Results", "Results", _answers), *SECTIONS[-3:]]
-
-
-def _disagreements(found: Collected, student: str) -> list[Json]:
+def disagreements(found: Collected, student: str) -> list[Json]:
     """Of each evaluation set, the most confident disagreement in which the student is right and the one in which it is wrong."""
     reference, keys = found.document["reference"], ["set", "example_id"]
     ours, theirs = (found.predictions[name].with_columns(p=pl.col("probabilities").list.max()) for name in (student, reference))
@@ -203,11 +105,11 @@ def _disagreements(found: Collected, student: str) -> list[Json]:
     return [
         {
             "where": f"{where} · student {'right' if right else 'wrong'}",
-            "texts": [_shortened(found.texts[where].get(row["example_id"], ""))],
+            "texts": [found.texts[where].get(row["example_id"], "")],
             "pairs": {
                 "gold": row["label"],
-                student: f"{row['predicted']}, {percent(row['p'], 0)} %",
-                reference: f"{row['predicted_reference']}, {percent(row['p_reference'], 0)} %",
+                student: _answer(row["predicted"], row["p"]),
+                reference: _answer(row["predicted_reference"], row["p_reference"]),
             },
         }
         for where in found.texts
@@ -216,24 +118,30 @@ def _disagreements(found: Collected, student: str) -> list[Json]:
     ]
 
 
-def _flipped(risk: Json) -> list[Json]:
+def risks_of_best(found: Collected) -> dict[str, Json]:
+    """The best students of which risks were checked, and what was found."""
+    checked = [(name, found.of("risk", name)) for name in ranked(found.document, "student")]
+    return dict([(name, risk) for name, risk in checked if risk][: tables.COMPARED])
+
+
+def flipped(risk: Json) -> list[Json]:
     """Texts whose answer changed with a swap, before and after."""
-    examples = [(entry["name"].replace("_", " "), one) for entry in risk["swaps"] for one in entry["examples"]]
     return [
         {
-            "where": swap,
+            "where": entry["name"].replace("_", " "),
             "texts": [" / ".join(one["before"].values()), " / ".join(one["after"].values())],
             "pairs": {
                 "answer": f"{one['answer_before']} → {one['answer_after']} (gold {one['label']})",
                 "probability of the first answer": f"{percent(one['p_before'], 0)} → {percent(one['p_after'], 0)} %",
             },
         }
-        for swap, one in examples
+        for entry in risk["swaps"]
+        for one in entry["examples"]
         if one["answer_before"] != one["answer_after"]
     ][:FLIPS]
 
 
-def _attributions(risk: Json) -> list[Json]:
+def attributions(risk: Json) -> list[Json]:
     """Sampled disagreements with their words: each field as pieces (text, "for" or "against" if the word weighs much, else "")."""
     shown = []
     for entry in risk["attributions"][:ATTRIBUTIONS]:
@@ -248,33 +156,32 @@ def _attributions(risk: Json) -> list[Json]:
             texts.append([*pieces, (text[at:], "")])
         pairs = {
             "gold": entry["label"],
-            risk["student"]: f"{entry['student']}, {percent(entry['student_p'], 0)} %",
-            risk["reference"]: f"{entry['reference']}, {percent(entry['reference_p'], 0)} %",
+            risk["student"]: _answer(entry["student"], entry["student_p"]),
+            risk["reference"]: _answer(entry["reference"], entry["reference_p"]),
             "strongest words": ", ".join(f"“{word['word']}” {word['weight']:+.2f}".replace("-", "−") for word in strongest),
         }
         shown.append({"where": entry["set"], "texts": texts, "pairs": pairs})
     return shown
 
 
-def _samples(found: Collected, form: FormParams | None) -> list[Json]:
+def samples(found: Collected) -> list[Json]:
     """Examples drawn by their hash, evenly over the sets that have texts, with each method's answer in its first run."""
-
-    def said(row: dict[str, Any]) -> str:
-        answer = row["answer"].strip()
-        return _shortened(answer) + (" (ill-formed)" if form is not None and values_of(answer, form) is None else "")
-
-    first = {method: frame.unique(["set", "example_id"], keep="first", maintain_order=True) for method, frame in found.predictions.items()}
-    answers = {(method, row["set"], row["example_id"]): row for method, frame in first.items() for row in frame.iter_rows(named=True)}
+    form = found.params.task.completion and found.params.task.completion.form
+    answers: dict[tuple[str, str], dict[str, Any]] = {}
+    for method, frame in found.predictions.items():
+        for row in frame.unique(["set", "example_id"], keep="first", maintain_order=True).iter_rows(named=True):
+            ill = "(ill-formed) " if form is not None and values_of(row["answer"].strip(), form) is None else ""
+            said = answers.setdefault((row["set"], row["example_id"]), {"gold": row["label"], "pairs": {}})
+            said["pairs"][method] = ill + row["answer"].strip()
     shown = []
     for where, texts in found.texts.items():
         drawn = sorted(texts, key=lambda example: sha256_text("sample\0" + example))
         for example in drawn[: max(1, SAMPLES // len(found.texts))]:
-            rows = {method: answers[method, where, example] for method in first if (method, where, example) in answers}
-            gold = next((f" · gold {row['label']}" for row in rows.values() if row["label"] is not None), "")
-            pairs = {method: said(row) for method, row in rows.items()}
-            shown.append({"where": where + gold, "texts": [_shortened(texts[example])], "pairs": pairs})
+            gold, pairs = answers[where, example].values()
+            heading = where if gold is None else f"{where} · gold {gold}"
+            shown.append({"where": heading, "texts": [texts[example]], "pairs": pairs})
     return shown
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1].rstrip() + "…"
+def _answer(label: str, probability: float) -> str:
+    return f"{label}, {percent(probability, 0)} %"

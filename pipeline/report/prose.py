@@ -7,7 +7,7 @@ sentence whose numbers are missing is left out. Names are in backticks, which th
 from collections.abc import Iterable
 
 from pipeline.params import Params, StudentParams, TargetParams
-from pipeline.report.collect import DOMAINS, Collected, Json, best, comparison, domains_of, main_domain, sets_of
+from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 
 DASH = "–"
 ONE_LABEL_SHARE = 0.9
@@ -21,8 +21,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def points(difference: float) -> str:
     """A difference of fractions in percentage points, with a true minus sign: -0.021 → −2.1."""
-    text = f"{100 * difference:+.1f}".replace("-", "−")
-    return "0.0" if text in {"+0.0", "−0.0"} else text
+    return f"{100 * difference:+z.1f}".replace("-", "−")
 
 
 def span(interval: list[float], digits: int = 1) -> str:
@@ -45,11 +44,6 @@ def scaled(value: float | None, unit: str = "") -> str:
     return f"{value:,.0f} {unit}".rstrip()
 
 
-def compact(value: float) -> str:
-    """A setting as people write it: 5e-05 → 5e-5."""
-    return f"{value:g}".replace("e-0", "e-")
-
-
 def p_value(value: float | None) -> str:
     """A p-value with three digits."""
     return DASH if value is None else "under 0.001" if value < 0.001 else f"{value:.3f}"
@@ -66,6 +60,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def licence_of(params: Params, path: str, otherwise: str = "the user’s own") -> str:
+    """The licence of a file: that of the download which it is part of, else `otherwise`."""
+    first, _, rest = path.partition("/")
+    return params.downloads[rest.partition("/")[0]].licence if first == "downloads" else otherwise
+
+
 def about(found: Collected, method: str) -> str:
     """One line on what a method is."""
     params = found.params
@@ -75,11 +75,9 @@ def about(found: Collected, method: str) -> str:
     if not baseline.target_set:
         return f"asks {baseline.prompts}"
     target = params.targets[baseline.target_set]
-    several = context_sizes(params, baseline.target_set)[0]
-    text = f"prompts {' + '.join(target.teachers)}, {calibrated(target)}"
-    if several == 1:
-        return text
-    return f"{text}, {'each context by itself' if baseline.contexts == 'each' else f'{several} contexts averaged'}"
+    contexts = context_sizes(params, baseline.target_set)[0]
+    how = "" if contexts == 1 else ", one context at a time" if baseline.contexts == "each" else f", mean of {contexts} contexts"
+    return f"prompts {' + '.join(target.teachers)}; {calibrated(target)}{how}"
 
 
 def learnt(student: StudentParams) -> str:
@@ -95,18 +93,18 @@ def learnt(student: StudentParams) -> str:
 
 
 def calibrated(target: TargetParams) -> str:
-    """How a target set is calibrated, as params.yaml says it."""
-    text = f"calibration {target.calibration}" + (" within each source" if target.calibrate_by == "source" else "")
-    return text + "".join(f", {teacher} {kind}" for teacher, kind in target.calibrations.items())
+    """How a target set is calibrated, in the words of params.yaml."""
+    within = " within each source" if target.calibrate_by == "source" else ""
+    text = "not calibrated" if target.calibration == "none" else f"{target.calibration} calibration{within}"
+    return text + "".join(f", {teacher}: {kind}" for teacher, kind in target.calibrations.items())
 
 
 def layers(found: Collected, student: str) -> str:
-    """Which layers of its base a student keeps, and how many if training recorded it."""
-    kept, recorded = found.params.students[student].layers, found.of("train", student).get("layers")
-    number = len(recorded) if isinstance(recorded, list) else recorded
+    """How many layers of its base a student keeps, if training recorded it, and which."""
+    kept, count = found.params.students[student].layers, found.of("train", student).get("layers")
     if kept is None:
-        return "all layers" if number is None else f"all {number} layers"
-    return f"layers {kept}" if number is None else f"{number} layers ({kept})"
+        return "all layers" if count is None else f"all {count} layers"
+    return f"layers {kept}" if count is None else f"{count} layers ({kept})"
 
 
 def context_sizes(params: Params, targets: str) -> tuple[int, int]:
@@ -124,16 +122,14 @@ def title(params: Params) -> str:
 def lead(found: Collected) -> list[str]:
     """What was distilled into what, from how much: a few sentences for the top of the page."""
     params, reference = found.params, found.params.evaluation.reference
-    target = params.baselines[reference].target_set
-    if target:
+    lines = [f"The teacher is `{reference}`. Students learn from its answers, token by token, and see the bare input."]
+    if target := params.baselines[reference].target_set:
         contexts, demonstrations = context_sizes(params, target)
         models = listed(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers))
-        text = f"The teacher is {models}, prompted with {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}."
+        prompted = f"{plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}"
+        lines = [f"The teacher is {models}, prompted with {prompted}."]
         if (rows := found.of("targets", target).get("rows")) is not None:
-            text += f" Its answers to {rows:,} unlabelled examples are what students can learn from."
-        lines = [text]
-    else:
-        lines = [f"The teacher is `{reference}`. Students learn from its answers, token by token, and see the bare input."]
+            lines[0] += f" Students learn from its answers to {rows:,} unlabelled examples."
     for name, student in params.students.items():
         size = f" ({scaled(count)} parameters)" if (count := found.of("train", name).get("parameters")) is not None else ""
         kept = f"layers {student.layers} of " if student.layers else ""
@@ -143,23 +139,22 @@ def lead(found: Collected) -> list[str]:
 
 def key_figures(found: Collected) -> list[tuple[str, str, str]]:
     """At most four of (figure, what it is, note) about the best student; for free text the share of well-formed answers of each student."""
-    document, methods = found.document, found.document["methods"]
-    domain, reference = main_domain(document), document["reference"]
+    document, methods, students = found.document, found.document["methods"], ranked(found.document, "student")
+    domain, reference = domains_of(document)[-1], document["reference"]
     theirs = methods[reference]["means"][domain]
     if document.get("answers"):
         shares = {name: methods[name]["means"][domain].get("well_formed") for name in found.params.students}
-        note = f"{reference} {percent(theirs.get('well_formed'))} %, {DOMAINS[domain].lower()}"
-        return [(f"{percent(share)} %", "well formed", f"`{name}`; {note}") for name, share in shares.items() if share is not None][:4]
-    if not found.params.students:
+        note = f"`{reference}` has {percent(theirs.get('well_formed'))} %, {DOMAINS[domain].lower()}"
+        return [(f"{percent(share)} %", f"well formed, {name}", note) for name, share in shares.items() if share is not None][:4]
+    if not students:
         return []
-    top = best(document, domain, "student")[0]
-    ours, row = methods[top]["means"][domain], comparison(document, top, reference, domain)
-    note = f"which has {percent(theirs['accuracy'])} %" + ("" if row is None or row["clear"] else "; not told apart")
-    right = f"best student, `{top}`; 95 % interval {span(ours['ci95'])}"
+    ours, row = methods[students[0]]["means"][domain], comparison(document, students[0], reference, domain)
+    note = f"which has {percent(theirs['accuracy'])} %" + ("" if row is None or row["clear"] else "; the difference is not clear")
+    right = f"best student, `{students[0]}`; 95 % interval {span(ours['ci95'])}"
     figures = [(f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", right)]
     figures.append((points(ours["accuracy"] - theirs["accuracy"]), f"points compared with {reference}", note))
     for key, unit, what in (("prompt_tokens", "", "prompt tokens an example"), ("latency_ms", " ms", "an example, median")):
-        both = [found.of("cost", name).get(key) for name in (top, reference)]
+        both = [found.of("cost", name).get(key) for name in (students[0], reference)]
         figures += [(f"{both[0]:,.0f}{unit}", what, f"instead of {both[1]:,.0f}{unit}")] if None not in both else []
     return figures
 
@@ -172,26 +167,39 @@ def missing_files(found: Collected, *prefixes: str) -> str:
     untracked = any(file.startswith(("metrics/cost", "metrics/runtime")) for file in absent)
     commands = " ".join(dict.fromkeys([*absent.values(), "report"]))
     text = f"Not found: {listed(absent)}. Run `dvc repro {'-f -s ' if untracked else ''}{commands}`."
-    return f"{text} These are times of one machine, which DVC does not keep." if untracked else text
+    return f"{text} DVC does not keep them, because they hold the times of one machine." if untracked else text
 
 
-def measured_on(found: Collected) -> str:
+def measured_on(document: Json) -> str:
     """What costs were measured with: processor, number formats, threads, number of texts; a sentence for each way there is."""
-    ways: dict[str, None] = {}
-    for one in (cost["measured"] for name in found.document["methods"] if (cost := found.of("cost", name))):
-        machine = ", ".join([one["processor"], *one["dtypes"], plural(one["threads"], "thread")])
-        counts = f"latency over {plural(one['examples'], 'text')} one by one, throughput over {plural(one['batched'], 'text')} in batches"
-        ways[f"Measured on {machine}: {counts}."] = None
-    return " ".join(ways)
+    ways = [
+        f"{', '.join([one['processor'], *one['dtypes'], plural(one['threads'], 'thread')])}; "
+        f"latency over {plural(one['examples'], 'text')}, throughput over {plural(one['batched'], 'text')}"
+        for one in (method["cost"]["measured"] for method in document["methods"].values() if method["cost"])
+    ]
+    return f"Measured on: {'. '.join(dict.fromkeys(ways))}." if ways else ""
+
+
+def context_tokens(found: Collected) -> str:
+    """How long the contexts are."""
+    counted = found.files.get("metrics/prepare.json", {}).get("contexts", {})
+    sizes = {name: list(entry["tokens"].values()) for name, entry in counted.items() if entry["tokens"]}
+    return "; ".join(f"`{name}`: {plural(len(own), 'context')} of {min(own):,} to {max(own):,} tokens" for name, own in sizes.items())
 
 
 def findings(document: Json) -> list[str]:
     """Sentences for "What this run shows", the most important first."""
-    if all(method["kind"] != "student" for method in document["methods"].values()):
-        lines = ["This run has no student: it shows prompting alone."]
-    else:
-        lines = [_best_student(document, domain) for domain in reversed(domains_of(document))]
-        lines += [*_better_prompt(document), _confidence(document)]
+    lines = ["This run has no student: it shows prompting alone."]
+    if students := ranked(document, "student"):
+        domain, reference, methods = domains_of(document)[-1], document["reference"], document["methods"]
+        lines = [_best_student(document, one) for one in reversed(domains_of(document))]
+        winner, means = ranked(document)[0], {name: method["means"][domain] for name, method in methods.items()}
+        row = comparison(document, students[0], winner, domain)
+        if methods[winner]["kind"] == "baseline" and means[winner]["accuracy"] > means[reference]["accuracy"] and row is not None:
+            lines.append(f"{DOMAINS[domain]}, the prompt `{winner}` is the most accurate method; `{students[0]}` is {difference(row)}.")
+        ours, theirs = (percent(means[name]["ece"]) for name in (students[0], reference))
+        off = f"the confidence of `{students[0]}` is off by {ours} points on average (expected calibration error)"
+        lines.append(f"{DOMAINS[domain]}, {off}, that of `{reference}` by {theirs}.")
     return lines + _spread(document) + _one_label(document)
 
 
@@ -205,38 +213,16 @@ def difference(row: Json) -> str:
 
 
 def _best_student(document: Json, domain: str) -> str:
-    names, reference = best(document, domain, "student"), document["reference"]
-    found = document["methods"][names[0]]["means"][domain]
-    who = f"the best student is {listed(names)}" if len(names) == 1 else f"the best students are {listed(names)}"
-    text = f"{DOMAINS[domain]} ({listed(sets_of(document, domain))}), {who}: {percent(found['accuracy'])} % right"
+    name = ranked(document, "student", domain)[0]
+    found = document["methods"][name]["means"][domain]
+    text = f"{DOMAINS[domain]} ({listed(sets_of(document, domain))}), the best student is `{name}`: {percent(found['accuracy'])} % right"
     text += f" (95 % interval {span(found['ci95'])}), with no demonstrations in the prompt."
-    if (row := comparison(document, names[0], reference, domain)) is not None:
+    if (row := comparison(document, name, document["reference"], domain)) is not None:
         text += f" It is {difference(row)}."
-    pairs = {other: comparison(document, names[0], other, domain) for other in document["methods"] if other not in names}
+    pairs = {other: comparison(document, name, other, domain) for other in document["methods"]}
     if unclear := [other for other, row in pairs.items() if row is not None and not row["clear"]]:
-        text += f" It is not told apart from {listed(unclear)}: the intervals of these differences include zero."
+        text += f" It is not clearly better or worse than {listed(unclear)}: the intervals of these differences include zero."
     return text
-
-
-def _better_prompt(document: Json) -> list[str]:
-    domain = main_domain(document)
-    top = best(document, domain, "student")[0]
-    lines = []
-    for winner in best(document, domain):
-        row = comparison(document, top, winner, domain)
-        if document["methods"][winner]["kind"] == "baseline" and winner != document["reference"] and row is not None:
-            lines.append(f"{DOMAINS[domain]}, the prompt `{winner}` is the most accurate method; `{top}` is {difference(row)}.")
-    return lines
-
-
-def _confidence(document: Json) -> str:
-    domain, reference = main_domain(document), document["reference"]
-    top = best(document, domain, "student")[0]
-    ours, theirs = (percent(document["methods"][name]["means"][domain]["ece"]) for name in (top, reference))
-    return (
-        f"{DOMAINS[domain]}, the confidence of `{top}` is off by {ours} points on average (expected calibration error), "
-        f"that of `{reference}` by {theirs}."
-    )
 
 
 def _spread(document: Json) -> list[str]:
@@ -256,8 +242,8 @@ def _one_label(document: Json) -> list[str]:
     for name, method in document["methods"].items():
         label, where, share = most_answered(method)
         if share >= ONE_LABEL_SHARE:
-            unless = "Unless the labels there are that uneven, it hardly looks at the input."
-            lines.append(f"`{name}` answers `{label}` to {percent(share)} % of `{where}`. {unless}")
+            answers = f"`{name}` answers `{label}` to {percent(share)} % of `{where}`"
+            lines.append(f"{answers}. Unless the labels there are that uneven, it hardly looks at the input.")
     return lines
 
 

@@ -15,14 +15,11 @@ from rich.text import Text
 
 from pipeline.errors import UsageError
 from pipeline.files import read_json
-from pipeline.report.collect import DOMAINS, Collected, Json, best, comparison, domains_of, ranked_students, sets_of
+from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 from pipeline.report.prose import DASH, about, most_answered, number, p_value, percent, plural, points, span
 
-TERMINAL_WIDTH = 100
-MOST_LABELS = 12
-"""A confusion matrix of more labels is not shown."""
-MOST_SLICES = 40
-"""Slices shown of each dimension."""
+MOST_LABELS, MOST_SLICES, COMPARED = 12, 40, 3
+"""What is shown at most: labels of a confusion matrix, slices of each dimension, students side by side (the best ones)."""
 
 
 @dataclass(frozen=True)
@@ -55,73 +52,87 @@ def headline(found: Collected) -> Table:
     """Methods × evaluation sets in percent right, with means over domains and agreement with the reference."""
     document, methods, domains = found.document, found.document["methods"], domains_of(found.document)
     titles = {"baseline": "Prompting, no training", "student": "Students, no demonstrations in the prompt"}
-    bodies: dict[str, list[Row]] = {titles[kind]: [] for kind in dict.fromkeys(method["kind"] for method in methods.values())}
-    groups, columns = [("", 1)], ["Method"]
-    for domain in domains:
-        members = sets_of(document, domain)
-        columns += [*members, "mean"] if len(members) > 1 else members
-        groups.append((DOMAINS[domain], len(columns) - sum(width for _, width in groups)))
+    sets = {domain: sets_of(document, domain) for domain in domains}
+    places = [[*(("sets", where) for where in own), *[("means", domain)][: len(own) - 1]] for domain, own in sets.items()]
+    bodies: dict[str, list[Row]] = {}
     for name, method in methods.items():
         row: Row = [Cell(f"`{name}`", about(found, name))]
-        for domain in domains:
-            members = sets_of(document, domain)
-            parts = [{key: own["sets"][where] for key, own in methods.items()} for where in members]
-            parts += [{key: own["means"][domain] for key, own in methods.items()}] if len(members) > 1 else []
-            for part in parts:
-                runs, note = part[name].get("contexts"), span(part[name]["ci95"])
-                if runs is not None:
-                    seeds = method["kind"] == "student"
-                    note += f"; seeds ± {percent(runs['sd'])}" if seeds else f"; contexts {span([runs['worst'], runs['best']])}"
-                row.append(Cell(percent(part[name]["accuracy"]), note, _mark(document, name, part)))
+        for kind, key in (place for own in places for place in own):
+            entry = method[kind][key]
+            note, runs = span(entry["ci95"]), entry.get("contexts")
+            if runs is not None:
+                seeds = method["kind"] == "student"
+                note += f"; seeds ± {percent(runs['sd'])}" if seeds else f"; contexts {span([runs['worst'], runs['best']])}"
+            row.append(Cell(percent(entry["accuracy"]), note, _mark(name, methods, kind, key)))
         row += ["itself" if name == document["reference"] else percent(method["means"][domain]["agreement"]) for domain in domains]
-        bodies[titles[method["kind"]]].append(row)
+        bodies.setdefault(titles[method["kind"]], []).append(row)
     caption = "Accuracy in percent; below it the 95 % interval, and the range of a prompt’s contexts or the deviation of a student’s seeds."
     evaluation, drawn = found.params.data.evaluation, found.params.data.transfer.limits
     if seen := [name for name in sets_of(document, "out") if evaluation[name].source in drawn]:
         caption += f" The transfer set has unlabelled texts from the sources of {', '.join(seen)}."
-    groups.append((f"Agrees with {document['reference']}", len(domains)))
-    return Table("headline", caption, [*columns, *domains], bodies, groups)
+    columns = ["Method", *("mean" if kind == "means" else key for own in places for kind, key in own), *domains]
+    groups = [("", 1), *((DOMAINS[domain], len(own)) for domain, own in zip(domains, places, strict=True))]
+    return Table("headline", caption, columns, bodies, [*groups, (f"Agrees with {document['reference']}", len(domains))])
+
+
+def _mark(name: str, methods: Mapping[str, Json], kind: str, key: str) -> str:
+    """Best of all, else best of the students; ties are marked alike."""
+    values = {method: entry[kind][key]["accuracy"] for method, entry in methods.items()}
+    if values[name] == max(values.values()):
+        return "best"
+    students = [value for method, value in values.items() if methods[method]["kind"] == "student"]
+    return "best-student" if methods[name]["kind"] == "student" and values[name] == max(students) else ""
 
 
 def answers(document: Json) -> Table:
     """Free text: methods of each evaluation set, with shares well formed, right, and in agreement with the reference."""
     keys, bodies = ["text", *document["keys"]], dict[str, list[Row]]()
     for where, entry in document["sets"].items():
+        rows = bodies[f"{where}, {DOMAINS[entry['domain']].lower()}"] = []
         for name, method in document["methods"].items():
             own = method["sets"][where]
             shares = [Cell(percent(own[key]), span(own[f"{key}_ci95"])) if key in own else DASH for key in ("well_formed", "accuracy")]
             same = [percent(own["agreement"][key]) if "agreement" in own else "itself" for key in keys]
-            bodies.setdefault(f"{where}, {DOMAINS[entry['domain']].lower()}", []).append(
-                [f"`{name}`", *shares, *same, number(own["tokens"], 1)]
-            )
-    caption = f"Agreement is the share that says what {document['reference']} says, word for word and by key, percent."
+            rows.append([f"`{name}`", *shares, *same, number(own["tokens"], 1)])
+    caption = f"Agreement is the percentage of answers that say what {document['reference']} says, word for word and key by key."
     columns = ["Method", "well formed, %", "right, %", *keys, "tokens"]
     return Table("answers-table", caption, columns, bodies, [("", 3), ("Agreement", len(keys)), ("", 1)])
 
 
 def comparisons(document: Json) -> Table | None:
-    """Paired differences of each student with the reference and of the best student with every method, with McNemar's exact test.
-
-    Free text is compared by the share of well-formed answers, too.
-    """
+    """Paired differences of each student with the reference, and of the best with every method; for free text of each share."""
     bodies: dict[str, list[Row]] = {}
     shares = dict.fromkeys(row.get("what") for row in document["comparisons"])
     for domain, what in ((domain, what) for domain in reversed(domains_of(document)) for what in shares):
-        pairs = [(name, document["reference"]) for name in ranked_students(document)]
-        pairs += [(top, other) for top in best(document, domain, "student")[:1] for other in document["methods"]]
+        pairs = [(name, document["reference"]) for name in ranked(document, "student")]
+        pairs += [(top, other) for top in ranked(document, "student", domain)[:1] for other in document["methods"]]
         title = f"{DOMAINS[domain]}, {plural(len(sets_of(document, domain)), 'set')}" + (f", {what.replace('_', ' ')}" if what else "")
         for one, other in dict.fromkeys(pairs):
             if (row := comparison(document, one, other, domain, what)) is not None:
                 counts = [row["only_method_right"], row["only_other_right"]]
                 alone = "" if None in counts else f"only {one} right {counts[0]:,}, only {other} {counts[1]:,}"
-                interval, verdict = (
-                    f"{points(row['ci95'][0])} to {points(row['ci95'][1])}",
-                    "different" if row["clear"] else "not told apart",
-                )
+                interval = f"{points(row['ci95'][0])} to {points(row['ci95'][1])}"
+                verdict = "different" if row["clear"] else "not clear"
                 cells: Row = [f"`{one} − {other}`", points(row["difference"]), interval, verdict, Cell(p_value(row["mcnemar_p"]), alone)]
                 bodies.setdefault(title, []).append(cells)
     columns = ["Difference", "points", "95 % interval", "verdict", "McNemar’s p"]
     return Table("comparisons", "Differences of means over sets, paired by example.", columns, bodies) if bodies else None
+
+
+def break_even(found: Collected) -> Table | None:
+    """Each student's seconds, and after how many predictions they are saved."""
+    rows: list[Row] = []
+    for name, entry in found.of("runtime", "break-even").get("students", {}).items():
+        parts = [part for key in ("capture_seconds", "tuning_seconds", "base_training_seconds") for part in entry.get(key, {}).values()]
+        row: Row = [f"`{name}`", number(None if None in parts else sum(parts)), number(entry["training_seconds"])]
+        for key in ("one_by_one", "batched"):
+            count, saved = entry[key]["predictions"], entry[key]["saved_seconds"] or 0.0
+            missed = "never" if saved < 0 else DASH
+            row.append(missed if count is None else Cell(f"{count:,}", f"saves {1000 * saved:,.0f} ms each"))
+        rows.append(row)
+    caption = f"Predictions after which a student has saved the time spent on it, compared with prompting {found.document['reference']}."
+    columns = ["Student", "teachers and base models, s", "training, s", "predictions one by one", "predictions in batches"]
+    return Table("break-even", caption, columns, {"": rows}) if rows else None
 
 
 def calibration(found: Collected) -> Table:
@@ -143,11 +154,13 @@ def calibration(found: Collected) -> Table:
     return Table("calibration-table", caption, columns, {"": rows}, groups)
 
 
-def confusion(found: Collected, methods: Sequence[str]) -> Table | None:
-    """Gold label by predicted label, for some methods side by side; the sets of a domain are pooled."""
+def confusion(found: Collected) -> Table | None:
+    """Gold label by predicted label, of the best student and the reference; the sets of a domain are pooled."""
+    methods = [*ranked(found.document, "student")[:1], found.document["reference"]]
     labels, details = found.params.task.labels, {name: detail for name in methods if (detail := found.of("detail", name))}
     bodies: dict[str, list[Row]] = {}
     for domain in domains_of(found.document) if details and len(labels) <= MOST_LABELS else ():
+        rows = bodies[DOMAINS[domain]] = []
         for gold in labels:
             row: Row = [gold]
             for detail in details.values():
@@ -155,16 +168,17 @@ def confusion(found: Collected, methods: Sequence[str]) -> Table | None:
                 counts = [sum(matrix[label] for matrix in matrices) for label in labels]
                 shares = [count / max(1, sum(counts)) for count in counts]
                 row += [Cell(percent(share), f"{n:,}", heat=round(share, 2)) for share, n in zip(shares, counts, strict=True)]
-            bodies.setdefault(DOMAINS[domain], []).append(row)
+            rows.append(row)
     caption = "Of the examples with a gold label (row), the percentage answered with each label (column), and their number."
     groups = [("", 1), *((name, len(labels)) for name in details)]
     return Table("confusion", caption, ["Gold label", *labels * len(details)], bodies, groups) if bodies else None
 
 
-def slices(found: Collected, methods: Sequence[str]) -> Table | None:
-    """Accuracy by slice, pooled over the sets of a domain, for some methods side by side."""
-    own = {name: rows for name in methods if (rows := _by_slice(found.of("detail", name)))}
-    keys = list(dict.fromkeys(key for rows in own.values() for key in rows))
+def slices(found: Collected) -> Table | None:
+    """Accuracy by slice, pooled over the sets of a domain, of the best students and the reference."""
+    methods = [*ranked(found.document, "student")[:COMPARED], found.document["reference"]]
+    own = {name: rows for name in methods if (rows := _by_slice(found, name))}
+    keys = dict.fromkeys(key for rows in own.values() for key in rows)
     domains = [domain for domain in DOMAINS if any(key[1] == domain for key in keys)]
     titles = {"label": "By gold label", "length": "By length, in thirds of each set"}
     bodies: dict[str, list[Row]] = {}
@@ -175,25 +189,24 @@ def slices(found: Collected, methods: Sequence[str]) -> Table | None:
             row.append(number(next((entry["n"] for entry in entries if entry), None)))
             row += [DASH if entry is None else Cell(percent(entry["accuracy"]), span(entry["ci95"])) for entry in entries]
         bodies.setdefault(titles.get(dimension, f"By {dimension}"), []).append(row)
-    shown = {title: rows[:MOST_SLICES] for title, rows in bodies.items()}
     groups = [("", 1), *((DOMAINS[domain], 1 + len(own)) for domain in domains)]
     columns, caption = ["Slice", *["examples", *own] * len(domains)], "Accuracy in percent by slice, with its 95 % interval below."
-    return Table("slices", caption, columns, shown, groups) if bodies else None
+    return Table("slices", caption, columns, {title: rows[:MOST_SLICES] for title, rows in bodies.items()}, groups) if bodies else None
 
 
 def weakest_slice(found: Collected, method: str) -> Json | None:
     """The slice of at least 20 examples in which a method is least often right."""
-    rows = [row for row in _by_slice(found.of("detail", method)).values() if row["n"] >= 20]
+    rows = [row for row in _by_slice(found, method).values() if row["n"] >= 20]
     return min(rows, key=lambda row: row["accuracy"], default=None)
 
 
-def _by_slice(detail: Json) -> dict[tuple[str, str, str], Json]:
-    rows = [row for row in detail.get("slices", []) if row["set"] is None and row["dimension"] != "domain"]
+def _by_slice(found: Collected, method: str) -> dict[tuple[str, str, str], Json]:
+    rows = [row for row in found.of("detail", method).get("slices", []) if row["set"] is None and row["dimension"] != "domain"]
     return {(row["dimension"], row["domain"], row["slice"]): row for row in rows}
 
 
 def print_summary(project: Path = Path(), console: Console | None = None) -> None:
-    """Print the headline table of the last report and the page's path, at most 100 columns wide. Single sets are left out if need be.
+    """Print the means over each domain of the last report, and the page's path.
 
     Raises UsageError if there is no report, CorruptError if it is damaged.
     """
@@ -202,50 +215,17 @@ def print_summary(project: Path = Path(), console: Console | None = None) -> Non
         document = read_json(folder / "metrics.json")
     except FileNotFoundError:
         raise UsageError(f"{folder / 'metrics.json'}: no such file. `dvc repro report` writes it.") from None
-    terminal = Console()
-    out = console or Console(width=min(TERMINAL_WIDTH, terminal.width) if terminal.is_terminal else TERMINAL_WIDTH, highlight=False)
-    columns = _answer_columns(document) if document.get("answers") else _accuracy_columns(document)
-    wide = max(map(len, document["methods"])) + sum(max(len(column), 5) + 3 for column in columns) > out.width
-    lone = {f"mean {domain}" for domain in domains_of(document) if len(sets_of(document, domain)) == 1}
-    columns = {column: values for column, values in columns.items() if column not in (document["sets"] if wide else lone)}
+    means = {name: method["means"] for name, method in document["methods"].items()}
+    titles = {"well_formed": "well formed", "accuracy": "right", "agreement": "agrees"}
     table = TerminalTable(title="Percent, bold: best of a column", title_justify="left", show_edge=False, pad_edge=False)
-    for column in ("method", *columns):
-        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-    tops = {column: max(values.values(), default=None) for column, values in columns.items()}
-    for name in document["methods"]:
-        cells = [Text(percent(values.get(name)), "bold" if values.get(name) == tops[column] else "") for column, values in columns.items()]
-        table.add_row(name, *cells)
+    table.add_column("method", no_wrap=True)
+    columns = [(key, domain) for key in titles for domain in domains_of(document) if key in means[document["reference"]][domain]]
+    for key, domain in columns:
+        table.add_column(f"{titles[key]}, {DOMAINS[domain].lower()}", justify="right")
+    for name, own in means.items():
+        tops = [max(other[domain][key] for other in means.values()) for key, domain in columns]
+        cells = [(own[domain][key], own[domain][key] == top) for (key, domain), top in zip(columns, tops, strict=True)]
+        table.add_row(name, *(Text(percent(value), "bold" if best else "") for value, best in cells))
+    out = console or Console(highlight=False)
     out.print(table)
     out.print(Text(f"Report: {folder / 'index.html'}"))
-
-
-def _accuracy_columns(document: Json) -> dict[str, dict[str, float]]:
-    """Column → method → share: accuracy on each set and mean of each domain, agreement with the reference."""
-    methods, reference = document["methods"], document["reference"]
-    sets = {where: {name: method["sets"][where]["accuracy"] for name, method in methods.items()} for where in document["sets"]}
-    means = {
-        f"mean {domain}": {name: method["means"][domain]["accuracy"] for name, method in methods.items()} for domain in domains_of(document)
-    }
-    agrees = {name: fmean(own["agreement"] for own in method["sets"].values()) for name, method in methods.items() if name != reference}
-    return {**sets, **means, "agrees": agrees}
-
-
-def _answer_columns(document: Json) -> dict[str, dict[str, float]]:
-    """The same for free text: means of shares over evaluation sets, agreement with the reference."""
-    methods = {name: list(method["sets"].values()) for name, method in document["methods"].items()}
-    others = {name: [entry["agreement"] for entry in sets] for name, sets in methods.items() if name != document["reference"]}
-    columns = {"well formed": ("well_formed", methods), "right": ("accuracy", methods)}
-    columns |= {f"same {key}": (key, others) for key in ("text", *document["keys"])}
-    return {
-        title: {name: fmean(entry[key] for entry in entries) for name, entries in rows.items() if key in entries[0]}
-        for title, (key, rows) in columns.items()
-    }
-
-
-def _mark(document: Json, name: str, entries: Mapping[str, Json]) -> str:
-    """Best of all, else best of the students; ties are marked alike."""
-    values = {key: entry["accuracy"] for key, entry in entries.items()}
-    if values[name] == max(values.values()):
-        return "best"
-    students = [value for key, value in values.items() if document["methods"][key]["kind"] == "student"]
-    return "best-student" if document["methods"][name]["kind"] == "student" and values[name] == max(students) else ""

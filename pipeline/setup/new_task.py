@@ -1,7 +1,7 @@
-"""params.yaml for a user's own files: the present one's models, teachers, targets, students and baselines, with another task and other data.
+"""params.yaml for a user's own files: the present models, teachers, students and so on, with another task and other data.
 
-Everything that a run would check is checked here on the files: labels, lengths, roles, and that demonstrations fit the models. What does not
-fit is chosen smaller, and a note says so; what cannot be used is refused, and nothing is written.
+Everything that a run would check is checked here on the files: labels, lengths, roles, and that demonstrations fit the models. What does
+not fit is chosen smaller, and a note says so. What cannot be used is refused, and nothing is written.
 """
 
 import math
@@ -27,7 +27,7 @@ BAD_SHOWN = 3
 LONG_SHARE, OUTLIER = 0.01, 4
 """A text is left out if it is this many times as long as all but this share of its file."""
 MOST_LEFT_OUT = 20
-"""Percent of a file."""
+"""Percent of a file that may be left out."""
 BYTES_A_TOKEN = 2
 UNKNOWN_LIMIT = 8192
 """For a model that is not there yet: bytes that a token has at least, as a rule, and tokens that the model takes."""
@@ -61,6 +61,7 @@ class NewTask:
 
 def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
     """The params for the files of `answers`. Raises UsageError if they cannot be used; the message names the option that helps."""
+    parse_params(base)
     try:
         labels = _labels(answers)
         raw = _raw(base, answers, _verbalisers(labels, answers.verbalisers))
@@ -114,8 +115,8 @@ def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     for label, word in words.items():
         if (other := first.setdefault(word.split()[0], label)) != label:
             raise UsageError(
-                f"labels {other!r} and {label!r}: their answers begin with the same word, {word.split()[0]!r}, so a model's first token cannot "
-                f"tell them apart. Choose others with --verbaliser {label}=WORD."
+                f"labels {other!r} and {label!r}: their answers begin with the same word, {word.split()[0]!r}, so a model's first token "
+                f"cannot tell them apart. Choose others with --verbaliser {label}=WORD."
             )
     return words
 
@@ -183,20 +184,22 @@ class Measure:
 
 
 def _measure(params: Params) -> Measure:
-    """By the tokenizers of the models that are there; the others are estimated. Raises UsageError if verbalisers do not suit a tokenizer."""
-    tokenizers, limits = list[Any](), list[int]()
-    for folder in (Path("artifacts") / "models" / name for name in params.models):
-        if folder.is_dir():
-            from pipeline.models.folders import context_limit, load_tokenizer
+    """By the tokenizers of the models that are there; others are estimated. Raises UsageError if verbalisers do not suit a tokenizer."""
+    folders = [Path("artifacts") / "models" / name for name in params.models]
+    there = [folder for folder in folders if folder.is_dir()]
+    tokenizers, limits = list[Any](), [UNKNOWN_LIMIT] if len(there) < len(folders) else []
+    for folder in there:
+        from pipeline.models.folders import context_limit, load_tokenizer  # brings torch
 
-            tokenizers.append(load_tokenizer(folder))
-            TaskTokens(Task(params.task), tokenizers[-1])
-        limits.append(context_limit(folder) or UNKNOWN_LIMIT if folder.is_dir() else UNKNOWN_LIMIT)
+        tokenizers.append(load_tokenizer(folder))
+        limits.append(context_limit(folder) or UNKNOWN_LIMIT)
+        TaskTokens(Task(params.task), tokenizers[-1])
 
     def tokens(texts: Sequence[str]) -> list[int]:
         counts = [[len(ids) for ids in tokenizer(list(texts)).input_ids] for tokenizer in tokenizers if texts]
-        estimated = [len(text.encode()) // BYTES_A_TOKEN for text in texts]
-        return [max(of_one) for of_one in zip(*counts, *([estimated] if len(tokenizers) < len(limits) else []), strict=True)]
+        if len(there) < len(folders):
+            counts.append([len(text.encode()) // BYTES_A_TOKEN for text in texts])
+        return [max(of_one) for of_one in zip(*counts, strict=True)]
 
     return Measure(tokens, (min(limits) - ANSWER_TOKENS) // 2)
 
@@ -238,7 +241,7 @@ def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExample
     task, data = Task(params.task), params.data
     labels = len(task.labels)
     words = sorted(len(" ".join(example.fields.values()).split()) for example in read["labelled"].examples)
-    wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)
+    wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)  # of each label
     share, most = 0, None
     for words_allowed in (None, *(words[len(words) * quarter // 4] for quarter in (3, 2, 1))):
         demonstrations = data.demonstrations.model_copy(update={"max_words": words_allowed})
@@ -256,8 +259,8 @@ def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExample
             break
     if not share:
         raise UsageError(
-            f"{read['labelled'].file}: one demonstration of each label has more than {measure.room:,} tokens, half of what a model here takes. "
-            "Add shorter labelled texts, or take a model that takes more."
+            f"{read['labelled'].file}: one demonstration of each label has more than {measure.room:,} tokens, half of what a model here "
+            "takes. Add shorter labelled texts, or take a model that takes more."
         )
     if most is not None:
         raw["data"]["demonstrations"]["max_words"] = most

@@ -26,9 +26,8 @@ from pipeline.params import CacheParams
 from pipeline.progress import progress, rate
 from pipeline.schema import NO_CONTEXT, SCHEMA_VERSION, SCORES, STORED, Context, Example, Prompt
 from pipeline.task import Task, TaskTokens
-from pipeline.teachers.engines import Engine, open_engine, plan_batches, shared_prefix
+from pipeline.teachers.engines import LABELS_ONLY, Engine, Scores, open_engine, plan_batches, shared_prefix
 from pipeline.teachers.generation import Generator
-from pipeline.teachers.scores import LABELS_ONLY, Scores
 
 if TYPE_CHECKING:
     from pipeline.teachers.ray import RayBackend

@@ -1,7 +1,6 @@
 """What params.yaml refuses, and that the message names the place, the value and the choices; what it accepts, it keeps as written."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -118,7 +117,7 @@ WRONG = [  # a value for a key, and what the message has to say
     ("students.cd.learning_rate", float("nan"), "students.cd.learning_rate"),
     ("students.cd.decay", "cosin", "students.cd.decay: input should be 'constant', 'linear' or 'cosine', found 'cosin'"),
     ("students.cd.seeds", [1, 1], "seeds"),
-    ("students.cd.patience", 3, "`patience` needs a part of the transfer set to look at"),
+    ("students.cd.patience", 3, "`patience` needs a validation part"),
     ("students.Cd", {}, "as DVC stages need"),
     ("students.a/../b", {}, "as DVC stages need"),
     ("teachers.", {"model": "models/smollm2", "contexts": "none"}, "as DVC stages need"),
@@ -178,7 +177,7 @@ WRONG = [  # a value for a key, and what the message has to say
     ("targets.mix.teachers", {"x": 1.0}, "targets.mix"),
     ("targets.mix.temperature", 0, "targets.mix.temperature"),
     ("targets.few_shot.calibrations", {"tuned": "none"}, "calibrations: tuned not among its teachers; choose from: few_shot"),
-    ("targets.few_shot_raw.calibrate_by", "source", "`calibrate_by: source` is for `calibration: batch`"),
+    ("targets.few_shot_raw.calibrate_by", "source", "`calibrate_by: source` is for `batch` or `batch_log`"),
     ("targets.mix.auxiliary_caches", ["x"], "targets.mix.auxiliary_caches: no 'x'"),
     ("students.cd.learn_from", "mix", "students.cd.learn_from: no 'mix'; choose one of: data/demonstrations.parquet"),
     ("students.cd.learn_from", "../../etc", "students.cd.learn_from: no '../../etc'"),
@@ -309,12 +308,14 @@ VALUES = st.recursive(
 @given(path=st.sampled_from(PLACES), value=VALUES)
 def test_any_value_anywhere_is_kept_as_written_or_refused_with_its_place(raw_params: Raw, path: str, value: Any) -> None:
     raw = put(copy.deepcopy(raw_params), path, value)
+    params, refused = None, ""
     try:
         params = parse_params(raw)
     except UsageError as error:
-        place = path.rsplit(".", maxsplit=1)[0]
-        assert path.split(".")[0] in str(error) or place in str(error)
-        assert len(str(error)) < 20_000, "a message is for reading"
+        refused = str(error)
+    if params is None:
+        assert path.split(".")[0] in refused
+        assert len(refused) < 20_000, "a message is for reading"
         return
     kept = at(params.model_dump(), path)
     if isinstance(value, dict):
@@ -324,10 +325,6 @@ def test_any_value_anywhere_is_kept_as_written_or_refused_with_its_place(raw_par
 
 
 def test_what_a_file_leaves_out_has_its_default(raw_params: Raw) -> None:
-    shorter: Callable[[], Raw] = lambda: copy.deepcopy(raw_params)  # noqa: E731
-    assert parse_params(put(shorter(), "task.completion", None)) == parse_params(raw_params)
-    for block in ("tuned", "downloads"):
-        raw = shorter()
-        raw.pop(block)
-        said = message(raw)
-        assert f"no '{'tuned/tuned' if block == 'tuned' else 'smollm2'}'" in said
+    assert parse_params(put(copy.deepcopy(raw_params), "task.completion", None)) == parse_params(raw_params)
+    for block, named in {"tuned": "no 'tuned/tuned'", "downloads": "no 'smollm2'"}.items():
+        assert named in message({key: value for key, value in raw_params.items() if key != block})

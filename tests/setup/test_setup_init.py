@@ -1,4 +1,4 @@
-"""`shotless init`: params for a user's own files that a run takes; what does not fit is chosen smaller or refused; nothing is overwritten."""
+"""`shotless init`: params for a user's own files that a run takes. What does not fit is chosen smaller or refused."""
 
 import json
 import shutil
@@ -8,8 +8,8 @@ import pytest
 from conftest import PROJECT
 from serving_world import shotless
 
-from pipeline.data.prepare import prepare
 from pipeline.data.examples import write_source
+from pipeline.data.prepare import prepare
 from pipeline.files import Folders
 from pipeline.params import load_params, read_yaml, resolve, write_yaml
 from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, stage_count, token_work
@@ -17,7 +17,7 @@ from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_byte
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
 FILES = ["--labelled", "mine/l.jsonl", "--unlabelled", "mine/u.jsonl", "--test", "mine/t.jsonl", "--output", "new.yaml"]
-WORDS = "amber brook cedar delta ember fjord grove haven inlet jetty knoll lagoon meadow nectar orchard prairie quarry ridge summit tundra".split()
+WORDS = ["amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty", "knoll", "lagoon", "meadow", "nectar"]
 
 
 def sentence(number, words=12):
@@ -214,6 +214,13 @@ def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monk
     assert params.data.demonstrations.max_words == 4
     assert "data.demonstrations.max_words: 4, so that demonstrations fit" in done.stdout
     assert params.contexts["orders"].demonstrations == 8
+
+
+def test_many_labels_have_a_demonstration_each(folder):
+    names = [f"{word} topic" for word in [*WORDS, "orchard", "prairie", "quarry", "ridge", "summit", "tundra"]]
+    three(folder, label=lambda n: names[n % 20])
+    shotless(folder, "init", *FILES, "--per-label", "1")
+    assert load_params(folder / "new.yaml").contexts["orders"].demonstrations == 20
 
 
 def test_two_demonstrations_have_two_orders(folder):
