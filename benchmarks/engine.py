@@ -18,8 +18,7 @@ from pipeline.models.machine import DTYPES, default_device, memory_bytes, peak_r
 from pipeline.models.packed import PackedModel
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
-from pipeline.teachers.engines import Engine, SharedPrefixEngine, token_budget
-from pipeline.teachers.scores import Reading
+from pipeline.teachers.engines import Engine, Reading, SharedPrefixEngine, token_budget
 
 BATCH = 8
 TOP_K = 32

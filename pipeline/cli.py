@@ -1,11 +1,13 @@
 """The `shotless` command line: what a user asks for outside the DAG."""
 
+import logging
+import os
+
 import typer
 
 from pipeline.commands.caches import verify
-from pipeline.commands.monitor import monitor
 from pipeline.commands.project import check, clean, doctor, init, run
-from pipeline.commands.students import export, predict, serve
+from pipeline.commands.students import export, monitor, predict, serve
 from pipeline.errors import ending_with_a_message
 
 commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -22,5 +24,7 @@ for command in (init, check, run, doctor, clean, predict, serve, monitor, export
 
 def app() -> None:
     """Run the command line; an error ends with its message and its exit code."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars and advice would break up the commands' own lines
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     with ending_with_a_message():
         commands()

@@ -145,7 +145,8 @@ def check_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     faults = [fault for name, entry in manifest["files"].items() if (fault := file_fault(folder, name, entry))]
     if faults:
-        raise CorruptError("\n".join(faults) + f"\n{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole.")
+        remedy = f"{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole."
+        raise CorruptError("\n".join([*faults, remedy]))
     return manifest
 
 

@@ -183,7 +183,8 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
 
 def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Path, slices: Sequence[str] = ()) -> None:
     """Write examples as a Parquet file of `examples_schema(fields, slices)`."""
-    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in examples] for name in ("example_id", "label", "completion", "source", "line")}
+    own = ("example_id", "label", "completion", "source", "line")
+    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in examples] for name in own}
     columns |= {name: [e.fields[name] for e in examples] for name in fields}
     columns |= {SLICE + name: [e.slices[name] for e in examples] for name in slices}
     write_table(pa.table(columns, schema=examples_schema(fields, slices)), path)

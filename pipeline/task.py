@@ -1,7 +1,7 @@
 """How an example becomes a prompt, and a label becomes tokens.
 
-A prompt is a context and a query. The teacher's context has demonstrations, the student's is empty. The whole prompt is tokenised once, so a
-teacher sees the ids that any other program would give it; engines share whatever prompts have in common.
+A prompt is a context and a query. The teacher's context has demonstrations, the student's is empty. The whole prompt is tokenised once, so
+a teacher sees the ids that any other program would give it; engines share whatever prompts have in common.
 
 A control token of the model (`<|im_end|>`) in somebody's text is tokenised as the characters it is, so that no input ends its own prompt.
 If the task's author uses control tokens in the template, they stay control tokens, and a text that spells one has a fault.
@@ -16,9 +16,6 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.params import CompletionParams, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example, Prompt
-
-TEXT_TOKENS = 512
-"""Tokens that a text read token by token is taken to have at most, for the size of a cache's shards."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Task:
 
     def of_input_tokens(self) -> "Task":
         """The same inputs, with every token after the first as the answer."""
-        completion = CompletionParams(source="input", max_tokens=TEXT_TOKENS)
+        completion = CompletionParams(source="input")
         return Task(self.params.model_copy(update={"verbalisers": {}, "completion": completion}))
 
     def query(self, fields: Mapping[str, str]) -> str:
@@ -103,7 +100,7 @@ class TaskTokens:
     def prompts(self, context: Context, examples: Sequence[Example]) -> list[Prompt]:
         """One prompt for each example behind `context`. One batched call: fast tokenizers use all cores.
 
-        Raises UsageError if a given answer is longer than `task.completion.max_tokens`, or an input to be read token by token has one token.
+        Raises UsageError if a given answer is longer than `task.completion.max_tokens`, or an input to be read token by token has one.
         """
         if not examples:
             return []
@@ -127,7 +124,11 @@ class TaskTokens:
         if not self._uses_control_tokens(context.instruction):
             return None
         spelt = next((token for token in self._control_tokens for text in example.fields.values() if token in text), None)
-        return None if spelt is None else f"holds {spelt}, a control token of this model, and the template or instruction uses such tokens itself"
+        return (
+            None
+            if spelt is None
+            else f"holds {spelt}, a control token of this model, and the template or instruction uses such tokens itself"
+        )
 
     def _uses_control_tokens(self, instruction: str) -> bool:
         return any(token in self._own_text or token in instruction for token in self._control_tokens)

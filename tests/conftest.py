@@ -113,5 +113,3 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes comes first, so that no worker is left alone with it."""
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
-
-

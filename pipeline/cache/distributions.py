@@ -60,14 +60,6 @@ class Distributions:
 TENSORS = tuple(name for name in Distributions.__annotations__ if name != "tail")
 
 
-def certain(ids: Tensor) -> Distributions:
-    """All mass on one given token at each position: ids [P]."""
-    nothing = torch.zeros(len(ids), 0, device=ids.device)
-    zero = nothing.new_zeros(len(ids))
-    one = torch.ones_like(zero)
-    return Distributions(ids.unsqueeze(-1), zero.unsqueeze(-1), nothing.long(), nothing, nothing, zero, one, zero, "none")
-
-
 def decode(rows: pa.Table, params: CacheParams, temperature: float = 1.0) -> Distributions:
     """The distributions of all positions of `rows`, row by row. `params` are those that the cache was captured with.
 
@@ -119,20 +111,19 @@ def decode(rows: pa.Table, params: CacheParams, temperature: float = 1.0) -> Dis
     )
 
 
-def check_retained(distributions: Distributions, params: CacheParams, temperature: float, least: float = LEAST_RETAINED) -> float:
-    """Mean retained mass of some of a cache's positions at `temperature`.
+def check_retained(distributions: Distributions, params: CacheParams, temperature: float) -> None:
+    """Raise UsageError if some of a cache's positions retain too little mass on average: a student would learn what happened to be kept.
 
-    Raises UsageError if it is under `least`: a student would learn what happened to be kept. Entries drawn at the temperature they are
-    used at pass: they are an unbiased sample however little mass they have.
+    Entries drawn at the temperature they are used at pass: they are an unbiased sample however little mass they have.
     """
     mean = float(distributions.retained.mean())
-    if mean >= least or (temperature == 1.0 and distributions.tail == "drawn"):
-        return mean
+    if mean >= LEAST_RETAINED or (temperature == 1.0 and distributions.tail == "drawn"):
+        return
     kept = {"sampled": f"{params.samples} draws", "hybrid": f"top {params.top_k} and {params.samples} draws"}
     raise UsageError(
         f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass, the mean of {len(distributions)} positions "
-        f"({kept.get(params.encoding, f'top {params.top_k}')}), and {least:.0%} are needed. Lower the student's `temperature`, raise "
-        "teachers.*.cache.top_k or .samples, or take encoding `full`."
+        f"({kept.get(params.encoding, f'top {params.top_k}')}), and {LEAST_RETAINED:.0%} are needed. Lower the student's `temperature`, "
+        "raise teachers.*.cache.top_k or .samples, or take encoding `full`."
     )
 
 
@@ -146,7 +137,7 @@ def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
         return distributions
     lost = (distributions.log_probabilities.exp() * past).sum(-1) + (distributions.sampled_weights * drawn_past).sum(-1)
     if float(lost.max()) > NEGLIGIBLE_MASS:
-        top = int(max(distributions.ids.max() if past.any() else 0, distributions.sampled_ids.max() if drawn_past.any() else 0))
+        top = int(torch.cat([distributions.ids.flatten(), distributions.sampled_ids.flatten()]).max())
         raise MismatchError(
             f"the teacher gives up to {float(lost.max()):.2%} of its mass to token ids past the student's vocabulary of {size} (the "
             f"largest is {top}), so they do not share a tokenizer. Take a student of the teacher's family."

@@ -9,29 +9,24 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from pipeline.cache.store import write_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
 from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_bytes, write_manifest
-from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
+from pipeline.schema import SCHEMA_VERSION, SCORES
 from pipeline.task import Task
 
 SHARD_LEVEL = 19
 """zstd level of shards, which are written once and carried about; it saves a tenth over level 3."""
-MOST_ROWS = 16_384
-SHARD_BYTES = 64 << 20
-"""About what a shard takes in memory at most."""
-FULL_VOCABULARY, HIDDEN_SIZE, LABEL_BYTES = 1 << 16, 2048, 200
-"""What a model is taken to have, for the size of shards; bytes of a row beside its distributions."""
+MOST_ROWS = 2048
+"""Rows of each shard but the last. A shard is decoded as a whole: with every entry of a vocabulary of 50,000 it has 400 MB."""
 CACHES = "caches.json"
 """In a target set: the caches that its students may learn whole, as {teacher: {"manifest_sha256": sha256_json(manifest)}}."""
 AGAIN = "Run `shotless verify --repair`, `dvc checkout` or `dvc repro`."
@@ -73,12 +68,11 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, An
     `context_id`, `name`, `tokens`); `content_free` (example ids); `engines`. The manifest adds `schema_version`, `shards` (file → rows),
     and `files` (file → sha256, bytes).
     """
-    size = rows_per_shard(about["cache"], about["task"]["completion"])
     with one_writer(folder.with_name(f".{folder.name}.lock")):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)  # until all shards are written, the folder is not a cache
         shards: dict[str, int] = {}
-        for number, rows in enumerate(_in_shards(tables, size)):
+        for number, rows in enumerate(_in_shards(tables)):
             name = f"part-{number:05d}.parquet"
             write_rows(rows, folder / name, SHARD_LEVEL)
             shards[name] = len(rows)
@@ -88,24 +82,15 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, An
         write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards}, list(shards))
 
 
-def _in_shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+def _in_shards(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     held = SCORES.empty_table()
     for table in tables:
         held = pa.concat_tables([held, table.cast(SCORES)])
-        while len(held) >= size:
-            yield held.slice(0, size)
-            held = held.slice(size)
+        while len(held) >= MOST_ROWS:
+            yield held.slice(0, MOST_ROWS)
+            held = held.slice(MOST_ROWS)
     if len(held):
         yield held
-
-
-def rows_per_shard(cache: Mapping[str, Any], completion: Mapping[str, Any] | None) -> int:
-    """Rows of each shard but the last: a power of two that follows from what is captured, and from nothing else."""
-    entries = {"sampled": cache["samples"], "hybrid": cache["top_k"] + cache["samples"], "full": FULL_VOCABULARY}
-    position = 12 * entries.get(cache["encoding"], cache["top_k"]) + 8 * (1 + len(cache["temperatures"]))
-    position += 2 * HIDDEN_SIZE * len(cache["hidden_layers"]) + 20
-    rows = SHARD_BYTES // (LABEL_BYTES + position * (1 if completion is None else completion["max_tokens"]))
-    return min(MOST_ROWS, 1 << max(4, rows.bit_length() - 1))
 
 
 def cache_manifest(folder: Path | str) -> dict[str, Any]:
@@ -113,13 +98,10 @@ def cache_manifest(folder: Path | str) -> dict[str, Any]:
 
     Raises ShotlessError if there is none, CorruptError if it is not the manifest of a cache that this version reads.
     """
-    if isinstance(folder, Path):
-        manifest = read_manifest(folder)
-    else:
-        try:
-            manifest = json.loads(_read(folder, MANIFEST))
-        except ValueError as error:
-            raise CorruptError(f"{folder}/{MANIFEST}: not JSON ({error}). Copy the cache again.") from None
+    try:
+        manifest = read_manifest(folder) if isinstance(folder, Path) else json.loads(_read(folder, MANIFEST))
+    except ValueError as error:
+        raise CorruptError(f"{folder}/{MANIFEST}: not JSON ({error}). Copy the cache again.") from None
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if found != SCHEMA_VERSION or not isinstance(manifest.get("shards"), dict):
         raise CorruptError(f"{folder}/{MANIFEST}: schema version {found}, this version reads {SCHEMA_VERSION}. Run `dvc repro`.")
@@ -128,8 +110,7 @@ def cache_manifest(folder: Path | str) -> dict[str, Any]:
 
 def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard, or some of their columns. Raises CorruptError naming the shard and what is wrong with it."""
-    entry, schema = manifest["files"][name], SCORES if columns is None else pa.schema([SCORES.field(column) for column in columns])
-    data = _read(folder, name)
+    entry, schema, data = manifest["files"][name], _schema(columns), _read(folder, name)
     if (found := sha256_bytes(data)) != entry["sha256"]:
         size = "" if len(data) == entry["bytes"] else f", {len(data):,} bytes instead of {entry['bytes']:,}"
         raise CorruptError(f"{folder}/{name}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…{size}. {AGAIN}")
@@ -149,9 +130,12 @@ def read_cache(folder: Path | str, columns: Sequence[str] | None = None) -> Scor
     Raises what `cache_manifest` and `read_shard` raise.
     """
     manifest = cache_manifest(folder)
-    schema = SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
     shards = [read_shard(folder, manifest, name, columns) for name in manifest["shards"]]
-    return ScoreCache(pa.concat_tables([schema.empty_table(), *shards]), manifest)
+    return ScoreCache(pa.concat_tables([_schema(columns).empty_table(), *shards]), manifest)
+
+
+def _schema(columns: Sequence[str] | None) -> pa.Schema:
+    return SCORES if columns is None else pa.schema([SCORES.field(name) for name in columns])
 
 
 def _read(folder: Path | str, name: str) -> bytes:
@@ -159,23 +143,17 @@ def _read(folder: Path | str, name: str) -> bytes:
     try:
         if isinstance(folder, Path):
             return (folder / name).read_bytes()
-        return _fetch(f"{folder.rstrip('/')}/{name}")
+        url = f"{folder.rstrip('/')}/{name}"
+        try:
+            system, path = FileSystem.from_uri(url)
+        except pa.ArrowInvalid:  # not one of those that pyarrow reads itself
+            system, path = FileSystem.from_uri(f"fsspec+{url}")
+        with system.open_input_file(path) as file:
+            return file.read()
     except FileNotFoundError:
         raise CorruptError(f"{folder}/{name}: missing. {AGAIN}") from None
     except (OSError, ImportError, ValueError) as error:
         raise ShotlessError(f"{folder}/{name}: cannot be read: {error}") from error
-
-
-def _fetch(url: str) -> bytes:
-    try:
-        system, path = FileSystem.from_uri(url)
-    except pa.ArrowInvalid:  # not one of those that pyarrow reads itself
-        import fsspec
-
-        other, path = fsspec.url_to_fs(url)
-        return other.cat_file(path)
-    with system.open_input_file(path) as file:
-        return file.read()
 
 
 class CacheReader:
@@ -186,48 +164,32 @@ class CacheReader:
     """
 
     def __init__(self, folder: Path | str, work: Path, columns: Sequence[str] | None = None) -> None:
-        self.folder = folder
-        self.manifest = cache_manifest(folder)
-        self.columns = list(SCORES.names if columns is None else columns)
-        schema = pa.schema([SCORES.field(name) for name in dict.fromkeys([*KEY, *self.columns])])
+        self.folder, self.manifest, self._schema = folder, cache_manifest(folder), _schema(columns)
         work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=work) as file:
-            with pa.ipc.new_file(file, schema) as writer:
+            with pa.ipc.new_file(file, self._schema) as writer:
                 for name in self.manifest["shards"]:
-                    writer.write_table(read_shard(folder, self.manifest, name, schema.names).combine_chunks())
+                    writer.write_table(read_shard(folder, self.manifest, name, columns).combine_chunks())
             file.flush()
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pa.ipc.open_file(pa.py_buffer(pages))
         self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
+        self._starts = np.cumsum([0, *map(len, self._batches)])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._starts[-1])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
         """Rows [N] by number, in the order asked for, repeats included. Raises UsageError if there is no such row."""
         wanted = np.asarray(rows, dtype=np.int64)
         if len(outside := wanted[(wanted < 0) | (wanted >= len(self))]):
             raise UsageError(f"{self.folder}: there is no row {outside[0]}; it has {len(self):,} rows, counted from 0.")
-        owners = np.searchsorted(self._ends, wanted, side="right")
-        batches, order = [], []
-        for owner in np.unique(owners).tolist():
-            places = np.flatnonzero(owners == owner)
-            batch = self._batches[owner].select(self.columns)
-            batches.append(batch.take(pa.array(wanted[places] - (self._ends[owner] - len(batch)))))
-            order.append(places)
-        if not batches:
-            return pa.schema([SCORES.field(name) for name in self.columns]).empty_table()
-        found = pa.Table.from_batches(batches).combine_chunks()
-        return found if len(order) == 1 else found.take(pa.array(np.argsort(np.concatenate(order)))).combine_chunks()
-
-    def find(self, keys: Iterable[tuple[str, str]]) -> np.ndarray:
-        """Row numbers [N] int64 of (context_id, example_id) pairs; -1 if there is no such row."""
-        wanted = pa.array([f"{context}\n{example}" for context, example in keys], pa.string())
-        found = pc.call_function("index_in", [wanted], pc.SetLookupOptions(self._keys))
-        return found.fill_null(-1).to_numpy().astype(np.int64)
-
-    @cached_property
-    def _keys(self) -> pa.ChunkedArray:
-        joined = [pc.call_function("binary_join_element_wise", [*(batch[name] for name in KEY), "\n"]) for batch in self._batches]
-        return pa.chunked_array(joined, pa.string())
+        order = np.argsort(wanted)  # shard by shard: a take of the whole would put its shards together first
+        ends = np.searchsorted(wanted[order], self._starts)
+        batches = [
+            batch.take(pa.array(wanted[order[ends[number] : ends[number + 1]]] - self._starts[number]))
+            for number, batch in enumerate(self._batches)
+            if ends[number] < ends[number + 1]
+        ]
+        found = pa.Table.from_batches(batches, self._schema).combine_chunks()
+        return found.take(pa.array(np.argsort(order))).combine_chunks()

@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +29,15 @@ from pipeline.errors import CorruptError, ShotlessError
 from pipeline.files import one_writer, read_json, replacing, sha256_json, write_json
 from pipeline.schema import STORED, read_table, write_table
 
-PLAN = pa.schema([pa.field("part", pa.int32(), nullable=False), pa.field("prompt_sha", pa.string(), nullable=False)])
+PLAN = pa.schema([pa.field("prompt_shas", pa.list_(pa.string()), nullable=False)])
+"""A row for each part."""
 ABOUT = b"shotless"
 """Key of a part's Parquet metadata: JSON with the `seconds` that scoring it took and the `engine` that did it."""
 DAMAGED = ".damaged"
 PART_LEVEL = 3
 """zstd level of parts, which are written while the teacher waits."""
 SPLIT = (pa.int32(), pa.float32())
-"""Numbers stored as split byte streams. DuckDB does not read half floats so."""
+"""Numbers stored as split byte streams. DuckDB cannot read half floats stored that way."""
 
 Divide = Callable[[list[str]], list[list[str]]]
 
@@ -52,7 +54,6 @@ class Part:
 class _Held:
     """A part that is on disk."""
 
-    path: Path
     rows: int
     seconds: float
     engine: dict[str, Any]
@@ -78,7 +79,7 @@ class Store:
                 leftover.unlink()
             for path, error in self._look():
                 print(f"{error}\nIt is set aside. Its rows are scored again when they are needed.", file=sys.stderr)
-                path.replace(path.with_name(path.name + DAMAGED))
+                path.replace(f"{path}{DAMAGED}")
             yield
 
     def missing(self, keys: Sequence[str]) -> list[str]:
@@ -93,17 +94,14 @@ class Store:
         """
         wanted = set(missing)
         unfinished = [part for part in self._plans if part.name not in self._held]
-        for part in sorted(unfinished, key=lambda part: (not self._set_aside(part.name).exists(), part.name)):
+        for part in sorted(unfinished, key=lambda part: (not self._file(part.name, DAMAGED).exists(), part.name)):
             if wanted.issuperset(part.keys):
                 wanted.difference_update(part.keys)
                 yield part
         if rest := [key for key in missing if key in wanted]:
             numbers = [int(path.name.split("-")[1][:5]) for path in self.folder.glob("p*-*")]
-            number, divided = max(numbers, default=-1) + 1, divide(rest)
-            rows = [(part, key) for part, keys in enumerate(divided) for key in keys]
-            columns = {name: [row[at] for row in rows] for at, name in enumerate(PLAN.names)}
-            path = self.folder / f"plan-{number:05d}.parquet"
-            write_table(pa.table(columns, schema=PLAN), path)
+            path = self._file(f"plan-{max(numbers, default=-1) + 1:05d}")
+            write_table(pa.table({"prompt_shas": divide(rest)}, schema=PLAN), path)
             self._plans += (parts := _read_plan(path))
             yield from parts
 
@@ -112,10 +110,9 @@ class Store:
         if (found := rows["prompt_sha"].to_pylist()) != list(part.keys):
             raise ValueError(f"{part.name}: {len(found)} rows that are not those of its {len(part.keys)} prompts")
         about = {"seconds": round(seconds, 4), "engine": dict(engine)}
-        path = self.folder / f"{part.name}.parquet"
-        write_rows(rows.cast(STORED).replace_schema_metadata({ABOUT: json.dumps(about)}), path, PART_LEVEL)
-        self._add(path, found, about)
-        self._set_aside(part.name).unlink(missing_ok=True)
+        write_rows(rows.cast(STORED).replace_schema_metadata({ABOUT: json.dumps(about)}), self._file(part.name), PART_LEVEL)
+        self._add(part.name, found, about)
+        self._file(part.name, DAMAGED).unlink(missing_ok=True)
 
     def read(self, keys: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of some prompts in their order: the columns of `schema.STORED`, or some of them.
@@ -127,11 +124,11 @@ class Store:
             raise ShotlessError(f"{self.folder}: {len(missing):,} of {len(keys):,} rows are not here. Run the stage again: it scores them.")
         schema = STORED if columns is None else pa.schema([STORED.field(name) for name in columns])
         places = [self._rows[key] for key in keys]
-        by_part: dict[str, list[int]] = {}
-        for place, (name, _) in enumerate(places):
-            by_part.setdefault(name, []).append(place)
-        tables = [read_table(self._held[name].path, schema).take([places[at][1] for at in own]) for name, own in by_part.items()]
-        order = np.concatenate([np.array(own) for own in by_part.values()]) if by_part else np.zeros(0, dtype=int)
+        order = sorted(range(len(places)), key=places.__getitem__)  # part by part
+        tables = [
+            read_table(self._file(name), schema).take([row for _, row in own])
+            for name, own in groupby((places[at] for at in order), key=lambda place: place[0])
+        ]
         return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks().take(np.argsort(order))
 
     def seconds(self, keys: Sequence[str]) -> tuple[float, int]:
@@ -153,8 +150,8 @@ class Store:
         self._look_once()
         return Counter(self._rows[key][0] for key in dict.fromkeys(keys) if key in self._rows)
 
-    def _set_aside(self, name: str) -> Path:
-        return self.folder / f"{name}.parquet{DAMAGED}"
+    def _file(self, name: str, ending: str = "") -> Path:
+        return self.folder / f"{name}.parquet{ending}"
 
     def _look_once(self) -> None:
         if not self._held:
@@ -171,44 +168,20 @@ class Store:
                     self._plans += _read_plan(path)
                 elif path.stem not in self._held:
                     keys = read_table(path, STORED)["prompt_sha"].to_pylist()
-                    self._add(path, keys, _about(path))
+                    self._add(path.stem, keys, _about(path))
             except CorruptError as error:
                 damaged.append((path, error))
         return damaged
 
-    def _add(self, path: Path, keys: list[str], about: Mapping[str, Any]) -> None:
-        self._held[path.stem] = _Held(path, len(keys), about["seconds"], about["engine"])
+    def _add(self, name: str, keys: list[str], about: Mapping[str, Any]) -> None:
+        self._held[name] = _Held(len(keys), about["seconds"], about["engine"])
         for row, key in enumerate(keys):
-            self._rows.setdefault(key, (path.stem, row))
+            self._rows.setdefault(key, (name, row))
 
 
-def _read_plan(path: Path) -> list[Part]:
-    plan = read_table(path, PLAN)
-    by_part: dict[int, list[str]] = {}
-    for number, key in zip(plan["part"].to_pylist(), plan["prompt_sha"].to_pylist(), strict=True):
-        by_part.setdefault(number, []).append(key)
-    return [Part(f"part-{path.stem.removeprefix('plan-')}-{number:06d}", tuple(keys)) for number, keys in by_part.items()]
-
-
-class StoreFolder(NamedTuple):
-    """One store under a work folder."""
-
-    folder: Path
-    bytes: int
-    identity: dict[str, Any] | None
-    """None if identity.json is damaged: it is not what the folder is named after."""
-
-    @property
-    def about(self) -> str:
-        """Whose scores these are, in words."""
-        identity = self.identity or {}
-        return f"weights {str(identity.get('weights', 'unknown'))[:12]}, {identity.get('dtype', 'unknown number format')}"
-
-
-def stores(work: Path) -> list[StoreFolder]:
-    """Every store under a work folder."""
-    folders = sorted(path for path in work.glob("scores/*") if path.is_dir())
-    return [StoreFolder(folder, sum(file.stat().st_size for file in folder.iterdir()), _identity_of(folder)) for folder in folders]
+def stores(work: Path) -> dict[Path, dict[str, Any] | None]:
+    """Every store's folder under a work folder, and its identity; None if identity.json is damaged: not what the folder is named after."""
+    return {folder: _identity_of(folder) for folder in sorted(work.glob("scores/*")) if folder.is_dir()}
 
 
 def write_rows(rows: pa.Table, path: Path, level: int) -> None:
@@ -217,13 +190,18 @@ def write_rows(rows: pa.Table, path: Path, level: int) -> None:
     Numbers are split into byte streams: sign and exponent of log-probabilities and the high bytes of ids compress well, the rest hardly.
     Each page has a checksum.
     """
-    leaves = {_leaf(field.name, field.type): _number(field.type) for field in rows.schema if not pa.types.is_string(field.type)}
+    split = []
+    for field in rows.schema:
+        leaf, kind = field.name, field.type
+        while pa.types.is_list(kind):
+            leaf, kind = f"{leaf}.list.element", kind.value_type  # Parquet's name of a column's numbers
+        split += [leaf] if kind in SPLIT else []
     settings: dict[str, Any] = {
         "compression": "zstd",
         "compression_level": level,
         "row_group_size": max(1, len(rows)),
         "use_dictionary": [name for name in rows.schema.names if name == "context_id"],
-        "column_encoding": {leaf: "BYTE_STREAM_SPLIT" if number in SPLIT else "PLAIN" for leaf, number in leaves.items()},
+        "use_byte_stream_split": split,
         "write_statistics": [field.name for field in rows.schema if not pa.types.is_nested(field.type)],
         "write_page_checksum": True,
     }
@@ -231,13 +209,9 @@ def write_rows(rows: pa.Table, path: Path, level: int) -> None:
         pq.write_table(rows.combine_chunks(), temporary, **settings)
 
 
-def _leaf(name: str, kind: pa.DataType) -> str:
-    """The name that Parquet gives a column's numbers."""
-    return _leaf(f"{name}.list.element", kind.value_type) if pa.types.is_list(kind) else name
-
-
-def _number(kind: pa.DataType) -> pa.DataType:
-    return _number(kind.value_type) if pa.types.is_list(kind) else kind
+def _read_plan(path: Path) -> list[Part]:
+    plan = read_table(path, PLAN)["prompt_shas"].to_pylist()
+    return [Part(f"{path.stem.replace('plan', 'part')}-{number:06d}", tuple(keys)) for number, keys in enumerate(plan)]
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from pipeline.files import MANIFEST, sha256_file
 from pipeline.params import CacheParams
 from pipeline.schema import KEY, SCORES
 
-EQUAL_LENGTHS = (("topk_ids", "topk_logprobs"), ("sampled_ids", "sampled_logprobs", "sampled_counts"))
+EQUAL_LENGTHS = (("topk_ids", "topk_logprobs"), ("sampled_ids", "sampled_logprobs"), ("sampled_ids", "sampled_counts"))
 """Columns whose lists have one length at every position."""
-LOG_PROBABILITIES = ("label_logprobs", "completion_logprobs", "topk_logprobs", "sampled_logprobs", "full_logprobs")
 ROUNDING = 1e-3
 """What rounding may add to a probability of 1, or to its logarithm."""
+LOG_PROBABILITIES = ("label_logprobs", "completion_logprobs", "topk_logprobs", "sampled_logprobs", "full_logprobs")
+RANGES = {**dict.fromkeys(LOG_PROBABILITIES, (-np.inf, ROUNDING)), "tail_mass": (0.0, 1 + ROUNDING)}
 
 
 @dataclass
@@ -40,14 +41,11 @@ class Findings:
 
 def check_cache(folder: Path | str) -> Findings:
     """Every fault of a cache, in a local folder or at a URL. Nothing is changed."""
-    found = Findings()
     try:
-        found.manifest = manifest = cache_manifest(folder)
+        manifest = cache_manifest(folder)
     except ShotlessError as error:
-        found.faults.append(str(error))
-        return found
-    rows = 0
-    keys: set[tuple[str, str]] = set()
+        return Findings(faults=[str(error)])
+    found, rows, keys = Findings(manifest), 0, set()
     for name in manifest["shards"]:
         try:
             shard = read_shard(folder, manifest, name)
@@ -68,14 +66,12 @@ def check_cache(folder: Path | str) -> Findings:
 
 def row_faults(rows: pa.Table, manifest: dict[str, Any]) -> list[str]:
     """What is wrong with rows of `schema.SCORES`: lists that do not belong together, numbers that cannot be."""
-    params = CacheParams.model_validate(manifest["cache"])
-    positions = _lengths(rows, "log_z")
-    labels = len(manifest["labels"]) if manifest["task"]["completion"] is None else 0
-    nothing = np.zeros(len(rows), dtype=int)
+    positions, nothing = _lengths(rows, "log_z"), np.zeros(len(rows), dtype=int)
     expected = dict.fromkeys(SCORES.names[SCORES.names.index("topk_ids") :], positions)
-    expected |= {"label_logprobs": nothing + labels} | dict.fromkeys(
-        ("completion_ids", "completion_logprobs"), nothing if labels else positions
-    )
+    if manifest["task"]["completion"] is None:
+        expected |= {"label_logprobs": nothing + len(manifest["labels"]), "completion_ids": nothing, "completion_logprobs": nothing}
+    else:
+        expected |= {"label_logprobs": nothing, "completion_ids": positions, "completion_logprobs": positions}
     faults = [
         f"{wrong:,} rows have lists in {name} that are not as long as their answer."
         for name, length in expected.items()
@@ -83,38 +79,36 @@ def row_faults(rows: pa.Table, manifest: dict[str, Any]) -> list[str]:
     ]
     if faults:  # the lists in them are not of the same positions
         return faults
-    for one, *others in EQUAL_LENGTHS:
-        lengths = _lengths(rows, one, 1)
-        faults += [
-            f"lists in {other} are not as long as those in {one}." for other in others if (_lengths(rows, other, 1) != lengths).any()
-        ]
-    if (_lengths(rows, "entropies", 1) != len(temperatures(params))).any():
+    for one, other in EQUAL_LENGTHS:
+        if (_lengths(rows, one, 1) != _lengths(rows, other, 1)).any():
+            faults.append(f"lists in {other} are not as long as those in {one}.")
+    if (_lengths(rows, "entropies", 1) != len(temperatures(CacheParams.model_validate(manifest["cache"])))).any():
         faults.append("entropies are not those of the manifest's temperatures.")
-    for name in LOG_PROBABILITIES:
-        values = _numbers(rows, name)
-        if wrong := int((np.isnan(values) | (values > ROUNDING)).sum()):
-            faults.append(f"{wrong:,} values in {name} are not log-probabilities.")
-    tails = _numbers(rows, "tail_mass")
-    if wrong := int((~((tails >= 0) & (tails <= 1 + ROUNDING))).sum()):
-        faults.append(f"{wrong:,} values in tail_mass are not probabilities.")
+    for name, (least, most) in RANGES.items():
+        values: Any = rows[name].combine_chunks()
+        while pa.types.is_list(values.type):
+            values = values.flatten()
+        numbers = values.to_numpy(zero_copy_only=False)
+        if wrong := int((~((numbers >= least) & (numbers <= most))).sum()):  # NaN is in no range
+            faults.append(f"{wrong:,} values in {name} are not {'log-' if name in LOG_PROBABILITIES else ''}probabilities.")
     return faults
 
 
-def repair_cache(folder: Path, found: Findings, keys: Sequence[tuple[str, str, str]], store: Store) -> None:
+def repair_cache(
+    folder: Path, manifest: dict[str, Any], damaged: Sequence[str], keys: Sequence[tuple[str, str, str]], store: Store
+) -> None:
     """Write the damaged shards of a cache again, with the bytes that its manifest says.
 
     `keys` are context_id, example_id and prompt_sha of all its rows in their order. Raises MismatchError if these are not its rows,
     ShotlessError if the store lacks some of them or has other numbers for them.
     """
-    manifest = found.manifest
+    shards = manifest["shards"]
     again = f"Run `dvc checkout`, or `dvc repro --force --single-item teacher@{folder.name}`, which scores only what the store lacks."
-    if manifest is None:
-        raise ShotlessError(f"{folder}: without its manifest its shards cannot be made again. {again}")
-    ends = dict(zip(manifest["shards"], accumulate(manifest["shards"].values()), strict=True))
-    if len(keys) != sum(manifest["shards"].values()):
-        raise MismatchError(f"{folder}: {sum(manifest['shards'].values()):,} rows, and this run's data ask for {len(keys):,}. {again}")
-    for name in found.damaged:
-        own = keys[ends[name] - manifest["shards"][name] : ends[name]]
+    if len(keys) != (count := sum(shards.values())):
+        raise MismatchError(f"{folder}: {count:,} rows, and this run's data ask for {len(keys):,}. {again}")
+    ends = dict(zip(shards, accumulate(shards.values()), strict=True))
+    for name in damaged:
+        own = keys[ends[name] - shards[name] : ends[name]]
         try:
             rows = store.read([prompt for _, _, prompt in own])
         except ShotlessError as error:
@@ -135,10 +129,3 @@ def _lengths(rows: pa.Table, name: str, depth: int = 0) -> np.ndarray:
     for _ in range(depth):
         column = column.flatten()
     return np.diff(column.offsets.to_numpy())
-
-
-def _numbers(rows: pa.Table, name: str) -> np.ndarray:
-    column: Any = rows[name].combine_chunks()
-    while pa.types.is_list(column.type):
-        column = column.flatten()
-    return column.to_numpy(zero_copy_only=False)

@@ -8,8 +8,7 @@ from pipeline.errors import CorruptError, MismatchError
 
 if TYPE_CHECKING:
     from pipeline.files import Folders
-    from pipeline.params import Params, TeacherParams
-    from pipeline.task import Task
+    from pipeline.params import Params
 
 
 def verify(
@@ -24,24 +23,21 @@ def verify(
     from pipeline.params import load_params
 
     params, folders = load_params(), Folders.here()
-    damaged, others = [], []
-    for cache in caches or params.teachers:
-        intact, belongs = _verify(cache, params, folders, repair)
-        damaged += [] if intact else [cache]
-        others += [] if belongs else [cache]
-    for folder, _, identity in stores(folders.work):
-        faults = [f"{folder}/identity.json: damaged. The teacher's next run writes it again."] if identity is None else []
-        faults += Store(folders.work, identity).faults() if identity is not None else []
+    checked = {cache: _verify(cache, params, folders, repair) for cache in caches or params.teachers}
+    damaged = [cache for cache, (intact, _) in checked.items() if not intact]
+    for folder, identity in stores(folders.work).items():
+        store = None if identity is None else Store(folders.work, identity)
+        faults = [f"{folder}/identity.json: damaged. The teacher's next run writes it again."] if store is None else store.faults()
         print("".join(f"store: {fault}\n" for fault in faults), end="")
-        if identity is not None and faults and repair:
-            with Store(folders.work, identity).lock():  # sets damaged files aside
+        if store is not None and faults and repair:
+            with store.lock():  # sets damaged files aside
                 pass
         elif faults:
-            damaged.append("the store")
+            damaged.append(f"the store {folder}")
     if damaged:
         step = "`shotless verify --repair` writes shards again from the store and sets damaged files of the store aside."
-        raise CorruptError(f"damaged: {', '.join(dict.fromkeys(damaged))}. {step}")
-    if others:
+        raise CorruptError(f"damaged: {', '.join(damaged)}. {step}")
+    if others := [cache for cache, (_, belongs) in checked.items() if not belongs]:
         raise MismatchError(f"not of this run's params: {', '.join(others)}. `dvc repro` captures them again.")
 
 
@@ -52,48 +48,40 @@ def _verify(cache: str, params: "Params", folders: "Folders", repair: bool) -> t
     from pipeline.cache.folder import check_belongs, described_task
     from pipeline.cache.store import Store
     from pipeline.cache.verify import check_cache, repair_cache
+    from pipeline.models.folders import load_tokenizer
     from pipeline.params import pick
-    from pipeline.task import Task
+    from pipeline.schema import read_contexts, read_examples
+    from pipeline.task import Task, TaskTokens
+    from pipeline.teachers.capture import content_free
 
     name = cache.rstrip("/").rpartition("/")[2]
-    teacher = pick("teachers", params.teachers, name)
-    task = Task(params.task).of_input_tokens() if teacher.scores == "input_tokens" else Task(params.task)
+    teacher, task = pick("teachers", params.teachers, name), Task(params.task)
+    if teacher.scores == "input_tokens":
+        task = task.of_input_tokens()
     folder = cache if "://" in cache else folders.artifacts / "teachers" / name
     found = check_cache(folder)
     print("".join(f"{name}: {fault}\n" for fault in found.faults), end="")
-    if repair and found.damaged and isinstance(folder, Path) and found.manifest is not None:
-        repair_cache(folder, found, _keys(teacher, task, folders), Store(folders.work, found.manifest["identity"]))
+    if (manifest := found.manifest) is None:
+        return False, True
+    if repair and found.damaged and isinstance(folder, Path):
+        data, tokens = folders.artifacts / "data", TaskTokens(task, load_tokenizer(folders.artifacts / teacher.model))
+        contexts = read_contexts(data / "contexts" / f"{teacher.contexts}.parquet")
+        examples = [*content_free(task), *read_examples(data / "transfer.parquet", task.fields)]  # as a capture asks them
+        keys = [
+            (context.context_id, example.example_id, prompt.prompt_sha)
+            for context in contexts
+            for example, prompt in zip(examples, tokens.prompts(context, examples), strict=True)
+        ]
+        repair_cache(folder, manifest, found.damaged, keys, Store(folders.work, manifest["identity"]))
         print(f"{name}: written again, with the bytes that the manifest says: {', '.join(found.damaged)}")
         found = check_cache(folder)
-    belongs = True
-    if found.manifest is not None:
-        try:
-            check_belongs(
-                found.manifest,
-                {"model": teacher.model, "cache": teacher.cache.model_dump(mode="json"), "task": described_task(task)},
-                folder,
-            )
-        except MismatchError as error:
-            print(f"{name}: {error}")
-            belongs = False
-        if not found.faults:
-            size = sum(file["bytes"] for file in found.manifest["files"].values())
-            print(f"{name}: {sum(found.manifest['shards'].values()):,} rows, {size:,} bytes, all intact")
-    return not found.faults, belongs
-
-
-def _keys(teacher: "TeacherParams", task: "Task", folders: "Folders") -> list[tuple[str, str, str]]:
-    """context_id, example_id and prompt_sha of what a capture asks, in its order. The tokenizer is loaded, the model is not."""
-    from pipeline.models.folders import load_tokenizer
-    from pipeline.schema import read_contexts, read_examples
-    from pipeline.task import TaskTokens
-    from pipeline.teachers.capture import content_free
-
-    data = folders.artifacts / "data"
-    examples = [*content_free(task), *read_examples(data / "transfer.parquet", task.fields)]
-    tokens = TaskTokens(task, load_tokenizer(folders.artifacts / teacher.model))
-    return [
-        (context.context_id, example.example_id, prompt.prompt_sha)
-        for context in read_contexts(data / "contexts" / f"{teacher.contexts}.parquet")
-        for example, prompt in zip(examples, tokens.prompts(context, examples), strict=True)
-    ]
+    if not found.faults:
+        size = sum(file["bytes"] for file in manifest["files"].values())
+        print(f"{name}: {sum(manifest['shards'].values()):,} rows, {size:,} bytes, all intact")
+    try:
+        wanted = {"model": teacher.model, "cache": teacher.cache.model_dump(mode="json"), "task": described_task(task)}
+        check_belongs(manifest, wanted, folder)
+    except MismatchError as error:
+        print(f"{name}: {error}")
+        return not found.faults, False
+    return not found.faults, True

@@ -46,13 +46,14 @@ def init(
     )
     task = new_task(read_yaml(Path("params.yaml")), answers)
     print("\n".join(task.notes))
-    text = HEADER + yaml_text(task.raw, leaves_in_one_line=True)
+    costs = cost(task.params, task.sources)  # before anything is written: it also says what does not suit the model
+    text = HEADER + yaml_text(task.raw)
     if not output.exists() or output.read_text(encoding="utf-8") != text:  # asking twice keeps the first .old
         if output.exists():
             output.replace(output.with_name(f"{output.name}.old"))
         write_text(text, output)
     print(f"{output}: labels {', '.join(f'{label} ({word.strip()})' for label, word in task.params.task.verbalisers.items())}")
-    print(cost(task.params, task.sources))
+    print(costs)
 
 
 def check() -> None:
@@ -113,7 +114,8 @@ def clean(
     manifests = [*folders.artifacts.glob("teachers/*/manifest.json"), *Path("runs").glob("**/artifacts/teachers/*/manifest.json")]
     used = {sha256_json(read_json(path)["identity"])[:32] for path in manifests}
     entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name != "scores"}
-    entries |= {store.folder: f"scores of {store.about}" for store in stores(folders.work)}
+    for folder, identity in stores(folders.work).items():
+        entries[folder] = "scores, damaged" if identity is None else f"scores of weights {identity['weights'][:12]}, {identity['dtype']}"
     going = {path: what for path, what in entries.items() if everything or path.name not in used}
     total = 0
     for path, what in going.items():

@@ -1,4 +1,4 @@
-"""`shotless predict`, `serve` and `export`: a student in use."""
+"""`shotless predict`, `serve`, `monitor` and `export`: a student in use."""
 
 import sys
 from pathlib import Path
@@ -57,11 +57,11 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Answer every row: label, confidence, probabilities. A row that cannot be used gets an error. Ends with 1 if no row has an answer."""
-    from pipeline.serving.files import columns_of, format_of, kept_columns, predict_items, read_items, writing
+    from pipeline.serving.files import WRITTEN, columns_of, format_of, kept_columns, predict_items, read_items, writing
     from pipeline.serving.log import PredictionLog
     from pipeline.serving.predictor import Predictor
 
-    read_as, write_as = format_of(source, input_format, "--input-format"), format_of(output, output_format, "--output-format")
+    read_as, write_as = format_of(source, input_format, "--input-format"), format_of(output, output_format, "--output-format", WRITTEN)
     kept = kept_columns(keep or [])
     predictor = Predictor(open_student(student), threads)
     items = read_items(source, read_as, columns_of(predictor.task.fields, field or []), kept)
@@ -102,11 +102,71 @@ def serve(
 
     if host not in {"127.0.0.1", "::1", "localhost"}:
         print(f"listening on {host}: anyone who reaches it can ask; there is no authentication and no encryption", file=sys.stderr)
-    predictor = Predictor(open_student(student), threads)
+    predictor = Predictor(open_student(student), threads, max_chars=max_chars)
     journal = PredictionLog(log, predictor.weights_sha256) if log else None
-    limits = Limits(max_body_bytes, max_rows, max_chars, body_seconds, batch_rows, waiting_rows)
+    limits = Limits(max_body_bytes, max_rows, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.name}", file=sys.stderr, flush=True)
     uvicorn.run(make_app(predictor, limits, journal), host=host, port=port, log_level="info", access_log=False, http="h11")
+
+
+def monitor(
+    inputs: Annotated[str, typer.Option(help="New inputs: jsonl, csv, tsv, parquet, or a predictions log.")],
+    student: Student = None,
+    labels: Annotated[str | None, typer.Option(help="Column of gold labels; a source's label rule for this column holds.")] = None,
+    field: Fields = None,
+    reference: Annotated[Path | None, typer.Option(help="A file of inputs to compare with; default: the transfer set.")] = None,
+    json_file: Annotated[Path, typer.Option("--json")] = Path("report/monitor.json"),
+    page: Annotated[Path, typer.Option("--html")] = Path("report/monitor.html"),
+    threads: Threads = None,
+) -> None:
+    """Test new inputs and the student's answers for drift; hold accuracy and memory against thresholds. Ends with 3 on an alarm."""
+    from itertools import chain
+
+    from pipeline.files import Folders, write_json
+    from pipeline.models.machine import peak_rss_bytes
+    from pipeline.monitor.drift import corrected, drift_tests
+    from pipeline.monitor.sample import GOLD, LEAST_ROWS, answer, label_rule, with_gold, with_shares_of
+    from pipeline.monitor.verdict import accuracy_bound, accuracy_test, print_table, verdict, write_page
+    from pipeline.params import MonitorParams, load_params
+    from pipeline.serving.files import columns_of, format_of, read_items
+    from pipeline.serving.predictor import Predictor
+
+    params = load_params() if Path("params.yaml").is_file() else None
+    settings, folders = params.monitor if params else MonitorParams(), Folders.here()
+    domains = {name: entry.domain for name, entry in params.data.evaluation.items()} if params else {}
+    usual = reference or folders.artifacts / "data" / "transfer.parquet"
+    if not usual.is_file():
+        hint = "" if reference else " `dvc repro prepare` writes it, or name another with --reference."
+        raise UsageError(f"{usual}: no such file to compare with.{hint}")
+    trained = open_student(student)
+    is_own = trained.folder.resolve().parent == STUDENTS.resolve()  # a student from elsewhere may have the same name
+    bound = accuracy_bound(settings, folders.metrics / "eval" / f"{trained.folder.name}.json" if is_own else None, domains)
+    if labels and bound is None:
+        raise UsageError("--labels: nothing says how accurate is enough; set monitor.min_accuracy, or evaluate the student.")
+
+    predictor = Predictor(trained, threads, keep_states=True)
+    fields, mapped = columns_of(predictor.task.fields, []), columns_of(predictor.task.fields, field or [])
+    items = read_items(inputs, format_of(inputs, None, "another name"), mapped, {GOLD: labels} if labels else {})
+    new = answer(predictor, with_gold(items, label_rule(params, labels), predictor, inputs) if labels else items, inputs, settings)
+    peak_mb = peak_rss_bytes() / 1e6
+    form = format_of(str(usual), None, "another name")
+    old = answer(predictor, read_items(str(usual), form, mapped if reference else fields, {}), str(usual), settings)
+    unseen = None
+    if reference is None:  # the student learnt from the transfer set, and not from the evaluation sets in domain
+        files = [folders.artifacts / "data" / "evaluation" / f"{name}.parquet" for name, domain in domains.items() if domain == "in"]
+        rows = chain.from_iterable(read_items(str(file), "parquet", fields, {}) for file in files if file.is_file())
+        unseen = with_shares_of(old, answer(predictor, rows, "evaluation sets in domain", settings, least=0))
+    tests = drift_tests(old, new, predictor.labels, settings, unseen if unseen and len(unseen) >= LEAST_ROWS else None)
+    if labels and bound:
+        tests.append(accuracy_test(new, *bound))
+    limit = params.data.bad_rows_limit if params else 0.02
+    document = verdict(predictor, old, new, corrected(tests, settings.false_alarm_rate), peak_mb, settings, limit)
+    print_table(document)
+    write_json(document, json_file)
+    write_page(document, page)
+    print(f"{json_file}, {page}")
+    if document["alarms"]:
+        raise typer.Exit(3)
 
 
 def export(

@@ -33,6 +33,7 @@ from huggingface_hub import errors
 from pipeline.errors import UsageError, choices
 from pipeline.files import sha256_file
 from pipeline.params import Download, HubDownload, PypiDownload
+from pipeline.params.data import MODEL_FILES
 
 MAX_EXPANSION = 200
 """Bytes unpacked for each byte of an archive: text shrinks 3 to 20 times, a bomb hundreds of times."""
@@ -185,7 +186,6 @@ def _broken(archive: Path, error: Exception) -> UsageError:
 
 def _take_repository(about: str, params: HubDownload, built: Path) -> None:
     """Download the listed files, or a model's files at the top of its repository."""
-    from pipeline.models.folders import MODEL_FILES  # brings torch
 
     def ask(request: Callable[[], T]) -> T:
         return _ask_hub(about, request)

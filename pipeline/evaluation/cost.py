@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,15 +28,16 @@ from pydantic import BaseModel
 
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.evaluation.metrics import Json
-from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.models.folders import context_limit, load_model, load_tokenizer, parameter_counts, weights_sha256
 from pipeline.models.machine import DTYPES, cores, default_device, peak_rss_bytes, use_machine
 from pipeline.params import Params, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example, Prompt, read_examples
 from pipeline.task import Task, TaskTokens
-from pipeline.teachers.engines import open_engine
-from pipeline.teachers.scores import LABELS_ONLY
+from pipeline.teachers.engines import LABELS_ONLY, open_engine
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.predictions import Answering
 
 COST_VERSION = 3
 """Raised when what is measured changes: figures that another version kept are not used."""
@@ -59,7 +60,8 @@ class Prompts(BaseModel, frozen=True):
 class Job(BaseModel, frozen=True):
     """All prompts of a method. An example's answer takes every model's prompts for it; the first `timed` are answered one by one."""
 
-    task: TaskParams
+    task: Json
+    """`TaskParams` as JSON."""
     models: list[Prompts]
     timed: int
     threads: int
@@ -80,7 +82,7 @@ class Job(BaseModel, frozen=True):
         return {"device": device.type, "processor": name, "dtypes": dtypes, "threads": self.threads, "torch": torch.__version__}
 
 
-def measure_method(name: str, models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Json:
+def measure_method(name: str, models: Sequence["Answering"], params: Params, folders: Folders, examples: Sequence[Example]) -> Json:
     """Measure a method on the first of `examples` and write its figures to metrics/cost/NAME.json; see `run_job`.
 
     `models` are from `predictions.models_of`. A baseline also has `by_demonstrations`, a row for each of its models and each number in
@@ -99,7 +101,7 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
     return figures
 
 
-def _by_demonstrations(model: Answering, params: Params, folders: Folders, examples: Sequence[Example], since: float) -> Iterator[Json]:
+def _by_demonstrations(model: "Answering", params: Params, folders: Folders, examples: Sequence[Example], since: float) -> Iterator[Json]:
     there = read_examples(folders.artifacts / "data" / "demonstrations.parquet", params.task.fields)
     tokens, limit = TaskTokens(Task(params.task), load_tokenizer(model.folder)), context_limit(model.folder)
     bare = len(tokens.prompts(NO_CONTEXT, examples[:1])[0].ids)
@@ -116,7 +118,7 @@ def _by_demonstrations(model: Answering, params: Params, folders: Folders, examp
             yield row | {key: figures[key] for key in FIGURES}
 
 
-def _job(models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Job:
+def _job(models: Sequence["Answering"], params: Params, folders: Folders, examples: Sequence[Example]) -> Job:
     timed = min(params.evaluation.cost_examples, len(examples))
     asked, found = examples[: max(timed, THROUGHPUT_EXAMPLES)], []
     for model in models:
@@ -124,7 +126,7 @@ def _job(models: Sequence[Answering], params: Params, folders: Folders, examples
         ids = [[list(prompt.ids) for prompt in tokens.prompts(context, asked)] for context in model.contexts]
         weights = weights_sha256(model.folder, folders.work / "hashes")
         found.append(Prompts(folder=str(model.folder), weights=weights, dtype=model.dtype, ids=ids))
-    return Job(task=params.task, models=found, timed=timed, threads=params.runtime.threads or cores())
+    return Job(task=params.task.model_dump(mode="json"), models=found, timed=timed, threads=params.runtime.threads or cores())
 
 
 def measure(job: Job, work: Path, since: float = 0.0) -> Json:
@@ -153,11 +155,11 @@ def run_job(job: Job) -> Json:
     """Answer the first examples one by one, after one to warm up, then all in batches, and return the figures.
 
     `measured` (`subject`, number of `examples` one by one and `batched`, and the machine); `prompt_tokens` of an example; `latency_ms`, the
-    median; `peak_rss_bytes` up to the batches, with Python and its libraries (`before_loading_rss_bytes`); `peak_device_bytes` on a GPU;
-    `parameters`, `weights_bytes`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}.
+    median; `peak_rss_bytes` up to the batches, with Python and its libraries; `peak_device_bytes` on a GPU; `parameters`, `disk_bytes`;
+    `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}.
     """
     use_machine(job.threads)
-    before, device = peak_rss_bytes(), default_device()
+    device = default_device()
     folders = {(prompts.weights, prompts.dtype): Path(prompts.folder) for prompts in job.models}
     loaded = {key: load_model(folder, DTYPES[key[1]], device) for key, folder in folders.items()}
     by_example = [
@@ -166,17 +168,14 @@ def run_job(job: Job) -> Json:
     ]
     seconds = [_seconds(asked) for asked in [by_example[0], *by_example]][1:]
     on_device = {"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-    files = [file for folder in folders.values() for file in folder.iterdir() if file.is_file()]
     figures = {
         "measured": {"subject": job.subject, "examples": job.timed, "batched": len(job.models[0].ids[0]), **job.machine()},
         "prompt_tokens": float(np.mean([sum(len(ids) for _, ids in asked) for asked in by_example])),
         "latency_ms": round(1000 * float(np.median(seconds)), 2),
         "peak_rss_bytes": peak_rss_bytes(),
         **on_device,
-        "before_loading_rss_bytes": before,
         "parameters": sum(parameter_counts(model)[0] for model in loaded.values()),
-        "weights_bytes": sum(file.stat().st_size for file in files if file.suffix == ".safetensors"),
-        "disk_bytes": sum(file.stat().st_size for file in files),
+        "disk_bytes": sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir() if file.is_file()),
         "forward_passes": len(by_example[0]),
     }
     return figures | {"throughput": _throughput(job, loaded, folders)}
@@ -199,7 +198,7 @@ def _throughput(job: Job, loaded: Mapping[tuple[str, str], Any], folders: Mappin
         asked = [
             [Prompt(tuple(ids)) for ids in own] for prompts in job.models if (prompts.weights, prompts.dtype) == key for own in prompts.ids
         ]
-        tokens = TaskTokens(Task(job.task), load_tokenizer(folders[key]))
+        tokens = TaskTokens(Task(TaskParams.model_validate(job.task)), load_tokenizer(folders[key]))
         engine = open_engine(model, tokens, LABELS_ONLY, max(asked, key=lambda prompts: len(prompts[0].ids))[:PROBES])
         names.append(engine.name)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a method's predictions are worth: accuracy with its interval, and calibration.
+"""What a method's predictions are worth: accuracy with its interval, calibration, confusion, and accuracy of each slice.
 
 Functions from a table of predictions (`schema.PREDICTIONS`) to plain dicts. A method may answer in several runs: a baseline in each of its
 contexts, a student with each of its seeds. Its metrics are means over runs, and its intervals resample *examples*, since runs share their
@@ -7,7 +7,7 @@ bootstrap has no spread, and the exact binomial bound (Clopper-Pearson) is used.
 another draw of demonstrations or another seed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,11 +18,14 @@ from scipy import stats
 from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
 from pipeline.errors import CorruptError, choices
+from pipeline.schema import SLICE, Example
 
 Floats = npt.NDArray[np.float64]
 Json = dict[str, Any]
+Scores = Mapping[str, pl.DataFrame]
 
 ECE_BINS = 15
+LENGTHS = ("short", "middle", "long")
 SUM_TOLERANCE, ARGMAX_TOLERANCE = 1e-4, 1e-6  # of float32 probabilities
 DIGITS = 6
 ELEMENTS_A_BATCH = 8_000_000  # of the bootstrap's resampled array: 64 MB
@@ -190,3 +193,78 @@ def frames(table: pa.Table, labels: Sequence[str]) -> dict[str, pl.DataFrame]:
 def as_frame(table: pa.Table | pl.DataFrame) -> pl.DataFrame:
     """A table as a polars frame."""
     return table if isinstance(table, pl.DataFrame) else cast("pl.DataFrame", pl.from_arrow(table))
+
+
+def detail(table: pa.Table, labels: Sequence[str], members: Scores, domains: Mapping[str, str], *, resamples: int, seed: int) -> Json:
+    """`sets` {set: `reliability`, `confusion`} and `slices`: the key of `slice_rows`, `n`, `accuracy`, `ci95` for each.
+
+    `table` follows `schema.PREDICTIONS`; `members[set]` says which slices its examples belong to (`membership`), `domains[set]` is "in" or
+    "out". Rows of several runs are pooled in bins and in the matrix; in slices an example's score is their mean.
+    """
+    by_set = frames(table, labels)
+    sets = {
+        name: {"reliability": reliability(frame, labels, name), "confusion": confusion(frame, labels)} for name, frame in by_set.items()
+    }
+    scores = {name: example_scores(frame, name) for name, frame in by_set.items()}
+    slices = [
+        {**key, "n": len(sample), "accuracy": float(sample.mean()), "ci95": mean_interval([sample], resamples=resamples, seed=seed)}
+        for key, sample in slice_rows(scores, labels, members, domains)
+    ]
+    return rounded({"sets": sets, "slices": slices})
+
+
+def reliability(frame: pl.DataFrame, labels: Sequence[str], where: str) -> list[Json]:
+    """The bins of the expected calibration error that have rows: `low`, `high`, `n`, mean `confidence`, `accuracy`."""
+    confidence = check_probabilities(frame, labels, where).max(axis=1)
+    right = (frame["predicted"] == frame["label"]).to_numpy()
+    return binned(confidence, ECE_BINS, {"confidence": confidence, "accuracy": right})
+
+
+def confusion(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Gold label → predicted label → rows."""
+    counts = {(gold, predicted): n for gold, predicted, n in frame.group_by("label", "predicted").len().iter_rows()}
+    return {gold: {predicted: counts.get((gold, predicted), 0) for predicted in labels} for gold in labels}
+
+
+def membership(examples: Sequence[Example]) -> pl.DataFrame:
+    """`example_id`, `words` (of all fields together), and for each dimension a column "slice.NAME" with the example's slice.
+
+    Thirds are by words within the set. Equal lengths stay together, so a third may be empty.
+    """
+    words = [sum(len(text.split()) for text in example.fields.values()) for example in examples]
+    low, high = np.quantile(words, [1 / 3, 2 / 3], method="lower") if words else (0, 0)
+    columns = {
+        f"{SLICE}label": [example.label for example in examples],
+        f"{SLICE}length": [LENGTHS[int(count > low) + int(count > high)] for count in words],
+        **{SLICE + name: [example.slices[name] for example in examples] for name in (examples[0].slices if examples else ())},
+    }
+    data = {"example_id": [example.example_id for example in examples], "words": words, **columns}
+    return pl.DataFrame(data, schema_overrides=dict.fromkeys(columns, pl.String))
+
+
+def slice_rows(scores: Scores, labels: Sequence[str], members: Scores, domains: Mapping[str, str]) -> Iterator[tuple[Json, Floats]]:
+    """Each slice's key and its examples' scores: for each dimension and domain, first all sets together, then set by set.
+
+    `scores[set]` is from `metrics.example_scores`, `members[set]` from `membership`. A key has `dimension`, `slice`, `domain`, `set` (None
+    for all sets of a domain together) and, for lengths within a set, `words` [fewest, most].
+    """
+    joined = {name: frame.join(members[name], on="example_id", maintain_order="left") for name, frame in scores.items()}
+    present = [domain for domain in ("in", "out") if domain in {domains[name] for name in joined}]
+    for domain in present:
+        pooled = [frame["score"].to_numpy() for name, frame in joined.items() if domains[name] == domain]
+        yield {"dimension": "domain", "slice": domain, "domain": domain, "set": None}, np.concatenate(pooled)
+    columns = dict.fromkeys(column for frame in joined.values() for column in frame.columns if column.startswith(SLICE))
+    for column in columns:
+        dimension = column.removeprefix(SLICE)
+        order: Sequence[str] = {"label": labels, "length": LENGTHS}.get(dimension, ())
+        for domain in present:
+            own = {name: frame for name, frame in joined.items() if domains[name] == domain and column in frame.columns}
+            everyone = [(None, pl.concat([frame.select("score", "words", column) for frame in own.values()]))] if own else []
+            for name, frame in [*everyone, *own.items()]:
+                values = frame[column].drop_nulls().unique().to_list()
+                for value in sorted(values, key=lambda value: (order.index(value) if value in order else len(order), value)):
+                    part = frame.filter(pl.col(column) == value)
+                    key: Json = {"dimension": dimension, "slice": value, "domain": domain, "set": name}
+                    if dimension == "length":
+                        key["words"] = None if name is None else [part["words"].min(), part["words"].max()]
+                    yield key, part["score"].to_numpy()

@@ -13,15 +13,26 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chi2_contingency
 
 from pipeline.errors import CorruptError
-from pipeline.evaluation.detail import Scores, gaps, membership
-from pipeline.evaluation.metrics import Floats, Json, binned, check_probabilities, example_scores, frames, rounded
+from pipeline.evaluation.metrics import (
+    Floats,
+    Json,
+    Scores,
+    binned,
+    check_probabilities,
+    example_scores,
+    frames,
+    membership,
+    rounded,
+    slice_rows,
+)
 from pipeline.evaluation.predictions import Sets, models_of, read_sets
 from pipeline.evaluation.swaps import SWAPS, swap_fields
 from pipeline.files import Folders, write_json
@@ -37,6 +48,7 @@ FLIPS_SHOWN = 5
 ATTRIBUTED = 8
 MOST_WORDS = 60
 CONFIDENCE_BINS = 10
+SMALLEST_SLICE = 20
 SMALLEST_PROBABILITY = 1e-9
 
 
@@ -121,7 +133,7 @@ def flips(mine: Sequence[Answered], ask: Ask, labels: Sequence[str], per_set: in
     """For each swap how often the answer flips; at most `per_set` texts of each set are asked again for a swap, drawn by their hash.
 
     `texts`, `with_swap` (texts with something to swap), `asked`, `flips` with `flip_rate` and `ci95`; `mean_shift` and `largest_shift` are
-    absolute changes in the probability of the answer given before; `by_set`; `examples`, flips before the largest shifts. Rates and shifts
+    absolute changes in the probability of the answer given before; `examples`, flips before the largest shifts. Rates and shifts
     are None if nothing was asked.
     """
     holding, chosen = {}, {}
@@ -151,9 +163,6 @@ def _flips_of(rows: Sequence[tuple[Answered, Example, Floats]], labels: Sequence
     flipped = [entry["answer_before"] != entry["answer_after"] for entry in entries]
     shifts = [abs(entry["p_after"] - entry["p_before"]) for entry in entries]
     interval = binomtest(sum(flipped), len(entries)).proportion_ci(0.95, method="exact") if entries else None
-    by_set: dict[str, list[bool]] = {}
-    for entry, flip in zip(entries, flipped, strict=True):
-        by_set.setdefault(entry["set"], []).append(flip)
     order = sorted(range(len(entries)), key=lambda at: (not flipped[at], -shifts[at], entries[at]["example_id"]))
     return {
         "asked": len(entries),
@@ -162,24 +171,64 @@ def _flips_of(rows: Sequence[tuple[Answered, Example, Floats]], labels: Sequence
         "ci95": [float(interval.low), float(interval.high)] if interval else None,
         "mean_shift": float(np.mean(shifts)) if entries else None,
         "largest_shift": max(shifts, default=None),
-        "by_set": {name: {"asked": len(own), "flips": sum(own)} for name, own in by_set.items()},
         "examples": [entries[at] for at in order[:FLIPS_SHOWN]],
     }
+
+
+def gaps(student: Scores, reference: Scores, labels: Sequence[str], members: Scores, domains: Mapping[str, str]) -> list[Json]:
+    """One row for each dimension, domain, and set (None: all of the domain) with at least two slices of `SMALLEST_SLICE` examples.
+
+    `student[set]` and `reference[set]` are from `metrics.example_scores`. A row has `p_value` of the student's right answers, and for
+    `student` and `reference` the `lowest` and `highest` slice and their `gap`. Between domains, `domain` is None. A domain's only set
+    is not listed again.
+    """
+    present = [domains[name] for name in student]
+    groups: list[dict[tuple[str, str | None, str | None], dict[str, Floats]]] = [{}, {}]
+    for scores, own in zip((student, reference), groups, strict=True):
+        for key, sample in slice_rows(scores, labels, members, domains):
+            if len(sample) >= SMALLEST_SLICE and (key["set"] is None or present.count(key["domain"]) > 1):
+                domain = None if key["dimension"] == "domain" else key["domain"]
+                own.setdefault((key["dimension"], domain, key["set"]), {})[key["slice"]] = sample
+    return [
+        dict(zip(("dimension", "domain", "set"), key, strict=True))
+        | {"p_value": homogeneity(list(slices.values()))}
+        | rounded({"student": _extremes(slices), "reference": _extremes(groups[1][key])})
+        for key, slices in groups[0].items()
+        if len(slices) > 1
+    ]
+
+
+def homogeneity(samples: Sequence[Floats]) -> float | None:
+    """P-value of the chi-square test that right answers are as frequent in every slice; None if all answers are right, or all wrong.
+
+    A sample has the score, 0 or 1, of each example of a slice.
+    """
+    right = np.array([sample.sum() for sample in samples])
+    wrong = np.array([len(sample) for sample in samples]) - right
+    if not right.sum() or not wrong.sum():
+        return None
+    return float(f"{cast('Any', chi2_contingency(np.stack([right, wrong]))).pvalue:.3g}")
+
+
+def _extremes(slices: Mapping[str, Floats]) -> Json:
+    means = {name: float(sample.mean()) for name, sample in slices.items()}
+    low, high = (end(means, key=means.__getitem__) for end in (min, max))
+    found = {end: {"slice": name, "n": len(slices[name]), "accuracy": means[name]} for end, name in (("lowest", low), ("highest", high))}
+    return {**found, "gap": means[high] - means[low]}
 
 
 def disagreement(
     mine: Sequence[Answered], other: Sequence[Answered], labels: Sequence[str], domains: Mapping[str, str], domain: str
 ) -> Json:
-    """How often student and reference answer differently in a domain: `n`, `share`, and both accuracies by the confidence of each."""
+    """How often student and reference answer differently in a domain: `n`, `share`, and both accuracies by the student's confidence."""
     pairs = [(a, b) for a, b in zip(mine, other, strict=True) if domains[a.set] == domain]
     gold = np.array([labels.index(a.example.label or "") for a, _ in pairs])
     ours, theirs = (np.stack([pair[side].probabilities for pair in pairs]) for side in (0, 1))
     right, right_reference = ours.argmax(axis=1) == gold, theirs.argmax(axis=1) == gold
     differ = ours.argmax(axis=1) != theirs.argmax(axis=1)
     shares = {"disagreement": differ, "student_accuracy": right, "reference_accuracy": right_reference}
-    by = {"by_student_confidence": ours, "by_reference_confidence": theirs}
-    bins = {key: binned(probabilities.max(axis=1), CONFIDENCE_BINS, shares) for key, probabilities in by.items()}
-    return {"domain": domain, "n": len(pairs), "share": float(differ.mean()), **bins}
+    bins = binned(ours.max(axis=1), CONFIDENCE_BINS, shares)
+    return {"domain": domain, "n": len(pairs), "share": float(differ.mean()), "by_student_confidence": bins}
 
 
 def attributions(mine: Sequence[Answered], other: Sequence[Answered], ask: Ask, labels: Sequence[str]) -> tuple[list[Json], int]:

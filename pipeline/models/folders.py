@@ -18,17 +18,17 @@ from transformers.utils import logging
 
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
 from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json, sha256_text, write_json
-from pipeline.models.packed import decoder_layers
+from pipeline.params.data import MODEL_FILES
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TOKENIZER_FILES = (*VOCABULARY_FILES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
-"""What belongs to a model folder: no pickles, no Python files."""
-PLACE_KEYS = ("name_or_path", "is_local", "local_files_only")
-"""Entries of tokenizer_config.json that say where the tokenizer came from, not what it does."""
+PROBES = ("A warm, funny film.", " It's 1,024 tokens\n\nlong", "Größe: 5 € 你好 🙂", "\tdef f(x):  return x")
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Entries of transformers' configs that list something for each layer."""
 SETTLED_NS = 2_000_000_000
+
+
+class UnsupportedModelError(Exception):
+    """The architecture does something that the packed pass does not reproduce; use the plain forward."""
 
 
 def build_model(path: Path, output: Path) -> None:
@@ -199,15 +199,15 @@ def _remembered(file: Path, folder: Path) -> str:
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """One hash of the tokenizer's files and settings, by content."""
-    files: dict[str, Any] = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        entries = read_json(settings)
-        if not isinstance(entries, dict):
-            raise CorruptError(f"{settings}: not an object. Make the folder again.")
-        files[settings.name] = {key: value for key, value in entries.items() if key not in PLACE_KEYS}
-    return sha256_json(files)
+    """One hash of what a folder's tokenizer makes of text: the ids of its ordinary tokens and of a few texts.
+
+    Settings and control tokens that change no text's ids do not count, so an instruct model and its base have the same.
+    """
+    tokenizer = load_tokenizer(folder)
+    control = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in control}
+    probes = tokenizer(list(PROBES), add_special_tokens=False, split_special_tokens=True).input_ids  # type: ignore[call-arg]
+    return sha256_json([vocabulary, probes])
 
 
 def parse_layers(text: str, depth: int) -> list[int]:
@@ -225,6 +225,15 @@ def parse_layers(text: str, depth: int) -> list[int]:
             raise UsageError(f"layers: {text!r} must name layers between 0 and {depth - 1}, each once, in rising order.")
         chosen += range(first, last + 1)
     return chosen
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The list of decoder layers: the module list as long as the config says."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise UnsupportedModelError(f"{type(model).__name__} has no list of {depth} layers")
 
 
 def cut_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from pipeline.models.cpu_kernels import fuse
+from pipeline.models.folders import UnsupportedModelError, decoder_layers
 from pipeline.models.rows import Packed
 
 ATTENTION = "shotless_packed"
@@ -35,10 +36,6 @@ LONGEST_SMALL = 256
 """Rows of at most this many tokens have all their attention scores held at once: 4 bytes × heads × tokens × this, a pass."""
 LayerKeyValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [1, key heads, tokens, head size]."""
-
-
-class UnsupportedModelError(Exception):
-    """The architecture does something that the packed pass does not reproduce; use the plain forward."""
 
 
 class _ContextKeys:
@@ -230,15 +227,6 @@ def _active(current: _Pass) -> Iterator[_Pass]:
         yield current
     finally:
         _PASS.reset(token)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers: the module list as long as the config says."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise UnsupportedModelError(f"{type(model).__name__} has no list of {depth} layers")
 
 
 def _keep_answers(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

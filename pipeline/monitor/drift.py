@@ -6,8 +6,10 @@ false alarm under the rate, however the tests depend on each other. An alarm als
 finds differences that do not matter.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,33 +21,22 @@ from pipeline.monitor.sample import Sample
 from pipeline.params import MonitorParams
 
 Floats = npt.NDArray[np.float64]
-PERMUTATIONS_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
 class DriftTest:
-    """One test before correction. `effect` is between 0 and 1."""
+    """One test. Its corrected p-value and its alarm are those of `corrected`."""
 
     name: str
-    of: str
-    """`inputs`, `answers` or `accuracy`."""
+    of: str  # "inputs", "answers" or "accuracy"
     effect_name: str
-    effect: float
-    smallest: float
-    """A smaller effect raises no alarm."""
+    smallest: float  # a smaller effect raises no alarm
+    effect: float  # between 0 and 1
     p_value: float
-    then: str
-    """The reference, in words."""
+    then: str  # the reference, in words
     now: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A test with its corrected p-value and whether it raises an alarm."""
-
-    test: DriftTest
-    adjusted_p: float
-    alarm: bool
+    adjusted_p: float = 1.0
+    alarm: bool = False
 
 
 def drift_tests(
@@ -57,36 +48,52 @@ def drift_tests(
     compared with `unseen`: texts of the same kind that it did not learn from.
     """
     rng = np.random.default_rng(params.seed)
-    shift, gap, between = params.smallest_shift, "largest gap of the distribution functions", "share of the variance between the samples"
-    lengths = stats.ks_2samp(reference.lengths, new.lengths, method="asymp")  # ties make it only more careful
     kernels = bag_kernel([*reference.ids, *new.ids]), gaussian_kernel(np.concatenate([reference.states, new.states]))
     words, states = (discrepancy(kernel, len(reference), params.permutations, rng) for kernel in kernels)
-    usual = reference if unseen is None else unseen
-    confidence = stats.ks_2samp(usual.confidence, new.confidence, method="asymp")
-    unlearnt = "" if unseen is None else f" of {len(unseen):,} texts not learnt from"
     moved = label_shift(reference.labels, new.labels, labels, params.permutations, rng)
+    old_lengths, lengths = (np.array([len(ids) for ids in sample.ids]) for sample in (reference, new))
+    usual = unseen or reference
+    known = set(chain.from_iterable(reference.ids[: len(reference) // 2]))
+    steps = (new.states.mean(axis=0) - reference.states.mean(axis=0)) / spread(reference.states)
 
-    def test(name: str, of: str, effect_name: str, found: tuple[float, float] | Any, smallest: float, then: str, now: str) -> DriftTest:
-        return DriftTest(name, of, effect_name, float(found[0]), smallest, float(found[1]), then, now)
+    def gap(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+        found: Any = stats.ks_2samp(one, other, method="asymp")  # ties make it only more careful
+        return float(found.statistic), float(found.pvalue)
 
+    def tokens(lengths: np.ndarray) -> str:
+        low, middle, high = np.quantile(lengths, [0.1, 0.5, 0.9])
+        return f"median {middle:.0f} tokens (80 % within {low:.0f}–{high:.0f})"
+
+    def known_tokens(prompts: Sequence[Sequence[int]]) -> str:
+        return f"{np.mean([token in known for ids in prompts for token in ids]):.1%} known tokens"
+
+    def shares(sample: Sample) -> str:
+        return ", ".join(f"{label} {sample.labels.count(label) / len(sample):.1%}" for label in labels)
+
+    def median(sample: Sample) -> str:
+        return f"median {np.median(sample.confidence):.1%}" + (f" of {len(sample):,} texts not learnt from" if sample is unseen else "")
+
+    shift, gaps, between = params.smallest_shift, "largest gap of the distribution functions", "share of the variance between the samples"
+    seen, now = known_tokens(reference.ids[len(reference) // 2 :]), known_tokens(new.ids)  # the first half has the known ones
+    away = f"mean moved by {np.sqrt((steps**2).mean()):.2f} standard deviations"
     return [
-        test("length", "inputs", gap, lengths, shift, _tokens(reference), _tokens(new)),
-        test("vocabulary", "inputs", between, words, params.smallest_vocabulary_share, *_known_tokens(reference, new)),
-        test("embedding", "inputs", between, states, params.smallest_embedding_share, "–", _moved(reference.states, new.states)),
-        test("labels", "answers", "total variation", moved, shift, *(_shares(sample.labels, labels) for sample in (reference, new))),
-        test("confidence", "answers", gap, confidence, shift, _median(usual) + unlearnt, _median(new)),
+        DriftTest("length", "inputs", gaps, shift, *gap(old_lengths, lengths), tokens(old_lengths), tokens(lengths)),
+        DriftTest("vocabulary", "inputs", between, params.smallest_vocabulary_share, *words, seen, now),
+        DriftTest("embedding", "inputs", between, params.smallest_embedding_share, *states, "–", away),
+        DriftTest("labels", "answers", "total variation", shift, *moved, shares(reference), shares(new)),
+        DriftTest("confidence", "answers", gaps, shift, *gap(usual.confidence, new.confidence), median(usual), median(new)),
     ]
 
 
-def outcomes(tests: Sequence[DriftTest], rate: float) -> list[Outcome]:
-    """Holm's step-down correction over all tests, in their order; a test whose adjusted p-value is at most `rate` raises an alarm."""
-    order = sorted(range(len(tests)), key=lambda place: tests[place].p_value)
-    adjusted = [0.0] * len(tests)
+def corrected(tests: Sequence[DriftTest], rate: float) -> list[DriftTest]:
+    """The tests with Holm's step-down correction over all of them; one whose adjusted p-value is at most `rate` raises an alarm."""
+    found = list(tests)
     highest = 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(tests) - rank) * tests[place].p_value))
-        adjusted[place] = highest
-    return [Outcome(test, p, p <= rate and test.effect >= test.smallest) for test, p in zip(tests, adjusted, strict=True)]
+    for rank, place in enumerate(sorted(range(len(tests)), key=lambda place: tests[place].p_value)):
+        test = tests[place]
+        highest = max(highest, min(1.0, (len(tests) - rank) * test.p_value))
+        found[place] = replace(test, adjusted_p=highest, alarm=highest <= rate and test.effect >= test.smallest)
+    return found
 
 
 def discrepancy(kernel: Floats, first: int, permutations: int, rng: np.random.Generator) -> tuple[float, float]:
@@ -95,16 +102,11 @@ def discrepancy(kernel: Floats, first: int, permutations: int, rng: np.random.Ge
     Returns the unbiased MMD² of two samples of equal size as a share of the variance in the kernel's space, at least 0, and the p-value,
     (1 + shuffles at least as far apart) / (1 + shuffles): exact for exchangeable rows, however few. The kernel's diagonal is constant.
     """
-    rows = kernel.shape[0]
-    second = rows - first
+    second = len(kernel) - first
     weights = np.concatenate([np.full(first, 1 / first), np.full(second, -1 / second)])
-    observed = float(weights @ kernel @ weights)
-    at_least = 0
-    for start in range(0, permutations, PERMUTATIONS_AT_ONCE):
-        count = min(PERMUTATIONS_AT_ONCE, permutations - start)
-        shuffled = rng.permuted(np.tile(weights, (count, 1)), axis=1)
-        found = np.einsum("ij,ij->i", shuffled @ kernel, shuffled)
-        at_least += int((found >= observed * (1 - 1e-12)).sum())
+    shuffled = rng.permuted(np.tile(weights, (permutations, 1)), axis=1)
+    distances = np.einsum("ij,ij->i", shuffled @ kernel, shuffled)
+    at_least = int((distances >= weights @ kernel @ weights * (1 - 1e-12)).sum())
     diagonal = float(kernel[0, 0])
     mean_own = (kernel[:first, :first].sum() - first * diagonal) / (first * (first - 1))
     mean_other = (kernel[first:, first:].sum() - second * diagonal) / (second * (second - 1))
@@ -116,27 +118,23 @@ def discrepancy(kernel: Floats, first: int, permutations: int, rng: np.random.Ge
 
 def bag_kernel(documents: Sequence[Sequence[int]]) -> Floats:
     """Cosine similarity of the documents' sets of token ids, each id weighted by its rarity, log(documents / documents with it)."""
-    vocabulary = {token: column for column, token in enumerate(sorted({token for document in documents for token in document}))}
-    sets = [sorted({vocabulary[token] for token in document}) for document in documents]
-    places = np.repeat(np.arange(len(sets)), [len(tokens) for tokens in sets])
-    columns = np.array([column for tokens in sets for column in tokens], dtype=np.int64)
-    values = np.log(len(sets) / np.bincount(columns, minlength=len(vocabulary)))[columns]
-    bags = sparse.csr_array((values, (places, columns)), shape=(len(sets), len(vocabulary)))
-    norms = np.sqrt(np.asarray(bags.multiply(bags).sum(axis=1)).ravel())
-    # A document of ubiquitous ids alone says nothing: similarity 0 to all others, 1 to itself.
-    bags = sparse.csr_array(sparse.diags_array(1 / np.where(norms > 0, norms, 1)) @ bags)
-    kernel = np.array(sparse.csr_array(bags @ bags.T).toarray(), dtype=np.float64)
+    sets = [sorted(set(document)) for document in documents]
+    _, columns = np.unique(list(chain.from_iterable(sets)), return_inverse=True)
+    weights = np.log(len(sets) / np.bincount(columns))
+    bags = sparse.csr_array((weights[columns], columns, np.cumsum([0, *map(len, sets)])))
+    kernel = (bags @ bags.T).toarray()
+    norms = np.sqrt(kernel.diagonal())
+    norms[norms == 0] = 1  # a document of ubiquitous ids alone says nothing: similarity 0 to all others, 1 to itself
+    kernel /= np.outer(norms, norms)
     np.fill_diagonal(kernel, 1.0)
     return kernel
 
 
 def gaussian_kernel(vectors: Floats) -> Floats:
     """Gaussian kernel of vectors [N, H], each dimension scaled to unit variance; its width is the median distance."""
-    spread = vectors.std(axis=0)
-    distances = pdist(vectors[:, spread > 0] / spread[spread > 0], "sqeuclidean")
+    distances = pdist(vectors / spread(vectors), "sqeuclidean")
     positive = distances[distances > 0]
-    width = float(np.median(positive)) if len(positive) else 1.0
-    kernel = np.exp(-squareform(distances) / width)
+    kernel = np.exp(-squareform(distances) / (np.median(positive) if len(positive) else 1.0))
     np.fill_diagonal(kernel, 1.0)
     return kernel
 
@@ -144,52 +142,15 @@ def gaussian_kernel(vectors: Floats) -> Floats:
 def label_shift(
     one: Sequence[str], other: Sequence[str], labels: Sequence[str], permutations: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Total variation distance of the label shares, and the p-value of Pearson's chi-square among shuffles of the same answers.
-
-    Counts of shuffled answers follow the multivariate hypergeometric distribution, so they are drawn from it.
-    """
-    counts = np.array([[list(sample).count(label) for label in labels] for sample in (one, other)])
-    total, sizes = counts.sum(axis=0), counts.sum(axis=1)
-    used = total > 0
-    expected = total * sizes[0] / sizes.sum()
-    shuffled = rng.multivariate_hypergeometric(total, int(sizes[0]), size=permutations)
-
-    def distance(first: np.ndarray) -> np.ndarray:
-        """Pearson's chi-square but for a factor that all tables with these margins share."""
-        return ((first - expected)[..., used] ** 2 / total[used]).sum(axis=-1)
-
-    at_least = int((distance(shuffled) >= distance(counts[0]) * (1 - 1e-12)).sum())
-    return float(np.abs(counts[0] / sizes[0] - counts[1] / sizes[1]).sum() / 2), (1 + at_least) / (1 + permutations)
+    """Total variation distance of the label shares, and the p-value of Pearson's chi-square among shuffles of the same answers."""
+    counts = np.array([[sample[label] for label in labels] for sample in (Counter(one), Counter(other))])
+    first, second = counts / counts.sum(axis=1, keepdims=True)
+    shuffles = stats.MonteCarloMethod(n_resamples=permutations, rng=rng)
+    found: Any = stats.chi2_contingency(counts[:, counts.any(axis=0)], correction=False, method=shuffles)
+    return float(np.abs(first - second).sum() / 2), float(found.pvalue)
 
 
-def _known_tokens(reference: Sample, new: Sample) -> tuple[str, str]:
-    """The shares of the reference's second half, and of `new`, in tokens that the reference's first half has."""
-    middle = len(reference) // 2
-    known = {token for ids in reference.ids[:middle] for token in ids}
-
-    def share(prompts: Sequence[Sequence[int]]) -> str:
-        tokens = [token for ids in prompts for token in ids]
-        return f"{sum(token in known for token in tokens) / max(1, len(tokens)):.1%} known tokens"
-
-    return share(reference.ids[middle:]), share(new.ids)
-
-
-def _moved(reference: Floats, new: Floats) -> str:
-    """How far the mean state moved."""
-    spread = reference.std(axis=0)
-    used = spread > 0
-    away = (new.mean(axis=0) - reference.mean(axis=0))[used] / spread[used]
-    return f"mean moved by {np.sqrt((away**2).mean()):.2f} standard deviations" if used.any() else "–"
-
-
-def _tokens(sample: Sample) -> str:
-    low, middle, high = np.quantile(sample.lengths, [0.1, 0.5, 0.9])
-    return f"median {middle:.0f} tokens (80 % within {low:.0f}–{high:.0f})"
-
-
-def _median(sample: Sample) -> str:
-    return f"median {np.median(sample.confidence):.1%}"
-
-
-def _shares(answers: Sequence[str], labels: Sequence[str]) -> str:
-    return ", ".join(f"{label} {list(answers).count(label) / len(answers):.1%}" for label in labels)
+def spread(states: Floats) -> Floats:
+    """Standard deviation of each dimension of states [N, H], 1 if it does not vary."""
+    found = states.std(axis=0)
+    return np.where(found > 0, found, 1.0)

@@ -1,6 +1,7 @@
 """Inputs with a student's answers, as the drift tests see them: drawn from files of any size, with gold labels if there are some."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from pipeline.files import sha256_text
 from pipeline.params import LabelRule, MonitorParams, Params
 from pipeline.progress import progress
 from pipeline.serving.files import Item
-from pipeline.serving.predictor import Predictor
+from pipeline.serving.predictor import Prediction, Predictor
 
 Floats = npt.NDArray[np.float64]
 GOLD = "gold"
@@ -24,48 +25,27 @@ ROWS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Sample:
-    """N inputs that were answered."""
+    """N inputs that a student answered, drawn from `rows`; `bad` are those among them that it cannot answer."""
 
     texts: list[str]
-    ids: list[Sequence[int]]
-    """Token ids of each prompt."""
-    labels: list[str]
-    """The student's answers."""
+    ids: list[Sequence[int]]  # token ids of each prompt
+    labels: list[str]  # the student's answers
     confidence: Floats  # [N]
     states: Floats  # [N, H]
+    gold: list[str | None]
+    origin: str = ""
+    rows: int = 0
+    bad: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    @property
-    def lengths(self) -> Floats:
-        """Tokens of each prompt, [N]."""
-        return np.array([len(ids) for ids in self.ids], dtype=np.float64)
 
-    def take(self, rows: Sequence[int]) -> "Sample":
-        """Some rows, in the order given."""
-        index = list(rows)
-        texts, ids, labels = [self.texts[i] for i in index], [self.ids[i] for i in index], [self.labels[i] for i in index]
-        return Sample(texts, ids, labels, self.confidence[index], self.states[index])
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A sample drawn from a file: `rows` are all that the file has, `bad` those among them that cannot be answered."""
-
-    origin: str
-    sample: Sample
-    gold: list[str | None]
-    """Gold labels of the sample's rows."""
-    rows: int
-    bad: int
-
-
-def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: MonitorParams) -> Inputs:
+def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: MonitorParams, least: int = LEAST_ROWS) -> Sample:
     """Draw `params.max_rows` of the usable items, in one reading that keeps no more than these, and answer them.
 
     All items are checked for fields that cannot be used; a text too long for the model is found among the drawn ones only. Raises
-    UsageError if fewer than `LEAST_ROWS` can be answered.
+    UsageError if fewer than `least` can be answered.
     """
     rows = bad = 0
 
@@ -83,20 +63,26 @@ def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: Mon
                 yield "\n".join(example.fields.values()), item
 
     drawn = draw(usable(), params.max_rows, params.seed)
-    answered = []
+    answered: list[tuple[str, Item, Prediction]] = []
     with progress(f"answering {origin}", len(drawn), "rows") as meter:
         for start in range(0, len(drawn), ROWS_AT_ONCE):
             window = drawn[start : start + ROWS_AT_ONCE]
-            found = predictor.answer([item.fields for _, item in window])
-            for (text, item), prediction, ids, state in zip(window, found.predictions, found.ids, found.states, strict=True):
-                if prediction.error is None:
-                    answered.append((text, ids, prediction.label, prediction.confidence, state, item.kept.get(GOLD)))
+            predictions = predictor.predict([item.fields for _, item in window])
+            answered += [(*row, found) for row, found in zip(window, predictions, strict=True) if found.error is None]
             meter.advance(len(window))
-    if len(answered) < LEAST_ROWS:
-        raise UsageError(f"{origin}: {len(answered)} inputs can be used, and a comparison needs {LEAST_ROWS}. Give a file with more.")
-    texts, prompts, labels, confidence, states, gold = map(list, zip(*answered, strict=True))
-    sample = Sample(texts, prompts, labels, np.array(confidence), np.array(states, dtype=np.float64))
-    return Inputs(origin, sample, gold, rows, bad + len(drawn) - len(answered))
+    if len(answered) < least:
+        raise UsageError(f"{origin}: {len(answered)} inputs can be used, and a comparison needs {least}. Give a file with more.")
+    return Sample(
+        texts=[text for text, _, _ in answered],
+        ids=[found.ids for _, _, found in answered],
+        labels=[str(found.label) for _, _, found in answered],
+        confidence=np.array([found.confidence for _, _, found in answered], dtype=np.float64),
+        states=np.array([found.state for _, _, found in answered], dtype=np.float64),
+        gold=[item.kept.get(GOLD) for _, item, _ in answered],
+        origin=origin,
+        rows=rows,
+        bad=bad + len(drawn) - len(answered),
+    )
 
 
 def draw(rows: Iterable[tuple[str, Item]], count: int, seed: int) -> list[tuple[str, Item]]:
@@ -105,27 +91,21 @@ def draw(rows: Iterable[tuple[str, Item]], count: int, seed: int) -> list[tuple[
     return sorted(drawn, key=lambda row: row[1].line)
 
 
-def with_shares_of(reference: Sample, samples: Sequence[Sample]) -> Sample:
-    """As many rows of `samples` as possible with the reference's shares of answers, since an evaluation set may be drawn per label.
+def with_shares_of(reference: Sample, sample: Sample) -> Sample:
+    """As many rows of `sample` as possible with the reference's shares of answers, since an evaluation set may be drawn per label.
 
     Each label's rows are taken in their order.
     """
-    whole = Sample(
-        [text for sample in samples for text in sample.texts],
-        [ids for sample in samples for ids in sample.ids],
-        [label for sample in samples for label in sample.labels],
-        np.concatenate([sample.confidence for sample in samples]),
-        np.concatenate([sample.states for sample in samples]),
-    )
-    shares = {label: reference.labels.count(label) / len(reference) for label in set(reference.labels)}
-    total = min(whole.labels.count(label) / share for label, share in shares.items())
-    left = {label: round(total * share) for label, share in shares.items()}
+    held, shares = Counter(sample.labels), Counter(reference.labels)
+    scale = min(held[label] / count for label, count in shares.items())
+    left = {label: round(scale * count) for label, count in shares.items()}
     rows = []
-    for row, label in enumerate(whole.labels):
+    for row, label in enumerate(sample.labels):
         if left.get(label, 0) > 0:
             left[label] -= 1
             rows.append(row)
-    return whole.take(rows)
+    texts, ids, labels, gold = ([values[row] for row in rows] for values in (sample.texts, sample.ids, sample.labels, sample.gold))
+    return replace(sample, texts=texts, ids=ids, labels=labels, gold=gold, confidence=sample.confidence[rows], states=sample.states[rows])
 
 
 def label_rule(params: Params | None, column: str) -> LabelRule:
@@ -151,9 +131,9 @@ def with_gold(items: Iterable[Item], rule: LabelRule, predictor: Predictor, orig
         value = item.kept.get(GOLD)
         try:
             label = None if value is None else label_of(value)
-            fault = "" if label is None or label in predictor.labels else f"{label!r}; the student's are: {choices(predictor.labels)}"
         except BadValueError as bad:
-            label, fault = None, f"{bad.reason}: {bad.value}"
-        if fault:
-            raise UsageError(f"--labels {rule.column}: {origin}, line {item.line}: {fault}.")
+            raise UsageError(f"--labels {rule.column}: {origin}, line {item.line}: {bad.reason}: {bad.value}.") from None
+        if label is not None and label not in predictor.labels:
+            where = f"--labels {rule.column}: {origin}, line {item.line}"
+            raise UsageError(f"{where}: {label!r} is not a label of the student; its labels are: {choices(predictor.labels)}.")
         yield replace(item, kept={GOLD: label})

@@ -1,4 +1,4 @@
-"""One document from samples and tests: what moved, what that means, and whether retraining is due.
+"""One document from samples and tests: what moved, what that means, and whether retraining is due; as JSON, as a table, as a page.
 
 Retraining is due if a test raises an alarm. Two more alarms are not for retraining to mend: memory over its limit, and too many rows that
 could not be answered, which are a fault of whoever sends them.
@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from scipy import stats
+from scipy.spatial.distance import cdist
 
+from pipeline.errors import UsageError
 from pipeline.evaluation.metrics import rounded
-from pipeline.files import read_json
-from pipeline.monitor.drift import DriftTest, Outcome
-from pipeline.monitor.sample import Inputs, Sample
+from pipeline.files import read_json, write_text
+from pipeline.monitor.drift import DriftTest, spread
+from pipeline.monitor.sample import Sample
 from pipeline.params import MonitorParams
+from pipeline.serving.predictor import Predictor
 
 SHOWN = 8
 
@@ -37,57 +44,55 @@ def accuracy_bound(params: MonitorParams, evaluation: Path | None, domains: dict
     return mean - params.accuracy_drop, f"{mean:.1%} on {', '.join(chosen)}, less {params.accuracy_drop:.0%}"
 
 
-def accuracy_test(predicted: Sequence[str], gold: Sequence[str], bound: float, origin: str) -> DriftTest:
-    """Is accuracy under the bound? Exact binomial test, one-sided, corrected with the drift tests: a few labelled inputs are noisy."""
-    right = sum(one == other for one, other in zip(predicted, gold, strict=True))
-    found = right / len(gold)
-    p_value = float(stats.binomtest(right, len(gold), min(1.0, max(0.0, bound)), alternative="less").pvalue)
-    then, now = f"at least {bound:.1%} ({origin})", f"{found:.1%} of {len(gold):,} labelled"
-    return DriftTest("accuracy", "accuracy", "below the bound", max(0.0, bound - found), 0.0, p_value, then, now)
+def accuracy_test(new: Sample, bound: float, origin: str) -> DriftTest:
+    """Is accuracy under the bound? Exact binomial test, one-sided, corrected with the drift tests: a few labelled inputs are noisy.
+
+    Raises UsageError if no input has a gold label.
+    """
+    right = [mine == gold for mine, gold in zip(new.labels, new.gold, strict=True) if gold is not None]
+    if not right:
+        raise UsageError(f"--labels: none of the rows that were drawn from {new.origin} has a label.")
+    found = sum(right) / len(right)
+    p_value = float(stats.binomtest(sum(right), len(right), min(1.0, max(0.0, bound)), alternative="less").pvalue)
+    then, now = f"at least {bound:.1%} ({origin})", f"{found:.1%} of {len(right):,} labelled"
+    return DriftTest("accuracy", "accuracy", "below the bound", 0.0, max(0.0, bound - found), p_value, then, now)
 
 
 def verdict(
-    student: dict[str, str],
-    reference: tuple[str, Sample],
-    new: Inputs,
-    found: Sequence[Outcome],
+    predictor: Predictor,
+    reference: Sample,
+    new: Sample,
+    tests: Sequence[DriftTest],
     peak_mb: float,
     params: MonitorParams,
     bad_rows_limit: float,
 ) -> dict[str, Any]:
-    """The monitor's JSON. `reference` is its origin and its sample; `peak_mb` the peak memory of the process that answered."""
-    alarms = [outcome.test.name for outcome in found if outcome.alarm]
+    """The monitor's JSON, from corrected tests. `peak_mb` is the peak memory of the process that answered."""
     share, limit_mb = new.bad / new.rows, params.max_memory_mb
     too_large, too_bad = limit_mb is not None and peak_mb > limit_mb, share > bad_rows_limit
-    return {
-        "student": student,
-        "reference": {"from": reference[0], "rows": len(reference[1])},
-        "inputs": {"from": new.origin, "rows": new.rows, "with_error": new.bad, "tested": len(new.sample)},
+    alarms = [test.name for test in tests if test.alarm]
+    document = {
+        "student": {"name": predictor.student.name, "weights_sha256": predictor.weights_sha256},
+        "reference": {"from": reference.origin, "rows": len(reference)},
+        "inputs": {"from": new.origin, "rows": new.rows, "with_error": new.bad, "tested": len(new)},
         "false_alarm_rate": params.false_alarm_rate,
-        "tests": [
-            {**rounded(asdict(outcome.test)), "adjusted_p": round(outcome.adjusted_p, 6), "alarm": outcome.alarm} for outcome in found
-        ],
-        "memory": {"peak_mb": round(peak_mb, 1), "limit_mb": limit_mb, "alarm": too_large},
-        "bad_rows": {"share": round(share, 6), "limit": bad_rows_limit, "alarm": too_bad},
+        "tests": [asdict(test) for test in tests],
+        "memory": {"peak_mb": peak_mb, "limit_mb": limit_mb, "alarm": too_large},
+        "bad_rows": {"share": share, "limit": bad_rows_limit, "alarm": too_bad},
         "alarms": [*alarms, *["memory"] * too_large, *["bad rows"] * too_bad],
         "due": bool(alarms),
-        "farthest": farthest(reference[1], new.sample),
+        "farthest": _farthest(reference, new),
     }
+    return rounded(document)
 
 
-def farthest(reference: Sample, new: Sample) -> list[dict[str, Any]]:
+def _farthest(reference: Sample, new: Sample) -> list[dict[str, Any]]:
     """The new inputs least like the reference: by the distance of their last hidden state to the nearest one of the reference."""
-    spread = reference.states.std(axis=0)
-    used = spread > 0
-    if not used.any():
-        return []
-    ours, theirs = (sample.states[:, used] / spread[used] for sample in (new, reference))
-    squared = (ours**2).sum(1)[:, None] + (theirs**2).sum(1)[None] - 2 * ours @ theirs.T
-    nearest = np.sqrt(np.maximum(squared.min(axis=1), 0) / used.sum())
-    rows = np.argsort(-nearest, kind="stable")[:SHOWN]
+    scale = spread(reference.states) * np.sqrt(reference.states.shape[1])
+    nearest = cdist(new.states / scale, reference.states / scale).min(axis=1)
     return [
-        rounded({"text": new.texts[i], "label": new.labels[i], "confidence": float(new.confidence[i]), "distance": float(nearest[i])})
-        for i in rows
+        {"text": new.texts[i], "label": new.labels[i], "confidence": float(new.confidence[i]), "distance": float(nearest[i])}
+        for i in np.argsort(-nearest, kind="stable")[:SHOWN]
     ]
 
 
@@ -98,3 +103,37 @@ def sentence(document: dict[str, Any]) -> str:
         return f"No alarm: nothing in {tested:,} inputs says that retraining is due (false alarms: at most {rate:.1%} of such checks)."
     due = "Retraining is due" if document["due"] else "Something is wrong, but not what retraining mends"
     return f"{due}: {', '.join(document['alarms'])} (of inputs like the reference, at most {rate:.1%} of such checks say so)."
+
+
+def print_table(document: dict[str, Any]) -> None:
+    """Print the tests and the verdict on the terminal."""
+    console = Console()
+    table = Table(show_edge=False, pad_edge=False, box=None, header_style="bold")
+    for heading in ("", "reference", "now", "shift", "at least", "p (Holm)", ""):
+        table.add_column(heading, justify="right" if heading in {"shift", "at least", "p (Holm)"} else "left", overflow="fold")
+    for test in document["tests"]:
+        cells = (test["name"], test["then"], test["now"], f"{test['effect']:.3f}", f"{test['smallest']:.3f}", f"{test['adjusted_p']:.4f}")
+        state, style = ("alarm", "bold red") if test["alarm"] else ("ok", "")
+        table.add_row(*(Text(cell) for cell in (*cells, state)), style=style)
+    console.print(table)
+    for line in _figures(document):
+        console.print(Text(line))
+    console.print(Text(sentence(document), style="bold red" if document["alarms"] else "bold green"))
+
+
+def write_page(document: dict[str, Any], file: Path) -> None:
+    """Write the document as one page that works offline."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.monitor"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("monitor.html.jinja")
+    write_text(template.render(d=document, verdict=sentence(document), figures=_figures(document)), file)
+
+
+def _figures(document: dict[str, Any]) -> list[str]:
+    """Memory and unusable rows in words."""
+    memory, inputs, bad = document["memory"], document["inputs"], document["bad_rows"]
+    limit = "no limit set" if memory["limit_mb"] is None else f"limit {memory['limit_mb']:,} MB"
+    peak = f"memory: {memory['peak_mb']:,.0f} MB at its peak while answering ({limit})"
+    rows = f"rows with an error: {inputs['with_error']:,} of {inputs['rows']:,} (limit {bad['limit']:.0%})"
+    return [line + ": alarm" * figure["alarm"] for line, figure in ((peak, memory), (rows, bad))]

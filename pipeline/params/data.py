@@ -11,6 +11,8 @@ from pipeline.params.task import Fraction, Frozen, Name
 
 RESERVED_SLICES = frozenset({"domain", "label", "length", "words", "score", "example_id"})
 DOWNLOADS = "downloads"
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
+"""What belongs to a model folder: no pickles, no Python files."""
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 
 

@@ -26,8 +26,13 @@ def merge(base: Any, changes: Any) -> Any:
     """`changes` laid over `base`: mappings are merged key by key, a null removes a key, anything else replaces."""
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return copy.deepcopy(changes)
-    left = {key for key in base | changes if key not in changes or changes[key] is not None}
-    return {key: merge(base.get(key), changes.get(key, base.get(key))) for key in base | changes if key in left}
+    merged = {}
+    for key in base | changes:
+        if key not in changes:
+            merged[key] = copy.deepcopy(base[key])
+        elif changes[key] is not None:
+            merged[key] = merge(base.get(key), changes[key])
+    return merged
 
 
 def make_workspace(name: str, project: Path) -> Path:

@@ -56,12 +56,12 @@ def read_yaml(path: Path) -> Any:
         raise UsageError(f"{path}: not valid YAML: {error}") from None
 
 
-def yaml_text(value: Any, *, leaves_in_one_line: bool = False) -> str:
-    """A value as YAML; keys keep their order. `leaves_in_one_line` writes maps and lists without others in them as `{a: 1}`."""
+def yaml_text(value: Any) -> str:
+    """A value as YAML; keys keep their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.default_flow_style = None if leaves_in_one_line else False
-    yaml.width = 140
+    yaml.default_flow_style = False
+    yaml.width = 2**20  # a key that is broken over two lines cannot be read again
     text = io.StringIO()
     yaml.dump(value, text)
     return text.getvalue()

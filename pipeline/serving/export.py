@@ -1,20 +1,17 @@
 """A student's folder for other programs: a checked copy that plain transformers loads.
 
-A student is saved merged, so there is no adapter to fold in, and the copy is all there is to make. llama.cpp's `convert_hf_to_gguf.py`
-reads it as it is.
+A student is saved merged, so there is no adapter to fold in. llama.cpp's `convert_hf_to_gguf.py` reads the copy as it is.
 """
 
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import MANIFEST, check_manifest
 from pipeline.models.trained import Trained
-
-CARD = "README.md"
 
 
 def export(student: Trained, output: Path, force: bool) -> str:
@@ -24,10 +21,16 @@ def export(student: Trained, output: Path, force: bool) -> str:
     """
     if output.exists() and (not force or not output.is_dir() or output.resolve() == student.folder.resolve()):
         raise UsageError(f"{output} exists; name another folder, or replace it with --force.")
-    tensors, dtypes = _check_weights(student)
+    tensors, dtypes = 0, set[str]()
+    for file in student.folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if not torch.isfinite(tensor).all():
+                raise CorruptError(f"{file}: {name} has numbers that are not finite; train the student again.")
+            tensors += 1
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
     building = output.with_name(f".{output.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    names = [*student.manifest["files"], MANIFEST, *([CARD] if (student.folder / CARD).is_file() else [])]
+    names = [name for name in (*student.manifest["files"], MANIFEST, "README.md") if (student.folder / name).is_file()]
     for name in names:
         (building / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(student.folder / name, building / name)  # not the mode: weights are saved for their owner alone
@@ -36,19 +39,3 @@ def export(student: Trained, output: Path, force: bool) -> str:
     building.rename(output)
     megabytes = sum((output / name).stat().st_size for name in names) / 1e6
     return f"{output}: {tensors} tensors ({', '.join(sorted(dtypes))}), {len(names)} files, {megabytes:,.1f} MB; all weights are finite"
-
-
-def _check_weights(student: Trained) -> tuple[int, set[str]]:
-    """Number and dtypes of the tensors. Raises CorruptError naming the first that has a number that is not finite."""
-    count, dtypes = 0, set[str]()
-    for name in student.manifest["files"]:
-        if not name.endswith(".safetensors"):
-            continue
-        with safe_open(student.folder / name, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118  not a mapping
-                tensor = weights.get_tensor(key)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise CorruptError(f"{student.folder / name}: {key} has numbers that are not finite; train the student again.")
-                count += 1
-                dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    return count, dtypes

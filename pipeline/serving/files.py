@@ -6,12 +6,11 @@ the input. A window's first row waits for its last; a window of one row answers 
 
 import csv
 import io
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,12 +21,14 @@ from pipeline.data.readers import MISSING, BadRow, BlankLine, MissingColumnError
 from pipeline.errors import UsageError, choices
 from pipeline.files import replacing
 from pipeline.params.data import FORMATS
-from pipeline.serving.log import is_log_record, json_line
+from pipeline.serving.log import json_line
 from pipeline.serving.predictor import Prediction, Predictor
 
-STANDARD_INPUT = Path("/dev/stdin")
+WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form != "tsv"}
+"""Formats of the output, by the suffix of a file's name."""
+LOG_KEYS = ("time", "student", "fields")
+"""What a line of a predictions log has, whatever its answer."""
 OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "error")
-WINDOW_ROWS = 1024
 WINDOW_CHARS = 4_000_000
 UNENCODABLE = "backslashreplace"
 """Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
@@ -39,25 +40,23 @@ class Item:
 
     line: int
     fields: Mapping[str, Any]
-    kept: Mapping[str, Any] = field(default_factory=dict)
-    """Columns that pass through to the output."""
-    error: str | None = None
-    """Why the row could not be read."""
+    kept: Mapping[str, Any] = field(default_factory=dict)  # columns that pass through to the output
+    error: str | None = None  # why the row could not be read
 
 
 Answered = tuple[Item, Prediction]
 
 
-def format_of(path: str, chosen: str | None, option: str) -> str:
+def format_of(path: str, chosen: str | None, option: str, formats: Mapping[str, str] = FORMATS) -> str:
     """The format that `option` chose, else what the file's name ends with. Standard input and output are JSON lines by default."""
     if chosen is not None:
-        if chosen not in FORMATS.values():
-            raise UsageError(f"{option}: no format {chosen!r}; choose one of: {choices(set(FORMATS.values()))}")
+        if chosen not in formats.values():
+            raise UsageError(f"{option}: no format {chosen!r}; choose one of: {choices(set(formats.values()))}")
         return chosen
     suffix = ".jsonl" if path == "-" else Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(f"{path}: the name does not end with one of {choices(FORMATS)}; say the format with {option}.")
-    return FORMATS[suffix]
+    if suffix not in formats:
+        raise UsageError(f"{path}: the name does not end with one of {choices(formats)}; say the format with {option}.")
+    return formats[suffix]
 
 
 def columns_of(fields: Sequence[str], mapped: Sequence[str]) -> dict[str, str]:
@@ -88,35 +87,29 @@ def kept_columns(options: Sequence[str]) -> dict[str, str]:
 def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[Item]:
     """Rows of a file, or of standard input for "-". `columns` has each field's column, `kept` the column of each name that passes through.
 
-    Blank lines are skipped; a row that cannot be read comes with an error. A predictions log gives the inputs that it holds. Raises
-    UsageError if the file is absent, lacks a column or is not of this format.
+    Blank lines are skipped; a row that cannot be read comes with an error. A line of a predictions log gives the input that it holds.
+    Raises UsageError if the file is absent, lacks a column or is not of this format.
     """
-    file = STANDARD_INPUT if path == "-" else Path(path)
+    file = Path("/dev/stdin" if path == "-" else path)
     if not file.exists() or file.is_dir():
         raise UsageError(f"{path}: no such file.")
     if form == "parquet" and not file.is_file():
-        raise UsageError(f"{'standard input' if path == '-' else path}: Parquet is read from its end; write it to a file first.")
-    is_log = form == "jsonl" and _begins_as_log(file)
-    asked = ["fields"] if is_log else list(columns.values())
+        raise UsageError(f"{file}: Parquet is read from its end; write it to a file first.")
+    log_keys = LOG_KEYS if form == "jsonl" else ()
     try:
-        for read in read_rows(file, form, [*asked, *kept.values()]):  # pyright: ignore[reportArgumentType]
+        for read in read_rows(file, form, [*columns.values(), *kept.values(), *log_keys]):
             if isinstance(read, BlankLine):
                 continue
             if isinstance(read, BadRow):
                 yield Item(read.line, {}, error=f"{read.field}: {read.reason}" if read.field else read.reason)
                 continue
             values = [_value(value) for value in read.values]
-            through = dict(zip(kept, values[len(asked) :], strict=True))
-            if not is_log:
-                yield Item(read.line, dict(zip(columns, values, strict=False)), through)
-            elif isinstance(values[0], dict):
-                yield Item(read.line, values[0], through)
-            else:
-                yield Item(read.line, {}, through, "fields: missing")
+            is_log = form == "jsonl" and isinstance(values[-1], dict) and None not in values[-3:]
+            fields = values[-1] if is_log else dict(zip(columns, values, strict=False))
+            yield Item(read.line, fields, dict(zip(kept, values[len(columns) :], strict=False)))
     except MissingColumnError as missing:
-        options = {column: f"--keep NAME={column}" for column in kept.values()} | {
-            c: f"--field {name}=COLUMN" for name, c in columns.items()
-        }
+        options = {column: f"--keep NAME={column}" for column in kept.values()}
+        options |= {column: f"--field {name}=COLUMN" for name, column in columns.items()}
         raise UsageError(f"{missing.fault} Name the right one with {options[missing.column]}.") from None
 
 
@@ -125,48 +118,33 @@ def _value(value: Any) -> Any:
     return None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
-def _begins_as_log(file: Path) -> bool:
-    if not file.is_file():  # a pipe is read once
-        return False
-    with file.open("rb") as lines:
-        first = lines.readline()
-    try:
-        return is_log_record(json.loads(first))
-    except (ValueError, RecursionError):
-        return False
-
-
-def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int = WINDOW_ROWS) -> Iterator[list[Answered]]:
+def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int) -> Iterator[list[Answered]]:
     """Windows of items with their predictions, in the order of the input."""
-    for window in _windows(items, window_rows):
-        usable = [item.fields for item in window if item.error is None]
-        answers = iter(predictor.predict(usable))
-        yield [(item, next(answers) if item.error is None else Prediction(error=item.error)) for item in window]
-
-
-def _windows(items: Iterable[Item], window_rows: int) -> Iterator[list[Item]]:
     window: list[Item] = []
     chars = 0
+
+    def answered() -> list[Answered]:
+        answers = iter(predictor.predict([item.fields for item in window if item.error is None]))
+        return [(item, next(answers) if item.error is None else Prediction(error=item.error)) for item in window]
+
     for item in items:
         window.append(item)
         chars += sum(len(value) for value in item.fields.values() if isinstance(value, str))
         if len(window) >= window_rows or chars >= WINDOW_CHARS:
-            yield window
+            yield answered()
             window, chars = [], 0
     if window:
-        yield window
+        yield answered()
 
 
 @contextmanager
 def writing(path: str, form: str, labels: Sequence[str], kept: Iterable[str]) -> Iterator[Callable[[Sequence[Answered]], None]]:
-    """A function that writes one window after another to a file, or to standard output for "-".
+    """A function that writes one window after another to a file, or to standard output for "-"; `form` is jsonl, csv or parquet.
 
     A row has the input's line, the kept columns, then `label`, `confidence`, the probability of each label (`p_LABEL` in CSV and Parquet)
     and `error`. A file is whole or not there.
     """
     names = ["line", *kept, "label", "confidence", *(f"p_{label}" for label in labels), "error"]
-    if form == "tsv":
-        raise UsageError("--output-format: tsv is read, not written; choose one of: csv, jsonl, parquet")
     if path == "-":
         if form == "parquet":
             raise UsageError("--output: Parquet cannot be written to standard output; name a file.")
@@ -183,12 +161,7 @@ def writing(path: str, form: str, labels: Sequence[str], kept: Iterable[str]) ->
         # Kept columns are text: what a column of a stream holds is known after its last row only.
         schema = pa.schema([pa.field(name, types.get(name, pa.string()), nullable=name != "line") for name in names])
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-
-            def write(window: Sequence[Answered]) -> None:
-                rows = [_flat(replace(item, kept={k: _as_text(v) for k, v in item.kept.items()}), found) for item, found in window]
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-
-            yield write
+            yield lambda window: writer.write_table(pa.Table.from_pylist([_flat(*row) for row in window], schema=schema))
 
 
 def _text_writer(file: TextIO, form: str, names: Sequence[str]) -> Callable[[Sequence[Answered]], None]:
@@ -198,7 +171,7 @@ def _text_writer(file: TextIO, form: str, names: Sequence[str]) -> Callable[[Seq
 
     def write(window: Sequence[Answered]) -> None:
         if form == "csv":
-            sheet.writerows(_flat(item, found) for item, found in window)
+            sheet.writerows(_flat(*row) for row in window)
         else:
             file.writelines(json_line({"line": item.line, **item.kept, **found.as_json()}) for item, found in window)
         file.flush()
@@ -207,11 +180,8 @@ def _text_writer(file: TextIO, form: str, names: Sequence[str]) -> Callable[[Seq
 
 
 def _flat(item: Item, found: Prediction) -> dict[str, Any]:
-    """A row of CSV or Parquet; what is absent is left out."""
+    """A row of CSV or Parquet; what is absent is left out, and kept values are text."""
+    kept = {name: None if value is None else str(value).encode("utf-8", UNENCODABLE).decode() for name, value in item.kept.items()}
     answer = found.as_json()
     shares = answer.pop("probabilities", {})
-    return {"line": item.line, **item.kept, **answer, **{f"p_{label}": share for label, share in shares.items()}}
-
-
-def _as_text(value: Any) -> str | None:
-    return None if value is None else str(value).encode("utf-8", UNENCODABLE).decode("utf-8")
+    return {"line": item.line, **kept, **answer, **{f"p_{label}": share for label, share in shares.items()}}

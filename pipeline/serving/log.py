@@ -35,17 +35,14 @@ class PredictionLog:
 
     def append(self, rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
         """Append inputs with their answers (`Prediction.as_json`)."""
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        lines = [json_line({"time": time, "student": self._student, "fields": dict(fields), **answer}) for fields, answer in rows]
-        if not lines:
-            return
+        head = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "student": self._student}
+        lines = [json_line({**head, "fields": dict(fields), **answer}) for fields, answer in rows]
         with self._lock:
+            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape.
+            data = "".join(["\n"] * self._torn + lines).encode("utf-8", "backslashreplace")
             try:
-                # Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape.
-                data = "".join(["\n"] * self._torn + lines).encode("utf-8", "backslashreplace")
                 with self._path.open("ab", buffering=0) as file:
-                    written = file.write(data)
-                self._torn = written < len(data)  # the disk became full within a line; the next write begins a new one
+                    self._torn = file.write(data) < len(data)  # the disk became full within a line; the next write begins a new one
                 fault = "only a part was written" if self._torn else None
             except OSError as error:
                 fault = error.strerror or str(error)
@@ -61,8 +58,3 @@ def json_line(row: Mapping[str, Any]) -> str:
     if "NaN" in text or "Infinity" in text:
         text = json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
     return text + "\n"
-
-
-def is_log_record(record: object) -> bool:
-    """Whether a JSON value is a line of a predictions log."""
-    return isinstance(record, dict) and isinstance(record.get("fields"), dict) and {"time", "student"} <= set(record)

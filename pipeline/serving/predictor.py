@@ -9,14 +9,14 @@ its probabilities are those of `artifacts/predictions`, up to rounding, which de
 be used gets a prediction that says why, and the others get their answers.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import softmax
 
 from pipeline.data.examples import BadValueError, field_text
 from pipeline.data.readers import MISSING
@@ -28,50 +28,42 @@ from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example, Prompt
 from pipeline.teachers.engines import open_engine
 
-Floats = npt.NDArray[np.float32]
 Input = str | Mapping[str, Any]
 """A text, if the template has one field, or a value for each field."""
 PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, and by the end nobody in the room could say which. " * 2)
 """Texts that engines are compared on. They are fixed, so the choice does not depend on the first inputs."""
-LARGEST_FLOAT16 = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """An answer, or the reason why there is none: then all but `error` is None."""
+    """An answer, or the reason why there is none: then all but `error` is empty."""
 
-    label: str | None = None
-    """The most probable label."""
-    confidence: float | None = None
-    """Its probability."""
-    probabilities: dict[str, float] | None = None
-    """Of each label; they sum to 1."""
+    label: str | None = None  # the most probable one
+    confidence: float | None = None  # its probability
+    probabilities: dict[str, float] | None = None  # of each label; they sum to 1
     error: str | None = None
+    ids: tuple[int, ...] = field(default=(), repr=False)  # token ids of the prompt
+    state: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    """The last layer's output at the answer position, [H]; [0] if the predictor does not keep states."""
 
     def as_json(self) -> dict[str, Any]:
         """The answer as a JSON object: `label`, `confidence` and `probabilities`, or `error`."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Predictions of N inputs with what the monitor tests besides. Rows with an error have no ids, and states of NaN."""
-
-    predictions: list[Prediction]
-    ids: list[tuple[int, ...]]
-    """Token ids of each prompt."""
-    states: Floats
-    """The last layer's output at the answer position [N, H]; [N, 0] if the predictor does not keep it."""
+        if self.error is not None:
+            return {"error": self.error}
+        return {"label": self.label, "confidence": self.confidence, "probabilities": self.probabilities}
 
 
 class Predictor:
     """A loaded student. It serves one thread at a time.
 
-    `threads` are those of the matrix products, by default one for each core. `keep_states` makes `answer` return hidden states. Raises
-    UsageError if the folder is not a student's or its answers are free text, CorruptError if its files are not those of its training.
+    `threads` are those of the matrix products, by default one for each core. With `keep_states` predictions have hidden states. A field
+    longer than `max_chars` is an error of its row. Raises UsageError if the folder is not a student's or its answers are free text,
+    CorruptError if its files are not those of its training.
     """
 
-    def __init__(self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False) -> None:
+    def __init__(
+        self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False, max_chars: int | None = None
+    ) -> None:
         self.student = student if isinstance(student, Trained) else open_trained(Path(student))
         self.task = self.student.task
         if self.task.params.completion is not None:
@@ -83,9 +75,9 @@ class Predictor:
         self.weights_sha256 = weights_sha256(self.student.folder)
         self._tokens = self.student.tokens
         self._limit = context_limit(self.student.folder)
+        self._max_chars = max_chars
         use_machine(threads)
         model = load_model(self.student.folder, device=str(default_device()))
-        self._width = model.config.get_text_config().hidden_size if keep_states else 0
         cache = CacheParams(encoding="top_k", top_k=1, hidden_layers=(-1,) if keep_states else ())
         probes = [Example(dict.fromkeys(self.task.fields, text)) for text in PROBES]
         self.engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
@@ -93,32 +85,25 @@ class Predictor:
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
         """A prediction for each input, in order. Raises UsageError only if `inputs` is not a list."""
-        return self.answer(inputs).predictions
-
-    def answer(self, inputs: Sequence[Input]) -> Answers:
-        """Predictions with each prompt's token ids and, with `keep_states`, its last hidden state."""
         if isinstance(inputs, (str, Mapping)):
             raise UsageError("predict takes a list of inputs. For one input write predict([input])[0].")
-        predictions = [Prediction()] * len(inputs)
-        usable: dict[int, Example] = {}
+        found: dict[int, Prediction] = {}  # by the input's place
+        examples: dict[int, Example] = {}
         for place, value in enumerate(inputs):
             try:
-                usable[place] = self.example(value)
+                examples[place] = self.example(value)
             except BadValueError as bad:
-                predictions[place] = Prediction(error=f"{bad.field_name}: {bad.reason}")
-        ids: list[tuple[int, ...]] = [()] * len(inputs)
+                found[place] = Prediction(error=f"{bad.field_name}: {bad.reason}")
         prompts: dict[int, Prompt] = {}
-        for place, prompt in zip(usable, self._tokens.prompts(NO_CONTEXT, list(usable.values())), strict=True):
+        for place, prompt in zip(examples, self._tokens.prompts(NO_CONTEXT, list(examples.values())), strict=True):
             needed = len(prompt.ids) + self._tokens.longest_answer - 1  # the answer's last token is not read
             if self._limit is not None and needed > self._limit:
-                fault = f"too long: {needed:,} tokens with the answer, and the student takes {self._limit:,}"
-                predictions[place] = Prediction(error=fault)
+                found[place] = Prediction(error=f"too long: {needed:,} tokens with the answer, and the student takes {self._limit:,}")
             else:
-                prompts[place], ids[place] = prompt, prompt.ids
-        states = np.full((len(inputs), self._width), np.nan, dtype=np.float32)
+                prompts[place] = prompt
         if prompts:
-            self._score(prompts, predictions, states)
-        return Answers(predictions, ids, states)
+            found |= zip(prompts, self._answers(list(prompts.values())), strict=True)
+        return [found[place] for place in range(len(inputs))]
 
     def example(self, value: Input) -> Example:
         """An input's fields, as the student was trained to see them. Raises BadValueError if they cannot be used; length is not checked."""
@@ -130,20 +115,21 @@ class Predictor:
         if not isinstance(value, Mapping):
             raise BadValueError(first, "neither a text nor an object", value)
         example = Example({name: field_text(name, value.get(name, MISSING), None) for name in self.task.fields})
+        for name, text in example.fields.items():
+            if self._max_chars is not None and len(text) > self._max_chars:
+                raise BadValueError(name, f"longer than {self._max_chars:,} characters", text)
         if fault := self._tokens.fault_of(example):
             raise BadValueError(first, fault, value)
         return example
 
-    def _score(self, prompts: Mapping[int, Prompt], predictions: list[Prediction], states: Floats) -> None:
-        """Fill in the predictions and states of `prompts`, each at its place."""
-        scores = self.engine.score(list(prompts.values()))
-        probabilities = softmax(scores.label_logprobs.double().cpu().numpy(), axis=-1)  # [N, L]
-        for place, row in zip(prompts, probabilities, strict=True):
-            if np.isfinite(row).all():
-                best = int(row.argmax())
-                predictions[place] = Prediction(self.labels[best], float(row[best]), dict(zip(self.labels, row.tolist(), strict=True)))
-            else:
-                predictions[place] = Prediction(error="the student's probabilities are not numbers; train it again")
-        if self._width:  # kept in float16, which may overflow
-            kept = scores.encoded.hidden_states.float().clamp(-LARGEST_FLOAT16, LARGEST_FLOAT16)
-            states[list(prompts)] = kept.cpu().numpy()
+    def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Prediction]:
+        scores = self.engine.score(prompts)
+        shares = scores.label_logprobs.double().softmax(-1).tolist()  # [N, L]
+        states = scores.encoded.hidden_states.float().clamp(-65504, 65504).cpu().numpy()  # [N, H]; kept in float16, which may overflow
+        for prompt, row, state in zip(prompts, shares, states, strict=True):
+            if not all(map(math.isfinite, row)):
+                yield Prediction(error="the student's probabilities are not numbers; train it again")
+                continue
+            confidence = max(row)
+            label = self.labels[row.index(confidence)]
+            yield Prediction(label, confidence, dict(zip(self.labels, row, strict=True)), None, prompt.ids, state)

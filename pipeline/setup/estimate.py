@@ -1,8 +1,7 @@
 """What a full run will cost here: tokens of work from the params, and the rate at which this machine did them on a few rows.
 
 Work is counted in tokens through the whole model. A teacher reads each of C contexts once and then N queries behind it, C·(L + N·Q); a
-step of training counts as three passes; a student of fewer layers counts its share. Time for loading, downloads and DVC is a number for each
-stage.
+step of training counts as three passes; a student of fewer layers counts its share. Loading, downloads and DVC take some seconds a stage.
 """
 
 import time
@@ -41,9 +40,8 @@ class Trial:
 
 def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
     """Answer a few examples with the model in `folder`, and time it."""
-    from pipeline.models.folders import load_model, load_tokenizer, parameter_counts
+    from pipeline.models.folders import decoder_layers, load_model, load_tokenizer, parameter_counts
     from pipeline.models.machine import default_device, use_machine
-    from pipeline.models.packed import decoder_layers
     from pipeline.teachers.engines import open_engine
     from pipeline.teachers.scorer import LABELS_ONLY
 
@@ -126,8 +124,8 @@ def cost(params: Params, examples: Mapping[str, Sequence[Example]]) -> str:
         [
             f"{name} on {len(rows)} rows: {rate:,.0f} tokens/s, {length:.0f} tokens a text, engine {trial.engine}",
             *(f"  {part}: {tokens:,.0f} tokens, about {tokens / rate / 60:,.1f} min" for part, tokens in work.items()),
-            f"A full run takes about {minutes:,.0f} minutes ({stages} stages) and up to {peak_bytes(params, trial) / 1e9:.1f} GB of memory; "
-            "after it, one more student costs only itself.",
+            f"A full run takes about {minutes:,.0f} minutes ({stages} stages) and up to {peak_bytes(params, trial) / 1e9:.1f} GB of "
+            "memory; after it, one more student costs only itself.",
         ]
     )
 

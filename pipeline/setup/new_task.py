@@ -1,7 +1,7 @@
-"""params.yaml for a user's own files: the present one's models, teachers, targets, students and baselines, with another task and other data.
+"""params.yaml for a user's own files: the present models, teachers, students and so on, with another task and other data.
 
-Everything that a run would check is checked here on the files: labels, lengths, roles, and that demonstrations fit the models. What does not
-fit is chosen smaller, and a note says so; what cannot be used is refused, and nothing is written.
+Everything that a run would check is checked here on the files: labels, lengths, roles, and that demonstrations fit the models. What does
+not fit is chosen smaller, and a note says so. What cannot be used is refused, and nothing is written.
 """
 
 import math
@@ -16,7 +16,7 @@ from pipeline.data.readers import MissingColumnError, Row, read_rows
 from pipeline.data.roles import assign
 from pipeline.errors import UsageError, choices
 from pipeline.params import Params, SourceParams, TaskParams, parse_params
-from pipeline.params.data import DOWNLOADS
+from pipeline.params.data import DOWNLOADS, FORMATS
 from pipeline.schema import Context, Example
 from pipeline.task import Task, TaskTokens
 
@@ -24,9 +24,10 @@ MOST_LABELS = 20
 DEMONSTRATIONS = 16
 """In a context, if they fit: as many of each label as this allows, and one at least."""
 BAD_SHOWN = 3
-LONG_SHARE = 0.01
-"""Share of a file's texts that may be left out as too long."""
-MOST_LEFT_OUT = 0.2
+LONG_SHARE, OUTLIER = 0.01, 4
+"""A text is left out if it is this many times as long as all but this share of its file."""
+MOST_LEFT_OUT = 20
+"""Percent of a file that may be left out."""
 BYTES_A_TOKEN = 2
 UNKNOWN_LIMIT = 8192
 """For a model that is not there yet: bytes that a token has at least, as a rule, and tokens that the model takes."""
@@ -60,6 +61,7 @@ class NewTask:
 
 def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
     """The params for the files of `answers`. Raises UsageError if they cannot be used; the message names the option that helps."""
+    parse_params(base)
     try:
         labels = _labels(answers)
         raw = _raw(base, answers, _verbalisers(labels, answers.verbalisers))
@@ -83,6 +85,8 @@ def _labels(answers: Answers) -> list[str]:
     path, column, counts = answers.labelled, answers.label_column, Counter[str]()
     if not path.is_file():
         raise UsageError(f"{path}: no such file.")
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{path}: a file's name ends with one of {choices(FORMATS)}; rename it.")
     for read in read_rows(path, SourceParams(path=str(path)).form, [column]):
         try:
             counts[label_text(column, read.values[0]) if isinstance(read, Row) else ""] += 1
@@ -111,8 +115,8 @@ def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     for label, word in words.items():
         if (other := first.setdefault(word.split()[0], label)) != label:
             raise UsageError(
-                f"labels {other!r} and {label!r}: their answers begin with the same word, {word.split()[0]!r}, so a model's first token cannot "
-                f"tell them apart. Choose others with --verbaliser {label}=WORD."
+                f"labels {other!r} and {label!r}: their answers begin with the same word, {word.split()[0]!r}, so a model's first token "
+                f"cannot tell them apart. Choose others with --verbaliser {label}=WORD."
             )
     return words
 
@@ -159,13 +163,14 @@ def _read(params: Params) -> dict[str, SourceExamples]:
     task = Task(params.task.model_copy(update={"max_chars": 10**12}))
     read = {name: read_source(name, entry, Path(entry.path), task) for name, entry in params.data.sources.items()}
     for source in read.values():
-        check_limit(source, params.data.bad_rows_limit, Path("artifacts") / "sources" / source.name / "quarantine.jsonl")
+        check_limit(source, params.data.bad_rows_limit)
     return read
 
 
 def _about(source: SourceExamples) -> Iterator[str]:
     yield f"{source.file}: {source.counts['rows']:,} rows, {len(source.examples):,} texts, {source.bad_rows:,} bad"
-    yield from (f"  {entry.describe()}" for entry in source.quarantine[:BAD_SHOWN])
+    for row in source.quarantine[:BAD_SHOWN]:
+        yield f"  line {row.line}: {row.field + ': ' if row.field else ''}{row.reason}"
     if len(source.quarantine) > BAD_SHOWN:
         yield f"  and {len(source.quarantine) - BAD_SHOWN:,} more"
 
@@ -179,20 +184,22 @@ class Measure:
 
 
 def _measure(params: Params) -> Measure:
-    """By the tokenizers of the models that are there; the others are estimated. Raises UsageError if verbalisers do not suit a tokenizer."""
-    tokenizers, limits = list[Any](), list[int]()
-    for folder in (Path("artifacts") / "models" / name for name in params.models):
-        if folder.is_dir():
-            from pipeline.models.folders import context_limit, load_tokenizer
+    """By the tokenizers of the models that are there; others are estimated. Raises UsageError if verbalisers do not suit a tokenizer."""
+    folders = [Path("artifacts") / "models" / name for name in params.models]
+    there = [folder for folder in folders if folder.is_dir()]
+    tokenizers, limits = list[Any](), [UNKNOWN_LIMIT] if len(there) < len(folders) else []
+    for folder in there:
+        from pipeline.models.folders import context_limit, load_tokenizer  # brings torch
 
-            tokenizers.append(load_tokenizer(folder))
-            TaskTokens(Task(params.task), tokenizers[-1])
-        limits.append(context_limit(folder) or UNKNOWN_LIMIT if folder.is_dir() else UNKNOWN_LIMIT)
+        tokenizers.append(load_tokenizer(folder))
+        limits.append(context_limit(folder) or UNKNOWN_LIMIT)
+        TaskTokens(Task(params.task), tokenizers[-1])
 
     def tokens(texts: Sequence[str]) -> list[int]:
         counts = [[len(ids) for ids in tokenizer(list(texts)).input_ids] for tokenizer in tokenizers if texts]
-        estimated = [len(text.encode()) // BYTES_A_TOKEN for text in texts]
-        return [max(of_one) for of_one in zip(*counts, *([estimated] if len(tokenizers) < len(limits) else []), strict=True)]
+        if len(there) < len(folders):
+            counts.append([len(text.encode()) // BYTES_A_TOKEN for text in texts])
+        return [max(of_one) for of_one in zip(*counts, strict=True)]
 
     return Measure(tokens, (min(limits) - ANSWER_TOKENS) // 2)
 
@@ -201,7 +208,8 @@ def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExa
     """Set `task.max_chars` so that few texts are left out, and all others leave room for a context; take the longer ones out of `read`."""
     texts = {name: {e.example_id: max(map(len, e.fields.values())) for e in source.examples} for name, source in read.items()}
     usual: int = TaskParams.model_fields["max_chars"].default
-    longest = max([usual, *(sorted(own.values())[-1 - int(LONG_SHARE * len(own))] for own in texts.values() if own)])
+    ranked = [sorted(own.values()) for own in texts.values() if own]
+    longest = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
     for name, source in read.items():
         tokens = measure.tokens([task.query(example.fields) for example in source.examples])
         too_long = [texts[name][e.example_id] - 1 for e, count in zip(source.examples, tokens, strict=True) if count > measure.room]
@@ -215,14 +223,13 @@ def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExa
             continue
         source.examples = [example for example in source.examples if texts[name][example.example_id] <= longest]
         yield f"{source.file}: {left_out:,} texts are longer than {longest:,} characters and are left out"
-        share = (source.bad_rows + left_out) / source.counts["rows"]
-        if share > MOST_LEFT_OUT:
+        percent = -(-100 * (source.bad_rows + left_out) // source.counts["rows"])
+        if percent > MOST_LEFT_OUT:
             raise UsageError(
                 f"{source.file}: {left_out:,} of {source.counts['rows']:,} rows are longer than {longest:,} characters: an input may have "
                 f"{measure.room:,} tokens, half of what a model here takes. Shorten the texts, or take a model that takes more."
             )
-        if share > raw["data"]["bad_rows_limit"]:
-            raw["data"]["bad_rows_limit"] = math.ceil(share * 100) / 100
+        raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent / 100)
 
 
 def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExamples], measure: Measure) -> Iterator[str]:
@@ -234,12 +241,12 @@ def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExample
     task, data = Task(params.task), params.data
     labels = len(task.labels)
     words = sorted(len(" ".join(example.fields.values()).split()) for example in read["labelled"].examples)
-    wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)
+    wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)  # of each label
     share, most = 0, None
     for words_allowed in (None, *(words[len(words) * quarter // 4] for quarter in (3, 2, 1))):
         demonstrations = data.demonstrations.model_copy(update={"max_words": words_allowed})
         try:
-            drawn = assign(data.model_copy(update={"demonstrations": demonstrations}), task.labels, read).demonstrations
+            drawn = assign(data.model_copy(update={"demonstrations": demonstrations}), task.labels, read).drawn["demonstrations"]
         except UsageError:
             if words_allowed is None:
                 raise
@@ -252,8 +259,8 @@ def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExample
             break
     if not share:
         raise UsageError(
-            f"{read['labelled'].file}: one demonstration of each label has more than {measure.room:,} tokens, half of what a model here takes. "
-            "Add shorter labelled texts, or take a model that takes more."
+            f"{read['labelled'].file}: one demonstration of each label has more than {measure.room:,} tokens, half of what a model here "
+            "takes. Add shorter labelled texts, or take a model that takes more."
         )
     if most is not None:
         raw["data"]["demonstrations"]["max_words"] = most

@@ -12,7 +12,7 @@ differ, a projection is learnt (1412.6550); it belongs to the training, not to t
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,8 @@ from pipeline.models.rows import Row, rows_of
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example
 from pipeline.students.data import StudentRow, shortest_and_longest
-from pipeline.students.vocabulary_losses import Divergence, divergence_nats, fused_divergence
+from pipeline.students.losses import Divergence
+from pipeline.students.vocabulary_losses import divergence_nats, fused_divergence
 from pipeline.task import TaskTokens
 
 COLUMNS = ("context_id", "example_id", "completion_ids", "number")
@@ -42,7 +43,7 @@ LEAST_DEVIATION = 1e-3
 
 @dataclass(frozen=True)
 class CachedRow(StudentRow):
-    """One answer of a teacher, as a student reads it. Its `example_id` is CONTEXT_ID:EXAMPLE_ID."""
+    """One answer of a teacher, as a student reads it."""
 
     answer: tuple[int, ...]
     """The answer's tokens; empty for labels, which have the one position behind the prompt."""
@@ -77,7 +78,7 @@ class CachedRows(Sequence[CachedRow]):
         return CachedRow(f"{context}:{example}", self._prompts[example], tuple(answer), number)
 
     def where(self, mask: np.ndarray) -> "CachedRows":
-        """Those of the rows whose place in `mask` [N] is true."""
+        """Those whose place in `mask` [N] is true."""
         return CachedRows(self._keys.filter(pa.array(mask)), self._prompts)
 
 
@@ -93,7 +94,7 @@ class TeacherCache:
         reads_input = (manifest["task"]["completion"] or {}).get("source") == "input"
         self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer) if reads_input else tokens
         self._content_free = list(manifest["content_free"])
-        found = {**manifest["task"], "tokenizer": manifest["identity"].get("tokenizer_sha256")}
+        found = {**manifest["task"], "tokenizer": manifest.get("tokenizer_sha256")}
         wanted = {**described_task(self._tokens.task), "tokenizer": tokenizer_sha256}
         different = [f"  {key}: the cache has {found[key]!r}, this student {one!r}" for key, one in wanted.items() if found[key] != one]
         if different:
@@ -105,12 +106,11 @@ class TeacherCache:
     def rows(self, transfer: Sequence[Example]) -> CachedRows:
         """The rows of all transfer examples, in the cache's order.
 
-        Raises MismatchError if one of its examples is not in the transfer set, UsageError if too little of the teacher's mass is left at the
-        temperature.
+        Raises MismatchError if an example is not in the transfer set, UsageError if too little mass is left at the temperature.
         """
         keys = read_cache(self.folder, COLUMNS[:3]).rows
         keys = keys.append_column("number", pa.array(np.arange(len(keys))))
-        keys = keys.filter(~pc.field("example_id").isin(self._content_free))
+        keys = keys.filter(~pc.field("example_id").isin(pa.array(self._content_free, pa.string())))
         asked = set(keys["example_id"].unique().to_pylist())
         examples = [example for example in transfer if example.example_id in asked]
         if not asked or len(examples) < len(asked):
@@ -126,11 +126,12 @@ class TeacherCache:
         """The distributions at all positions of some rows, one row's after the other's."""
         return decode(self._reader.take([row.number for row in rows]), self.params, self.temperature)
 
-    def hidden_states(self, rows: Sequence[CachedRow]) -> Tensor:
-        """The hidden states at all positions of some rows, [P, kept layers, H] float32."""
+    def hidden_states(self, rows: Sequence[CachedRow], layers: Sequence[int]) -> Tensor:
+        """The hidden states of some of the kept layers at all positions of some rows, [P, layers, H] float32."""
+        kept = self.params.hidden_layers
         positions = self._reader.take([row.number for row in rows])["hidden_states"].combine_chunks().flatten()
         values = torch.from_numpy(positions.flatten().to_numpy(zero_copy_only=False).astype(np.float32))
-        return values.reshape(len(positions), len(self.params.hidden_layers), -1)
+        return values.reshape(len(positions), len(kept), -1)[:, [kept.index(layer) for layer in layers]]
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,6 @@ class CacheTerm:
     hidden_weight: float = 0.0
     layers: tuple[tuple[int, int], ...] = ()
     """Pairs of a teacher's layer, as the cache names it, and the student's."""
-
-    @property
-    def student_layers(self) -> list[int]:
-        """The student's layers that are matched."""
-        return [layer for _, layer in self.layers] if self.hidden_weight else []
 
 
 class Matching(nn.Module):
@@ -191,13 +187,15 @@ class CacheLoss:
     def __init__(self, model: PreTrainedModel, packed: PackedModel | None, term: CacheTerm, seed: int) -> None:
         """Raises UsageError if the student lacks a layer."""
         self.term, self.matching = term, None
-        self._model, self._packed, config = model, packed, model.config.get_text_config()
+        self._model, self._packed, self._head = model, packed, cast("Any", model.get_output_embeddings())
+        self._theirs, self._own = [one for one, _ in term.layers], [other for _, other in term.layers] if term.hidden_weight else []
+        config = model.config.get_text_config()
+        if wrong := [layer for layer in self._own if not -config.num_hidden_layers <= layer < config.num_hidden_layers]:
+            where, depth = f"students.*.auxiliary.{term.cache.folder.name}.layers", config.num_hidden_layers
+            raise UsageError(f"{where}: the student has no layer {wrong[0]}; it has {depth}, 0 to {depth - 1}.")
         if term.hidden_weight:
-            depth = config.num_hidden_layers
-            if wrong := [layer for layer in term.student_layers if not -depth <= layer < depth]:
-                where = f"students.*.auxiliary.{term.cache.folder.name}.layers"
-                raise UsageError(f"{where}: the student has no layer {wrong[0]}; it has {depth}, 0 to {depth - 1}.")
-            self.matching = Matching(self._teacher_states(term.rows[:SAMPLE]), config.hidden_size, seed).to(model.device)
+            states = term.cache.hidden_states(term.rows[:SAMPLE], self._theirs)
+            self.matching = Matching(states, config.hidden_size, seed).to(model.device)
         self.is_fused = self._head_is_all()
 
     def __call__(self, batch: Sequence[CachedRow], positions: int) -> Tensor:
@@ -206,21 +204,17 @@ class CacheLoss:
         `positions` are those of the whole step, of which `batch` may be a piece.
         """
         term = self.term
-        given, states = self._forward(batch, term.student_layers, self.is_fused)
+        given, states = self._forward(batch, self._own, self.is_fused)
         total = self._divergence(term.divergence, given, batch) * (term.weight / positions) if term.weight else given.new_zeros(())
         if self.matching is not None and states is not None:
-            total = total + term.hidden_weight * self.matching(states, self._teacher_states(batch)).sum() / positions
+            theirs = term.cache.hidden_states(batch, self._theirs)
+            total = total + term.hidden_weight * self.matching(states, theirs).sum() / positions
         return total
 
     @torch.no_grad()
     def kl_nats(self, batch: Sequence[CachedRow]) -> float:
         """Σ KL(teacher ‖ student) over the positions of some rows, whatever the term's divergence is."""
         return float(self._divergence("kl", self._forward(batch, (), self.is_fused)[0], batch))
-
-    def _teacher_states(self, rows: Sequence[CachedRow]) -> Tensor:
-        """The cached states of the teacher's layer of each pair, [P, pairs, H]."""
-        kept = self.term.cache.params.hidden_layers
-        return self.term.cache.hidden_states(rows)[:, [kept.index(layer) for layer, _ in self.term.layers]]
 
     def _divergence(self, divergence: Divergence, given: Tensor, batch: Sequence[CachedRow]) -> Tensor:
         """Σ divergence over the positions; `given` are the head's inputs if the loss is fused, else logits."""
@@ -230,19 +224,14 @@ class CacheLoss:
             return divergence_nats(divergence, distributions, given, cache.temperature).sum()
         return fused_divergence(divergence, distributions, given, head.weight, head.bias, cache.temperature)
 
-    @property
-    def _head(self) -> Any:
-        return self._model.get_output_embeddings()
-
     def _forward(self, batch: Sequence[CachedRow], layers: Sequence[int], without_head: bool) -> tuple[Tensor, Tensor | None]:
         """Logits [P, V], or the head's inputs [P, H], at the batch's positions; and `layers`' outputs there."""
-        head = self._head
         if without_head:
             self._model.set_output_embeddings(nn.Identity())
         try:
             return logits_of(self._model, self._packed, [row.packed for row in batch], layers)
         finally:
-            self._model.set_output_embeddings(head)
+            self._model.set_output_embeddings(self._head)
 
     @torch.no_grad()
     def _head_is_all(self) -> bool:

@@ -1,7 +1,7 @@
 """What a training has reached, and a checkpoint of it in one safetensors file under the work folder.
 
-A resumed training ends with the same bytes as an unbroken one, so checkpoints may be taken by the clock, not by steps: a file is three
-times the size of the learnt weights (four with the best ones). One of other params, data or weights is not used. A student has at most one.
+A resumed training ends with the same bytes as an unbroken one, so checkpoints may be taken by the clock: a file is three times the size of
+the learnt weights (four with the best ones). One of other params, data or weights is not used. A student has at most one.
 """
 
 import sys
@@ -20,24 +20,25 @@ from pipeline.students.tuning import trained_weights
 
 SECONDS_BETWEEN = 120.0
 """Work that a kill costs at most. Writing the 1.3 GB of a 135M model took 3 to 5 s on a busy machine."""
-OF_WEIGHT = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps for each weight."""
 
 
 @dataclass
 class Reached:
-    """The losses so far, each validation, and the weights of the best one."""
+    """The losses of each step (nats, before its update), the validations (steps done, KL in nats), and the weights of the best one."""
 
     losses: list[float] = field(default_factory=list)
-    """Of each step, before its update; nats."""
     validations: list[tuple[int, float]] = field(default_factory=list)
-    """(steps done, mean KL to the targets in nats)."""
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def best(self) -> int:
         """Number of the best validation. Of equal ones the first, which moved the model least."""
         return min(range(len(self.validations)), key=lambda number: self.validations[number][1])
+
+    @property
+    def best_step(self) -> int:
+        """Steps after which the weights were those that are kept."""
+        return self.validations[self.best][0] if self.validations else len(self.losses)
 
     def add(self, model: nn.Module, kl_nats: float) -> None:
         """A validation of the present weights, which are copied if they are the best."""
@@ -58,12 +59,11 @@ class Reached:
 
 @dataclass
 class Checkpoint:
-    """The checkpoint of one training: `folder`/`name`-FINGERPRINT.safetensors."""
+    """The checkpoint of one training: `folder`/`name`-FINGERPRINT.safetensors; the fingerprint is of all that the training depends on."""
 
     folder: Path
     name: str
     fingerprint: str
-    """sha256 of everything that the training depends on."""
     seconds_between: float = SECONDS_BETWEEN
     keeps_end: bool = False
     """Whether the state after the last step is saved too: for a training that others follow before its folder is safe."""
@@ -107,15 +107,14 @@ class Checkpoint:
         for name, weight in trained_weights(model).items():
             weight.copy_(tensors[f"weight.{name}"])
             if f"step.{name}" in tensors:
-                optimizer.state[weight] = {key: tensors[f"{key}.{name}"].to(weight.device) for key in OF_WEIGHT}
+                optimizer.state[weight] = {key: tensors[f"{key}.{name}"].to(weight.device) for key in ("step", "exp_avg", "exp_avg_sq")}
                 weight.grad = torch.zeros_like(weight)  # it had a gradient, so a step that does not reach it moves it all the same
         best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
-        validations = [(int(step), kl) for step, kl in tensors["validations"].tolist()]
-        return Reached(tensors["losses"].tolist(), validations, best)
+        return Reached(tensors["losses"].tolist(), [(int(step), kl) for step, kl in tensors["validations"].tolist()], best)
 
     def remove(self, but: Path | None = None) -> None:
         """Remove this student's checkpoints, all or `but` one, and what a killed run left of this one."""
-        hexadecimal = "[0-9a-f]" * 16
-        for path in (*self.folder.glob(f"{self.name}-{hexadecimal}.safetensors"), *self.folder.glob(f".{self.path.name}.*.tmp")):
-            if path != but:
-                path.unlink(missing_ok=True)
+        for pattern in (f"{self.name}-{'[0-9a-f]' * 16}.safetensors", f".{self.path.name}.*.tmp"):
+            for path in self.folder.glob(pattern):
+                if path != but:
+                    path.unlink(missing_ok=True)

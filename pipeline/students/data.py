@@ -8,6 +8,7 @@ every step has the same size.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -25,6 +26,11 @@ class StudentRow:
 
     example_id: str
     ids: tuple[int, ...]
+
+    @property
+    def example(self) -> str:
+        """The id of its example alone: a cache's row is CONTEXT_ID:EXAMPLE_ID."""
+        return self.example_id.rpartition(":")[2]
 
     @property
     def positions(self) -> int:
@@ -47,6 +53,14 @@ class TargetRow(StudentRow):
     def label(self) -> int:
         """Number of the most probable label."""
         return max(range(len(self.target)), key=self.target.__getitem__)
+
+
+class TargetRows(list[TargetRow]):
+    """Rows of a target set or of the demonstrations."""
+
+    def where(self, mask: np.ndarray) -> "TargetRows":
+        """Those whose place in `mask` [N] is true."""
+        return TargetRows(compress(self, mask))
 
 
 AnyRow = TypeVar("AnyRow", bound=StudentRow)
@@ -105,15 +119,14 @@ def validation_part(rows: Sequence[StudentRow], fraction: float) -> np.ndarray:
     transfer set that grows moves no example to the other side, and all contexts of an example are on one side. The fraction is met on
     average. Raises UsageError if either side is empty.
     """
-    examples = [row.example_id.rpartition(":")[2] for row in rows]
-    held = np.array([int(sha256_json(["validation", example])[:13], 16) / 16**13 < fraction for example in examples])
+    held = np.array([int(sha256_json(["validation", row.example])[:13], 16) / 16**13 < fraction for row in rows])
     if held.all() or not held.any():
         lacking = "to learn from" if held.all() else "to validate on"
         raise UsageError(f"validation_fraction: {fraction} of {len(held)} examples leaves none {lacking}. Choose another fraction, or 0.")
     return held
 
 
-def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
+def demonstrations(file: Path, tokens: TaskTokens) -> TargetRows:
     """The demonstrations with their gold labels. Raises MismatchError if one has another label."""
     examples, labels = read_examples(file, tokens.task.fields), tokens.task.labels
     if other := [example for example in examples if example.label not in labels]:
@@ -122,7 +135,7 @@ def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
     return _rows(file, examples, [tuple(float(label == example.label) for label in labels) for example in examples], tokens)
 
 
-def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) -> list[TargetRow]:
+def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) -> TargetRows:
     """The rows of a target set, in its order.
 
     Raises MismatchError if it was made for another task, or has an example that the transfer set lacks.
@@ -140,8 +153,8 @@ def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) ->
     return _rows(folder, [by_id[one] for one in ids], map(tuple, targets["probabilities"].to_pylist()), tokens)
 
 
-def _rows(source: Path, examples: Sequence[Example], targets: Iterable[tuple[float, ...]], tokens: TaskTokens) -> list[TargetRow]:
+def _rows(source: Path, examples: Sequence[Example], targets: Iterable[tuple[float, ...]], tokens: TaskTokens) -> TargetRows:
     if not examples:
         raise MismatchError(f"{source}: no rows. A student needs at least one example to learn from.")
     triples = zip(examples, tokens.prompts(NO_CONTEXT, examples), targets, strict=True)
-    return [TargetRow(example.example_id, prompt.ids, target) for example, prompt, target in triples]
+    return TargetRows(TargetRow(example.example_id, prompt.ids, target) for example, prompt, target in triples)

@@ -25,7 +25,7 @@ from pipeline.progress import progress, rate
 from pipeline.students.auxiliary import CachedRow, CacheLoss, CacheTerm, logits_of
 from pipeline.students.checkpoint import Checkpoint, Reached
 from pipeline.students.data import Batches, LabelTerm, StudentRow, TargetRow, micro_batches, shortest_and_longest
-from pipeline.students.losses import kl_nats, label_log_probabilities, objective, targets_of
+from pipeline.students.losses import label_divergence, label_log_probabilities, objective, targets_of
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.small_vocabulary import SmallVocabulary
 from pipeline.students.tuning import Tuning, adamw, apply_tuning, clip_gradients, learning_rate
@@ -38,32 +38,30 @@ UNLIKELY_NATS = math.log(1e-4)
 
 @dataclass(frozen=True)
 class Validation:
-    """Rows that choose the step: of the label terms, or of the first cache term."""
+    """Rows of the label terms, or of the first cache term, that choose the step.
+
+    There is a validation before the first step, one `every` so many steps, and one after the last. `patience` of them without an
+    improvement end the training; None: it runs through.
+    """
 
     rows: Sequence[StudentRow]
     every: int
-    """Steps between two validations; there is one before the first step and one after the last, too."""
     patience: int | None
-    """Validations without an improvement that end the training; None: it runs through."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training did. All but the last three depend on its inputs alone."""
+    """What a training did. `resumed_at` are steps of an interrupted run, `seen` and `seconds` are tokens and time of this one."""
 
     reached: Reached
-    best_step: int
-    """Steps after which the weights were those that the model has now."""
     tokens: int
     """Read in all steps, with the tokens of long verbalisers."""
     tuning: Tuning
     forward: str
     """The forward pass that was used, and why."""
     resumed_at: int
-    """Steps that an earlier, interrupted run had done."""
+    seen: int
     seconds: float
-    """Of this run's steps."""
-    tokens_per_second: float
 
 
 def train(
@@ -113,6 +111,7 @@ class StudentForward:
         self, model: PreTrainedModel, completions: Completions, label_rows: Sequence[TargetRow], cache_terms: Sequence[CacheTerm] = ()
     ) -> None:
         self._model, self._completions = model, completions
+        self.branch_tokens = sum(len(ids) - 1 for ids in completions)  # that it reads for each row over the labels
         self._attention = model.config._attn_implementation or "eager"
         self._small: SmallVocabulary | None = None
         self._label_probe = shortest_and_longest(label_rows) if label_rows else []
@@ -125,8 +124,6 @@ class StudentForward:
                 self._small = None
         self.packed, reason = packed_if_exact(model, self._difference)
         self.description = f"{'plain' if self.packed is None else 'packed'}: {reason}"
-        self.label_tokens = sum(len(ids) - 1 for ids in completions)
-        """Tokens of verbalisers that it reads for each row over the labels."""
 
     def label_log_probabilities(self, rows: Sequence[TargetRow]) -> Tensor:
         """Log-probabilities of the labels among each other, [B, L] nats."""
@@ -187,7 +184,7 @@ class _Steps:
             reached.add(self.model, self._validate(validation, 0))
 
         def tokens_of(step: int) -> int:
-            of_labels = sum(row.tokens + self.forward.label_tokens for order in labels for row in order.at(step))
+            of_labels = sum(row.tokens + self.forward.branch_tokens for order in labels for row in order.at(step))
             return of_labels + sum(row.tokens for order in cached for row in order.at(step))
 
         self.matrices = MatrixGradients(self.model)
@@ -213,10 +210,9 @@ class _Steps:
         if checkpoint is not None and checkpoint.keeps_end and steps > resumed_at:
             checkpoint.save(self.model, self.optimizer, reached)
         reached.restore_best(self.model)
-        best_step = reached.validations[reached.best][0] if reached.validations else steps
         chunks = "; the head and its loss in chunks" if any(loss.is_fused for loss in self.cache_losses) else ""
         tokens, seconds = sum(map(tokens_of, range(steps))), time.monotonic() - started
-        return Outcome(reached, best_step, tokens, tuning, self.forward.description + chunks, resumed_at, seconds, rate(seen, seconds))
+        return Outcome(reached, tokens, tuning, self.forward.description + chunks, resumed_at, seen, seconds)
 
     def _step(self, step: int, labels: Sequence[Sequence[TargetRow]], cached: Sequence[Sequence[CachedRow]]) -> float:
         """One update, of the gradients of all pieces; returns the loss before it."""
@@ -249,7 +245,7 @@ class _Steps:
         for [batch] in micro_batches([self.processes.share(ordered)], self.params.micro_batch or self.params.batch_size):
             if labels := [row for row in batch if isinstance(row, TargetRow)]:
                 log_probabilities = self.forward.label_log_probabilities(labels)
-                value = float(kl_nats(targets_of(labels, log_probabilities), log_probabilities).double().sum())
+                value = float(label_divergence("kl", targets_of(labels, log_probabilities), log_probabilities).double().sum())
             else:
                 value = self.cache_losses[0].kl_nats([row for row in batch if isinstance(row, CachedRow)])
             self._check_finite("KL to the validation targets", value, steps_done, batch)
@@ -260,6 +256,5 @@ class _Steps:
         if not math.isfinite(value):
             raise ShotlessError(
                 f"{self.title}: the {what} is {value} at step {step + 1}, on examples {', '.join(row.example_id for row in rows)}. Lower "
-                "`learning_rate` or `max_grad_norm`, or lengthen `warmup`; if it is the first step, look at these examples and at the base "
-                "model's weights."
+                "`learning_rate` or `max_grad_norm`. At the first step, look at these examples and at the base model's weights."
             )

@@ -8,12 +8,16 @@ the teacher's were.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.models.rows import Completions
 from pipeline.students.data import LabelTerm, TargetRow
+
+Divergence = Literal["kl", "reverse_kl", "jensen_shannon"]
+TINY = torch.finfo(torch.float32).tiny
 
 
 def label_log_probabilities(logits: Tensor, completions: Completions) -> Tensor:
@@ -33,34 +37,27 @@ def label_log_probabilities(logits: Tensor, completions: Completions) -> Tensor:
     return torch.stack(scores, -1).log_softmax(-1)
 
 
-def kl_nats(target: Tensor, log_probabilities: Tensor) -> Tensor:
-    """KL(target ‖ student): probabilities and log-probabilities [B, L] → [B] nats. A label of probability 0 adds nothing."""
-    return (torch.special.xlogy(target, target) - target * log_probabilities).sum(-1)
+def label_divergence(divergence: Divergence, target: Tensor, log_probabilities: Tensor) -> Tensor:
+    """KL(target ‖ student), KL(student ‖ target) (2306.08543) or the mean KL of both to their mean: [B, L] each → [B] nats.
 
-
-def reverse_kl_nats(target: Tensor, log_probabilities: Tensor) -> Tensor:
-    """KL(student ‖ target), which seeks the target's mode (2306.08543): [B, L] → [B] nats.
-
-    It is infinite if the target is 0 and the student is not. So the target is at least the smallest float32 number, e^-87.
+    KL(student ‖ target) is infinite if the target is 0 and the student is not, so its log is at least that of the smallest float32, -87.
     """
-    log_target = target.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return (log_probabilities.exp() * (log_probabilities - log_target)).sum(-1)
+    return divergence_terms(divergence, target.clamp_min(TINY).log(), log_probabilities, target, log_probabilities.exp()).sum(-1)
 
 
-def jensen_shannon_nats(target: Tensor, log_probabilities: Tensor) -> Tensor:
-    """The mean KL of target and student to their mean: [B, L] → [B] nats, at most log 2."""
-    log_mean = torch.logaddexp(target.log(), log_probabilities) - math.log(2.0)
-    to_target = torch.special.xlogy(target, target) - target * log_mean
-    return 0.5 * (to_target + log_probabilities.exp() * (log_probabilities - log_mean)).sum(-1)
+def divergence_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """What each entry adds to a divergence between p and q, nats."""
+    if divergence == "kl":
+        return p * (log_p - log_q)
+    if divergence == "reverse_kl":
+        return q * (log_q - log_p)
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    return 0.5 * (p * (log_p - log_mean) + q * (log_q - log_mean))
 
 
-def cross_entropy_nats(labels: Sequence[int] | Tensor, log_probabilities: Tensor) -> Tensor:
+def cross_entropy(labels: Sequence[int], log_probabilities: Tensor) -> Tensor:
     """-log of the student's probability of each row's label: numbers [B] and log-probabilities [B, L] → [B] nats."""
-    chosen = torch.as_tensor(labels, dtype=torch.long, device=log_probabilities.device)
-    return -log_probabilities.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-
-
-DIVERGENCES = {"kl": kl_nats, "reverse_kl": reverse_kl_nats, "jensen_shannon": jensen_shannon_nats}
+    return -log_probabilities[torch.arange(len(labels)), list(labels)]
 
 
 def objective(
@@ -75,10 +72,11 @@ def objective(
     for term, batch, part, size in zip(terms, batches, parts, sizes, strict=True):
         if not batch:
             continue
-        of_labels = cross_entropy_nats([row.label for row in batch], part)
+        loss = of_labels = cross_entropy([row.label for row in batch], part)
         if term.label_weight:
             total = total + term.label_weight * (of_labels.sum() / size)
-        loss = of_labels if term.loss == "cross_entropy" else DIVERGENCES[term.loss](targets_of(batch, part), part)
+        if term.loss != "cross_entropy":
+            loss = label_divergence(term.loss, targets_of(batch, part), part)
         total = total + term.weight * (loss.sum() / size)
     return total
 

@@ -1,9 +1,9 @@
 """Training on several processes, as `torchrun` starts them: each takes its share of every batch, and gradients are summed.
 
-What a step learns does not depend on the number of processes. Batches are planned as for one, a process takes every n-th row of each,
-losses are divided by the whole batch's size, and gradients and losses are added up before the update. All processes make the same update,
-so none is sent weights. The first one writes. DistributedDataParallel does not fit: gradients of matrices bypass autograd's hooks
-(`models/cpu_kernels.py`), and a step has several backward passes.
+What a step learns does not depend on the number of processes. Batches are planned as for one, losses are divided by the whole batch's size,
+and gradients are added up before the update. All processes make the same update, so none is sent weights; the first one writes.
+DistributedDataParallel does not fit: gradients of matrices bypass autograd's hooks (`models/cpu_kernels.py`), and a step has several
+backward passes.
 """
 
 import os
@@ -27,12 +27,11 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """All processes that train a student, and which one this is."""
+    """All processes that train a student, which one this is, and how many of them are `here`, on this machine."""
 
     rank: int = 0
     count: int = 1
     here: int = 1
-    """How many of them run on this machine."""
 
     @property
     def first(self) -> bool:
@@ -49,10 +48,10 @@ class Processes:
 
     def total(self, value: float) -> float:
         """The sum of a number over all processes, the same bits on each."""
-        held = torch.tensor(value, dtype=torch.float64)
-        if self.count > 1:
-            held = held.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(held)
+        if self.count == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(held)
         return float(held)
 
     @torch.no_grad()
@@ -71,8 +70,7 @@ class Processes:
         if self.count > 1:
             dist.all_gather_object(found, value)
         if len(set(found)) > 1:
-            differing = ", ".join(map(str, found))
-            raise ShotlessError(f"{what}: processes differ ({differing}). They need the same params and work folder ($SHOTLESS_WORK).")
+            raise ShotlessError(f"{what}: processes differ {found}. They need the same params and work folder ($SHOTLESS_WORK).")
 
 
 ALONE = Processes()

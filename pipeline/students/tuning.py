@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,16 +40,11 @@ class Tuning:
 
     def save_adapter(self, folder: Path, base: str) -> None:
         """Write a LoRA adapter as peft does, for use on `base` with the same layers kept."""
-        from peft import get_peft_model_state_dict
-
-        folder.mkdir(parents=True, exist_ok=True)
         config = self._adapter.peft_config["default"]
         config.base_model_name_or_path = base
-        config.inference_mode = True
         config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
-        config.save_pretrained(folder)
-        weights = get_peft_model_state_dict(self._adapter, save_embedding_layers=False)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        self._adapter.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink()
 
     def merge(self) -> None:
         """Add adapters to the weights beside them, in place: what is left is the plain architecture."""
@@ -109,7 +103,9 @@ def _lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> tuple[str, Any
         if lora.modules == "all_linear":
             raise
         family = model.config.model_type
-        raise UsageError(f"lora.modules: peft has no usual choice for a {family} model ({error}). Write `modules: all_linear`.") from None
+        raise UsageError(
+            f"lora.modules: peft has no usual choice for the model type {family!r} ({error}). Write `modules: all_linear`."
+        ) from None
     adapter.eval()
     adapted = ", ".join(sorted({str(name).rsplit(".", 1)[-1] for name in adapter.targeted_module_names}))
     return f"LoRA of rank {lora.rank}, alpha {lora.alpha} on {adapted}", adapter

@@ -14,16 +14,15 @@ at the student's temperature τ, q = softmax(logits/τ), and are not multiplied 
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.cache.distributions import Distributions
+from pipeline.students.losses import TINY, Divergence, divergence_terms
 
-Divergence = Literal["kl", "reverse_kl", "jensen_shannon"]
-TINY = torch.finfo(torch.float32).tiny
 REMOVED, NO_TAIL = -1e30, -1000.0
 """Added to a logit that is not in the tail; log-probability of a tail that has no entry. Both are finite, and so are their gradients."""
 LARGEST_LOG_RATIO = 30.0
@@ -46,10 +45,10 @@ def divergence_nats(divergence: Divergence, distributions: Distributions, logits
     log_z = torch.logsumexp(torch.cat([kept, tail.unsqueeze(-1)], -1), -1)
     log_p = distributions.log_probabilities.masked_fill(~real, 0.0).to(log_z.dtype)
     log_q = (kept - log_z.unsqueeze(-1)).masked_fill(~real, 0.0)
-    over_kept = _terms(divergence, log_p, log_q, log_p.exp() * real, log_q.exp() * real).sum(-1)
+    over_kept = divergence_terms(divergence, log_p, log_q, log_p.exp() * real, log_q.exp() * real).sum(-1)
     log_q_tail = (tail - log_z).clamp_min(NO_TAIL)
     log_rest = distributions.rest.to(log_z.dtype).clamp_min(TINY).log()
-    over_bucket = _terms(divergence, log_rest, log_q_tail, distributions.rest, log_q_tail.exp())
+    over_bucket = divergence_terms(divergence, log_rest, log_q_tail, distributions.rest, log_q_tail.exp())
     drawn = distributions.sampled_weights > 0
     if not drawn.any():
         return over_kept + over_bucket
@@ -71,9 +70,8 @@ def fused_divergence(
 ) -> Tensor:
     """Σ divergence over positions, nats, with a gradient; the logits are never all in memory.
 
-    `hidden` [P, H] is the head's input, `head` [V, H] and `bias` [V] are its parameters. A chunk of positions is multiplied by the head, its
-    loss and its gradient are taken at once, and the logits are gone: there is no second forward product on the way back. A model that
-    scales or caps its logits needs `divergence_nats`.
+    `hidden` [P, H] is the head's input, `head` [V, H] and `bias` [V] are its parameters. The loss and gradient of a chunk of positions are
+    taken at once, so there is no second product on the way back. A model that scales or caps its logits needs `divergence_nats`.
     """
     if not torch.is_grad_enabled():
         hidden, head, bias = hidden.detach(), head.detach(), None if bias is None else bias.detach()
@@ -115,16 +113,6 @@ class _Fused(torch.autograd.Function):
         given, ctx.gradients = ctx.gradients, ()  # for one way back: the gradients are scaled in place
         scaled = [None if one is None else one.mul_(grad_outputs[0]).to(dtype) for one, dtype in zip(given, ctx.dtypes, strict=True)]
         return (*scaled, *(None,) * 4)
-
-
-def _terms(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """What each entry adds to the divergence."""
-    if divergence == "kl":
-        return p * (log_p - log_q)
-    if divergence == "reverse_kl":
-        return q * (log_q - log_p)
-    log_mean = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    return 0.5 * (p * (log_p - log_mean) + q * (log_q - log_mean))
 
 
 def _drawn_terms(divergence: Divergence, log_ratio: Tensor) -> Tensor:

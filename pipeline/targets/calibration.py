@@ -19,7 +19,6 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from pipeline.params import Calibration
 
-Average = Literal["probability", "log_probability"]
 FLOOR = 1e-3
 """Least value of a label under `batch` calibration, before normalising."""
 
@@ -47,7 +46,7 @@ class Combination:
     kinds: Sequence[Calibration]  # [C]
     offsets: np.ndarray  # [C, L], of `learn_offsets`
     weights: np.ndarray  # [C], they sum to 1
-    average: Average
+    average: Literal["probability", "log_probability"]
     temperature: float
 
     def each(self, label_logprobs: np.ndarray) -> np.ndarray:

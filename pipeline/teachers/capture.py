@@ -15,6 +15,7 @@ from pipeline.cache.fidelity import Fidelity
 from pipeline.cache.folder import described_task, write_cache
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json, read_manifest, sha256_json, write_json
+from pipeline.models.folders import tokenizer_sha256
 from pipeline.params import Params, pick
 from pipeline.schema import NO_CONTEXT, Context, Example, read_contexts, read_examples
 from pipeline.task import Task
@@ -58,6 +59,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
             "teacher": name,
             "model": teacher.model,
             "identity": scorer.identity,
+            "tokenizer_sha256": tokenizer_sha256(scorer.model_folder),
             "cache": teacher.cache.model_dump(mode="json"),
             "task": described_task(task),
             "labels": list(task.labels),

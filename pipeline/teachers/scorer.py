@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +26,11 @@ from pipeline.params import CacheParams
 from pipeline.progress import progress, rate
 from pipeline.schema import NO_CONTEXT, SCHEMA_VERSION, SCORES, STORED, Context, Example, Prompt
 from pipeline.task import Task, TaskTokens
-from pipeline.teachers.engines import Engine, open_engine, plan_batches, shared_prefix
+from pipeline.teachers.engines import LABELS_ONLY, Engine, Scores, open_engine, plan_batches, shared_prefix
 from pipeline.teachers.generation import Generator
-from pipeline.teachers.scores import LABELS_ONLY, Scores
+
+if TYPE_CHECKING:
+    from pipeline.teachers.ray import RayBackend
 
 ENGINE_VERSION = 3
 """Raised when the engines' numbers change by more than rounding: old rows are then scored again."""
@@ -70,26 +72,6 @@ class Scored:
     seconds: float
 
 
-class Backend(Protocol):
-    """What runs the model: this process, or workers of Ray."""
-
-    def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:
-        """Be ready for work like `probe` (`engines.open_engine`), and report the engine: name, reason, token_budget, device."""
-        ...
-
-    def score(self, jobs: Iterable[Job]) -> Iterator[Scored]:
-        """Each job's rows, in any order."""
-        ...
-
-    def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
-        """Log-probabilities of the whole vocabulary at every answer position of a prompt, [P, V] float32."""
-        ...
-
-    def close(self) -> None:
-        """Let go of what was started."""
-        ...
-
-
 class LocalBackend:
     """The model in this process."""
 
@@ -100,7 +82,10 @@ class LocalBackend:
         self._longest = 0
 
     def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:
-        """Load the model at the first call; choose its engine again if prompts are longer than any before."""
+        """Be ready for work like `probe`, and report the engine: name, reason, token_budget, device.
+
+        The model is loaded at the first call. Its engine is chosen again if prompts are longer than any before.
+        """
         longest = max(len(prompt.ids) + len(prompt.answer or ()) for prompt in probe)
         if self._engine is None or longest > self._longest:
             if self._engine is None:
@@ -116,7 +101,7 @@ class LocalBackend:
         return {"name": engine.name, "reason": engine.reason, "token_budget": engine.token_budget, "device": str(engine.model.device)}
 
     def score(self, jobs: Iterable[Job]) -> Iterator[Scored]:
-        """One job after the other."""
+        """Each job's rows, one job after the other."""
         for job in jobs:
             began = time.perf_counter()
             rows = self._rows(job)
@@ -124,7 +109,7 @@ class LocalBackend:
             give_back_memory()
 
     def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
-        """See `Engine.distributions`."""
+        """Log-probabilities of the whole vocabulary at every answer position of a prompt, [P, V] float32."""
         assert self._engine is not None
         return self._engine.distributions([prompt], shared)
 
@@ -171,11 +156,11 @@ class Scorer:
         """The engine of this process' last work: name, reason, token_budget, device; None if nothing had to be scored."""
         self.keys: list[str] = []
         """The `prompt_sha` of each row of the last request, contexts outermost."""
-        self.backend: Backend
+        self.backend: LocalBackend | RayBackend
         if on_ray:
-            from pipeline.teachers.ray import RayBackend, Setup
+            from pipeline.teachers import ray
 
-            self.backend = RayBackend(Setup(model_folder.resolve(), task, cache, self.identity), workers, threads)
+            self.backend = ray.RayBackend(ray.Setup(model_folder.resolve(), task, cache, self.identity), workers, threads)
         else:
             self.backend = LocalBackend(model_folder, self.tokens, cache, self.dtype)
 

@@ -10,12 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from score_rows import TASK, about, bytes_of, flip, rows
 
-from pipeline.cache.folder import CacheReader, check_belongs, described_task, read_cache, rows_per_shard, write_cache
+from pipeline.cache.folder import CacheReader, check_belongs, described_task, read_cache, write_cache
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
 from pipeline.files import check_manifest
 from pipeline.params import CacheParams
@@ -49,7 +47,6 @@ def test_a_cache_of_no_rows_is_one(tmp_path):
     assert len(read_cache(tmp_path / "empty").rows) == 0
     reader = CacheReader(tmp_path / "empty", tmp_path / "work")
     assert len(reader) == len(reader.take([])) == 0
-    assert reader.find([("c", "e0")]).tolist() == [-1]
 
 
 @pytest.mark.parametrize("steps", [[10], [1] * 10, [3, 0, 6, 1], [7, 3]])
@@ -151,24 +148,6 @@ def test_a_second_writer_waits_for_the_first_and_both_leave_it_whole(tmp_path):
     assert read_cache(tmp_path / "cache").rows.equals(rows(7))
 
 
-@given(
-    st.builds(
-        CacheParams,
-        encoding=st.sampled_from(["top_k", "top_k_tail", "sampled", "hybrid", "full"]),
-        top_k=st.integers(1, 4096),
-        samples=st.integers(1, 4096),
-        hidden_layers=st.lists(st.integers(-4, -1), max_size=4).map(tuple),
-    ),
-    st.one_of(st.none(), st.integers(1, 4096)),
-)
-def test_a_shard_s_rows_are_a_power_of_two_that_more_content_never_raises(params, positions):
-    cache = params.model_dump(mode="json")
-    count = rows_per_shard(cache, None if positions is None else {"max_tokens": positions})
-    assert 16 <= count <= 16_384
-    assert count.bit_count() == 1
-    assert rows_per_shard(cache, {"max_tokens": 2 * (positions or 1)}) <= count
-
-
 # --- of this run
 
 
@@ -222,10 +201,9 @@ def test_rows_come_in_the_order_asked_for(cache, tmp_path, wanted):
     assert all(column.num_chunks <= 1 for column in taken.columns)
 
 
-def test_some_columns_alone_are_decoded_and_keys_are_found_all_the_same(cache, tmp_path):
+def test_some_columns_alone_are_decoded(cache, tmp_path):
     reader = CacheReader(cache, tmp_path / "work", ["example_id", "topk_ids"])
     assert reader.take([7]).to_pylist() == rows(COUNT).select(["example_id", "topk_ids"]).slice(7, 1).to_pylist()
-    assert reader.find([("c", "e9"), ("c", "e0"), ("c", "e99"), ("other", "e0")]).tolist() == [9, 0, -1, -1]
 
 
 @pytest.mark.parametrize("number", [-1, COUNT])

@@ -15,6 +15,7 @@ from pipeline.models.trained import about_trained
 from pipeline.params import parse_params
 from pipeline.schema import Context, Example, write_contexts, write_examples
 from pipeline.task import Task, TaskTokens
+from pipeline.teachers.capture import capture
 from pipeline.teachers.scorer import Scorer
 
 TEMPLATE = "Review: {text}\nSentiment:"
@@ -147,7 +148,6 @@ class World:
             source["completion"] = "answer"
         self.train("several", 4)
         self.train("several", 7, "seeds/7")
-        write_json({**self.teacher("few"), "files": {}}, self.artifacts / "teachers" / "few" / "manifest.json")
 
     def calibrate(self, name, entry):
         """Write the calibration.json of a target set."""
@@ -163,6 +163,12 @@ class World:
             "contexts": [context | {"calibration": "batch_log", "offsets": offsets(number)} for number, context in enumerate(contexts)],
         }
         write_json(described, self.artifacts / "targets" / name / "calibration.json")
+
+    def capture(self, name):
+        """Run a teacher's stage on the texts of the set "near"."""
+        path = self.artifacts / "data" / "transfer.parquet"
+        write_examples([Example({"text": text}, source="near", line=1) for text, _ in SETS["near"]], ("text",), path)
+        capture(name, self.params, self.folders)
 
     def teacher(self, name):
         """What a target set, or a cache's manifest, says of a teacher."""

@@ -29,7 +29,7 @@ def prompts(folder, ids=BARE):
 
 
 def job(*models, timed=3, threads=1):
-    return Job(task=TASK, models=list(models), timed=timed, threads=threads)
+    return Job(task=TASK.model_dump(mode="json"), models=list(models), timed=timed, threads=threads)
 
 
 def parameters(folder):
@@ -42,10 +42,9 @@ def test_tokens_and_passes_of_a_student_are_its_prompts(model_folder):
     assert figures["prompt_tokens"] == (3 + 5) / 2
     assert figures["forward_passes"] == 1
     assert figures["parameters"] == parameters(folder)
-    assert figures["weights_bytes"] == (folder / "model.safetensors").stat().st_size
     assert figures["disk_bytes"] == sum(file.stat().st_size for file in folder.iterdir())
     assert figures["latency_ms"] > 0
-    assert figures["peak_rss_bytes"] > figures["weights_bytes"]
+    assert figures["peak_rss_bytes"] > figures["disk_bytes"]
 
 
 def test_figures_say_what_was_measured_and_on_what(model_folder):
@@ -64,7 +63,6 @@ def test_an_ensemble_pays_for_every_model_and_context_and_a_shared_model_once(mo
     assert figures["prompt_tokens"] == pytest.approx(np.mean([4 * length + 4 + 2 for length in bare]))
     assert figures["forward_passes"] == 4
     assert figures["parameters"] == parameters(first) + parameters(second)
-    assert figures["weights_bytes"] == sum((folder / "model.safetensors").stat().st_size for folder in (first, second))
 
 
 @pytest.fixture
@@ -96,9 +94,7 @@ def seen(monkeypatch):
 def test_every_prompt_is_answered_once_after_one_example_to_warm_up_then_all_in_batches(model_folder, seen):
     figures = run_job(job(prompts(model_folder("llama"), IN_CONTEXTS), timed=2))
     one, two = ([IN_CONTEXTS[0][n], IN_CONTEXTS[1][n]] for n in (0, 1))
-    assert seen == ["peak", [*one, *one, *two], "peak", *IN_CONTEXTS], (
-        "memory is noted before the batches; a context's prompts come together"
-    )
+    assert seen == [[*one, *one, *two], "peak", *IN_CONTEXTS], "memory is noted before the batches; a context's prompts come together"
     assert (figures["throughput"]["examples"], figures["throughput"]["engine"]) == (3, "noting")
 
 

@@ -5,8 +5,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.detail import confusion, detail, membership, reliability
-from pipeline.evaluation.metrics import expected_calibration_error
+from pipeline.evaluation.metrics import confusion, detail, expected_calibration_error, membership, reliability
 from pipeline.schema import PREDICTIONS, Example
 
 LABELS = ("yes", "a-no")

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.evaluation.compare import compare_methods
-from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.free_text import agreement, judge, values_of
+from pipeline.evaluation.predictions import evaluate
 from pipeline.files import read_json
 from pipeline.params import FormParams
 from pipeline.schema import ANSWERS, read_table, write_table
@@ -95,6 +95,7 @@ def free(world):
 
 
 def test_every_seed_and_every_context_has_its_answers(free):
+    free.capture("few")
     runs = {"several": ["seed 4", "seed 7"], "teacher": ["shots/0", "shots/1"], "untouched": [""]}
     for name, own in runs.items():
         evaluate(name, free.params, free.folders)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
-from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import evaluate_predictions
-from pipeline.evaluation.predictions import models_of, predict, read_sets
-from pipeline.schema import PREDICTIONS, Context, Example, read_table, write_contexts, write_examples
+from pipeline.evaluation.predictions import evaluate, models_of, predict, read_sets
+from pipeline.schema import PREDICTIONS, TARGETS, Context, Example, read_table, write_contexts, write_examples
+from pipeline.targets.build import build_targets
+from pipeline.task import Task
 
 
 def predicted(world, name):
@@ -72,6 +73,20 @@ def test_a_set_of_a_source_with_offsets_of_its_own_is_calibrated_by_them(world):
     assert_predictions(world, predicted(world, "icl_source"), ["none/0"], expected)
 
 
+@pytest.mark.parametrize("by", ["set", "source"])
+def test_the_ensemble_of_the_transfer_set_would_be_the_targets(world, by):
+    """Baselines and targets are made by the same arithmetic from the same calibration, of caches that were captured."""
+    world.raw["targets"]["mix"] |= {"calibrations": {"few": "contextual"}, "calibrate_by": by, "temperature": 0.7}
+    for teacher in ("few", "zero"):
+        world.capture(teacher)
+    build_targets("mix", world.params.targets["mix"], Task(world.params.task), world.folders)
+    rows = [row for row in predicted(world, "teacher").to_pylist() if row["set"] == "near"]
+    targets = read_table(world.artifacts / "targets" / "mix" / "targets.parquet", TARGETS).to_pylist()
+    assert [row["example_id"] for row in rows] == [target["example_id"] for target in targets]
+    for row, target in zip(rows, targets, strict=True):
+        assert row["probabilities"] == pytest.approx(target["probabilities"], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"template": "{text} It was"}, {"verbalisers": {"positive": " great", "mixed": " so-so", "negative": " bad"}}],
@@ -119,7 +134,7 @@ def test_slices_come_from_the_file_itself(world):
 def no_cost(monkeypatch):
     """The stage without its measurement, which has tests of its own."""
     figures = {"measured": {"subject": "s"}}
-    monkeypatch.setattr("pipeline.evaluation.evaluate.measure_method", lambda *_: figures)
+    monkeypatch.setattr("pipeline.evaluation.predictions.measure_method", lambda *_: figures)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("several", "student"), ("icl", "baseline"), ("teacher", "baseline")])
@@ -141,7 +156,7 @@ def test_the_stage_writes_predictions_and_metrics_of_them(world, no_cost, name, 
 
 
 def test_an_unknown_method_is_refused_with_the_choices(world):
-    with pytest.raises(UsageError, match="no 'nobody'; choose one of: cd, icl, icl_mix, icl_source, several, teacher"):
+    with pytest.raises(UsageError, match="no 'nobody'; choose one of: icl, icl_mix, icl_source, teacher"):
         evaluate("nobody", world.params, world.folders)
 
 

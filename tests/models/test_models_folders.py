@@ -10,7 +10,9 @@ from conftest import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UsageError
+from pipeline.models import folders
 from pipeline.models.folders import (
+    build_model,
     check_folder,
     context_limit,
     load_model,
@@ -71,7 +73,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder, tmp_path):
 
 def test_code_of_a_repository_is_refused(folder):
     edit_json(folder / "config.json", model_type="strange", auto_map={"AutoModelForCausalLM": "strange.Strange"})
-    with pytest.raises(UsageError, match=r"`auto_map`\), which is never run, and transformers itself has no model type 'strange'"):
+    with pytest.raises(UsageError, match=r"`auto_map`\), which is never run, and transformers has no model type 'strange'"):
         load_model(folder)
 
 
@@ -100,12 +102,12 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
 def test_a_missing_folder_names_its_neighbours(folder):
     (folder.parent / "a-file").touch()
     (folder.parent / "another").mkdir()
-    with pytest.raises(UsageError, match=r"models/tny: no such model folder; beside it there are: another, tiny\. `dvc repro` makes it"):
+    with pytest.raises(UsageError, match=r"models/tny: no such model folder\. Beside it: another, tiny\. `dvc repro` makes it"):
         load_model(folder.parent / "tny")
 
 
 def test_a_missing_folder_in_a_missing_folder_has_no_neighbours(tmp_path):
-    with pytest.raises(UsageError, match="beside it there are: –"):
+    with pytest.raises(UsageError, match="Beside it: –"):
         load_model(tmp_path / "no" / "where")
 
 
@@ -115,7 +117,7 @@ def test_a_model_type_that_transformers_does_not_know_is_refused(folder):
         load_model(folder)
 
 
-def test_a_config_that_is_no_json_is_refused(folder):
+def test_a_config_that_is_not_json_is_refused(folder):
     (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
     with pytest.raises(UsageError, match=r"config\.json"):
         load_model(folder)
@@ -161,7 +163,7 @@ def test_hashes_change_with_one_weight_and_one_setting_and_not_with_the_folder(f
     moved = tmp_path / "elsewhere" / "of-another-name"
     shutil.copytree(folder, moved)
     (moved / "model.safetensors").touch()
-    (moved / "provenance.json").write_text("{}", encoding="utf-8")
+    (moved / "manifest.json").write_text("{}", encoding="utf-8")
     assert weights_sha256(moved) == before
     assert tokenizer_sha256(moved) == tokenizer_before
     tensors = load_file(moved / "model.safetensors")
@@ -172,11 +174,10 @@ def test_hashes_change_with_one_weight_and_one_setting_and_not_with_the_folder(f
     assert weights_sha256(folder) != before
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "special_tokens_map.json"])
-def test_the_tokenizer_s_hash_changes_with_its_files(folder, file):
+def test_a_setting_that_changes_no_text_s_ids_does_not_change_the_tokenizer_s_hash(folder):
     before = tokenizer_sha256(folder)
-    (folder / file).write_text((folder / file).read_text(encoding="utf-8") + "\n" if (folder / file).exists() else "{}", encoding="utf-8")
-    assert tokenizer_sha256(folder) != before
+    edit_json(folder / "tokenizer_config.json", model_max_length=8192, padding_side="left", pad_token=None)
+    assert tokenizer_sha256(folder) == before
 
 
 def test_a_setting_that_changes_a_prompt_s_ids_changes_the_tokenizer_s_hash(folder):
@@ -209,3 +210,56 @@ def test_parameters_are_counted_once_and_frozen_ones_apart(tiny_model, tied):
     assert parameter_counts(model)[0] == embedding.numel() + head + inner
     embedding.requires_grad_(False)
     assert parameter_counts(model) == (sum(distinct.values()), head + inner)
+
+
+def test_the_hash_of_a_file_is_remembered_until_it_is_touched(folder, tmp_path, monkeypatch):
+    expected = weights_sha256(folder)
+    monkeypatch.setattr(folders, "SETTLED_NS", 0)
+    assert weights_sha256(folder, tmp_path / "hashes") == expected
+    read, original = [], folders.sha256_file
+    monkeypatch.setattr(folders, "sha256_file", lambda path: read.append(path.name) or original(path))
+    assert weights_sha256(folder, tmp_path / "hashes") == expected
+    assert not read
+    edit_json(folder / "config.json", rms_norm_eps=1e-3)
+    assert weights_sha256(folder, tmp_path / "hashes") == weights_sha256(folder) != expected
+    assert read[0] == "config.json"
+
+
+def test_a_file_changed_a_moment_ago_is_not_remembered(folder, tmp_path):
+    edit_json(folder / "config.json", rms_norm_eps=1e-3)
+    weights_sha256(folder, tmp_path / "hashes")
+    assert not any(json.loads(note.read_text())["state"][2] < 5000 for note in (tmp_path / "hashes").glob("*.json"))
+
+
+def test_a_folder_is_built_without_code_and_pickles(folder, tmp_path):
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "strange.Model"})
+    (folder / "strange.py").write_text("", encoding="utf-8")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode(tmp_path / "trace")))
+    (folder / "manifest.json").write_text("{}", encoding="utf-8")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x.json").write_text("{}", encoding="utf-8")
+    (folder / "link.json").symlink_to("/etc")
+    output = tmp_path / "artifacts" / "models" / "tiny"
+    output.mkdir(parents=True)
+    (output / "old.safetensors").touch()
+    build_model(folder, output)
+    assert {file.name for file in output.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not [file for file in output.rglob("*") if file.suffix in {".py", ".bin"} or file.is_symlink() or file.is_dir()]
+    assert not {"manifest.json", "old.safetensors"} & {file.name for file in output.iterdir()}
+    assert torch.equal(logits(load_model(output)), logits(load_model(folder)))
+    edit_json(folder / "config.json", rms_norm_eps=1e-1)
+    assert not torch.equal(logits(load_model(output)), logits(load_model(folder))), "it is a copy"
+
+
+@pytest.mark.parametrize(("path", "said"), [("gone", "does not exist"), ("notes.txt", "is a file")])
+def test_what_is_not_a_model_is_not_built(tmp_path, path, said):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UsageError, match=said):
+        build_model(tmp_path / path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_gguf_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UsageError, match=r"model\.gguf: its contents cannot be read"):
+        build_model(tmp_path / "model.gguf", tmp_path / "out")

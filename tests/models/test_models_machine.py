@@ -1,4 +1,4 @@
-"""Threads, number formats and products as this machine has them; fused modules against the ones they stand for."""
+"""Threads, memory, number formats and products as this machine has them."""
 
 import os
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pipeline.models import machine
-from pipeline.models.cpu_kernels import fuse
 
 
 @pytest.fixture
@@ -74,15 +73,19 @@ def test_a_gpu_with_units_for_it_runs_in_bfloat16(monkeypatch, capability, expec
     assert machine.fast_dtype(torch.device("cuda")) == expected
 
 
-def test_a_fused_mlp_gives_the_same_numbers_and_is_given_back(tiny_model):
-    model = tiny_model("llama")
-    ids = torch.arange(1, 20)[None]
-    with torch.inference_mode():
-        expected = model(ids).logits
-    restore = fuse(model)
-    with torch.inference_mode():
-        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
-    model(ids).logits.sum().backward()  # in place, a gradient would be wrong or refused
-    assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
-    restore()
-    assert not any("forward" in vars(layer.mlp) for layer in model.model.layers)
+def test_the_peak_is_at_least_what_is_in_use_and_counts_what_was_freed():
+    before = machine.peak_rss_bytes()
+    block = bytearray(64 << 20)
+    block[::4096] = bytes(len(block[::4096]))
+    del block
+    machine.give_back_memory()
+    assert machine.peak_rss_bytes() >= max(before, 64 << 20)
+
+
+def test_the_peak_without_linux_accounts_is_the_kernels(monkeypatch, tmp_path):
+    """As on macOS, which counts in bytes."""
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "no such file")
+    linux = machine.peak_rss_bytes()
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    assert linux == machine.peak_rss_bytes() * 1024
+    machine.give_back_memory()

@@ -63,7 +63,7 @@ def test_any_choice_of_layers_can_be_written(layers):
 
 @pytest.mark.parametrize("text", ["", "a", "0,", "0-", "-1", "0--2", "1.5", "0 2", "0-1-2", "0;1"])
 def test_what_is_neither_a_layer_nor_a_range_is_refused_with_an_example(text):
-    with pytest.raises(UsageError, match="is neither a layer nor a range; write for example `0-19, 26-29`"):
+    with pytest.raises(UsageError, match=r"is neither a layer nor a range\. Write for example `0-19, 26-29`"):
         parse_layers(text, 4)
 
 

@@ -110,10 +110,10 @@ def test_all_rows_are_counted_and_the_drawn_ones_are_kept(folder):
 
     found = answer(predictor, items(), "many", MonitorParams(max_rows=90))
     assert found.rows == 3000
-    too_long = 90 - len(found.sample)  # 2 of 3 rows; only those that were drawn are found out
+    too_long = 90 - len(found)  # 2 of 3 rows; only those that were drawn are found out
     assert found.bad == 300 + too_long
     assert 40 < too_long < 80
-    assert {int(text.split()[2]) % 3 for text in found.sample.texts} == {0}
+    assert {int(text.split()[2]) % 3 for text in found.texts} == {0}
 
 
 def test_accuracy_under_the_bound_is_an_alarm(folder):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.params import load_params
+from pipeline.params import load_params, read_yaml, write_yaml
 from pipeline.params.presets import make_workspace
 
 LINES = ["a: &a [x,x,x,x,x,x,x,x,x]"] + [f"{chr(98 + n)}: &{chr(98 + n)} [{','.join([f'*{chr(97 + n)}'] * 9)}]" for n in range(12)]
@@ -82,6 +82,18 @@ def test_a_file_that_is_not_a_preset_is_refused_and_makes_no_workspace(project, 
 def test_no_bytes_are_params_and_the_message_names_the_file(tmp_path, data):
     (tmp_path / "params.yaml").write_bytes(data)
     refused(lambda: load_params(tmp_path / "params.yaml"), "params.yaml", "")
+
+
+TEXTS = st.sampled_from(["true", "1", "no", "null", "", "a: b", "# x", "- y", "?", "é 🎬", "x" * 300, "one two " * 40]) | st.text(
+    st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=30
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=st.dictionaries(TEXTS, TEXTS | st.integers() | st.booleans() | st.none() | st.lists(TEXTS, max_size=3), max_size=4))
+def test_what_is_written_is_read_again(tmp_path, value):
+    write_yaml({"task": value}, tmp_path / "params.yaml")
+    assert read_yaml(tmp_path / "params.yaml") == {"task": value}
 
 
 def test_an_absent_file_is_named(tmp_path):

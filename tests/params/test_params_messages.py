@@ -1,7 +1,6 @@
 """What params.yaml refuses, and that the message names the place, the value and the choices; what it accepts, it keeps as written."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -118,7 +117,7 @@ WRONG = [  # a value for a key, and what the message has to say
     ("students.cd.learning_rate", float("nan"), "students.cd.learning_rate"),
     ("students.cd.decay", "cosin", "students.cd.decay: input should be 'constant', 'linear' or 'cosine', found 'cosin'"),
     ("students.cd.seeds", [1, 1], "seeds"),
-    ("students.cd.patience", 3, "`patience` needs a part of the transfer set to look at"),
+    ("students.cd.patience", 3, "`patience` needs a validation part"),
     ("students.Cd", {}, "as DVC stages need"),
     ("students.a/../b", {}, "as DVC stages need"),
     ("teachers.", {"model": "models/smollm2", "contexts": "none"}, "as DVC stages need"),
@@ -140,7 +139,11 @@ WRONG = [  # a value for a key, and what the message has to say
     ("data.sources.movie.fields", {"txt": "text"}, "data.sources.movie.fields: no 'txt'; choose one of: text"),
     ("data.sources.movie.label", None, "has no labels (`label: null`), and this role needs them"),
     ("data.sources.movie.label", {"threshold": 1.0, "values": {"a": "positive"}}, "not both"),
-    ("data.sources.movie.label", {"values": {"1": "good"}}, "data.sources.movie.label: good has no verbaliser; task.verbalisers has negative"),
+    (
+        "data.sources.movie.label",
+        {"values": {"1": "good"}},
+        "data.sources.movie.label: good has no verbaliser; task.verbalisers has negative",
+    ),
     ("data.sources.movie.slices", {"label": "rating"}, "every evaluation has a slice label of its own"),
     ("data.sources.movie.slices", {"length": "rating"}, "every evaluation has a slice length of its own"),
     ("data.sources.movie.slices", {"domain": "rating"}, "every evaluation has a slice domain of its own"),
@@ -174,7 +177,7 @@ WRONG = [  # a value for a key, and what the message has to say
     ("targets.mix.teachers", {"x": 1.0}, "targets.mix"),
     ("targets.mix.temperature", 0, "targets.mix.temperature"),
     ("targets.few_shot.calibrations", {"tuned": "none"}, "calibrations: tuned not among its teachers; choose from: few_shot"),
-    ("targets.few_shot_raw.calibrate_by", "source", "`calibrate_by: source` is for `calibration: batch`"),
+    ("targets.few_shot_raw.calibrate_by", "source", "`calibrate_by: source` is for `batch` or `batch_log`"),
     ("targets.mix.auxiliary_caches", ["x"], "targets.mix.auxiliary_caches: no 'x'"),
     ("students.cd.learn_from", "mix", "students.cd.learn_from: no 'mix'; choose one of: data/demonstrations.parquet"),
     ("students.cd.learn_from", "../../etc", "students.cd.learn_from: no '../../etc'"),
@@ -185,7 +188,11 @@ WRONG = [  # a value for a key, and what the message has to say
     ("students.pbft.loss", "hard", "`loss` is about targets"),
     ("students.pbft.auxiliary", {"few_shot": {}}, "`auxiliary` is about targets"),
     ("students.cd.auxiliary", {"few_shot": {}}, "students.cd.auxiliary: no 'few_shot'"),
-    ("students.teacher", {"base": "models/smollm2", "learn_from": "targets/mix", "steps": 1, "learning_rate": 1e-4}, "of the same name; rename one"),
+    (
+        "students.teacher",
+        {"base": "models/smollm2", "learn_from": "targets/mix", "steps": 1, "learning_rate": 1e-4},
+        "of the same name; rename one",
+    ),
     ("baselines.icl.contexts", "all", "baselines.icl.contexts"),
     ("baselines.icl.prompts", "targets/x", "baselines.icl.prompts: no 'targets/x'"),
     ("evaluation.reference", "cd", "evaluation.reference: no 'cd'"),
@@ -214,7 +221,11 @@ NEEDS = [  # a student's keys, keys of its teacher's cache, and what is refused
     ({"loss": "reverse_kl"}, {"encoding": "top_k"}, "students.s.loss: `reverse_kl` needs the tail's mass"),
     ({"loss": "reverse_kl"}, {"encoding": "top_k_tail"}, None),
     ({"loss": "hard"}, {}, "students.s.loss: `hard` learns a target set's most probable label"),
-    ({"auxiliary": {"few_shot": {"hidden_weight": 0.1, "layers": [[3, 1]]}}}, {}, "students.s.auxiliary.few_shot.layers: the teacher's cache"),
+    (
+        {"auxiliary": {"few_shot": {"hidden_weight": 0.1, "layers": [[3, 1]]}}},
+        {},
+        "students.s.auxiliary.few_shot.layers: the teacher's cache",
+    ),
     ({"auxiliary": {"few_shot": {"hidden_weight": 0.1, "layers": [[3, 1]]}}}, {"hidden_layers": [3]}, None),
     ({"auxiliary": {"few_shot": {"weight": 0.0}}}, {}, "weight and hidden_weight are both 0"),
     ({"auxiliary": {"few_shot": {"temperature": 3.0}}}, {}, "students.s.auxiliary.few_shot.temperature: 3"),
@@ -297,12 +308,14 @@ VALUES = st.recursive(
 @given(path=st.sampled_from(PLACES), value=VALUES)
 def test_any_value_anywhere_is_kept_as_written_or_refused_with_its_place(raw_params: Raw, path: str, value: Any) -> None:
     raw = put(copy.deepcopy(raw_params), path, value)
+    params, refused = None, ""
     try:
         params = parse_params(raw)
     except UsageError as error:
-        place = path.rsplit(".", maxsplit=1)[0]
-        assert path.split(".")[0] in str(error) or place in str(error)
-        assert len(str(error)) < 20_000, "a message is for reading"
+        refused = str(error)
+    if params is None:
+        assert path.split(".")[0] in refused
+        assert len(refused) < 20_000, "a message is for reading"
         return
     kept = at(params.model_dump(), path)
     if isinstance(value, dict):
@@ -312,10 +325,6 @@ def test_any_value_anywhere_is_kept_as_written_or_refused_with_its_place(raw_par
 
 
 def test_what_a_file_leaves_out_has_its_default(raw_params: Raw) -> None:
-    shorter: Callable[[], Raw] = lambda: copy.deepcopy(raw_params)  # noqa: E731
-    assert parse_params(put(shorter(), "task.completion", None)) == parse_params(raw_params)
-    for block in ("tuned", "downloads"):
-        raw = shorter()
-        raw.pop(block)
-        said = message(raw)
-        assert f"no '{'tuned/tuned' if block == 'tuned' else 'smollm2'}'" in said
+    assert parse_params(put(copy.deepcopy(raw_params), "task.completion", None)) == parse_params(raw_params)
+    for block, named in {"tuned": "no 'tuned/tuned'", "downloads": "no 'smollm2'"}.items():
+        assert named in message({key: value for key, value in raw_params.items() if key != block})

@@ -15,12 +15,14 @@ from pipeline.params.presets import make_workspace, merge
 NAMES = sorted(file.stem for file in (PROJECT / "presets").glob("*.yaml"))
 VALUES = st.recursive(st.integers() | st.text(max_size=3), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8)
 MAPPINGS = st.dictionaries(st.sampled_from("abc"), VALUES)
+WITH_NULLS = st.recursive(st.none() | st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=8)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(MAPPINGS)
-def test_nothing_laid_over_params_changes_nothing(base):
+@given(st.dictionaries(st.sampled_from("abc"), WITH_NULLS), st.dictionaries(st.sampled_from("de"), VALUES))
+def test_what_a_preset_does_not_name_stays_nulls_too(base, changes):
     assert merge(base, {}) == base
+    assert merge(base, changes) == base | changes
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,9 +13,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.evaluation.compare import compare_methods
-from pipeline.evaluation.detail import detail, membership
 from pipeline.evaluation.free_text import judge
-from pipeline.evaluation.metrics import evaluate_predictions
+from pipeline.evaluation.metrics import detail, evaluate_predictions, membership
 from pipeline.files import Folders, sha256_file, sha256_text, write_json
 from pipeline.params import Params, parse_params
 from pipeline.report.collect import Collected, collect

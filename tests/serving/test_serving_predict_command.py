@@ -103,7 +103,7 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
     whole = predictor.predict([item.fields for item in items])
     assert [p.label for window in windows for _, p in window] == [p.label for p in whole]
     monkeypatch.setattr("pipeline.serving.files.WINDOW_CHARS", 30)
-    assert max(len(window) for window in predict_items(predictor, items)) < 8
+    assert max(len(window) for window in predict_items(predictor, items, 1024)) < 8
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,10 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
         (["--student", "cd", "-i", "body.csv", "--field", "text=body", "--keep", "gold=star"], "with --keep NAME=star"),
         (["--student", "cd", "--output-format", "parquet"], "--output: Parquet cannot be written to standard output"),
         (["--student", "cd", "-i", "body.csv"], "no column 'text'; the columns are: body. Name the right one with --field text=COLUMN"),
-        (["--student", "cd", "-o", "x.tsv"], "tsv is read, not written"),
+        (
+            ["--student", "cd", "-o", "x.tsv"],
+            "x.tsv: the name does not end with one of .csv, .jsonl, .ndjson, .parquet; say the format with --output-format",
+        ),
     ],
 )
 def test_a_wrong_option_ends_with_2_and_what_to_do(folder, arguments, said):

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,15 @@ from serving_world import PROJECT, TEXTS, make_student
 
 from pipeline.serving.log import PredictionLog
 from pipeline.serving.predictor import Prediction, Predictor
-from pipeline.serving.server import Batcher, Limits, make_app, read_body
+from pipeline.serving.server import Batcher, Limits, make_app, read_inputs
 
 JSON = {"content-type": "application/json"}
-LIMITS = Limits(body_bytes=50_000, rows=12, chars=100, body_seconds=0.5)
+LIMITS = Limits(body_bytes=50_000, rows=12, body_seconds=0.5, batch_rows=64, waiting_rows=1024)
 
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory, model_folder):
-    return Predictor(make_student(tmp_path_factory.mktemp("students") / "cd", model_folder("llama")), 1)
+    return Predictor(make_student(tmp_path_factory.mktemp("students") / "cd", model_folder("llama")), 1, max_chars=100)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_answers_are_the_predictors_and_bad_rows_have_an_error(client, predictor
     assert found[0]["probabilities"] == pytest.approx(expected[0].probabilities, abs=1e-6)
     assert (found[2]["label"], found[2]["confidence"]) == (expected[1].label, pytest.approx(expected[1].confidence, abs=1e-6))
     assert [row.get("error") for row in found] == [
-        None, "text: empty", None, "text: neither a text nor an object", "too long: more than 100 characters", "text: missing",
+        None, "text: empty", None, "text: neither a text nor an object", "text: longer than 100 characters", "text: missing",
     ]  # fmt: skip
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
     assert [entry["fields"]["text"] for entry in logged] == [TEXTS[0], "", TEXTS[1], 7, "x" * 101, None]
@@ -104,7 +105,7 @@ ROWS = {  # a body that is answered, and each row's error, None for an answer
     "wrong fields": (b'{"inputs": [{}, {"text": []}, {"text": NaN}]}', ["text: missing", "text: not a text", "text: not a text"]),
     "given twice": (b'{"inputs": 7, "inputs": ["a film"]}', [None]),
     "deep within a field": (b'{"inputs": [{"text": ' + b"[" * 900 + b"]" * 900 + b"}]}", ["text: not a text"]),
-    "a long text of another name": (json.dumps({"inputs": [{"body": "x" * 101}]}).encode(), ["too long: more than 100 characters"]),
+    "a long text": (json.dumps({"inputs": [{"text": "x" * 101}, "x" * 101]}).encode(), ["text: longer than 100 characters"] * 2),
     "utf-16": ('{"inputs": ["é"]}'.encode("utf-16"), [None]),
     "byte order mark": (b'\xef\xbb\xbf{"inputs": ["a"]}', [None]),
     "half of a surrogate pair": (b'{"inputs": ["a film", "\\ud800"]}', [None, "text: lone surrogate"]),
@@ -189,7 +190,7 @@ PART = {"type": "http.request", "body": b"{", "more_body": True}
 @pytest.mark.parametrize(("events", "status"), [([PART, 30.0, PART], 408), ([PART, {"type": "http.disconnect"}], 499)])
 def test_a_body_that_does_not_arrive_is_given_up(events, status):
     with pytest.raises(HTTPException) as caught:
-        asyncio.run(read_body(body_that(*events), Limits(body_seconds=0.01)))
+        asyncio.run(read_inputs(body_that(*events), replace(LIMITS, body_seconds=0.01)))
     assert caught.value.status_code == status
 
 
@@ -254,7 +255,7 @@ def test_health_and_metrics_say_what_answered(client, predictor):
 
 
 def batcher(answer, **limits):
-    return Batcher(answer, Limits(**{"batch_rows": 4, "waiting_rows": 6, **limits}))
+    return Batcher(answer, replace(LIMITS, **{"batch_rows": 4, "waiting_rows": 6, **limits}))
 
 
 def test_requests_that_arrive_while_the_model_is_busy_share_its_next_pass():
@@ -347,7 +348,7 @@ def test_a_full_queue_tells_a_request_to_come_back(predictor, monkeypatch):
         return [Prediction(predictor.labels[0], 1.0, {}) for _ in rows]
 
     monkeypatch.setattr(predictor, "predict", slowly)
-    with TestClient(make_app(predictor, Limits(waiting_rows=3))) as client, ThreadPoolExecutor(2) as others:
+    with TestClient(make_app(predictor, replace(LIMITS, waiting_rows=3))) as client, ThreadPoolExecutor(2) as others:
         first = others.submit(client.post, "/predict", json={"inputs": ["a"]})
         assert began.wait(20)
         second = others.submit(client.post, "/predict", json={"inputs": ["b", "c"]})

@@ -1,4 +1,4 @@
-"""`shotless doctor`: facts about the machine, missing packages and disk, the engine of each model."""
+"""`shotless doctor`: facts about the machine, libraries of another version, disk, files, the engine of each model."""
 
 import shutil
 from collections import namedtuple
@@ -8,63 +8,82 @@ import pytest
 from conftest import PROJECT
 from serving_world import shotless
 
-from pipeline.setup import machine
+from pipeline.params import read_yaml, reading, write_yaml
+from pipeline.setup import doctor
+
+USAGE = namedtuple("USAGE", "total used free")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    for name in ("params.yaml", "pyproject.toml", "constraints.txt"):
+    for name in ("params.yaml", "constraints.txt"):
         shutil.copy(PROJECT / name, tmp_path)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(100e9, 50e9, 50e9))
-    monkeypatch.setattr(machine, "MEMORY_NEEDED_GB", 0.0)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: USAGE(100e9, 50e9, 50e9))
+    monkeypatch.setattr(doctor, "MEMORY_NEEDED_GB", 0.0)
     return tmp_path
 
 
+def said(folder, *, check=True):
+    done = shotless(folder, "doctor", check=check)
+    return " ".join(done.stdout.split()), done.returncode
+
+
 def test_a_machine_with_everything_ends_with_0(folder):
-    done = shotless(folder, "doctor")
-    assert "Nothing is missing." in done.stdout
-    assert "students float32, on" in done.stdout
-    assert "not fetched yet → `dvc repro fetch` fetches it" in " ".join(done.stdout.split())
+    text, _ = said(folder)
+    assert "Nothing is missing." in text
+    assert "students float32, on" in text
+    assert "params.yaml 3 teachers, 4 targets, 2 students, 5 baselines" in text
+    assert "model smollm2 not made yet → `shotless run model@smollm2` makes it" in text
 
 
 @pytest.mark.parametrize(
     ("architecture", "changes", "engine"), [("llama", {}, "shared_prefix"), ("mistral", {"sliding_window": 8}, "generic")]
 )
-def test_the_engine_of_a_fetched_model_is_named_with_the_reason(folder, model_folder, architecture, changes, engine):
+def test_the_engine_of_a_model_is_named_with_the_reason(folder, model_folder, architecture, changes, engine):
     shutil.copytree(model_folder(architecture, **changes), folder / "artifacts" / "models" / "smollm2")
-    text = " ".join(shotless(folder, "doctor").stdout.split())
-    assert f"engine {engine}: " in text
+    assert f"engine {engine}: " in said(folder)[0]
 
 
-def test_missing_packages_and_disk_are_named_and_end_with_1(folder, monkeypatch):
-    real = machine.version
+def test_another_version_a_full_disk_and_an_absent_file_end_with_1(folder, monkeypatch):
+    real = reading.version
+    monkeypatch.setattr(reading, "version", lambda name: "0.0.1" if name == "peft" else real(name))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: USAGE(100e9, 99e9, 1e9))
+    raw = read_yaml(folder / "params.yaml")
+    raw["models"]["mine"] = {"path": "my/model"}
+    write_yaml(raw, folder / "params.yaml")
+    text, code = said(folder, check=False)
+    assert code == 1
+    assert "missing: disk, versions, files" in text
+    assert "peft 0.0.1 is installed, constraints.txt pins" in text
+    assert "1.0 GB free, 6 GB needed" in text
+    assert "models.mine.path: 'my/model' does not exist" in text
+
+
+def test_a_library_that_is_not_installed_is_named_without_importing_it(folder, monkeypatch):
+    real = reading.version
 
     def version(name):
-        if name == "polars":
+        if name == "torch":
             raise PackageNotFoundError
-        return "0.0.1" if name == "peft" else real(name)
+        return real(name)
 
-    monkeypatch.setattr(machine, "version", version)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(100e9, 99e9, 1e9))
-    done = shotless(folder, "doctor", check=False)
-    assert done.returncode == 1
-    assert "missing: disk, packages" in done.stdout
-    assert "not installed: polars" in done.stdout
-    assert "peft 0.0.1 (pinned:" in " ".join(done.stdout.split())
+    monkeypatch.setattr(reading, "version", version)
+    monkeypatch.setattr(doctor, "_torch", None)
+    text, code = said(folder, check=False)
+    assert code == 1
+    assert "torch is not installed, constraints.txt pins" in text
 
 
 def test_broken_params_are_shown_and_do_not_hide_the_rest(folder):
     (folder / "params.yaml").write_text("tsk: {}\n", "utf-8")
-    done = shotless(folder, "doctor", check=False)
-    assert done.returncode == 1
-    assert "unknown key" in done.stdout
-    assert "torch" in done.stdout
+    text, code = said(folder, check=False)
+    assert code == 1
+    assert "unknown key" in text
+    assert "torch" in text
 
 
 def test_a_model_folder_that_cannot_be_loaded_is_missing(folder):
     (folder / "artifacts" / "models" / "smollm2").mkdir(parents=True)
-    done = shotless(folder, "doctor", check=False)
-    assert done.returncode == 1
-    assert "missing: model smollm2" in done.stdout
+    text, code = said(folder, check=False)
+    assert code == 1
+    assert "missing: model smollm2" in text

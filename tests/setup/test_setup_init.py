@@ -1,4 +1,4 @@
-"""`shotless init`: params for a user's own files, which a run then accepts; nothing overwritten unasked; wrong files named."""
+"""`shotless init`: params for a user's own files that a run takes. What does not fit is chosen smaller or refused."""
 
 import json
 import shutil
@@ -6,14 +6,27 @@ import shutil
 import polars as pl
 import pytest
 from conftest import PROJECT
-from ruamel.yaml import YAML
 from serving_world import shotless
 
-from pipeline.params import load_params
-from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, token_work
+from pipeline.data.examples import write_source
+from pipeline.data.prepare import prepare
+from pipeline.files import Folders
+from pipeline.params import load_params, read_yaml, resolve, write_yaml
+from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, stage_count, token_work
 
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
+FILES = ["--labelled", "mine/l.jsonl", "--unlabelled", "mine/u.jsonl", "--test", "mine/t.jsonl", "--output", "new.yaml"]
+WORDS = ["amber", "brook", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty", "knoll", "lagoon", "meadow", "nectar"]
+
+
+def sentence(number, words=12):
+    """A text of its own: no two are near copies."""
+    return " ".join(WORDS[(number * 7 + n * (number + 3)) % len(WORDS)] + str(number * n) for n in range(words))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 @pytest.fixture
@@ -21,36 +34,72 @@ def folder(tmp_path):
     """A project's folder with a user's files: texts in `body`, labels 0 and 1 in `urgency`."""
     mine = tmp_path / "mine"
     mine.mkdir()
-    shutil.copy(PROJECT / "params.yaml", tmp_path)
-    rows = [{"body": f"the service was late, number {n}", "urgency": n % 2} for n in range(40)]
-    pl.DataFrame(rows).write_csv(mine / "labelled.csv")
-    pl.DataFrame(rows[:20]).write_parquet(mine / "test.parquet")
-    (mine / "pile.jsonl").write_text("".join(json.dumps({"body": f"cold food, table {n}"}) + "\n" for n in range(30)), "utf-8")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(PROJECT / name, tmp_path)
+    rows = [{"body": sentence(n), "urgency": n % 2} for n in range(60)]
+    pl.DataFrame(rows[:40]).write_csv(mine / "labelled.csv")
+    pl.DataFrame(rows[40:]).write_parquet(mine / "test.parquet")
+    write_rows(mine / "pile.jsonl", [{"body": sentence(100 + n)} for n in range(30)])
     return tmp_path
 
 
-def test_what_is_written_is_accepted_and_names_the_users_files(folder):
+def three(folder, label=lambda n: ["no", "yes"][n % 2], text=sentence, long=sentence):
+    """The files of FILES; `long` makes every 16th text of the pile."""
+    write_rows(folder / "mine" / "l.jsonl", [{"text": text(n), "label": label(n)} for n in range(40)])
+    write_rows(folder / "mine" / "t.jsonl", [{"text": text(100 + n), "label": label(n)} for n in range(40)])
+    write_rows(folder / "mine" / "u.jsonl", [{"text": (sentence if n % 16 else long)(200 + n)} for n in range(100)])
+
+
+def small_students(folder):
+    """Students of the models in these tests, which have 4 layers."""
+    raw = read_yaml(folder / "params.yaml")
+    for student in raw["students"].values():
+        student["layers"] = "0-1, 3"
+    write_yaml(raw, folder / "params.yaml")
+
+
+def prepares(folder, model, monkeypatch, params="new.yaml"):
+    """Whether the stages source and prepare take what was written, with a small model in place of the downloaded one."""
+    raw = read_yaml(folder / params)
+    raw["models"] = {name: {"path": str(model)} for name in raw["models"]}
+    raw["downloads"] = {}
+    write_yaml(raw, folder / "params.yaml")
+    monkeypatch.chdir(folder)
+    resolve()
+    checked = load_params()
+    for name in checked.models:
+        shutil.copytree(model, folder / "artifacts" / "models" / name, dirs_exist_ok=True)
+    for name in checked.data.sources:
+        write_source(name, checked, Folders.here())
+    prepare(checked, Folders.here())
+    return checked
+
+
+def test_what_is_written_is_taken_and_names_the_users_files(folder, model_folder, monkeypatch):
     done = shotless(folder, "init", *MAPPED, "--force", "--template", r"Ticket: {text}\nUrgent:", "--per-label", "4")
     params = load_params(folder / "params.yaml")
     assert params.task.template == "Ticket: {text}\nUrgent:"
-    assert dict(params.task.verbalisers) in ({"0": " bad", "1": " good"}, {"1": " good", "0": " bad"})
+    assert params.task.verbalisers == {"0": " bad", "1": " good"}
     assert params.data.sources["unlabelled"].label is None
     assert params.data.sources["labelled"].fields == {"text": "body"}
     assert params.contexts["orders"].demonstrations == 8
-    assert "40 rows, 40 usable, 0 bad" in done.stdout
-    assert "is not fetched yet" in done.stdout
+    assert "labelled.csv: 40 rows, 40 texts, 0 bad" in done.stdout
+    assert "artifacts/models/smollm2 does not exist yet" in done.stdout
     assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
     old = load_params(PROJECT / "params.yaml")
-    assert (params.models, params.students, params.teachers) == (old.models, old.students, old.teachers)
+    for block in ("models", "teachers", "targets", "students", "baselines", "tuned", "evaluation"):
+        assert getattr(params, block) == getattr(old, block), block
+    assert set(params.downloads) == {"smollm2"}, "the old task's data are not downloaded"
+    assert "docs/params.md" in (folder / "params.yaml").read_text("utf-8")
+    prepares(folder, model_folder("llama", max_position_embeddings=2048), monkeypatch, "params.yaml")
 
 
-def test_it_says_what_a_run_will_cost_where_the_model_is_there(folder, model_folder):
-    shutil.copytree(model_folder("llama"), folder / "artifacts" / "models" / "smollm2")
-    yaml = YAML(typ="safe", pure=True)
-    raw = yaml.load((folder / "params.yaml").read_text("utf-8"))
-    for student in raw["students"].values():
-        student["layers"] = "0-1, 3"
-    yaml.dump(raw, folder / "params.yaml")
+def test_it_says_what_a_run_will_cost_if_the_model_is_there(folder, model_folder):
+    shutil.copytree(model_folder("llama", max_position_embeddings=2048), folder / "artifacts" / "models" / "smollm2")
+    done = shotless(folder, "init", *MAPPED, "--output", "other.yaml", check=False)
+    assert "layers: '0-19, 26-29' must name layers between 0 and 3" in done.stderr, "the students do not suit this model"
+    assert not (folder / "other.yaml").exists()
+    small_students(folder)
     done = shotless(folder, "init", *MAPPED, "--output", "other.yaml")
     assert "smollm2 on 20 rows" in done.stdout
     assert "A full run takes about" in done.stdout
@@ -70,17 +119,25 @@ def test_nothing_is_replaced_unless_told(folder):
     [
         (OPTIONS, "no column 'label'; the columns are: body, urgency. Name the right one with --label-column."),
         ([*OPTIONS, *MAPPED[8:]], "no column 'text'; the columns are: body, urgency. Name the right one with --field text=COLUMN."),
-        (MAPPED[:-2], "label '1' is no word: say what a model should answer for each of them: --verbaliser 1=WORD"),
+        (MAPPED[:-2], "label '1' is not a word: say what a model should answer for each of them: --verbaliser 1=WORD"),
+        ([*MAPPED[:-1], "1=bad"], "their answers begin with the same word, 'bad'"),
         ([*MAPPED, "--verbaliser", "2=maybe"], "--verbaliser 2=…: no such label"),
         ([*MAPPED, "--template", "no field"], "template names no field"),
-        ([*MAPPED, "--per-label", "30"], "has 20 usable rows"),
+        ([*MAPPED, "--per-label", "30"], "--per-label"),
         ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values"),
         (MAPPED[2:], "--labelled: missing"),
         (["--labelled", "mine/nope.csv", *MAPPED[2:]], "nope.csv: no such file"),
+        (["--labelled", "mine/pile.txt", *MAPPED[2:]], "mine/pile.txt: a file's name ends with one of .csv, .jsonl"),
+        (["--labelled", "mine/labelled.csv", "--unlabelled", "mine/labelled.csv", *MAPPED[4:]], None),
+        ([*MAPPED[:4], "--test", "mine/labelled.csv", *MAPPED[6:]], "data.demonstrations"),
     ],
 )
 def test_what_cannot_work_is_named_and_writes_nothing(folder, arguments, said):
+    (folder / "mine" / "pile.txt").write_text("a\n", "utf-8")
     done = shotless(folder, "init", *arguments, "--output", "new.yaml", check=False)
+    if said is None:
+        assert done.returncode == 0
+        return
     assert done.returncode == 2
     assert said in done.stderr
     assert not (folder / "new.yaml").exists()
@@ -92,39 +149,150 @@ def test_bad_rows_beyond_the_limit_stop_it(folder):
     done = shotless(folder, "init", *MAPPED, "--output", "new.yaml", check=False)
     assert done.returncode == 2
     assert "20 of 50 rows of pile.jsonl cannot be used" in done.stderr
+    assert not (folder / "new.yaml").exists()
+
+
+def test_asking_again_keeps_the_first_params_and_bad_rows_are_shown(folder):
+    with (folder / "mine" / "labelled.csv").open("a", encoding="utf-8") as file:
+        file.write("".join(f"{sentence(300 + n)},1\n" for n in range(21)) + ",1\n")
+    for _ in range(2):
+        done = shotless(folder, "init", *MAPPED, "--force")
+        assert "labelled.csv: 62 rows, 61 texts, 1 bad\n  line 63: body: empty\n" in done.stdout
+        assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
+
+
+def test_long_texts_set_the_limit_and_none_is_left_out(folder, model_folder, monkeypatch):
+    three(folder, long=lambda n: sentence(n, words=300))
+    shotless(folder, "init", *FILES)
+    params = prepares(folder, model_folder("llama", max_position_embeddings=16384), monkeypatch)
+    longest = max(len(json.loads(line)["text"]) for line in (folder / "mine" / "u.jsonl").read_text().splitlines())
+    assert longest > 2000
+    assert params.task.max_chars == longest
+
+
+def test_texts_too_long_for_the_model_are_counted_and_left_out(folder, model_folder, monkeypatch):
+    model = model_folder("llama", max_position_embeddings=1024)
+    shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
+    small_students(folder)
+    three(folder, long=lambda n: sentence(n, words=600))
+    done = shotless(folder, "init", *FILES)
+    assert "u.jsonl: 7 texts are longer than " in done.stdout
+    params = prepares(folder, model, monkeypatch)
+    assert params.data.bad_rows_limit == 0.07
+    counts = json.loads((folder / "metrics" / "prepare.json").read_text("utf-8"))
+    assert counts["sources"]["unlabelled"]["quarantined"] == {"too long": 7}
+
+
+def test_texts_that_are_nearly_all_too_long_are_refused(folder, model_folder):
+    shutil.copytree(model_folder("llama", max_position_embeddings=256), folder / "artifacts" / "models" / "smollm2")
+    three(folder, text=lambda n: sentence(n, words=100))
+    done = shotless(folder, "init", *FILES, check=False)
+    assert done.returncode == 2
+    assert "l.jsonl: 40 of 40 rows are longer than" in done.stderr
+    assert not (folder / "new.yaml").exists()
+
+
+@pytest.mark.parametrize(("limit", "demonstrations"), [(1024, 2), (2048, 4), (16384, 16)])
+def test_as_many_demonstrations_as_fit_the_model(folder, model_folder, monkeypatch, limit, demonstrations):
+    model = model_folder("llama", max_position_embeddings=limit)
+    shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
+    small_students(folder)
+    three(folder, text=lambda n: sentence(n, words=25))
+    shotless(folder, "init", *FILES)
+    params = prepares(folder, model, monkeypatch)
+    assert 2 <= params.contexts["orders"].demonstrations <= demonstrations
+    assert params.contexts["none"].demonstrations == 0
+
+
+def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monkeypatch):
+    model = model_folder("llama", max_position_embeddings=2048)
+    shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
+    small_students(folder)
+    three(folder, text=lambda n: sentence(n, words=4 if n % 3 else 40))
+    done = shotless(folder, "init", *FILES, "--per-label", "4")
+    params = prepares(folder, model, monkeypatch)
+    assert params.data.demonstrations.max_words == 4
+    assert "data.demonstrations.max_words: 4, so that demonstrations fit" in done.stdout
+    assert params.contexts["orders"].demonstrations == 8
+
+
+def test_many_labels_have_a_demonstration_each(folder):
+    names = [f"{word} topic" for word in [*WORDS, "orchard", "prairie", "quarry", "ridge", "summit", "tundra"]]
+    three(folder, label=lambda n: names[n % 20])
+    shotless(folder, "init", *FILES, "--per-label", "1")
+    assert load_params(folder / "new.yaml").contexts["orders"].demonstrations == 20
+
+
+def test_two_demonstrations_have_two_orders(folder):
+    three(folder)
+    shotless(folder, "init", *FILES, "--per-label", "1")
+    context = load_params(folder / "new.yaml").contexts["orders"]
+    assert (context.demonstrations, context.count) == (2, 2)
+
+
+SPELLINGS = {
+    "booleans": (lambda n: n % 2 == 0, ["false", "true"], []),
+    "booleans with words": (lambda n: n % 2 == 0, ["false", "true"], ["--verbaliser", "True=yes", "--verbaliser", "false=no"]),
+    "floats": (lambda n: float(n % 2), ["0", "1"], ["--verbaliser", "1.0=yes", "--verbaliser", "0=no"]),
+    "integers": (lambda n: n % 2, ["0", "1"], ["--verbaliser", "1=yes", "--verbaliser", "0=no"]),
+    "texts of floats": (lambda n: ["0.0", "1.0"][n % 2], ["0", "1"], ["--verbaliser", "1=yes", "--verbaliser", "0=no"]),
+    "with a gap": (lambda n: None if n == 3 else ["no", "yes"][n % 2], ["no", "yes"], []),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_labels_have_one_spelling_in_every_format(folder, name, form):
+    label, labels, options = SPELLINGS[name]
+    three(folder, label=label)
+    files = list(FILES)
+    for at in (1, 5):
+        path = folder / files[at]
+        frame = pl.DataFrame([json.loads(line) for line in path.read_text().splitlines()])
+        files[at] = files[at].replace("jsonl", form)
+        if form != "jsonl":
+            (frame.write_csv if form == "csv" else frame.write_parquet)(folder / files[at])
+    shotless(folder, "init", *files, *options)
+    params = load_params(folder / "new.yaml")
+    assert list(params.task.labels) == labels
+
+
+def test_labels_of_two_files_that_spell_them_differently_are_the_same(folder):
+    three(folder)
+    (folder / "mine" / "l.csv").write_text("text,label\n" + "".join(f"{sentence(n)},{n % 2}.0\n" for n in range(40)), "utf-8")
+    write_rows(folder / "mine" / "t.jsonl", [{"text": sentence(100 + n), "label": n % 2} for n in range(40)])
+    words = ["--verbaliser", "1=yes", "--verbaliser", "0=no"]
+    done = shotless(folder, "init", "--labelled", "mine/l.csv", *FILES[2:], *words)
+    assert "t.jsonl: 40 rows, 40 texts, 0 bad" in done.stdout
+
+
+@pytest.mark.parametrize("label", [["billing", "refund"], {"a": 1}])
+def test_several_labels_in_a_row_are_refused_with_the_line(folder, label):
+    three(folder, label=lambda n: label if n == 2 else ["no", "yes"][n % 2])
+    done = shotless(folder, "init", *FILES, check=False)
+    assert done.returncode == 2
+    assert "l.jsonl, line 3: label: several labels in a row are not supported" in done.stderr
+    assert not (folder / "new.yaml").exists()
 
 
 def test_work_is_counted_as_the_stages_do_it():
     params = load_params(PROJECT / "params.yaml")
-    trial = Trial(1000.0, 30.0, 33.0, 10**6, 2 * 10**4, 30, "shared_prefix")
+    trial = Trial(1000.0, 30.0, 3, 10**6, 2 * 10**4, 30, "shared_prefix")
     work = token_work(params, trial, transfer=800, evaluated=600)
     assert work["teachers"] == 4 * (16 * 33 + 800 * 30) + 2 * 800 * 30
     assert work["training"] == pytest.approx(3 * 30 * (24 / 30 * (150 * 8 + 40 * 16) + 24 * 16))
     assert work["students"] == pytest.approx(2 * 600 * 30 * 24 / 30)
     assert work["baselines"] == 4 * (16 * 33 + 600 * 30) + 2 * 600 * 30
+    seeds = params.students["cd"].model_copy(update={"seeds": (0, 1, 2)})
+    more = token_work(params.model_copy(update={"students": params.students | {"cd": seeds}}), trial, 800, 600)
+    assert more["training"] - work["training"] == pytest.approx(2 * 3 * 30 * 24 / 30 * 150 * 8)
     assert peak_bytes(params, trial) == PROCESS_BYTES + 4 * ADAM_COPIES * 10**6  # the tuned teacher is whole
-    cut = params.model_copy(update={"tunings": {}})
+    cut = params.model_copy(update={"tuned": {}})
     assert peak_bytes(cut, trial) == PROCESS_BYTES + 4 * ADAM_COPIES * (10**6 - 6 * 2 * 10**4)
 
 
-def test_every_param_that_a_stage_tracks_stands_in_what_is_written(folder):
-    shotless(folder, "init", *MAPPED, "--force")
-    yaml = YAML(typ="safe", pure=True)
-    raw = yaml.load((folder / "params.yaml").read_text("utf-8"))
-    stages = yaml.load((PROJECT / "dvc.yaml").read_text("utf-8"))["stages"]
-    tracked = {key for stage in stages.values() for key in stage.get("do", stage)["params"] if "$" not in key}
-    assert "task.template" in tracked
-    for key in tracked:
-        entry = raw
-        for part in key.split("."):
-            assert part in entry, f"dvc would stop at {key}"
-            entry = entry[part]
+def test_stages_are_those_that_dvc_makes(folder):
+    from dvc.repo import Repo
 
-
-def test_asking_again_keeps_the_first_params_and_bad_rows_are_shown(folder):
-    with (folder / "mine" / "labelled.csv").open("a", encoding="utf-8") as file:
-        file.write("more of it,0\n" + "".join(f"a clean table {n},1\n" for n in range(20)) + ",1\n")
-    for _ in range(2):
-        done = shotless(folder, "init", *MAPPED, "--force")
-        assert "62 rows, 61 usable, 1 bad\n  line 63: body: empty\n" in done.stdout
-        assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
+    with Repo.init(str(folder), no_scm=True) as repo:
+        assert stage_count(load_params(folder / "params.yaml"), folder / "dvc.yaml") == len(repo.index.stages)

@@ -39,7 +39,13 @@ PARAMS: dict[str, Any] = {
     "evaluation": {"reference": "teacher"},
 }
 INSIDE = {
-    "artifacts/data": ["demonstrations.parquet", "transfer.parquet", "contexts/orders.parquet", "contexts/none.parquet", "evaluation/test.parquet"],
+    "artifacts/data": [
+        "demonstrations.parquet",
+        "transfer.parquet",
+        "contexts/orders.parquet",
+        "contexts/none.parquet",
+        "evaluation/test.parquet",
+    ],
     "downloads/model": ["m.gguf"],
 }
 """Output folder → files of it that other stages depend on."""

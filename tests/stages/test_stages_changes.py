@@ -51,7 +51,20 @@ def test_the_order_of_labels_runs_nothing(dag):
 @pytest.mark.parametrize(
     ("library", "first"),
     [
-        ("torch", {"model@tiny", "model@big", "prepare", "tune@tuned", "teacher@few_shot", "student@cd", "evaluate@cd", "baseline@each", "risk@cd"}),
+        (
+            "torch",
+            {
+                "model@tiny",
+                "model@big",
+                "prepare",
+                "tune@tuned",
+                "teacher@few_shot",
+                "student@cd",
+                "evaluate@cd",
+                "baseline@each",
+                "risk@cd",
+            },
+        ),
         ("polars", {"source@pile", "source@gold", "prepare", "targets@mix", "evaluate@cd", "risk@cd", "compare"}),
         ("altair", {"report"}),
     ],
@@ -109,7 +122,10 @@ EDITS = {
     "a target set's temperature": (lambda raw: raw["targets"]["mix"].update(temperature=0.5), {"targets@mix", *LAST}),
     "a baseline's contexts": (lambda raw: raw["baselines"]["each"].update(contexts="ensemble"), {"baseline@each", *LAST}),
     "a tuned teacher's steps": (lambda raw: raw["tuned"]["tuned"].update(steps=3), {"tune@tuned", *LAST}),
-    "a label's threshold": (lambda raw: raw["data"]["sources"]["gold"]["label"].update(threshold=0.5), {"source@gold", "prepare", "report"}),
+    "a label's threshold": (
+        lambda raw: raw["data"]["sources"]["gold"]["label"].update(threshold=0.5),
+        {"source@gold", "prepare", "report"},
+    ),
     "a slice": (lambda raw: raw["data"]["sources"]["gold"].update(slices={"stars": "stars"}), {"source@gold", "prepare", "report"}),
     "a context's number": (lambda raw: raw["contexts"]["orders"].update(count=1), {"prepare", "report"}),
     "the examples of risk checks": (lambda raw: raw["evaluation"].update(risk_examples=3), {*of("cd", "risk"), *of("pbft", "risk"), *LAST}),

@@ -62,4 +62,4 @@ def test_a_stage_depends_on_all_the_code_that_it_imports_and_on_no_other(name):
 
 def test_the_first_stage_depends_on_the_params_package():
     assert {"params.yaml", "constraints.txt", "pipeline/params", "stages/params.py"} == set(STAGES["params"]["deps"])
-    assert {file for file in closure(PROJECT / "stages" / "params.py")} == {"stages/params.py"}
+    assert closure(PROJECT / "stages" / "params.py") == {"stages/params.py"}

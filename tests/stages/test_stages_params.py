@@ -1,13 +1,12 @@
 """Every param that a stage reads is tracked for it in dvc.yaml: each stage runs on params that record what is read of them."""
 
 import contextlib
-import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -15,40 +14,44 @@ from conftest import PROJECT
 from pydantic import BaseModel
 from small_project import OLD, TASK, write_lines
 
+from pipeline.evaluation import cost
 from pipeline.params import Params, parse_params, read_yaml, resolve, write_yaml
 
 Reads = set[tuple[str, ...]]
 
 
-class Recorded:
-    """A block of params that notes which keys are read. It passes for the block itself."""
+PLACES: dict[int, tuple[BaseModel, tuple[str, ...], Reads]] = {}
+"""id of a recording block → itself, so that the id stays its own, its path, and where its reads are noted."""
 
-    def __init__(self, value: BaseModel, path: tuple[str, ...], reads: Reads) -> None:
-        vars(self).update(_value=value, _path=path, _reads=reads)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self._value)
+def read_of(block: Any, name: str) -> Any:
+    """An attribute of a recording block; keys are noted, and a call that looks at all keys notes the block."""
+    value = object.__getattribute__(block, name)
+    if id(block) not in PLACES:  # a copy
+        return value
+    _, path, reads = PLACES[id(block)]
+    if name in type(block).model_fields:
+        return recorded(value, (*path, name), reads)
+    if name == "context_models":  # tracked as what it comes to, not as what it is made from
+        reads.add((*path, name))
+        return object.__getattribute__(type(block).__base__.model_validate(block.__dict__), name)
+    if name == "model_dump":
 
-    def __getattr__(self, name: str) -> Any:
-        kind = type(self._value)
-        if name in kind.model_fields:
-            return recorded(getattr(self._value, name), (*self._path, name), self._reads)
-        found = inspect.getattr_static(kind, name)
-        if isinstance(found, property):  # of a block's own: what it reads is what is read
-            assert found.fget is not None
-            return found.fget(self)
-        if inspect.isfunction(found) and found.__module__.startswith("pipeline."):
-            return MethodType(found, self)
-        self._reads.add(self._path)  # `model_dump` and the like read all of it
-        return getattr(self._value, name)
+        def dump(exclude: Any = None, **options: Any) -> Any:
+            reads.update((*path, key) for key in type(block).model_fields if key not in (exclude or ()))
+            return value(exclude=exclude, **options)
 
-    def __eq__(self, other: object) -> bool:
-        self._reads.add(self._path)
-        return self._value == getattr(other, "_value", other)
+        return dump
+    if name in {"model_dump_json", "model_copy", "__eq__"}:
+        reads.add(path)
+    return value
 
-    def __hash__(self) -> int:
-        return hash(self._path)
+
+@cache
+def recording(kind: type[BaseModel]) -> type[BaseModel]:
+    """A subclass whose instances note what is read of them."""
+    same = {"__hash__": object.__hash__, "__eq__": lambda self, other: self.__dict__ == getattr(other, "__dict__", None)}
+    return type(f"Recording{kind.__name__}", (kind,), {"__module__": __name__, "__getattribute__": read_of, **same})
 
 
 class RecordedMap(Mapping[str, Any]):
@@ -74,7 +77,9 @@ class RecordedMap(Mapping[str, Any]):
 
 def recorded(value: Any, path: tuple[str, ...], reads: Reads) -> Any:
     if isinstance(value, BaseModel):
-        return Recorded(value, path, reads)
+        block = recording(type(value)).model_construct(**value.__dict__)
+        PLACES[id(block)] = (block, path, reads)
+        return block
     if isinstance(value, Mapping) and any(isinstance(entry, BaseModel) for entry in value.values()):
         return RecordedMap(value, path, reads)
     reads.add(path)
@@ -96,7 +101,11 @@ def test_the_recorder_notes_what_is_read_and_nothing_else(raw_params):
     assert record.data.near_copy == 0.7
     assert reads == {("teachers",), ("data", "near_copy")}
     reads.clear()
-    assert record.students["cd"].model_dump() == params.students["cd"].model_dump()
+    assert record.students["cd"].model_dump(exclude={"seed"}) == params.students["cd"].model_dump(exclude={"seed"})
+    assert {("students", "cd", "steps"), ("students", "cd", "base")} <= reads
+    assert ("students", "cd", "seed") not in reads
+    reads.clear()
+    assert record.students["cd"].model_copy(update={"seed": 1}).seed == 1
     assert reads == {("students", "cd")}
 
 
@@ -126,8 +135,13 @@ LABELS = SHARED | {
     },
     "targets": {"mix": {"teachers": {"few_shot": 1.0, "tuned": 0.5}, "auxiliary_caches": ["few_shot", "reader"]}},
     "students": {
-        "cd": LEARNT | {"learn_from": "targets/mix", "ce_weight": 0.5, "seeds": [0, 1]},
-        "both": LEARNT | {"learn_from": "targets/mix", "auxiliary": {"few_shot": {"hidden_weight": 0.1}, "reader": {"weight": 0.3}}},
+        "cd": LEARNT
+        | {
+            "learn_from": "targets/mix",
+            "ce_weight": 0.5,
+            "seeds": [0, 1],
+            "auxiliary": {"few_shot": {"hidden_weight": 0.1}, "reader": {"weight": 0.3}},
+        },
         "pbft": LEARNT | {"learn_from": "data/demonstrations.parquet", "layers": "0-2"},
     },
     "baselines": {"teacher": {"prompts": "targets/mix", "contexts": "ensemble"}, "each": {"prompts": "targets/mix", "contexts": "each"}},
@@ -192,6 +206,7 @@ def test_every_param_that_a_stage_reads_is_tracked(tmp_path, monkeypatch, model_
     gold = [{"text": text, "label": ("negative", "positive")[n // 3], "kind": "ab"[n % 2]} for n, text in enumerate(words)]
     write_lines(tmp_path / "my" / "gold.jsonl", gold)
     write_lines(tmp_path / "my" / "test.jsonl", [{**row, "text": f"my {row['text']}, said {n}"} for n, row in enumerate(gold)])
+    monkeypatch.setattr(cost, "measure", lambda job, work, since=0.0: cost.run_job(job))  # in this process
     monkeypatch.setenv("SHOTLESS_WORK", str(tmp_path / ".work"))
     found = run_all(tmp_path, raw, monkeypatch.setattr)
     stages = read_yaml(PROJECT / "dvc.yaml")["stages"]

@@ -84,9 +84,14 @@ class Project:
                 states.append(kept)
                 rows.append(
                     {
-                        "context_id": context.context_id, "example_id": example.example_id, "prompt_sha": prompt.prompt_sha,
-                        "prompt_tokens": len(prompt.ids), "label_logprobs": [], "completion_ids": list(answer), "completion_logprobs": [],
-                    }  # fmt: skip
+                        "context_id": context.context_id,
+                        "example_id": example.example_id,
+                        "prompt_sha": prompt.prompt_sha,
+                        "prompt_tokens": len(prompt.ids),
+                        "label_logprobs": [],
+                        "completion_ids": list(answer),
+                        "completion_logprobs": [],
+                    }
                 )
         positions = np.array([len(found) for found in logits])
         uniforms = torch.rand(int(positions.sum()), generator=torch.Generator().manual_seed(0))
@@ -94,10 +99,17 @@ class Project:
         for column, values in columns_of(encode(torch.cat(logits), params, uniforms, torch.cat(states)), positions).items():
             table = table.append_column(SCORES.field(column), values)
         about = {
-            "teacher": name, "model": teacher, "identity": {"tokenizer_sha256": tokenizer_sha256(folder)}, "cache": params.model_dump(mode="json"),
-            "task": described_task(task), "labels": list(task.labels), "content_free": [examples[-1].example_id], "engines": [],
+            "teacher": name,
+            "model": teacher,
+            "tokenizer_sha256": tokenizer_sha256(folder),
+            "identity": {},
+            "cache": params.model_dump(mode="json"),
+            "task": described_task(task),
+            "labels": list(task.labels),
             "contexts": [{"context_id": context.context_id, "name": context.name, "tokens": 1} for context in contexts],
-        }  # fmt: skip
+            "content_free": [examples[-1].example_id],
+            "engines": [],
+        }
         write_cache(self.artifacts / "teachers" / name, [table.select(SCORES.names)], about)
 
     def _generated(self, model, tokenizer, ids):
@@ -123,7 +135,7 @@ class Project:
         empty = torch.zeros(positions, 0)
         return torch.cat([empty, *(kept[layer].reshape(len(ids), -1)[here] for layer in layers)], -1), logits[here]
 
-    def params(self, students=None, tuned=None, **runtime):
+    def params(self, students=None, tuned=None):
         free = "completion" in self.task_params
         cache = FULL.model_dump(mode="json") | {"temperatures": [2.0]}
         return Params.model_validate(
@@ -137,14 +149,19 @@ class Project:
                     "evaluation": {"e": {"source": "s", "domain": "in"}},
                 },
                 "contexts": {"few": {"demonstrations": 1}},
-                "tuned": {name: {"base": "models/tiny", "steps": 12, "batch_size": 4, "learning_rate": 1e-3} | one for name, one in (tuned or {}).items()},
+                "tuned": {
+                    name: {"base": "models/tiny", "steps": 12, "batch_size": 4, "learning_rate": 1e-3} | one
+                    for name, one in (tuned or {}).items()
+                },
                 "teachers": {
                     "few": {"model": "models/large", "contexts": "few", "cache": cache},
                     "reader": {"model": "models/large", "contexts": "few", "scores": "input_tokens", "cache": cache},
                 },
                 "targets": {} if free else {"mix": {"teachers": {"few": 1.0}, "auxiliary_caches": ["few", "reader"]}},
                 "students": {name: self.student(**one) for name, one in (students or {}).items()},
-                "baselines": {"b": {"prompts": "teachers/few", "contexts": "each"} if free else {"prompts": "targets/mix", "contexts": "ensemble"}},
+                "baselines": {
+                    "b": {"prompts": "teachers/few", "contexts": "each"} if free else {"prompts": "targets/mix", "contexts": "ensemble"}
+                },
                 "evaluation": {"reference": "b"},
                 "runtime": {"threads": 1},
             }

@@ -1,42 +1,37 @@
-"""What each process of test_student_processes.py runs: `torchrun process_main.py JOBS`, JOBS a JSON list of trainings."""
+"""What each process of test_student_processes.py runs: `torchrun process_main.py FILE`, a JSON list of trainings.
+
+A checkpoint after seven steps is put aside. A training that is `again` starts with it, as after a kill.
+"""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
-from student_world import TASK, World, student
+from pipeline.files import Folders
+from pipeline.params import Params
+from pipeline.students.checkpoint import Checkpoint
+from pipeline.students.processes import joined
+from pipeline.students.train import train_student
 
-from pipeline.params import CompletionParams, TaskParams
-from pipeline.students import loop
-from pipeline.students.processes import Processes, joined
-from pipeline.students.runs import train_student
-from pipeline.task import Task
-
-FREE = Task(TaskParams(template=TASK.params.template, completion=CompletionParams(max_tokens=6)))
+save = Checkpoint.save
 
 
-def run(job: dict, processes: Processes) -> None:
-    """One training; with `stop_at` it ends there as a kill would end it, after a checkpoint at every step."""
-    free, stop_at = job.pop("free", False), job.pop("stop_at", None)
-    root = Path(job.pop("root"))
-    name, world, original = job.pop("name"), World(root, root), loop.Training._step
-
-    def stopping(self, optimizer, batches, cached, step):
-        if step == stop_at:
-            raise KeyboardInterrupt
-        return original(self, optimizer, batches, cached, step)
-
-    loop.Training._step = stopping
-    try:
-        train_student(name, student(**job), FREE if free else TASK, world.places, 1, 0.0, processes)
-    except KeyboardInterrupt:
-        assert stop_at is not None
-    finally:
-        loop.Training._step = original
+def saving(self, model, optimizer, reached):
+    """Save, and keep the one after seven steps."""
+    save(self, model, optimizer, reached)
+    if len(reached.losses) == 7 and self.name == "student-cd":
+        shutil.copy(self.path, self.folder / f"{self.path.name}.aside")
 
 
 if __name__ == "__main__":
+    Checkpoint.save = saving
     with joined() as processes:
-        for each in json.loads(sys.argv[1]):
-            run(each, processes)
-            processes.total(0.0)  # wait for each other: after a stop, one may still be writing the checkpoint that the next job starts from
+        for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            folders = Folders.here(Path(job["root"]))
+            if job.get("again") and processes.first:
+                [aside] = folders.work.rglob("*.aside")
+                shutil.move(aside, aside.with_suffix(""))
+                shutil.move(folders.artifacts / "students" / job["name"], folders.artifacts / "unbroken")
+            processes.total(0.0)  # wait for the first one
+            train_student(job["name"], Params.model_validate(job["params"]), folders, processes, 0.0)

@@ -4,122 +4,81 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from cached_world import FREE
-from cached_world import World as CachedWorld
-from conftest import PROJECT
-from process_main import run
 from safetensors.torch import load_file
-from stage_world import copy
-from student_world import make_world
 
 from pipeline.errors import ShotlessError
+from pipeline.models.machine import cores
+from pipeline.params import write_yaml
 from pipeline.students.processes import Processes, joined
+from stages import student as stage
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"batch_size": 5, "ce_weight": 0.5, "max_grad_norm": 0.2}  # one demonstration a step: of two processes one has none
-JOBS = [
-    {"name": "cd", **LABELS},
-    {"name": "pieces", **LABELS, "micro_batch": 2, "held_back": 0.3, "evaluate_every": 4},
-    {"name": "head", "batch_size": 4, "tuning": "head"},
-    {"name": "seeds", "batch_size": 4, "seeds": [0, 1]},
-]
-AGAIN = [{"name": "again", **LABELS, "stop_at": 7}, {"name": "again", **LABELS}]
-FREE_JOBS = [{"name": "free", "free": True, "learn_from": "scores/few", "batch_size": 5, "held_back": 0.3}]
+JOBS = {
+    "cd": LABELS,
+    "pieces": {**LABELS, "micro_batch": 2, "validation_fraction": 0.4, "evaluate_every": 4},
+    "lora": {"tuning": "lora", "learning_rate": 1e-2},
+    "seeds": {"seeds": [0, 1], "steps": 4},
+    "caches": {"auxiliary": {"few": {"hidden_weight": 0.5}, "reader": {}}, "validation_fraction": 0.4},
+}
 
 
-@dataclass(frozen=True)
-class Folders:
-    """What one process left, and what two did."""
-
-    one: Path
-    two: Path
+def weights(folder):
+    return load_file(folder / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, model_folder):
-    """All jobs on one process, and on two that torchrun starts: once for all tests, for starting takes seconds."""
-    root, base = tmp_path_factory.mktemp("processes"), model_folder("llama")
-    labels = Folders(*(make_world(root / name, base).root for name in ("one", "two")))
-    cache = Folders(*(CachedWorld(root / name, base, model_folder("llama", seed=3), FREE).root for name in ("free one", "free two")))
-    for folder, jobs in ((labels.one, JOBS), (cache.one, FREE_JOBS)):
-        for job in jobs:
-            run({**job, "root": str(folder)}, Processes())
-    jobs = [{**job, "root": str(labels.two)} for job in (*JOBS, *AGAIN)] + [{**job, "root": str(cache.two)} for job in FREE_JOBS]
-    command = [*LAUNCHER, str(Path(__file__).with_name("process_main.py")), json.dumps(jobs)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+def largest_difference(one, two):
+    return max(float((one[key] - two[key]).abs().max()) for key in one)
+
+
+def test_two_processes_train_the_student_of_one(make_project, tmp_path):
+    one, two = make_project("one", caches=["few", "reader"]), make_project("two", caches=["few", "reader"])
+    for project in (one, two):
+        project.write_targets([[0.05, 0.95]] * 10)  # all alike, so that what is learnt helps on the validation part
+    jobs = [{"root": str(two.root), "name": name, "params": two.params({name: job}).model_dump(mode="json")} for name, job in JOBS.items()]
+    (tmp_path / "jobs.json").write_text(json.dumps([*jobs, {**jobs[0], "again": True}]))
+    for name, job in JOBS.items():
+        one.train(name, **job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).with_name("process_main.py")), str(tmp_path / "jobs.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {"labels": labels, "cache": cache}
-
-
-def weights(root: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(root / "artifacts" / "students" / name / "model.safetensors")
-
-
-def losses(root: Path, name: str) -> list[list[float]]:
-    lines = (root / "metrics" / "curves" / f"{name}.csv").read_text(encoding="utf-8").splitlines()[1:]
-    return [[float(value or 0) for value in line.split(",")] for line in lines]
-
-
-def files(root: Path) -> set[Path]:
-    """All but locks, whose names follow from the place."""
-    return {file.relative_to(root) for file in root.rglob("*") if file.is_file() and file.suffix != ".lock"}
-
-
-@pytest.mark.parametrize(("world", "name"), [*(("labels", job["name"]) for job in JOBS), ("cache", "free")])
-def test_two_processes_train_the_student_of_one(trained, world, name):
-    one, two = trained[world].one, trained[world].two
-    for here, there in zip(losses(one, name), losses(two, name), strict=True):
-        assert here == pytest.approx(there, rel=1e-4, abs=1e-5)
-    first, second = weights(one, name), weights(two, name)
-    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
-
-
-def test_two_processes_learn_something(trained, model_folder):
-    before, after = load_file(model_folder("llama") / "model.safetensors"), weights(trained["labels"].two, "cd")
-    assert max(float((after[key] - before[key]).abs().max()) for key in before) > 1e-3
-
-
-def test_two_processes_leave_the_files_of_one(trained):
-    one, two = (files(trained["labels"].one), files(trained["labels"].two))
-    assert {file for file in two if "again" not in str(file)} == one
-
-
-def test_two_processes_that_were_stopped_go_on_to_the_same_bits(trained):
-    root = trained["labels"].two
-    assert json.loads((root / "metrics" / "runtime" / "student-again.json").read_text(encoding="utf-8"))["resumed_at_step"] == 7
-    unbroken, resumed = weights(root, "cd"), weights(root, "again")
+    base = weights(one.artifacts / "models" / "tiny")
+    for name in JOBS:
+        for here, there in zip(one.curve(name), two.curve(name), strict=True):
+            assert [float(v or 0) for v in here.values()] == pytest.approx([float(v or 0) for v in there.values()], rel=1e-4, abs=1e-5)
+        assert largest_difference(weights(one.output(name)), weights(two.output(name))) < 1e-4
+        assert largest_difference(base, weights(two.output(name))) > 1e-3
+    assert set(one.files()) == set(two.files())
+    assert two.json("metrics/runtime/student-cd.json")["resumed_at_step"] == 7
+    unbroken, resumed = weights(two.artifacts / "unbroken"), weights(two.output("cd"))
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
 
 
-def test_the_stage_under_torchrun_leaves_the_student_of_one_process(captured, stages, tmp_path):
-    """The command of docs/scale.md, in a project after its targets."""
-    one, two = copy(captured, tmp_path / "one"), copy(captured, tmp_path / "two")
-    stages.good(one, "stages.student", "cd")
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "SHOTLESS_WORK": str(two / ".work"), "OMP_NUM_THREADS": "1"}
-    command = [*LAUNCHER, "-m", "stages.student", "cd"]
-    done = subprocess.run(command, cwd=two, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = weights(one, "cd"), weights(two, "cd")
-    assert max(float((first[key] - second[key]).abs().max()) for key in first) < 1e-4
-    assert {file for file in files(two) if ".work" not in file.parts} == {file for file in files(one) if ".work" not in file.parts}
+def test_the_stage_trains_from_the_resolved_params(make_project, monkeypatch):
+    one, two = make_project("one"), make_project("two")
+    one.train(steps=2)
+    write_yaml(two.params({"cd": {"steps": 2}}).model_dump(mode="json"), two.artifacts / "params.yaml")
+    monkeypatch.chdir(two.root)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    stage.main("cd")
+    assert one.files() == two.files()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_are_all_of_a_batch_and_nothing_twice(count):
-    batch = list(range(5))
-    shares = [Processes(rank, count).share(batch) for rank in range(count)]
-    assert sorted(item for share in shares for item in share) == batch
+    shares = [Processes(rank, count).share(range(5)) for rank in range(count)]
+    assert sorted(item for share in shares for item in share) == [0, 1, 2, 3, 4]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_processes_of_one_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr("pipeline.students.processes.cores", lambda: 8)
-    assert [Processes(0, 6, here).threads(None) for here in (1, 3, 6, 16)] == [8, 2, 1, 1]
+def test_processes_of_one_machine_share_its_cores():
+    assert [Processes(0, 6, here).threads(None) for here in (1, 2, 1000)] == [cores(), max(1, cores() // 2), 1]
     assert Processes(0, 6, 3).threads(5) == 5
 
 
@@ -128,7 +87,7 @@ def test_one_process_needs_no_others(monkeypatch):
     with joined() as processes:
         assert processes.first
         assert processes.total(2.5) == 2.5
-        processes.agree("anything", 1.0)
+        processes.check_same("anything", 1.0)
 
 
 def test_processes_that_do_not_find_each_other_say_so(monkeypatch):

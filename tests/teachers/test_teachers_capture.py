@@ -319,3 +319,21 @@ def test_fidelity_is_measured_one_example_at_a_time(world, monkeypatch):
     rows = world.capture().rows.to_pylist()
     assert len(positions) == 8
     assert max(positions) == max(len(row["completion_ids"]) for row in rows)
+
+
+def test_any_name_of_a_folder_will_do(tmp_path, model_folder, small_parts, other):
+    world = World(tmp_path / '-n "two" wor\'ds $HOME ünï-日本-🙂\na%20b', model_folder("llama"))
+    world.capture()
+    other.capture()
+    assert world.bytes() == other.bytes()
+
+
+@pytest.mark.parametrize("gone", [".", "model.safetensors", "tokenizer.json"])
+def test_a_vanished_model_is_named_and_the_next_run_goes_on(world, other, tmp_path, gone):
+    (world.model / gone).rename(tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"models/tiny"):
+        world.capture()
+    (tmp_path / "gone").rename(world.model / gone)
+    world.capture()
+    other.capture()
+    assert world.bytes() == other.bytes()

@@ -13,8 +13,17 @@ from pipeline.models.packed import PackedModel
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.teachers import engines
-from pipeline.teachers.engines import Engine, SharedPrefixEngine, largest_difference, open_engine, plan_batches, shared_prefix, token_budget
-from pipeline.teachers.scores import Reading, read_scores
+from pipeline.teachers.engines import (
+    Engine,
+    Reading,
+    SharedPrefixEngine,
+    largest_difference,
+    open_engine,
+    plan_batches,
+    read_scores,
+    shared_prefix,
+    token_budget,
+)
 
 SINGLE = [[5], [9]]
 MULTI = [[5], [9, 3, 7], [11, 5]]

@@ -67,14 +67,14 @@ def test_a_worker_that_is_killed_is_replaced_and_its_part_done_again(worlds, mon
     def write_and_kill(self, *args):
         write(self, *args)
         if not killed:
-            killed.append(next(iter(pools[0].pids.values())))
-            os.kill(killed[0], signal.SIGKILL)
+            killed.append(next(iter(pools[0]._ready.values())))
+            os.kill(int(killed[0].split()[1]), signal.SIGKILL)
 
     monkeypatch.setattr(Store, "write", write_and_kill)
     assert captured(on_ray) == expected
-    assert f"worker {killed[0]} on " in capsys.readouterr().err
+    assert f"{killed[0]} died. worker " in capsys.readouterr().err
     assert len(on_ray.scored()) == len(set(on_ray.scored())) == len(MORE) * (len(TEXTS) + 2)
-    assert not pools[0].pids, "the workers have been ended"
+    assert not pools[0]._ready, "the workers have been ended"
 
 
 @RAY
@@ -83,7 +83,7 @@ def test_a_part_in_whose_hands_worker_after_worker_dies_is_named(worlds, monkeyp
     from pipeline.teachers.ray import ScoringWorker
 
     monkeypatch.setattr(ScoringWorker, "score", lambda self, job: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ShotlessError, match=r"part-\d+-\d+: 3 workers died with this part in hand"):
+    with pytest.raises(ShotlessError, match=r"part-\d+-\d+ \(\d+ rows\): worker \d+ on \S+: died 3 times"):
         worlds[1].capture()
 
 
@@ -154,11 +154,10 @@ def test_a_worker_unlike_the_first_is_refused(key, other, tmp_path):
     """On machines that differ, which no test here has: what the pool does with their reports."""
     first = {"name": "shared_prefix", "reason": "", "token_budget": 1024, "device": "cpu", "threads": 1}
     pool = RayBackend(Setup(tmp_path, None, None, {}), None, None)
-    pool._note("a", {**first, "host": "one", "pid": 1})
-    pool._note("b", {**first, "host": "two", "pid": 2})
+    pool._note("a", {**first, "who": "worker 1 on one"})
+    pool._note("b", {**first, "who": "worker 2 on two"})
     with pytest.raises(ShotlessError, match=f"worker 3 on three has {key} {other!r}, and the first one {first[key]!r}"):
-        pool._note("c", {**first, "host": "three", "pid": 3, key: other})
-    assert pool.pids == {"a": 1, "b": 2}
+        pool._note("c", {**first, "who": "worker 3 on three", key: other})
 
 
 def test_without_ray_the_message_says_how_to_install_it(monkeypatch):
