@@ -183,8 +183,8 @@ def measured_on(document: Json) -> str:
 def context_tokens(found: Collected) -> str:
     """How long the contexts are."""
     counted = found.files.get("metrics/prepare.json", {}).get("contexts", {})
-    sizes = {name: list(entry["tokens"].values()) for name, entry in counted.items() if entry["tokens"]}
-    return "; ".join(f"`{name}`: {plural(len(own), 'context')} of {min(own):,} to {max(own):,} tokens" for name, own in sizes.items())
+    ends = {name: dict.fromkeys([min(own), max(own)]) for name, entry in counted.items() if any(own := entry["tokens"].values())}
+    return "; ".join(f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items())
 
 
 def findings(document: Json) -> list[str]:
