@@ -31,7 +31,7 @@ def span(interval: list[float], digits: int = 1) -> str:
 
 def number(value: float | None, digits: int = 0) -> str:
     """A count or measurement with thousands separators; a dash if it is missing."""
-    return DASH if value is None else f"{value:,.{digits}f}"
+    return DASH if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def scaled(value: float | None, unit: str = "") -> str:
