@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from pipeline.models.loading import load_model
 
 from benchmarks import student as benchmark
 from benchmarks import student_rows
 from benchmarks.training_limit import limits
+from pipeline.models.folders import load_model
 
 LESSON = {
     "rows": [{"text": f"text {n}", "ids": list(range(3, 8 + n)), "label": n % 2, "answer": " good"} for n in range(4)],
@@ -70,19 +70,3 @@ def test_the_limit_counts_the_layers_matrices(model_folder):
     assert found.tokens_per_s["limit_full"] * 6 * found.parameters == pytest.approx(found.operations_per_s)
     assert found.tokens_per_s["limit_bitfit"] == pytest.approx(1.5 * found.tokens_per_s["limit_full"])
     assert found.tokens_per_s["limit_full"] < found.tokens_per_s["limit_lora"] < found.tokens_per_s["limit_bitfit"]
-
-
-def test_the_table_says_how_far_the_aims_are():
-    rows = [
-        {"name": "full", "tokens_per_s": 150.0, "peak_rss_above_model_bytes": 1000},
-        {"name": "lora", "tokens_per_s": 180.0, "peak_rss_above_model_bytes": 300},
-        {"name": "trainer_padded", "tokens_per_s": 75.0, "peak_rss_above_model_bytes": 3000},
-        {"name": "limit_full", "tokens_per_s": 180.0, "peak_rss_above_model_bytes": None},
-    ]
-    text = benchmark.table(rows, ["left out: x"])
-    assert "full is 2.00× the padded Trainer" in text
-    assert "full takes 1.20× the limit's time" in text
-    assert "lora takes 30% of full's peak" in text
-    assert "lora is 1.20× full's speed" in text
-    assert text.endswith("left out: x")
-    assert json.dumps(rows)
