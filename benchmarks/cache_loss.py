@@ -28,7 +28,7 @@ REPEATS = 3
 def step(how: str, cached: Distributions, hidden: Tensor, head: Tensor, logits_at_once: int) -> Tensor:
     """The mean KL of all positions, differentiable."""
     if how == "fused":
-        return fused_divergence("kl", cached, hidden, head, logits_at_once=logits_at_once)[0]
+        return fused_divergence("kl", cached, hidden, head, None, logits_at_once=logits_at_once) / len(hidden)
     if how == "whole":
         return divergence_nats("kl", cached, hidden @ head.t()).mean()
     if how == "log_softmax":  # as losses are mostly written: all logits, all log-probabilities, the entries gathered
