@@ -12,7 +12,6 @@ first, so a repository without them costs one request.
 
 import difflib
 import errno
-import gzip
 import lzma
 import shutil
 import stat
@@ -22,10 +21,12 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -38,11 +39,9 @@ from pipeline.params.data import MODEL_FILES
 MAX_EXPANSION = 200
 """Bytes unpacked for each byte of an archive: text shrinks 3 to 20 times, a bomb hundreds of times."""
 _BROKEN = (
-    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile,
-    NotImplementedError,  # a compression that zipfile does not have
-    ValueError, OverflowError, struct.error,  # headers that are damaged
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OverflowError, struct.error
 )  # fmt: skip
-T = TypeVar("T")
+"""What zipfile and tarfile raise for damaged archives, and for a compression that they lack."""
 
 
 def download(name: str, params: Download, folder: Path) -> None:
@@ -92,21 +91,15 @@ def _ask_pip(about: str, params: PypiDownload, folder: Path) -> Path:
     done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)  # noqa: S603
     if done.returncode != 0:
         raise UsageError(f"{about}: {_explain(params, done.stderr)}")
-    files = sorted(folder.iterdir())
-    if len(files) != 1:
-        raise UsageError(f"{about}: pip left {len(files)} files, expected one. Try `{' '.join(command[1:4])}` by hand to see why.")
-    if (found := sha256_file(files[0])) != params.sha256:
-        raise UsageError(
-            f"{about}: {files[0].name} has sha256 {found}, params.yaml says {params.sha256}. Do not use it before you know why."
-        )
-    return files[0]
+    (file,) = folder.iterdir()
+    if (found := sha256_file(file)) != params.sha256:
+        raise UsageError(f"{about}: {file.name} has sha256 {found}, params.yaml says {params.sha256}. Do not use it before you know why.")
+    return file
 
 
 def _explain(params: PypiDownload, stderr: str) -> str:
     """What went wrong, from pip's messages, and the next step."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    faults = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"] or lines[-3:]
-    said = "\n  ".join(["pip said:", *faults[:6]])
     if "No module named pip" in stderr:
         return f"this Python has no pip ({sys.executable}). Run `python -m ensurepip`, or `make setup`."
     if "DO NOT MATCH THE HASHES" in stderr:
@@ -116,11 +109,11 @@ def _explain(params: PypiDownload, stderr: str) -> str:
             "has another sha256 too. If it stays, correct `sha256` (or `kind`) if the pin is wrong; otherwise do not use the file."
         )
     if any(sign in stderr for sign in ("connection broken", "Max retries", "NewConnectionError", "ProxyError", "SSLError", "timed out")):
-        return f"the package index cannot be reached. Check network, proxy and `pip config list`, then run `dvc repro` again.\n  {said}"
-    return (
-        f"pip cannot download this {params.kind}. Check `package`, `version` and `kind` in params.yaml, and that the index has it "
-        f"(`pip config list`).\n  {said}"
-    )
+        said = "the package index cannot be reached. Check network, proxy and `pip config list`, then run `dvc repro` again."
+    else:
+        said = f"pip cannot download this {params.kind}. Check `package`, `version` and `kind`, and the index (`pip config list`)."
+    faults = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"] or lines[-3:]
+    return "\n  ".join([said, "pip said:", *faults[:6]])
 
 
 def _extract(archive: Path, folder: Path, member: str | None = None) -> None:
@@ -128,105 +121,90 @@ def _extract(archive: Path, folder: Path, member: str | None = None) -> None:
 
     Raises UsageError if the archive is damaged, lacks the member, has anything but plain files, or unpacks to far more than its size.
     """
+    names, total, packed = [], 0, archive.stat().st_size
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                infos = file.infolist() if member is None else [file.getinfo(_known(archive, member, file.namelist()))]
-                _check(archive, ((info.filename, info.file_size, _is_plain(info), info.is_dir()) for info in infos), member)
-                file.extractall(folder, infos)  # noqa: S202  checked
-        elif tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as file:
-                infos = file if member is None else [file.getmember(_known(archive, member, file.getnames()))]
-                _check(archive, ((info.name, info.size, info.isreg(), info.isdir()) for info in infos), member)
-                file.extractall(folder, None if member is None else list(infos), filter="data")
-        else:
-            raise UsageError(f"{archive.name}: not a zip or tar archive, so {member!r} is not in it. Correct `member`.")
-    except _BROKEN as error:
-        raise _broken(archive, error) from None
-    except OSError as error:
-        if error.errno not in {None, errno.EINVAL}:  # those two: a broken stream, or a header that points nowhere
+        for name, size, opened in _members(archive):
+            names.append(name)
+            if member not in {None, name}:
+                continue
+            if opened is None:
+                raise UsageError(f"{archive.name}: {name!r} is not a plain file (but a link, a device, or encrypted), and is not unpacked.")
+            path = PurePosixPath(name.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts:
+                raise UsageError(f"{archive.name}: {name!r} leaves the folder it belongs in, and is not unpacked.")
+            total += size
+            if total > MAX_EXPANSION * packed:
+                raise UsageError(
+                    f"{archive.name}: unpacks to more than {MAX_EXPANSION} times its {packed:,} bytes (at {name!r}), which is refused as "
+                    "unsafe. If it is what you expect, unpack it by hand and give the path of the file."
+                )
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            with opened() as source, (folder / path).open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except (OSError, *_BROKEN) as error:
+        # An OSError without errno is a broken stream, EINVAL a header that points nowhere.
+        if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:
             raise
-        raise _broken(archive, error) from None
+        raise UsageError(f"{archive.name}: cannot be read as an archive ({error or type(error).__name__}). Download it again.") from None
+    if member is not None and member not in names:
+        near = difflib.get_close_matches(member, names, n=5, cutoff=0.3) or names[:5]
+        raise UsageError(f"{archive.name}: no {member!r} in it ({len(names):,} members). The nearest are: {choices(near)}.")
 
 
-def _check(archive: Path, members: Iterable[tuple[str, int, bool, bool]], asked: str | None) -> None:
-    """Refuse members before any is extracted; each is (name, bytes, is a plain file, is a folder)."""
-    total, packed = 0, archive.stat().st_size
-    for name, size, is_plain, is_folder in members:
-        if not is_plain and not (is_folder and asked is None):
-            raise UsageError(
-                f"{archive.name}: {name!r} is not a plain file (a folder, a link, a device, or encrypted), and is not unpacked."
-            )
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts:
-            raise UsageError(f"{archive.name}: {name!r} leaves the folder it belongs in, and is not unpacked.")
-        total += size
-        if total > MAX_EXPANSION * packed:
-            raise UsageError(
-                f"{archive.name}: unpacks to more than {MAX_EXPANSION} times its {packed:,} bytes (at {name!r}), which is refused as "
-                "unsafe. If it is what you expect, unpack it by hand and give the path of the file."
-            )
-
-
-def _is_plain(info: zipfile.ZipInfo) -> bool:
-    kind = stat.S_IFMT(info.external_attr >> 16)
-    return not info.is_dir() and kind in {0, stat.S_IFREG} and not info.flag_bits & 0x1
-
-
-def _known(archive: Path, member: str, names: list[str]) -> str:
-    if member in names:
-        return member
-    near = difflib.get_close_matches(member, names, n=5, cutoff=0.3) or names[:5]
-    raise UsageError(f"{archive.name}: no {member!r} in it ({len(names):,} members). The nearest are: {choices(near)}.")
-
-
-def _broken(archive: Path, error: Exception) -> UsageError:
-    return UsageError(f"{archive.name}: cannot be read as an archive ({error or type(error).__name__}). Download it again.")
+def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], Any] | None]]:
+    """Name, size in bytes and a function that opens it, for each member but folders; None for one that is not a plain file."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            for info in (info for info in file.infolist() if not info.is_dir()):
+                is_plain = stat.S_IFMT(info.external_attr >> 16) in {0, stat.S_IFREG} and not info.flag_bits & 0x1
+                yield info.filename, info.file_size, partial(file.open, info) if is_plain else None
+    elif tarfile.is_tarfile(archive):
+        with tarfile.open(archive) as file:
+            for info in (info for info in file if not info.isdir()):
+                yield info.name, info.size, partial(file.extractfile, info) if info.isreg() else None
+    else:
+        raise UsageError(f"{archive.name}: not a zip or tar archive, so `member` is not in it. Correct `member`.")
 
 
 def _take_repository(about: str, params: HubDownload, built: Path) -> None:
     """Download the listed files, or a model's files at the top of its repository."""
 
-    def ask(request: Callable[[], T]) -> T:
-        return _ask_hub(about, request)
-
-    names = ask(lambda: huggingface_hub.list_repo_files(params.repo, repo_type=params.kind, revision=params.revision))
+    with _hub_errors(about):
+        names = huggingface_hub.list_repo_files(params.repo, repo_type=params.kind, revision=params.revision)
     if absent := sorted(set(params.files) - set(names)):
         raise UsageError(f"{about}: no file {choices(absent)} in this commit. Check `files` on the repository's page.")
-    is_model = params.kind == "model"
-    if is_model and (refused := [name for name in params.files if not any(fnmatch(name, good) for good in (*MODEL_FILES, "*.gguf"))]):
-        raise UsageError(
-            f"{about}: files: {choices(refused)} is not a safetensors, GGUF, configuration or tokenizer file, and is never loaded."
-        )
     taken = params.files or [name for name in names if "/" not in name and any(fnmatch(name, good) for good in MODEL_FILES)]
-    if is_model and not any(name.endswith((".safetensors", ".gguf")) for name in taken):
-        weights = [name for name in names if PurePosixPath(name).suffix in {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".safetensors"}]
-        raise UsageError(
-            f"{about}: no *.safetensors at the top of the repository; its weights are: {choices(weights[:8])}. Pickled weights can run "
-            "code and are never loaded: choose a revision with safetensors, or name a GGUF file in `files`."
-        )
+    if params.kind == "model":
+        if refused := [name for name in taken if not any(fnmatch(name, good) for good in (*MODEL_FILES, "*.gguf"))]:
+            raise UsageError(
+                f"{about}: files: {choices(refused)} is not a safetensors, GGUF, configuration or tokenizer file, and is never loaded."
+            )
+        if not any(name.endswith((".safetensors", ".gguf")) for name in taken):
+            weights = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".safetensors"))]
+            raise UsageError(
+                f"{about}: no *.safetensors at the top of the repository; its weights are: {choices(weights[:8])}. Pickled weights can run "
+                "code and are never loaded: choose a revision with safetensors, or name a GGUF file in `files`."
+            )
     for name in taken:  # into the hub's own cache first: an interrupted download goes on, and a second one costs nothing
-        file = ask(lambda name=name: huggingface_hub.hf_hub_download(params.repo, name, repo_type=params.kind, revision=params.revision))
+        with _hub_errors(about):
+            file = huggingface_hub.hf_hub_download(params.repo, name, repo_type=params.kind, revision=params.revision)
         (built / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, built / name)
 
 
-def _ask_hub(about: str, request: Callable[[], T]) -> T:
-    """Make a request. The hub's many errors become one message each, with its next step."""
+@contextmanager
+def _hub_errors(about: str) -> Iterator[None]:
+    """The hub's many errors become one message each, with its next step."""
     try:
-        return request()
-    except errors.GatedRepoError:
-        fault = "access to this repository must be asked for on its page. Then log in with `hf auth login`."
-    except errors.RepositoryNotFoundError:
-        fault = "no such repository on the hub, or a private one. Check `repo` and `kind`, or log in with `hf auth login`."
-    except errors.RevisionNotFoundError:
-        fault = "the repository has no such commit. Copy `revision` from 'Files and versions' on its page."
-    except errors.HFValidationError as error:
-        fault = f"not a repository's name ({error}). Write `owner/name`."
-    except (errors.HTTPError, OSError) as error:
+        yield
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fault = (
-            f"the Hugging Face hub cannot be reached ({reason}). Check the network and `HF_HUB_OFFLINE`, or download the files elsewhere "
-            "and give the path of the folder."
-        )
-    raise UsageError(f"{about}: {fault}")
+        faults = {
+            errors.GatedRepoError: "access to this repository must be asked for on its page. Then log in with `hf auth login`.",
+            errors.RepositoryNotFoundError: "no such repository, or a private one. Check `repo` and `kind`, or use `hf auth login`.",
+            errors.RevisionNotFoundError: "the repository has no such commit. Copy `revision` from 'Files and versions' on its page.",
+            errors.HFValidationError: f"not a repository's name ({reason}). Write `owner/name`.",
+            Exception: f"the Hugging Face hub cannot be reached ({reason}). Check the network and `HF_HUB_OFFLINE`, or download the files "
+            "elsewhere and give the path of the folder.",
+        }
+        raise UsageError(f"{about}: {next(fault for kind, fault in faults.items() if isinstance(error, kind))}") from None

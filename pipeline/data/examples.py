@@ -11,7 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,8 @@ from pipeline.task import Task
 
 SHOWN_CHARS = 80
 BAD_ROWS_SHOWN = 5
-CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
+NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 """Characters that a text has only by mistake; tabs, line ends and form feeds are white space."""
-SURROGATE = re.compile("[\ud800-\udfff]")
 WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
 
 
@@ -67,9 +66,9 @@ class SourceExamples:
 
     name: str
     file: str
-    examples: list[Example] = field(default_factory=list)
-    quarantine: list[Quarantined] = field(default_factory=list)
-    counts: dict[str, Any] = field(default_factory=dict)
+    examples: list[Example]
+    quarantine: list[Quarantined]
+    counts: dict[str, Any]
 
     @property
     def bad_rows(self) -> int:
@@ -84,69 +83,62 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     """
     if not path.is_file():
         raise UsageError(f"data.sources.{name}.path: {str(path)!r} is not a file. Correct it, or run the download it comes from.")
-    columns = [(params.fields or {}).get(field_name, field_name) for field_name in task.fields]
-    asked = [
-        *columns,
-        *params.slices.values(),
-        *([] if params.label is None else [params.label.column]),
-        *([] if params.completion is None else [params.completion]),
-    ]
+    columns = {field: (params.fields or {}).get(field, field) for field in task.fields}
+    own = [*([] if params.label is None else [params.label.column]), *([] if params.completion is None else [params.completion])]
+    asked = [*columns.values(), *params.slices.values(), *own]
     label_of = None if params.label is None else label_reader(params.label, task)
-    counts = Counter[str]()
-    reasons = Counter[str]()
+    max_chars = task.params.max_chars
+    rows = blank_lines = left_out = 0
     quarantine: list[Quarantined] = []
     checked: list[Example] = []
 
-    def set_aside(line: int, column: str, reason: str, value: str) -> None:
-        quarantine.append(Quarantined(name, path.name, line, column, reason, shorten(value)))
-        reasons[reason] += 1
+    def set_aside(line: int, column: str, reason: str, value: object) -> None:
+        quarantine.append(Quarantined(name, path.name, line, column, reason, shorten(str(value))))
 
     for read in read_rows(path, params.form, asked, params.columns):
         if isinstance(read, BlankLine):
-            counts["blank_lines"] += 1
+            blank_lines += 1
             continue
-        counts["rows"] += 1
+        rows += 1
         if isinstance(read, BadRow):
             set_aside(read.line, read.field, read.reason, read.value)
             continue
-        values = iter(read.values)
+        values, label = iter(read.values), None
         try:
-            limit = task.params.max_chars
-            fields = {known: field_text(column, next(values), limit) for known, column in zip(task.fields, columns, strict=True)}
+            fields = {field: field_text(column, next(values), max_chars) for field, column in columns.items()}
             slices = {known: label_text(column, next(values), "slice") or None for known, column in params.slices.items()}
             raw_label = None if label_of is None else next(values)
-            answer = None if params.completion is None else field_text(params.completion, next(values), limit)
+            answer = None if params.completion is None else field_text(params.completion, next(values), max_chars)
         except BadValueError as bad:
-            set_aside(read.line, bad.field_name, bad.reason, str(bad.value))
+            set_aside(read.line, bad.field_name, bad.reason, bad.value)
             continue
-        label = None
         try:
             label = None if label_of is None else label_of(raw_label)
-            counts["left_out_by_label_rule"] += label_of is not None and label is None
+            left_out += label_of is not None and label is None
         except BadValueError as bad:
-            set_aside(read.line, bad.field_name, bad.reason, str(bad.value))
+            set_aside(read.line, bad.field_name, bad.reason, bad.value)
         checked.append(Example(fields, label, answer, name, read.line, slices))
 
-    if not counts["rows"]:
+    if not rows:
         raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
-    needed = asked if reasons.total() == counts["rows"] else list(params.slices.values())
+    needed = asked if len(quarantine) == rows else list(params.slices.values())
     if params.form == "jsonl" and needed and (absent := set(needed) - (keys := json_keys(path))) and keys:
         raise MissingColumnError(path, min(absent), keys)
 
     examples, conflicts = _one_of_each(checked, name, path.name)
     labels = Counter(example.label for example in examples if example.label is not None)
-    summary = {
-        "rows": counts["rows"],
-        "blank_lines": counts["blank_lines"],
-        "quarantined": dict(sorted(reasons.items())),
-        "left_out_by_label_rule": counts["left_out_by_label_rule"],
+    counts = {
+        "rows": rows,
+        "blank_lines": blank_lines,
+        "quarantined": dict(sorted(Counter(entry.reason for entry in quarantine).items())),
+        "left_out_by_label_rule": left_out,
         "exact_repeats_removed": len(checked) - len(examples),
         "conflicting_labels_removed": len(conflicts),
         "examples": len(examples),
         "labelled": labels.total(),
         "label_shares": {label: round(n / labels.total(), 4) for label, n in sorted(labels.items())},
     }
-    return SourceExamples(name, path.name, examples, quarantine + conflicts, summary)
+    return SourceExamples(name, path.name, examples, quarantine + conflicts, counts)
 
 
 def _one_of_each(checked: list[Example], name: str, file: str) -> tuple[list[Example], list[Quarantined]]:
@@ -158,14 +150,11 @@ def _one_of_each(checked: list[Example], name: str, file: str) -> tuple[list[Exa
     conflicts: list[Quarantined] = []
     for rows in by_text.values():
         labelled = [row for row in rows if row.label is not None]
-        label = labelled[0].label if labelled else None
-        if other := next((row for row in labelled if row.label != label), None):
-            for row in labelled:
-                against = other if row.label == label else labelled[0]
-                note = f"{row.label} here, {against.label} on line {against.line}: {' | '.join(row.fields.values())}"
-                conflicts.append(Quarantined(name, file, row.line, "", "conflicting labels", shorten(note)))
-            label = None
-        examples.append(replace(rows[0], label=label))
+        labels = {row.label for row in labelled}
+        if len(labels) > 1:
+            value = shorten(", ".join(f"{row.label} on line {row.line}" for row in labelled) + f": {' | '.join(rows[0].fields.values())}")
+            conflicts += [Quarantined(name, file, row.line, "", "conflicting labels", value) for row in labelled]
+        examples.append(replace(rows[0], label=labels.pop() if len(labels) == 1 else None))
     return examples, sorted(conflicts, key=lambda entry: entry.line)
 
 
@@ -231,8 +220,8 @@ def field_text(column: str, value: Any, max_chars: int | None) -> str:
         raise BadValueError(column, "empty", value)
     if max_chars is not None and len(text) > max_chars:
         raise BadValueError(column, "too long", f"{len(text):,} characters: {text}")
-    if not text.isprintable() and (found := CONTROL.search(text) or SURROGATE.search(text)):
-        reason = "lone surrogate" if SURROGATE.match(found[0]) else "control character"
+    if found := NOT_TEXT.search(text):
+        reason = "lone surrogate" if found[0] >= "\ud800" else "control character"
         raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
     return text
 
@@ -243,14 +232,11 @@ def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
     With a threshold the value is a number. Otherwise `label_text` spells it, so that `1`, `1.0` and `"1"` are one label, as are `true` and
     `"True"`; a label that params.yaml spells exactly as the file does comes first.
     """
-    if rule.threshold is not None:
-        threshold = rule.threshold
+    if (threshold := rule.threshold) is not None:
 
         def by_sign(value: Any) -> str | None:
-            rating = _number(rule.column, value)
-            if rating is None or abs(rating) <= threshold:
-                return None
-            return rule.positive if rating > 0 else rule.negative
+            rating = 0.0 if value is None else _number(rule.column, value)
+            return None if abs(rating) <= threshold else rule.positive if rating > 0 else rule.negative
 
         return by_sign
     exact = {label: label for label in task.labels} if rule.values is None else rule.values
@@ -286,15 +272,12 @@ def label_text(column: str, value: Any, what: str = "label") -> str:
     return whole[1] if (whole := WHOLE_FLOAT.fullmatch(text)) else text
 
 
-def _number(column: str, value: Any) -> float | None:
-    if value is None:
-        return None
+def _number(column: str, value: Any) -> float:
     if value is MISSING:
         raise BadValueError(column, "missing", "")
     try:
-        # Python reads "1_0" as ten and True as one; a file that has them means something else.
-        number = math.nan if isinstance(value, bool) or (isinstance(value, str) and "_" in value) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        number = math.nan if "_" in str(value) else float(str(value))  # Python reads "1_0" as ten; a file that has it means something else
+    except ValueError:
         number = math.nan
     if not math.isfinite(number):
         raise BadValueError(column, "not a number", value)

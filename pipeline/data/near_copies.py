@@ -9,9 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from scipy.sparse import csr_array
+from sklearn.feature_extraction.text import CountVectorizer
 
 GRAM = 5
 COMMON_SHARE, COMMON_ROWS = 0.2, 10
@@ -43,9 +45,9 @@ class Originals:
         self._threshold = threshold
         self._common = _common(rows).intersection(set[str]().union(*(_common(texts) for texts in groups.values())))
         grams = [self._grams(text) for texts in groups.values() for text in texts]
-        self._vocabulary = {gram: at for at, gram in enumerate(dict.fromkeys(gram for own in grams for gram in own))}
         self._sizes = np.array([len(own) for own in grams])
-        self._having = self._counts(grams).T.tocsr()  # (5-grams, originals)
+        self._counter = CountVectorizer(analyzer=cast("Any", list))  # of sets of 5-grams
+        self._having = csr_array(self._counter.fit_transform(grams or [[""]])).T.tocsr()  # (5-grams, originals): 1 for each that one has
 
     def copies(self, candidates: Sequence[str]) -> list[Copy | None]:
         """For each candidate the original that it is a copy of, or None."""
@@ -53,20 +55,13 @@ class Originals:
         for start in range(0, len(candidates) if self._places else 0, BLOCK):
             grams = [self._grams(text) for text in candidates[start : start + BLOCK]]
             sizes = np.array([len(own) for own in grams])
-            pairs = (self._counts(grams) @ self._having).tocoo()  # (candidates, originals): 5-grams in common
+            pairs = (csr_array(self._counter.transform(grams)) @ self._having).tocoo()  # (candidates, originals): 5-grams in common
             similarity = pairs.data / (sizes[pairs.row] + self._sizes[pairs.col] - pairs.data)
             close = np.flatnonzero(similarity >= self._threshold)
             for at in close[np.lexsort((-pairs.col[close], similarity[close]))]:  # the best comes last
                 group, original = self._places[int(pairs.col[at])]
                 found[start + int(pairs.row[at])] = Copy(group, original, float(similarity[at]))
         return found
-
-    def _counts(self, grams: Sequence[frozenset[str]]) -> csr_array:
-        """(texts, 5-grams of the originals): 1 for each that a text has."""
-        ids = [[self._vocabulary[gram] for gram in own if gram in self._vocabulary] for own in grams]
-        starts = np.cumsum([0, *map(len, ids)])
-        columns = np.array([at for own in ids for at in own], dtype=np.int64)
-        return csr_array((np.ones(len(columns), np.int32), columns, starts), shape=(len(grams), len(self._vocabulary)))
 
     def _grams(self, text: str) -> frozenset[str]:
         return (grams(text) - self._common) or frozenset([normalise(text)])

@@ -6,14 +6,15 @@ artifacts/data/quarantine.jsonl, together with what the sources set aside.
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.data.contexts import build_contexts, check_fit, open_context_model
+from pipeline.data.contexts import build_contexts, check_fit
 from pipeline.data.examples import Quarantined, SourceExamples, read_written_source, shorten
-from pipeline.data.roles import Roles, assign, text_of
+from pipeline.data.roles import assign, text_of
 from pipeline.files import Folders, write_json, write_text
+from pipeline.models.folders import check_folder, context_limit, load_tokenizer
 from pipeline.params import Params
 from pipeline.schema import Context, Example, write_contexts, write_examples
 from pipeline.task import Task, TaskTokens
@@ -25,22 +26,21 @@ def prepare(params: Params, folders: Folders) -> None:
     Raises UsageError if a role finds too few examples or a context does not fit a model; quarantine.jsonl, to look rows up, is written.
     """
     task, data, folder = Task(params.task), params.data, folders.artifacts / "data"
-    if folder.exists():
-        shutil.rmtree(folder)
-    context_models = params.context_models()
-    used_models = sorted({name for names in context_models.values() for name in names})
-    models = {name: open_context_model(task, folders.artifacts / "models" / name) for name in used_models}
+    shutil.rmtree(folder, ignore_errors=True)
+    context_models, models = params.context_models(), dict[str, tuple[TaskTokens, int | None]]()
+    for name in sorted(set[str]().union(*context_models.values())):
+        check_folder(own := folders.artifacts / "models" / name)
+        models[name] = TaskTokens(task, load_tokenizer(own)), context_limit(own)
 
-    sources = {name: read_written_source(name, data.sources[name], task, folders) for name in data.sources}
-    in_sources = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
+    sources = {name: read_written_source(name, entry, task, folders) for name, entry in data.sources.items()}
+    quarantine = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
     reading = {(model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
-    readers = [(models[model].tokens, Context("", instruction)) for model, instruction in sorted(reading)]
-    faulty = [entry for source in sources.values() for entry in _set_faulty_aside(source, readers)]
-    quarantine = in_sources + "".join(entry.json_line() for entry in faulty)
+    readers = [(models[model][0], Context("", instruction)) for model, instruction in sorted(reading)]
+    quarantine += "".join(entry.json_line() for source in sources.values() for entry in _set_faulty_aside(source, readers))
     write_text(quarantine, folder / "quarantine.jsonl")
-
     roles = assign(data, task.labels, sources)
     write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")
+
     demonstrations, transfer = roles.drawn["demonstrations"], roles.drawn["transfer"]
     evaluation = {name: roles.drawn[f"evaluation.{name}"] for name in data.evaluation}
     write_examples(demonstrations, task.fields, folder / "demonstrations.parquet")
@@ -52,65 +52,50 @@ def prepare(params: Params, folders: Folders) -> None:
         write_examples(examples, task.fields, folder / "evaluation" / f"{name}.parquet", slices)
 
     inputs = [*transfer, *(example for examples in evaluation.values() for example in examples)]
-    context_counts: dict[str, Any] = {}
+    lengths: dict[str, dict[str, int]] = {}
     for name, entry in params.contexts.items():
         contexts = build_contexts(name, entry, task, demonstrations, data.seed)
-        tokens = [check_fit(name, entry, contexts, models[model], inputs) for model in context_models[name]]
         write_contexts(contexts, folder / "contexts" / f"{name}.parquet")
-        context_counts[name] = {"tokens": {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}}
+        tokens = [check_fit(name, entry, contexts, *models[model], inputs) for model in context_models[name]]
+        lengths[name] = {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}
+        if tokens:
+            print(f"contexts {name}: {', '.join(map(str, lengths[name].values()))} tokens")
 
+    def numbers(examples: Sequence[Example]) -> dict[str, Any]:
+        return {"drawn": len(examples), "labels": dict(sorted(Counter(str(example.label) for example in examples).items()))}
+
+    removed = {role: {name: roles.copies[role][f"evaluation.{name}"] for name in evaluation} for role in ("demonstrations", "transfer")}
     counts = {
         "sources": {name: source.counts for name, source in sources.items()},
-        "roles": _counts(roles, list(evaluation)),
-        "contexts": context_counts,
+        "roles": {
+            "demonstrations": numbers(demonstrations) | {"copies_of_evaluation_removed": removed["demonstrations"]},
+            "transfer": {  # without labels, which stay in the sources
+                "drawn": len(transfer),
+                "copies_of_evaluation_removed": removed["transfer"],
+                "copies_of_demonstrations_removed": roles.copies["transfer"]["demonstrations"],
+            },
+            "evaluation": {name: numbers(examples) for name, examples in evaluation.items()},
+        },
+        "contexts": {name: {"tokens": own} for name, own in lengths.items()},
     }
     write_json(counts, folders.metrics / "prepare.json")
-    _print(counts)
+    sets = ", ".join(f"{name} {len(examples):,}" for name, examples in evaluation.items())
+    print(f"drawn: {len(demonstrations)} demonstrations, {len(transfer):,} for transfer; evaluation: {sets}")
+    copies = ", ".join(f"{sum(of.values())} from {role}" for role, of in removed.items())
+    print(f"near copies of evaluation examples kept out: {copies}")
 
 
 def _set_faulty_aside(source: SourceExamples, readers: Sequence[tuple[TaskTokens, Context]]) -> list[Quarantined]:
     """Take out of a source the examples that spell a control token of a model that will read them; they count as quarantined."""
-    found, kept = list[Quarantined](), list[Example]()
-    for example in source.examples:
-        fault = next((fault for tokens, context in readers if (fault := tokens.fault_of(example, context))), None)
-        if fault is None:
-            kept.append(example)
-        else:
-            found.append(Quarantined(source.name, source.file, example.line, "", fault, shorten(text_of(example))))
-    if found:
-        source.examples = kept
-        source.counts |= {"examples": len(kept), "labelled": sum(example.label is not None for example in kept)}
-        source.counts["quarantined"]["control token"] = len(found)
-    return found
-
-
-def _counts(roles: Roles, sets: Sequence[str]) -> dict[str, Any]:
-    """Numbers of each role. The transfer set's labels are not counted: they stay in the sources."""
-
-    def labelled(role: str) -> dict[str, Any]:
-        labels = Counter(str(example.label) for example in roles.drawn[role])
-        return {"drawn": labels.total(), "labels": dict(sorted(labels.items()))}
-
-    def removed(role: str) -> dict[str, int]:
-        return {name: roles.copies[role][f"evaluation.{name}"] for name in sets}
-
-    return {
-        "demonstrations": labelled("demonstrations") | {"copies_of_evaluation_removed": removed("demonstrations")},
-        "transfer": {
-            "drawn": len(roles.drawn["transfer"]),
-            "copies_of_evaluation_removed": removed("transfer"),
-            "copies_of_demonstrations_removed": roles.copies["transfer"]["demonstrations"],
-        },
-        "evaluation": {name: labelled(f"evaluation.{name}") for name in sets},
+    faults = {
+        example.example_id: fault
+        for example in source.examples
+        for tokens, context in readers
+        if (fault := tokens.fault_of(example, context))
     }
-
-
-def _print(counts: Mapping[str, Any]) -> None:
-    roles = counts["roles"]
-    sets = ", ".join(f"{name} {entry['drawn']:,}" for name, entry in roles["evaluation"].items())
-    print(f"drawn: {roles['demonstrations']['drawn']} demonstrations, {roles['transfer']['drawn']:,} for transfer; evaluation: {sets}")
-    removed = [f"{sum(roles[role]['copies_of_evaluation_removed'].values())} from {role}" for role in ("demonstrations", "transfer")]
-    print(f"near copies of evaluation examples kept out: {', '.join(removed)}")
-    for name, entry in counts["contexts"].items():
-        if entry["tokens"]:
-            print(f"contexts {name}: {', '.join(str(n) for n in entry['tokens'].values())} tokens")
+    faulty = [example for example in source.examples if example.example_id in faults]
+    if faulty:
+        source.examples = [example for example in source.examples if example.example_id not in faults]
+        source.counts |= {"examples": len(source.examples), "labelled": sum(example.label is not None for example in source.examples)}
+        source.counts["quarantined"]["control token"] = len(faulty)
+    return [Quarantined(source.name, source.file, e.line, "", faults[e.example_id], shorten(text_of(e))) for e in faulty]

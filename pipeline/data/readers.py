@@ -1,16 +1,22 @@
 """Files of examples, read row by row: jsonl, csv, tsv, Parquet.
 
 A reader yields the asked columns of each row with its line number, or a `BadRow` that says why the row cannot be read. It never stops at
-a bad row and never drops one. Text files are UTF-8 and are streamed. A tsv file has no quoting: quotes belong to the text, a record is a
-line. A csv file follows RFC 4180: a field in quotes may have several lines, and a quote inside it is doubled.
+a bad row and never drops one. Text files are streamed; they are UTF-8, UTF-16 with a byte order mark, or Windows-1252. A tsv file has no
+quoting: quotes belong to the text, a record is a line. A csv file follows RFC 4180: a field in quotes may have several lines, and a quote
+inside it is doubled; its header shows whether commas, semicolons, tabs or bars separate the columns.
 """
 
+import codecs
 import csv
 import json
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +27,8 @@ MISSING = object()
 """The value of a key that a JSON object does not have."""
 LONGEST_FIELD = 2**31 - 1
 """Characters; csv's own limit of 131,072 would make one bad row of a long field and several of its lines."""
+NOT_DECODED = re.compile("[\udc80-\udcff]")
+"""What a byte that is not UTF-8 is decoded to (`surrogateescape`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +56,6 @@ class BlankLine:
     line: int
 
 
-Read = Row | BadRow | BlankLine
-
-
 class MissingColumnError(UsageError):
     """A file lacks a column altogether; `fault` says so without the next step, which differs between commands and stages."""
 
@@ -61,78 +66,95 @@ class MissingColumnError(UsageError):
         super().__init__(f"{self.fault} Name the right one under `fields` or `label.column` of this source in params.yaml.{hint}")
 
 
+Read = Row | BadRow | BlankLine
+Record = tuple[int, list[str]] | BadRow | BlankLine
+"""A record of a csv or tsv file with the line it begins on."""
+
+
 def read_rows(path: Path, form: str, asked: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[Read]:
     """Yield the rows of `path` with the values of the columns `asked`; `form` is jsonl, csv, tsv or parquet.
 
     `columns` names the columns of a csv or tsv file that has no header line. Raises UsageError if the file lacks a column, has it twice, or
     is not of this format at all.
     """
-    if form == "jsonl":
-        return _jsonl(path, asked)
     if form == "parquet":
         return _parquet(path, asked)
-    return _delimited(path, _tsv_records(path) if form == "tsv" else _csv_records(path), asked, columns)
+    if form == "jsonl":
+        return (
+            Row(read[0], tuple(read[1].get(name, MISSING) for name in asked)) if isinstance(read, tuple) else read
+            for read in _objects(path)
+        )
+    return _delimited(path, _tsv_records(path) if form == "tsv" else _csv_records(path, asked, columns), asked, columns)
 
 
 def json_keys(path: Path) -> set[str]:
     """Every key of the objects of a jsonl file, for a message that lists them."""
-    keys: set[str] = set()
-    for _, raw in _lines(path):
-        try:
-            record = json.loads(raw)
-        except (ValueError, RecursionError):  # the reader names it
-            continue
-        keys.update(record if isinstance(record, dict) else ())
-    return keys
+    return {key for read in _objects(path) if isinstance(read, tuple) for key in read[1]}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers, without their ends (LF or CRLF) and without a byte order mark."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            yield number, line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _text(raw: bytes, line: int, field: str = "") -> str | BadRow:
+@contextmanager
+def _opened(path: Path, newline: str) -> Iterator[TextIO]:
+    """The file as text; bytes that are not UTF-8 are there as `NOT_DECODED`."""
     try:
-        return raw.decode()
+        with path.open(encoding=_encoding(path), errors="surrogateescape", newline=newline) as file:
+            yield file
     except UnicodeDecodeError:
-        return BadRow(line, field, "not UTF-8", raw.decode(errors="backslashreplace"))
+        raise UsageError(f"{path}: begins as UTF-16 and is not UTF-16 throughout. Save it as UTF-8.") from None
 
 
-def _jsonl(path: Path, asked: Sequence[str]) -> Iterator[Read]:
-    for number, raw in _lines(path):
-        if not raw.strip():
+def _encoding(path: Path) -> str:
+    """UTF-16 by its byte order mark; Windows-1252 if some lines are not ASCII and none of them is UTF-8; else UTF-8."""
+    if not path.is_file():  # a pipe is read once
+        return "utf-8-sig"
+    with path.open("rb") as file:
+        if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16"
+        beyond_ascii = (line for line in file if not line.isascii())
+        first = next(beyond_ascii, None)
+        if first is None or any(line.decode(errors="ignore").encode() == line for line in chain([first], beyond_ascii)):
+            return "utf-8-sig"
+    print(f"{path}: not UTF-8; read as Windows-1252", file=sys.stderr)
+    return "cp1252"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, without their ends (LF or CRLF)."""
+    with _opened(path, "\n") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.removesuffix("\n").removesuffix("\r")
+
+
+def _fault(text: str, line: int, field: str = "") -> BadRow | None:
+    if text.isascii() or not NOT_DECODED.search(text):
+        return None
+    return BadRow(line, field, "not UTF-8", text.encode(errors="surrogateescape").decode(errors="backslashreplace"))
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | BadRow | BlankLine]:
+    for number, text in _lines(path):
+        if not text.strip():
             yield BlankLine(number)
-            continue
-        if isinstance(text := _text(raw, number), BadRow):
-            yield text
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield BadRow(number, "", "not JSON", f"{error}: {text}")
-            continue
-        if isinstance(record, dict):
-            yield Row(number, tuple(record.get(name, MISSING) for name in asked))
+        elif fault := _fault(text, number):
+            yield fault
         else:
-            yield BadRow(number, "", "not a JSON object", text)
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                yield BadRow(number, "", "not JSON", f"{error}: {text}")
+            else:
+                yield (number, value) if isinstance(value, dict) else BadRow(number, "", "not a JSON object", text)
 
 
-def _tsv_records(path: Path) -> Iterator[tuple[int, list[str]] | BadRow | BlankLine]:
-    for number, raw in _lines(path):
-        if not raw:
-            yield BlankLine(number)
-        else:
-            yield text if isinstance(text := _text(raw, number), BadRow) else (number, text.split("\t"))
+def _tsv_records(path: Path) -> Iterator[Record]:
+    for number, text in _lines(path):
+        yield (_fault(text, number) or (number, text.split("\t"))) if text else BlankLine(number)
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]] | BadRow | BlankLine]:
-    """Records with the line they begin on.
+def _csv_records(path: Path, asked: Sequence[str], columns: Sequence[str] | None) -> Iterator[Record]:
+    """Each line of a broken record is a bad row, since each may have been a row.
 
-    Each line of a broken record is a bad row, since each may have been a row. The record ends with the line that makes the number of its
-    quotes even: what follows the fault may be the rest of a field, and must not be read as a row.
+    The record ends with the line that makes the number of its quotes even: what follows the fault may be the rest of a field, and must not
+    be read as a row.
     """
     csv.field_size_limit(LONGEST_FIELD)
     record: list[str] = []
@@ -142,9 +164,15 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]] | BadRow | BlankL
             record.append(line)
             yield line
 
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = remembered(file)
-        reader, first = csv.reader(lines, strict=True), 1
+    def fit(delimiter: str) -> tuple[bool, int]:
+        names = [name.strip() for name in next(csv.reader([start], delimiter=delimiter), [])]
+        return set(asked) <= set(names) if columns is None else len(names) == len(columns), len(names)
+
+    with _opened(path, "") as file:
+        start = next(file, "")
+        delimiter = max(",;\t|", key=fit)
+        lines = remembered(filter(None, chain([start], file)))
+        reader, first = csv.reader(lines, strict=True, delimiter=delimiter), 1
         while True:
             first += len(record)
             record.clear()
@@ -158,23 +186,17 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]] | BadRow | BlankL
                     quotes += line.count('"')
                 for number in range(first, first + len(record)):
                     yield BadRow(number, "", "not CSV", f"{error}, in the record that begins on line {first}")
-                continue
-            raw = ",".join(values).encode(errors="surrogateescape")
-            if not values:
-                yield BlankLine(first)
             else:
-                yield text if isinstance(text := _text(raw, first), BadRow) else (first, values)
+                yield (_fault(delimiter.join(values), first) or (first, values)) if values else BlankLine(first)
 
 
-def _delimited(
-    path: Path, records: Iterator[tuple[int, list[str]] | BadRow | BlankLine], asked: Sequence[str], columns: Sequence[str] | None
-) -> Iterator[Read]:
-    header = list(columns) if columns is not None else None
-    places = _places(path, header, asked) if header is not None else []
+def _delimited(path: Path, records: Iterator[Record], asked: Sequence[str], columns: Sequence[str] | None) -> Iterator[Read]:
+    header = columns
+    places = [] if header is None else _places(path, header, asked)
     for record in records:
         if header is None and isinstance(record, BadRow):
             raise UsageError(f"{path}: the header on line {record.line} cannot be read: {record.reason}: {record.value[:80]!r}.")
-        if isinstance(record, (BadRow, BlankLine)):
+        if not isinstance(record, tuple):
             yield record
             continue
         line, values = record
@@ -204,16 +226,19 @@ def _parquet(path: Path, asked: Sequence[str]) -> Iterator[Read]:
             for batch in file.iter_batches(batch_size=8192, columns=list(dict.fromkeys(asked))):
                 for values in zip(*(_values(batch.column(name)) for name in asked), strict=True):
                     number += 1
-                    texts = [_text(v, number, name) if isinstance(v, bytes) else v for name, v in zip(asked, values, strict=True)]
-                    yield next((value for value in texts if isinstance(value, BadRow)), Row(number, tuple(texts)))
+                    faults = (_fault(value, number, name) for name, value in zip(asked, values, strict=True) if isinstance(value, str))
+                    yield next(filter(None, faults), Row(number, values))
+            if number != file.metadata.num_rows:
+                raise pa.ArrowInvalid(f"{file.metadata.num_rows:,} rows announced")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         said = f"{path}: not a Parquet file" if number == 0 else f"{path}: not readable as Parquet after row {number:,}"
         raise UsageError(f"{said} ({error}). Check `format` of this source in params.yaml, or write the file again.") from None
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """Python values of a column; texts as bytes, since Parquet does not check that a string is UTF-8."""
+    """Python values of a column. Parquet does not check that a string is UTF-8."""
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
-    is_text = any(is_kind(column.type) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary))
-    return (column.cast(pa.large_binary()) if is_text else column).to_pylist()
+    if not any(is_kind(column.type) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)):
+        return column.to_pylist()
+    return [None if value is None else value.decode(errors="surrogateescape") for value in column.cast(pa.large_binary()).to_pylist()]

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.data.examples import Quarantined, SourceExamples, shorten
-from pipeline.data.near_copies import Originals
+from pipeline.data.near_copies import Copy, Originals
 from pipeline.errors import UsageError
 from pipeline.files import sha256_text
 from pipeline.params import DataParams
 from pipeline.schema import Example
 
 LEAST_DRAW = 64
-"""Examples compared at once at least."""
+"""Examples compared at once, at least."""
 
 
 @dataclass
@@ -57,13 +57,15 @@ def assign(data: DataParams, labels: Sequence[str], sources: Mapping[str, Source
     draw.seed = data.seed if wanted.seed is None else wanted.seed
     roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
 
+    transfer: list[Example] = []
     for source, limit in data.transfer.limits.items():
         draw = _Draw("transfer", sources[source], data, roles)
         if not (drawn := draw.first(draw.pool, limit)):
             raise UsageError(
                 f"data.transfer: no example is left in source {source!r}{draw.story()}. Name another source, or add rows to it."
             )
-        roles.drawn["transfer"] = roles.drawn.get("transfer", []) + drawn
+        transfer += drawn
+        roles.drawn["transfer"] = transfer
     return roles
 
 
@@ -85,12 +87,14 @@ class _Draw:
 
     def balanced(self, labels: Sequence[str], per_label: int | None) -> list[Example]:
         """`per_label` examples of each label (None: all there are), together in rank order; of all examples if there are no labels."""
+        counts = self.source.counts
+        self.lost.update(
+            {"left out by the label rule": counts["left_out_by_label_rule"], "conflicting labels": counts["conflicting_labels_removed"]}
+        )
         drawn: list[Example] = []
         for label in labels or [None]:
             found = self.first([e for e in self.pool if label is None or e.label == label], per_label)
             if len(found) < (per_label or 1):
-                self.lost["left out by the label rule"] = self.source.counts["left_out_by_label_rule"]
-                self.lost["conflicting labels"] = self.source.counts["conflicting_labels_removed"]
                 raise UsageError(
                     f"data.{self.role}: {per_label or 1} examples of label {label!r} wanted, {len(found)} found in source "
                     f"{self.source.name!r}{self.story()}. Lower data.{self.role}.per_label, ask less of what comes before, or add labelled "
@@ -102,11 +106,18 @@ class _Draw:
     def first(self, examples: Sequence[Example], count: int | None) -> list[Example]:
         """The first `count` of `examples` by rank that are not near copies; all of them if None."""
         ranked, drawn = self._ranked(examples), list[Example]()
-        while ranked and (count is None or len(drawn) < count):
-            size = len(ranked) if count is None else max(count - len(drawn), LEAST_DRAW)
-            drawn += self._without_copies(ranked[:size])
-            ranked = ranked[size:]
-        return drawn[:count]
+        wanted = len(ranked) if count is None else count
+        size = max(wanted, LEAST_DRAW)
+        for start in range(0, len(ranked), size):
+            block = ranked[start : start + size]
+            for example, copy in zip(block, self._originals.copies([text_of(example) for example in block]), strict=True):
+                if copy is None:
+                    drawn.append(example)
+                else:
+                    self._keep_out(example, copy)
+            if len(drawn) >= wanted:
+                break
+        return drawn[:wanted]
 
     def story(self) -> str:
         """What made the source's rows fewer, in words."""
@@ -117,21 +128,15 @@ class _Draw:
     def _ranked(self, examples: Sequence[Example]) -> list[Example]:
         return sorted(examples, key=lambda example: sha256_text(f"{self.seed}\0{self.role}\0{example.example_id}"))
 
-    def _without_copies(self, examples: Sequence[Example]) -> list[Example]:
-        kept = []
-        for example, copy in zip(examples, self._originals.copies([text_of(example) for example in examples]), strict=True):
-            if copy is None:
-                kept.append(example)
-                continue
-            original, like, text = self._roles.drawn[copy.group][copy.original], f"near copy of {copy.group}", shorten(text_of(example))
-            self._copies[copy.group] += 1
-            self.lost[f"near copies of {copy.group}"] += 1
-            where = {"role": copy.group, "source": original.source, "line": original.line, "similarity": round(copy.similarity, 4)}
-            entry = Quarantined(example.source, self.source.file, example.line, "", like, text, where)
-            self._roles.quarantined.setdefault(example.example_id, entry)  # demonstrations and transfer set may meet the same row
-            self._shown = self._shown or (
-                f". Line {example.line} of {self.source.file} ({text!r}) is {copy.similarity:.0%} like line {original.line} of source "
-                f"{original.source!r} ({shorten(text_of(original))!r}). If such texts are different inputs, raise data.near_copy "
-                f"({self.near_copy:g})"
-            )
-        return kept
+    def _keep_out(self, example: Example, copy: Copy) -> None:
+        original, like, text = self._roles.drawn[copy.group][copy.original], f"near copy of {copy.group}", shorten(text_of(example))
+        self._copies[copy.group] += 1
+        self.lost[f"near copies of {copy.group}"] += 1
+        where = {"role": copy.group, "source": original.source, "line": original.line, "similarity": round(copy.similarity, 4)}
+        entry = Quarantined(example.source, self.source.file, example.line, "", like, text, where)
+        self._roles.quarantined.setdefault(example.example_id, entry)  # demonstrations and transfer set may meet the same row
+        self._shown = self._shown or (
+            f". Line {example.line} of {self.source.file} ({text!r}) is {copy.similarity:.0%} like line {original.line} of source "
+            f"{original.source!r} ({shorten(text_of(original))!r}). If such texts are different inputs, raise data.near_copy "
+            f"({self.near_copy:g})"
+        )

@@ -29,10 +29,10 @@ SHOWN = 8
 
 
 def accuracy_bound(params: MonitorParams, evaluation: Path | None, domains: dict[str, str]) -> tuple[float, str] | None:
-    """What accuracy is compared with, and where that comes from: params, else the student's own `metrics/eval/NAME.json`; else None.
+    """What accuracy is compared with, and where that comes from; None if nothing says it.
 
-    From the file it is the mean accuracy over the sets that `domains` says are out of domain, or over all if none is, less the tolerated
-    drop.
+    It is `monitor.min_accuracy`, else the mean accuracy in the student's own `metrics/eval/NAME.json`, less the tolerated drop: over the
+    sets that `domains` says are out of domain, or over all if none is.
     """
     if params.min_accuracy is not None:
         return params.min_accuracy, "monitor.min_accuracy"
@@ -65,11 +65,11 @@ def verdict(
     tests: Sequence[DriftTest],
     peak_mb: float,
     params: MonitorParams,
-    bad_rows_limit: float,
+    bad_limit: float,
 ) -> dict[str, Any]:
     """The monitor's JSON, from corrected tests. `peak_mb` is the peak memory of the process that answered."""
     share, limit_mb = new.bad / new.rows, params.max_memory_mb
-    too_large, too_bad = limit_mb is not None and peak_mb > limit_mb, share > bad_rows_limit
+    too_large, too_bad = limit_mb is not None and peak_mb > limit_mb, share > bad_limit
     alarms = [test.name for test in tests if test.alarm]
     document = {
         "student": {"name": predictor.student.name, "weights_sha256": predictor.weights_sha256},
@@ -78,7 +78,7 @@ def verdict(
         "false_alarm_rate": params.false_alarm_rate,
         "tests": [asdict(test) for test in tests],
         "memory": {"peak_mb": peak_mb, "limit_mb": limit_mb, "alarm": too_large},
-        "bad_rows": {"share": share, "limit": bad_rows_limit, "alarm": too_bad},
+        "bad_rows": {"share": share, "limit": bad_limit, "alarm": too_bad},
         "alarms": [*alarms, *["memory"] * too_large, *["bad rows"] * too_bad],
         "due": bool(alarms),
         "farthest": _farthest(reference, new),

@@ -1,15 +1,13 @@
 """Contexts: balanced, distinct, stable if more are asked for, and refused if they do not fit."""
 
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.contexts import ContextModel, build_contexts, check_fit, open_context_model
+from pipeline.data.contexts import build_contexts, check_fit
 from pipeline.errors import UsageError
 from pipeline.params import ContextParams, TaskParams
 from pipeline.schema import Context, Example
@@ -17,7 +15,6 @@ from pipeline.task import Task, TaskTokens
 
 TASK = Task(TaskParams(template="Review: {text}\nSentiment:", verbalisers={"negative": " negative", "positive": " positive"}))
 DEMONSTRATIONS = [Example({"text": f"t{i}"}, TASK.labels[i % 2], None, "a", i) for i in range(8)]
-Open = Callable[..., ContextModel]
 
 
 def build(seed: int = 0, **params: Any) -> list[Context]:
@@ -25,9 +22,8 @@ def build(seed: int = 0, **params: Any) -> list[Context]:
 
 
 @pytest.fixture(scope="module")
-def opened(tokenizer: Any) -> Open:
-    """`opened(limit=512)` → the test tokenizer as the model models/tiny."""
-    return lambda limit=512, task=TASK: ContextModel(Path("models/tiny"), TaskTokens(task, tokenizer), limit)
+def tokens(tokenizer: Any) -> TaskTokens:
+    return TaskTokens(TASK, tokenizer)
 
 
 def texts(context: Context) -> list[str]:
@@ -78,9 +74,9 @@ def test_demonstrations_of_free_text_show_their_answers() -> None:
     assert sorted((fields["text"], answer) for fields, answer in context.demonstrations) == [("q0", "a0"), ("q1", "a1"), ("q2", "a2")]
 
 
-def test_no_demonstrations_and_no_instruction_make_one_empty_context(opened: Open) -> None:
+def test_no_demonstrations_and_no_instruction_make_one_empty_context(tokens: TaskTokens) -> None:
     assert build(demonstrations=0) == [Context("mine/0")]
-    assert check_fit("mine", ContextParams(demonstrations=0), [Context("mine/0")], opened(), DEMONSTRATIONS) == [0]
+    assert check_fit("mine", ContextParams(demonstrations=0), [Context("mine/0")], tokens, 512, DEMONSTRATIONS) == [0]
 
 
 @pytest.mark.parametrize(
@@ -97,33 +93,24 @@ def test_more_contexts_than_there_can_be_are_refused(params: dict[str, Any], pos
         build(**params)
 
 
-def test_a_context_over_its_budget_names_context_tokens_and_budget(opened: Open, tokenizer: Any) -> None:
+def test_a_context_over_its_budget_names_context_tokens_and_budget(tokens: TaskTokens, tokenizer: Any) -> None:
     contexts = build(demonstrations=8)
-    tokens = len(tokenizer(TASK.context_text(contexts[0])).input_ids)
-    params = ContextParams(demonstrations=8, max_tokens=tokens)
-    assert check_fit("mine", params, contexts, opened(), DEMONSTRATIONS) == [tokens]
-    with pytest.raises(UsageError, match=rf"context mine/0 of 8 demonstrations has {tokens} tokens, max_tokens is 9"):
-        check_fit("mine", params.model_copy(update={"max_tokens": 9}), contexts, opened(), DEMONSTRATIONS)
+    length = len(tokenizer(TASK.context_text(contexts[0])).input_ids)
+    params = ContextParams(demonstrations=8, max_tokens=length)
+    assert check_fit("mine", params, contexts, tokens, 512, DEMONSTRATIONS) == [length]
+    with pytest.raises(UsageError, match=rf"context mine/0 of 8 demonstrations has {length} tokens, max_tokens is 9"):
+        check_fit("mine", params.model_copy(update={"max_tokens": 9}), contexts, tokens, 512, DEMONSTRATIONS)
 
 
 @pytest.mark.parametrize("vary", ["order", "draw"])
-def test_the_longest_prompt_and_answer_must_fit_the_model_to_the_token(opened: Open, tokenizer: Any, vary: Any) -> None:
+def test_the_longest_prompt_and_answer_must_fit_the_model_to_the_token(tokens: TaskTokens, tokenizer: Any, vary: Any) -> None:
     params = ContextParams(demonstrations=4, count=3, vary=vary)
     contexts = build(**params.model_dump())
     long = Example({"text": "zq" * 40})
     inputs = [Example({"text": "short"}), *DEMONSTRATIONS, long, Example({"text": "film " * 16})]
     whole = [len(tokenizer(TASK.context_text(context) + TASK.query(long.fields)).input_ids) for context in contexts]
     needed = max(whole) + max(len(tokenizer(text).input_ids) for text in TASK.verbalisers)
-    check_fit("mine", params, contexts, opened(needed), inputs)
-    with pytest.raises(UsageError, match=rf"has {max(whole)} tokens.*does not fit the {needed - 1} that models/tiny takes"):
-        check_fit("mine", params, contexts, opened(needed - 1), inputs)
-    check_fit("mine", params, contexts, opened(None), inputs)
-
-
-def test_a_model_folder_gives_tokenizer_and_limit(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    assert open_context_model(TASK, model_folder("llama")).limit == 512
-    with pytest.raises(UsageError, match="no such model folder"):
-        open_context_model(TASK, tmp_path / "none")
-    same = Task(TaskParams(template="{text}", verbalisers={"a": " positive", "b": " positive"}))
-    with pytest.raises(UsageError, match="both begin with token"):
-        open_context_model(same, model_folder("llama"))
+    check_fit("mine", params, contexts, tokens, needed, inputs)
+    with pytest.raises(UsageError, match=rf"has {max(whole)} tokens.*does not fit the {needed - 1} that .* takes"):
+        check_fit("mine", params, contexts, tokens, needed - 1, inputs)
+    check_fit("mine", params, contexts, tokens, None, inputs)

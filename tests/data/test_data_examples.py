@@ -145,7 +145,7 @@ def test_each_text_is_kept_once_and_conflicting_labels_leave_it_without_one(tmp_
     source = read(tmp_path, [{"text": text, "label": label} for text, label in rows])
     assert [(e.line, e.label) for e in source.examples] == [(1, "positive"), (2, None), (5, "negative")]
     assert reasons(source) == [(line, "", "conflicting labels") for line in (2, 4, 6)]
-    assert source.quarantine[1].value.startswith("negative here, positive on line 2")
+    assert source.quarantine[1].value == "positive on line 2, negative on line 4, positive on line 6: b"
     assert source.bad_rows == 0
 
 

@@ -156,6 +156,12 @@ def test_demonstrations_that_do_not_fit_the_model_are_refused(raw: Raw) -> None:
         run(raw)
 
 
+def test_a_model_folder_that_is_not_there_is_named(raw: Raw) -> None:
+    shutil.rmtree("artifacts/models/tiny")
+    with pytest.raises(UsageError, match="artifacts/models/tiny: no such model folder"):
+        run(raw)
+
+
 def test_answers_of_the_pool_are_kept_only_if_they_are_what_students_learn(raw: Raw) -> None:
     Path("pool.jsonl").write_text("".join(json.dumps({"text": f"{i} question {i * 7919}", "reply": f"a{i}"}) + "\n" for i in range(30)))
     for name, column in (("demos", "review"), ("pool", "reply"), ("test", "text")):

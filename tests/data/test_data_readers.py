@@ -46,8 +46,8 @@ def test_other_line_separators_do_not_split_a_record(tmp_path: Path) -> None:
 
 
 def test_bad_tsv_rows_are_named_with_their_line(tmp_path: Path) -> None:
-    found = read(tmp_path, "tsv", b"a\t1\nb\nc\t\xff\nd\t4\t5\ne\t5\n", ["x"], ["x", "y"])
-    assert found == [(1, "a"), (2, "wrong number of columns"), (3, "not UTF-8"), (4, "wrong number of columns"), (5, "e")]
+    found = read(tmp_path, "tsv", b"a\t1\nb\nc\t\xff\nd\t4\t5\n\xc3\xa9\t5\n", ["x"], ["x", "y"])
+    assert found == [(1, "a"), (2, "wrong number of columns"), (3, "not UTF-8"), (4, "wrong number of columns"), (5, "é")]
 
 
 # csv
@@ -106,12 +106,39 @@ def test_a_csv_row_that_is_not_utf8_does_not_stop_the_rest(tmp_path: Path) -> No
     assert good == Row(3, ("café",))
 
 
-@given(rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=8))
-def test_what_a_csv_writer_writes_is_read(rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
+EUROPEAN = st.text("abéß;,|'\" \t\n", min_size=1, max_size=20)
+
+
+@given(
+    rows=st.lists(st.tuples(EUROPEAN, EUROPEAN), min_size=1, max_size=8),
+    delimiter=st.sampled_from(",;\t|"),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp1252"]),
+)
+def test_what_a_csv_writer_writes_is_read(
+    rows: list[tuple[str, str]], delimiter: str, encoding: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Case: a European Excel separates by semicolons and writes Windows-1252, or tabs and UTF-16."""
     sink = io.StringIO()
-    csv.writer(sink).writerows([("x", "y"), *rows])
-    path = written(tmp_path_factory.mktemp("csv"), sink.getvalue())
-    assert [row.values for row in read_rows(path, "csv", ["x", "y"]) if isinstance(row, Row)] == rows
+    csv.writer(sink, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows([("x;1", "y"), *rows])
+    path = written(tmp_path_factory.mktemp("csv"), sink.getvalue().encode(encoding))
+    assert [row.values for row in read_rows(path, "csv", ["x;1", "y"]) if isinstance(row, Row)] == rows
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = "text;label\n" + '"Café, très bon";ja\nnaja;nein\n' * 20
+    assert read(tmp_path, "csv", content.encode("cp1252"), ["label", "text"])[:2] == [(2, "ja", "Café, très bon"), (3, "nein", "naja")]
+    assert capsys.readouterr().err == f"{tmp_path / 'file'}: not UTF-8; read as Windows-1252\n"
+    read(tmp_path, "csv", content, ["label", "text"])
+    assert capsys.readouterr().err == ""
+
+
+def test_no_delimiter_that_gives_the_columns_is_an_error_that_lists_most_of_them(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no column 'text'; the columns are: id, label, review"):
+        read(tmp_path, "csv", "id;label;review\n1;a,b,c,d,e;x\n", ["text", "label"])
+    assert read(tmp_path, "csv", "text;x,label\na,b\n", ["label"]) == [(2, "b")], "the header's columns decide, not their number"
+    assert read(tmp_path, "csv", "a, b, and c;1\nd;2\n", ["x"], ["x", "y"]) == [(1, "a, b, and c"), (2, "d")], (
+        "without a header, their number"
+    )
 
 
 # all formats
@@ -144,7 +171,9 @@ FILES: dict[str, tuple[str, bytes, Any]] = {  # format, bytes, and the rows of t
     "jsonl: cut": ("jsonl", b'{"text": "a', [(1, "not JSON")]),
     "jsonl: deep": ("jsonl", b"[" * 200_000 + b"\n" + b'{"text":' * 100_000, [(1, "not JSON"), (2, "not JSON")]),
     "jsonl: long integer": ("jsonl", b'{"text": ' + b"9" * 5000 + b"}", [(1, "not JSON")]),
-    "jsonl: not UTF-8": ("jsonl", '{"text": "é"}'.encode("latin-1"), [(1, "not UTF-8")]),
+    "jsonl: not UTF-8": ("jsonl", b'{"text": "\xe9"}\n{"text": "\xc3\xa9"}', [(1, "not UTF-8"), (2, "é")]),
+    "jsonl: Windows-1252": ("jsonl", b'{"text": "\xe9\x80"}', [(1, "é€")]),
+    "jsonl: UTF-16": ("jsonl", '{"text": "é"}\r\n{"text": "b"}'.encode("utf-16"), [(1, "é"), (2, "b")]),
     "jsonl: NUL": ("jsonl", b"\0", [(1, "not JSON")]),
     "jsonl: lone surrogate": ("jsonl", b'{"text": "\\ud800"}', [(1, "\ud800")]),
     "jsonl: no such key": ("jsonl", b'{"other": 1}', [(1, MISSING)]),
@@ -157,9 +186,10 @@ FILES: dict[str, tuple[str, bytes, Any]] = {  # format, bytes, and the rows of t
     "csv: byte order mark": ("csv", b"\xef\xbb\xbftext\na\n", [(2, "a")]),
     "csv: no such column": ("csv", b"review,stars\na,1\n", "file: no column 'text'; the columns are: review, stars"),
     "csv: a column twice": ("csv", b"text,text\na,b\n", "it has 2 columns 'text'"),
-    "csv: header not UTF-8": ("csv", b"\xff\xfe\x00\n", "the header on line 1 cannot be read: not UTF-8"),
+    "csv: header not UTF-8": ("csv", b"\xff,text\n\xc3\xa9,b", "the header on line 1 cannot be read: not UTF-8"),
+    "csv: not UTF-16": ("csv", b"\xff\xfe\x00\xd8\n\0", "begins as UTF-16 and is not UTF-16 throughout"),
     "tsv: no such column": ("tsv", b"review\tstars\na\t1\n", "file: no column 'text'; the columns are: review, stars"),
-    "tsv: header not UTF-8": ("tsv", b"\xff\n", "the header on line 1 cannot be read: not UTF-8"),
+    "tsv: header not UTF-8": ("tsv", b"\xff\n\xc3\xa9", "the header on line 1 cannot be read: not UTF-8"),
     "parquet: empty": ("parquet", b"", "not a Parquet file"),
     "parquet: text": ("parquet", b"text\na\n", "not a Parquet file"),
     "parquet: cut": ("parquet", GOOD[:-20], "not a Parquet file"),
