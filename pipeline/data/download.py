@@ -168,7 +168,6 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], Any] | None
 
 def _take_repository(about: str, params: HubDownload, built: Path) -> None:
     """Download the listed files, or a model's files at the top of its repository."""
-
     with _hub_errors(about):
         names = huggingface_hub.list_repo_files(params.repo, repo_type=params.kind, revision=params.revision)
     if absent := sorted(set(params.files) - set(names)):
