@@ -87,12 +87,7 @@ def write_text(text: str, path: Path) -> None:
 
 def write_json(value: Any, path: Path) -> None:
     """Write JSON that a person can read; equal values give equal bytes."""
-    write_text(json_text(value), path)
-
-
-def json_text(value: Any) -> str:
-    """What `write_json` writes."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
 
 
 def read_json(path: Path) -> Any:
@@ -128,22 +123,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def file_fault(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with one file that a manifest lists; None if nothing is."""
-    path = folder / name
-    if not path.is_file():
-        return f"{path}: missing"
-    if (size := path.stat().st_size) != entry["bytes"]:
-        return f"{path}: {size:,} bytes, its manifest says {entry['bytes']:,}"
-    if (found := sha256_file(path)) != entry["sha256"]:
-        return f"{path}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…"
-    return None
-
-
 def check_manifest(folder: Path) -> dict[str, Any]:
     """A folder's manifest, after every file in it was compared with its hash. Raises CorruptError naming each file that differs."""
-    manifest = read_manifest(folder)
-    faults = [fault for name, entry in manifest["files"].items() if (fault := file_fault(folder, name, entry))]
+    manifest, faults = read_manifest(folder), []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path}: missing")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            faults.append(f"{path}: {size:,} bytes, its manifest says {entry['bytes']:,}")
+        elif (found := sha256_file(path)) != entry["sha256"]:
+            faults.append(f"{path}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…")
     if faults:
         remedy = f"{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole."
         raise CorruptError("\n".join([*faults, remedy]))
@@ -154,12 +144,8 @@ def check_manifest(folder: Path) -> dict[str, Any]:
 def one_writer(lock: Path) -> Iterator[None]:
     """Hold the lock file `lock`, so that a second run waits. Raises ShotlessError after an hour."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(lock, timeout=LOCK_SECONDS)
     try:
-        held.acquire()
+        with FileLock(lock, timeout=LOCK_SECONDS):
+            yield
     except Timeout:
         raise ShotlessError(f"{lock}: another run has held this lock for {LOCK_SECONDS} s. Wait for it, or end it and run again.") from None
-    try:
-        yield
-    finally:
-        held.release()

@@ -63,20 +63,19 @@ class Store:
     """The scored rows of one identity."""
 
     def __init__(self, work: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = work / "scores" / sha256_json(identity)[:32]
+        self.folder, self._identity = work / "scores" / sha256_json(identity)[:32], identity
         self._held: dict[str, _Held] = {}
         self._plans: list[Part] = []
         self._rows: dict[str, tuple[str, int]] = {}  # prompt_sha → part, row in it
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if _identity_of(self.folder) != identity:  # new, or damaged: the folder is named after what belongs there
-            write_json(identity, self.folder / "identity.json")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the one writer. A second run waits here, and then finds the first one's rows. Damaged files are set aside."""
         with one_writer(self.folder / "lock"):
-            for leftover in self.folder.glob(".p*.tmp"):
+            for leftover in self.folder.glob(".*.tmp"):
                 leftover.unlink()
+            if _identity_of(self.folder) != self._identity:  # new, or damaged: the folder is named after what belongs there
+                write_json(self._identity, self.folder / "identity.json")
             for path, error in self._look():
                 print(f"{error}\nIt is set aside. Its rows are scored again when they are needed.", file=sys.stderr)
                 path.replace(f"{path}{DAMAGED}")

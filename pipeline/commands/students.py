@@ -1,8 +1,9 @@
 """`shotless predict`, `serve`, `monitor` and `export`: a student in use."""
 
 import sys
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,16 +30,16 @@ def open_student(student: str | None) -> "Trained":
     from pipeline.models.trained import open_trained
     from pipeline.params import load_params
 
-    logging.disable_progress_bar()  # transformers' bars and advice are about its own use
-    logging.set_verbosity_error()
-    known = sorted(folder.parent.name for folder in STUDENTS.glob("*/manifest.json"))
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # transformers' advice is about its own use
     if student is not None and "/" in student:
         return open_trained(Path(student))
-    if student is None and len(known) != 1:
-        raise UsageError(f"--student: name one of: {choices(known)}" if known else "--student: there is none yet; `dvc repro` makes it.")
-    if student is not None and student not in known:
-        raise UsageError(f"--student {student}: no such student; there are: {choices(known)}. `dvc repro` makes them.")
-    trained = open_trained(STUDENTS / (student or known[0]))
+    known = sorted(folder.parent.name for folder in STUDENTS.glob("*/manifest.json"))
+    name = student or (known[0] if len(known) == 1 else "")
+    if name not in known:
+        fault = f"no student {name!r}" if name else "name one"
+        raise UsageError(f"--student: {fault}; there are: {choices(known)}. `dvc repro` makes them.")
+    trained = open_trained(STUDENTS / name)
     if Path("params.yaml").is_file():
         trained.check_task(load_params().task)
     return trained
@@ -48,8 +49,8 @@ def predict(
     student: Student = None,
     source: Annotated[str, typer.Option("--input", "-i", help="jsonl, csv, tsv or parquet; - is standard input.")] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="jsonl, csv or parquet; - is standard output.")] = "-",
-    input_format: Annotated[str | None, typer.Option(help="If the file's name does not say it.")] = None,
-    output_format: Annotated[str | None, typer.Option(help="If the file's name does not say it.")] = None,
+    input_format: Annotated[Literal["jsonl", "csv", "tsv", "parquet"] | None, typer.Option(help="If its name does not say it.")] = None,
+    output_format: Annotated[Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="If its name does not say it.")] = None,
     field: Fields = None,
     keep: Annotated[list[str] | None, typer.Option(help="A column to pass through; NAME=COLUMN gives it another name.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Rows answered together; 1 answers line by line.")] = 1024,
@@ -61,13 +62,12 @@ def predict(
     from pipeline.serving.log import PredictionLog
     from pipeline.serving.predictor import Predictor
 
-    read_as, write_as = format_of(source, input_format, "--input-format"), format_of(output, output_format, "--output-format", WRITTEN)
-    kept = kept_columns(keep or [])
+    kept, form = kept_columns(keep or []), output_format or format_of(output, WRITTEN)
     predictor = Predictor(open_student(student), threads)
-    items = read_items(source, read_as, columns_of(predictor.task.fields, field or []), kept)
+    items = read_items(source, columns_of(predictor.task.fields, field or []), kept, input_format)
     journal = PredictionLog(log, predictor.weights_sha256) if log else None
     rows = bad = 0
-    with writing(output, write_as, predictor.labels, kept) as write:
+    with writing(output, form, predictor.labels, kept) as write:
         for answered in predict_items(predictor, items, window):
             write(answered)
             if journal is not None:
@@ -120,15 +120,13 @@ def monitor(
     threads: Threads = None,
 ) -> None:
     """Test new inputs and the student's answers for drift; hold accuracy and memory against thresholds. Ends with 3 on an alarm."""
-    from itertools import chain
-
     from pipeline.files import Folders, write_json
     from pipeline.models.machine import peak_rss_bytes
     from pipeline.monitor.drift import corrected, drift_tests
     from pipeline.monitor.sample import GOLD, LEAST_ROWS, answer, label_rule, with_gold, with_shares_of
     from pipeline.monitor.verdict import accuracy_bound, accuracy_test, print_table, verdict, write_page
     from pipeline.params import MonitorParams, load_params
-    from pipeline.serving.files import columns_of, format_of, read_items
+    from pipeline.serving.files import columns_of, read_items
     from pipeline.serving.predictor import Predictor
 
     params = load_params() if Path("params.yaml").is_file() else None
@@ -136,8 +134,7 @@ def monitor(
     domains = {name: entry.domain for name, entry in params.data.evaluation.items()} if params else {}
     usual = reference or folders.artifacts / "data" / "transfer.parquet"
     if not usual.is_file():
-        hint = "" if reference else " `dvc repro prepare` writes it, or name another with --reference."
-        raise UsageError(f"{usual}: no such file to compare with.{hint}")
+        raise UsageError(f"{usual}: no such file to compare with. `dvc repro prepare` writes the transfer set; --reference names another.")
     trained = open_student(student)
     is_own = trained.folder.resolve().parent == STUDENTS.resolve()  # a student from elsewhere may have the same name
     bound = accuracy_bound(settings, folders.metrics / "eval" / f"{trained.folder.name}.json" if is_own else None, domains)
@@ -146,21 +143,22 @@ def monitor(
 
     predictor = Predictor(trained, threads, keep_states=True)
     fields, mapped = columns_of(predictor.task.fields, []), columns_of(predictor.task.fields, field or [])
-    items = read_items(inputs, format_of(inputs, None, "another name"), mapped, {GOLD: labels} if labels else {})
-    new = answer(predictor, with_gold(items, label_rule(params, labels), predictor, inputs) if labels else items, inputs, settings)
+    items = read_items(inputs, mapped, {GOLD: labels} if labels else {})
+    if labels:
+        items = with_gold(items, label_rule(params, labels), predictor, inputs)
+    new = answer(predictor, items, inputs, settings)
     peak_mb = peak_rss_bytes() / 1e6
-    form = format_of(str(usual), None, "another name")
-    old = answer(predictor, read_items(str(usual), form, mapped if reference else fields, {}), str(usual), settings)
+    old = answer(predictor, read_items(str(usual), mapped if reference else fields, {}), str(usual), settings)
     unseen = None
     if reference is None:  # the student learnt from the transfer set, and not from the evaluation sets in domain
         files = [folders.artifacts / "data" / "evaluation" / f"{name}.parquet" for name, domain in domains.items() if domain == "in"]
-        rows = chain.from_iterable(read_items(str(file), "parquet", fields, {}) for file in files if file.is_file())
+        rows = chain.from_iterable(read_items(str(file), fields, {}) for file in files if file.is_file())
         unseen = with_shares_of(old, answer(predictor, rows, "evaluation sets in domain", settings, least=0))
     tests = drift_tests(old, new, predictor.labels, settings, unseen if unseen and len(unseen) >= LEAST_ROWS else None)
     if labels and bound:
         tests.append(accuracy_test(new, *bound))
-    limit = params.data.bad_rows_limit if params else 0.02
-    document = verdict(predictor, old, new, corrected(tests, settings.false_alarm_rate), peak_mb, settings, limit)
+    tests = corrected(tests, settings.false_alarm_rate)
+    document = verdict(predictor, old, new, tests, peak_mb, settings, params.data.bad_rows_limit if params else 0.02)
     print_table(document)
     write_json(document, json_file)
     write_page(document, page)

@@ -23,9 +23,9 @@ import pyarrow as pa
 from scipy.special import rel_entr
 from scipy.stats import binomtest
 
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError
 from pipeline.evaluation import free_text
-from pipeline.evaluation.metrics import Json, check_probabilities, frames, mean_interval, rounded, scores_by_set
+from pipeline.evaluation.metrics import RIGHT, Json, check_probabilities, frames, mean_interval, rounded, scores_by_set
 from pipeline.files import Folders, read_json, write_json
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, PREDICTIONS, read_table
@@ -50,15 +50,16 @@ def compare_methods(params: Params, folders: Folders) -> None:
     others = {name: table for name, table in tables.items() if name != reference}
     if completion is None:
         close = {name: to_reference(table, tables[reference], params.task.labels, **bootstrap) for name, table in others.items()}
-        scores = {name: scores_by_set(table, list(domains)) for name, table in tables.items()}
-        rows = [row for pair in pairs for row in comparisons(*pair, scores, domains, **bootstrap)]
+        answers, shares = tables, {None: RIGHT}
     else:
         close = {name: free_text.agreement(table, tables[reference], completion.form) for name, table in others.items()}
-        parsed = {name: free_text.parsed(table, completion.form) for name, table in tables.items()}
-        rows: list[Json] = []
-        for share, right in free_text.shares_of(completion.form).items():
-            scores = {name: scores_by_set(table, list(domains), right) for name, table in parsed.items()}
-            rows += [{"what": share, **row} for pair in pairs for row in comparisons(*pair, scores, domains, **bootstrap)]
+        answers = {name: free_text.parsed(table, completion.form) for name, table in tables.items()}
+        shares = free_text.shares_of(completion.form)
+    rows: list[Json] = []
+    for share, right in shares.items():
+        scores = {name: scores_by_set(table, list(domains), right) for name, table in answers.items()}
+        what = {} if share is None else {"what": share}
+        rows += [what | row for pair in pairs for row in comparisons(*pair, scores, domains, **bootstrap)]
     document = {"reference": reference, "pairs": "all" if every else "reference", "to_reference": close, "comparisons": rows}
     write_json(document, folders.metrics / "compare.json")
 
@@ -67,8 +68,7 @@ def to_reference(table: pa.Table, reference: pa.Table, labels: Sequence[str], *,
     """How close a method's answers are to the reference's, for each evaluation set.
 
     `n` examples, `agreement` (share of equal answers), `agreement_ci95`, `kl_nats`, `kl_ci95`. KL is KL(reference ‖ method), what
-    distillation minimises: a mean over examples and runs. Raises UsageError if the reference answers an example several times, CorruptError
-    if it does not answer one.
+    distillation minimises: a mean over examples and runs. Raises CorruptError if the reference did not answer an example.
     """
     theirs, found = frames(reference, labels), {}
     for name, frame in frames(table, labels).items():
@@ -78,9 +78,7 @@ def to_reference(table: pa.Table, reference: pa.Table, labels: Sequence[str], *,
                 f"predictions for set {name!r}: the reference did not answer {len(lacking)} examples, first {min(lacking)[:12]}. "
                 "Run the `evaluate` stages again."
             )
-        if theirs[name]["example_id"].is_duplicated().any():
-            raise UsageError("evaluation.reference: it answers an example in each of its contexts. Choose one with `contexts: ensemble`.")
-        other = frame.select("example_id").join(theirs[name], on="example_id", how="left", maintain_order="left")
+        other = frame.select("example_id").join(theirs[name], on="example_id", how="left", validate="m:1", maintain_order="left")
         target, ours = (check_probabilities(rows, labels, name) for rows in (other, frame))
         kl = rel_entr(target, ours.clip(SMALLEST_PROBABILITY)).sum(axis=1)
         same = (frame["predicted"] == other["predicted"]).cast(pl.Float64)
@@ -195,13 +193,13 @@ def _seconds(kind: str, name: str, metrics: Path, missing: list[str]) -> float |
     found = _read(file, f"`dvc repro -f -s {stage}@{name}` writes it", missing)
     if found is None:
         return None
-    if (untimed := found.get("rows", 0) - found.get("rows_timed", 0)) or found.get("resumed_at_step"):
-        what = (
-            f"the times of {untimed} of {found['rows']} rows are not known" if untimed else "only the rest of a resumed training was timed"
-        )
-        missing.append(f"{file}: {what}")
-        return None
-    return found["seconds"]
+    if untimed := found.get("rows", 0) - found.get("rows_timed", 0):
+        missing.append(f"{file}: the times of {untimed} of {found['rows']} rows are not known")
+    elif found.get("resumed_at_step"):
+        missing.append(f"{file}: only the rest of a resumed training was timed")
+    else:
+        return found["seconds"]
+    return None
 
 
 def _cost(method: str, metrics: Path, missing: list[str]) -> tuple[float, float] | None:

@@ -30,7 +30,7 @@ from pipeline.errors import CorruptError, ShotlessError
 from pipeline.evaluation.metrics import Json
 from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.models.folders import context_limit, load_model, load_tokenizer, parameter_counts, weights_sha256
-from pipeline.models.machine import DTYPES, cores, default_device, peak_rss_bytes, use_machine
+from pipeline.models.machine import DTYPES, cores, cpu_info, default_device, peak_rss_bytes, use_machine
 from pipeline.params import Params, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example, Prompt, read_examples
 from pipeline.task import Task, TaskTokens
@@ -73,9 +73,8 @@ class Job(BaseModel, frozen=True):
 
     def machine(self) -> Json:
         """What else times depend on: device, number formats, threads, torch."""
-        device, info = default_device(), Path("/proc/cpuinfo")
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        device = default_device()
+        names = [line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name")]
         processor = (names or [platform.processor() or platform.machine()])[0]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
         dtypes = sorted({prompts.dtype for prompts in self.models})

@@ -112,14 +112,14 @@ def mean_interval(samples: Sequence[Floats], *, resamples: int, seed: int, lowes
         value = float(np.mean([sample.mean() for sample in samples]))
         share = float(stats.binomtest(0, sum(map(len, samples))).proportion_ci(0.95, method="exact").high)
         return [value - share * (value - lowest), value + share * (1 - value)]
+
+    def mean_of_means(*resampled: Floats, axis: int) -> Any:
+        return np.mean([sample.mean(axis=axis) for sample in resampled], axis=0)
+
     settings: Json = {"n_resamples": resamples, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(seed)}
     settings["batch"] = max(1, ELEMENTS_A_BATCH // max(map(len, samples)))
-    interval = stats.bootstrap(tuple(samples), _mean_of_means, **settings).confidence_interval
+    interval = stats.bootstrap(tuple(samples), mean_of_means, **settings).confidence_interval
     return [float(interval.low), float(interval.high)]
-
-
-def _mean_of_means(*samples: Floats, axis: int = -1) -> Floats:
-    return cast("Floats", np.mean([sample.mean(axis=axis) for sample in samples], axis=0))
 
 
 def expected_calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int = ECE_BINS) -> float:
@@ -248,22 +248,24 @@ def slice_rows(scores: Scores, labels: Sequence[str], members: Scores, domains: 
     `scores[set]` is from `metrics.example_scores`, `members[set]` from `membership`. A key has `dimension`, `slice`, `domain`, `set` (None
     for all sets of a domain together) and, for lengths within a set, `words` [fewest, most].
     """
-    joined = {name: frame.join(members[name], on="example_id", maintain_order="left") for name, frame in scores.items()}
-    present = [domain for domain in ("in", "out") if domain in {domains[name] for name in joined}]
-    for domain in present:
-        pooled = [frame["score"].to_numpy() for name, frame in joined.items() if domains[name] == domain]
-        yield {"dimension": "domain", "slice": domain, "domain": domain, "set": None}, np.concatenate(pooled)
-    columns = dict.fromkeys(column for frame in joined.values() for column in frame.columns if column.startswith(SLICE))
-    for column in columns:
+    frame = pl.concat(
+        [
+            own.join(members[name], on="example_id", maintain_order="left").with_columns(set=pl.lit(name), domain=pl.lit(domains[name]))
+            for name, own in scores.items()
+        ],
+        how="diagonal",
+    )
+    by_domain = {domain: own for domain in ("in", "out") if (own := frame.filter(pl.col("domain") == domain)).height}
+    for domain, own in by_domain.items():
+        yield {"dimension": "domain", "slice": domain, "domain": domain, "set": None}, own["score"].to_numpy()
+    for column in (name for name in frame.columns if name.startswith(SLICE)):
         dimension = column.removeprefix(SLICE)
         order: Sequence[str] = {"label": labels, "length": LENGTHS}.get(dimension, ())
-        for domain in present:
-            own = {name: frame for name, frame in joined.items() if domains[name] == domain and column in frame.columns}
-            everyone = [(None, pl.concat([frame.select("score", "words", column) for frame in own.values()]))] if own else []
-            for name, frame in [*everyone, *own.items()]:
-                values = frame[column].drop_nulls().unique().to_list()
-                for value in sorted(values, key=lambda value: (order.index(value) if value in order else len(order), value)):
-                    part = frame.filter(pl.col(column) == value)
+        for domain, everyone in by_domain.items():
+            own = everyone.drop_nulls(column)
+            for name, rows in [(None, own), *((str(key), part) for (key,), part in own.group_by("set", maintain_order=True))]:
+                for value in sorted(rows[column].unique(), key=lambda value: (order.index(value) if value in order else len(order), value)):
+                    part = rows.filter(pl.col(column) == value)
                     key: Json = {"dimension": dimension, "slice": value, "domain": domain, "set": name}
                     if dimension == "length":
                         key["words"] = None if name is None else [part["words"].min(), part["words"].max()]

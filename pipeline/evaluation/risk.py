@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from scipy.special import logit
 from scipy.stats import binomtest, chi2_contingency
 
 from pipeline.errors import CorruptError
@@ -258,10 +259,10 @@ def attribute(answers: Sequence[tuple[Example, int]], ask: Ask) -> list[list[Jso
     """
     parts = [_without_each_word(example) for example, _ in answers]
     asked = [*(example for example, _ in answers), *(without for part in parts for _, without in part)]
-    probabilities = ask(asked) if asked else np.empty((0, 0))
-    whole, rest = probabilities[: len(answers)], iter(probabilities[len(answers) :])
+    odds = logit(np.clip(ask(asked), SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)) if asked else np.empty((0, 0))
+    whole, rest = odds[: len(answers)], iter(odds[len(answers) :])
     return [
-        [{**word, "weight": log_odds(before, answer) - log_odds(next(rest), answer)} for word, _ in part]
+        [{**word, "weight": float(before[answer] - next(rest)[answer])} for word, _ in part]
         for before, part, (_, answer) in zip(whole, parts, answers, strict=True)
     ]
 
@@ -274,9 +275,3 @@ def _without_each_word(example: Example) -> list[tuple[Json, Example]]:
             about = {"field": name, "word": word.group(), "start": word.start(), "end": word.end()}
             found.append((about, Example({**example.fields, name: rest})))
     return found
-
-
-def log_odds(probabilities: Floats, answer: int) -> float:
-    """Log-odds (nats) of one answer against all others."""
-    own, others = float(probabilities[answer]), float(probabilities.sum() - probabilities[answer])
-    return float(np.log(max(own, SMALLEST_PROBABILITY)) - np.log(max(others, SMALLEST_PROBABILITY)))

@@ -66,25 +66,19 @@ def swap_fields(swap: Swap, fields: Mapping[str, str]) -> dict[str, str] | None:
 
 def other_names(text: str) -> str:
     """First names replaced by the next of their row. A possessive keeps its ending; names in capitals or small letters stay."""
-
-    def replace(found: re.Match[str]) -> str:
-        word, ending = _divide(found.group())
-        return _NEXT_NAME.get(word, word) + ending
-
-    return _WORD.sub(replace, text)
+    return _each_word(text, lambda word, _: _NEXT_NAME.get(word, word))
 
 
 def other_gender(text: str) -> str:
     """Words of gender replaced by their counterparts, in the same case: "He saw her brother" → "She saw his sister"."""
 
-    def replace(found: re.Match[str]) -> str:
-        word, ending = _divide(found.group())
-        other = _counterpart(word.lower(), text[found.end() :])
+    def change(word: str, rest: str) -> str:
+        other = _counterpart(word.lower(), rest)
         if len(word) > 1 and word.isupper():
-            return other.upper() + ending
-        return (other[0].upper() + other[1:] if word[0].isupper() else other) + ending
+            return other.upper()
+        return other[0].upper() + other[1:] if word[0].isupper() else other
 
-    return _WORD.sub(replace, text)
+    return _each_word(text, change)
 
 
 def written_out(text: str) -> str:
@@ -116,7 +110,11 @@ def _counterpart(word: str, rest: str) -> str:
     return {"him": "her", "hers": "his"}.get(word) or _OTHER_GENDER.get(word, word)
 
 
-def _divide(word: str) -> tuple[str, str]:
-    """A word, and its ending from an apostrophe on."""
-    found = re.search("['’]", word)
-    return (word, "") if found is None else (word[: found.start()], word[found.start() :])
+def _each_word(text: str, change: Callable[[str, str], str]) -> str:
+    """A text with `change(word, what follows it)` for each word. An ending from an apostrophe on stays."""
+
+    def replace(found: re.Match[str]) -> str:
+        word = re.split("['’]", found.group())[0]
+        return change(word, text[found.end() :]) + found.group()[len(word) :]
+
+    return _WORD.sub(replace, text)

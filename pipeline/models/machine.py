@@ -39,14 +39,15 @@ def cores() -> int:
     return min(available, psutil.cpu_count(logical=False) or available)
 
 
-def _cpu_info() -> str:
+def cpu_info() -> str:
+    """What Linux says of the processor; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     return info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
 
 
 def _mkl_is_slow() -> bool:
     """Whether torch multiplies by MKL on a processor with AVX-512 that is not Intel's: MKL then uses AVX2, at half the rate."""
-    info = _cpu_info()
+    info = cpu_info()
     intel = not info or "GenuineIntel" in info
     return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not intel
 
@@ -88,7 +89,7 @@ def fast_dtype(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else "float32"
-    return "bfloat16" if "amx_bf16" in _cpu_info().split() else "float32"
+    return "bfloat16" if "amx_bf16" in cpu_info().split() else "float32"
 
 
 def peak_rss_bytes() -> int:

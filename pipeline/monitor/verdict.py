@@ -29,10 +29,10 @@ SHOWN = 8
 
 
 def accuracy_bound(params: MonitorParams, evaluation: Path | None, domains: dict[str, str]) -> tuple[float, str] | None:
-    """What accuracy is compared with, and where that comes from: params, else the student's own `metrics/eval/NAME.json`; else None.
+    """What accuracy is compared with, and where that comes from; None if nothing says it.
 
-    From the file it is the mean accuracy over the sets that `domains` says are out of domain, or over all if none is, less the tolerated
-    drop.
+    It is `monitor.min_accuracy`, else the mean accuracy in the student's own `metrics/eval/NAME.json`, less the tolerated drop: over the
+    sets that `domains` says are out of domain, or over all if none is.
     """
     if params.min_accuracy is not None:
         return params.min_accuracy, "monitor.min_accuracy"
@@ -65,22 +65,33 @@ def verdict(
     tests: Sequence[DriftTest],
     peak_mb: float,
     params: MonitorParams,
-    bad_rows_limit: float,
+    bad_limit: float,
 ) -> dict[str, Any]:
     """The monitor's JSON, from corrected tests. `peak_mb` is the peak memory of the process that answered."""
-    share, limit_mb = new.bad / new.rows, params.max_memory_mb
-    too_large, too_bad = limit_mb is not None and peak_mb > limit_mb, share > bad_rows_limit
-    alarms = [test.name for test in tests if test.alarm]
+    share, limit_mb, rate = new.bad / new.rows, params.max_memory_mb, params.false_alarm_rate
+    too_large, too_bad = limit_mb is not None and peak_mb > limit_mb, share > bad_limit
+    drifted = [test.name for test in tests if test.alarm]
+    alarms = [*drifted, *["memory"] * too_large, *["bad rows"] * too_bad]
+    sentence = f"No alarm: nothing in {len(new):,} inputs says that retraining is due (false alarms: at most {rate:.1%} of such checks)."
+    if alarms:
+        due = "Retraining is due" if drifted else "Something is wrong, but not what retraining mends"
+        sentence = f"{due}: {', '.join(alarms)} (of inputs like the reference, at most {rate:.1%} of such checks say so)."
+    limit = "no limit set" if limit_mb is None else f"limit {limit_mb:,} MB"
     document = {
         "student": {"name": predictor.student.name, "weights_sha256": predictor.weights_sha256},
         "reference": {"from": reference.origin, "rows": len(reference)},
         "inputs": {"from": new.origin, "rows": new.rows, "with_error": new.bad, "tested": len(new)},
-        "false_alarm_rate": params.false_alarm_rate,
+        "false_alarm_rate": rate,
         "tests": [asdict(test) for test in tests],
         "memory": {"peak_mb": peak_mb, "limit_mb": limit_mb, "alarm": too_large},
-        "bad_rows": {"share": share, "limit": bad_rows_limit, "alarm": too_bad},
-        "alarms": [*alarms, *["memory"] * too_large, *["bad rows"] * too_bad],
-        "due": bool(alarms),
+        "bad_rows": {"share": share, "limit": bad_limit, "alarm": too_bad},
+        "alarms": alarms,
+        "due": bool(drifted),
+        "verdict": sentence,
+        "figures": [
+            f"memory: {peak_mb:,.0f} MB at its peak while answering ({limit})" + ": alarm" * too_large,
+            f"rows with an error: {new.bad:,} of {new.rows:,} (limit {bad_limit:.0%})" + ": alarm" * too_bad,
+        ],
         "farthest": _farthest(reference, new),
     }
     return rounded(document)
@@ -96,15 +107,6 @@ def _farthest(reference: Sample, new: Sample) -> list[dict[str, Any]]:
     ]
 
 
-def sentence(document: dict[str, Any]) -> str:
-    """The verdict in words."""
-    tested, rate = document["inputs"]["tested"], document["false_alarm_rate"]
-    if not document["alarms"]:
-        return f"No alarm: nothing in {tested:,} inputs says that retraining is due (false alarms: at most {rate:.1%} of such checks)."
-    due = "Retraining is due" if document["due"] else "Something is wrong, but not what retraining mends"
-    return f"{due}: {', '.join(document['alarms'])} (of inputs like the reference, at most {rate:.1%} of such checks say so)."
-
-
 def print_table(document: dict[str, Any]) -> None:
     """Print the tests and the verdict on the terminal."""
     console = Console()
@@ -116,9 +118,9 @@ def print_table(document: dict[str, Any]) -> None:
         state, style = ("alarm", "bold red") if test["alarm"] else ("ok", "")
         table.add_row(*(Text(cell) for cell in (*cells, state)), style=style)
     console.print(table)
-    for line in _figures(document):
+    for line in document["figures"]:
         console.print(Text(line))
-    console.print(Text(sentence(document), style="bold red" if document["alarms"] else "bold green"))
+    console.print(Text(document["verdict"], style="bold red" if document["alarms"] else "bold green"))
 
 
 def write_page(document: dict[str, Any], file: Path) -> None:
@@ -126,14 +128,4 @@ def write_page(document: dict[str, Any], file: Path) -> None:
     environment = Environment(
         loader=PackageLoader("pipeline.monitor"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.get_template("monitor.html.jinja")
-    write_text(template.render(d=document, verdict=sentence(document), figures=_figures(document)), file)
-
-
-def _figures(document: dict[str, Any]) -> list[str]:
-    """Memory and unusable rows in words."""
-    memory, inputs, bad = document["memory"], document["inputs"], document["bad_rows"]
-    limit = "no limit set" if memory["limit_mb"] is None else f"limit {memory['limit_mb']:,} MB"
-    peak = f"memory: {memory['peak_mb']:,.0f} MB at its peak while answering ({limit})"
-    rows = f"rows with an error: {inputs['with_error']:,} of {inputs['rows']:,} (limit {bad['limit']:.0%})"
-    return [line + ": alarm" * figure["alarm"] for line, figure in ((peak, memory), (rows, bad))]
+    write_text(environment.get_template("monitor.html.jinja").render(d=document), file)

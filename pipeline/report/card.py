@@ -77,5 +77,5 @@ def _limits(found: Collected, student: str) -> list[str]:
         lines.append(f"Its weakest slice is {where}: {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')} right.")
     if asked := [entry for entry in found.of("risk", student).get("swaps", []) if entry["asked"]]:
         worst = max(asked, key=lambda entry: entry["flips"] / entry["asked"])
-        lines.append(f"A swap that should not matter ({worst['what']}) changed {worst['flips']:,} of {plural(worst['asked'], 'answer')}.")
+        lines.append(f"A swap that should not matter, “{worst['what']}”, changed {worst['flips']:,} of {plural(worst['asked'], 'answer')}.")
     return lines

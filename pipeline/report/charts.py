@@ -125,7 +125,7 @@ def tradeoff(document: Json, domain: str) -> Markup | None:
     rows, unbeaten = frontier(document, domain)
     if len(rows) < 2:
         return None
-    low, left, right = _lowest(document), rows[0]["latency"] / 1.35, rows[-1]["latency"] * 1.35
+    low, left, right = min(row["low"] for row in rows) // 10 * 10, rows[0]["latency"] / 1.35, rows[-1]["latency"] * 1.35
     values = [digit * 10**power for power in range(-2, 8) for digit in (1, 2, 5) if left <= digit * 10**power <= right]
     scale = alt.Scale(type="log", domain=[left, right], nice=False)
     x = alt.X("latency:Q", title="latency, ms an example (log scale)", scale=scale, axis=_ticks(values=values, format="~s"))

@@ -31,7 +31,7 @@ def span(interval: list[float], digits: int = 1) -> str:
 
 def number(value: float | None, digits: int = 0) -> str:
     """A count or measurement with thousands separators; a dash if it is missing."""
-    return DASH if value is None else f"{value:,.{digits}f}"
+    return DASH if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def scaled(value: float | None, unit: str = "") -> str:
@@ -183,8 +183,8 @@ def measured_on(document: Json) -> str:
 def context_tokens(found: Collected) -> str:
     """How long the contexts are."""
     counted = found.files.get("metrics/prepare.json", {}).get("contexts", {})
-    sizes = {name: list(entry["tokens"].values()) for name, entry in counted.items() if entry["tokens"]}
-    return "; ".join(f"`{name}`: {plural(len(own), 'context')} of {min(own):,} to {max(own):,} tokens" for name, own in sizes.items())
+    ends = {name: dict.fromkeys([min(own), max(own)]) for name, entry in counted.items() if any(own := entry["tokens"].values())}
+    return "; ".join(f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items())
 
 
 def findings(document: Json) -> list[str]:

@@ -62,7 +62,7 @@ def headline(found: Collected) -> Table:
             note, runs = span(entry["ci95"]), entry.get("contexts")
             if runs is not None:
                 seeds = method["kind"] == "student"
-                note += f"; seeds ± {percent(runs['sd'])}" if seeds else f"; contexts {span([runs['worst'], runs['best']])}"
+                note += f"; seeds\u00a0±\u00a0{percent(runs['sd'])}" if seeds else f"; contexts\u00a0{span([runs['worst'], runs['best']])}"
             row.append(Cell(percent(entry["accuracy"]), note, _mark(name, methods, kind, key)))
         row += ["itself" if name == document["reference"] else percent(method["means"][domain]["agreement"]) for domain in domains]
         bodies.setdefault(titles[method["kind"]], []).append(row)
@@ -110,7 +110,7 @@ def comparisons(document: Json) -> Table | None:
         for one, other in dict.fromkeys(pairs):
             if (row := comparison(document, one, other, domain, what)) is not None:
                 counts = [row["only_method_right"], row["only_other_right"]]
-                alone = "" if None in counts else f"only {one} right {counts[0]:,}, only {other} {counts[1]:,}"
+                alone = "" if None in counts else f"only\u00a0{one}\u00a0right\u00a0{counts[0]:,}, only\u00a0{other}\u00a0{counts[1]:,}"
                 interval = f"{points(row['ci95'][0])} to {points(row['ci95'][1])}"
                 verdict = "different" if row["clear"] else "not clear"
                 cells: Row = [f"`{one} − {other}`", points(row["difference"]), interval, verdict, Cell(p_value(row["mcnemar_p"]), alone)]
@@ -131,7 +131,7 @@ def break_even(found: Collected) -> Table | None:
             row.append(missed if count is None else Cell(f"{count:,}", f"saves {1000 * saved:,.0f} ms each"))
         rows.append(row)
     caption = f"Predictions after which a student has saved the time spent on it, compared with prompting {found.document['reference']}."
-    columns = ["Student", "teachers and base models, s", "training, s", "predictions one by one", "predictions in batches"]
+    columns = ["Student", "teachers and bases, s", "training, s", "predictions one by one", "predictions in batches"]
     return Table("break-even", caption, columns, {"": rows}) if rows else None
 
 
@@ -221,7 +221,7 @@ def print_summary(project: Path = Path(), console: Console | None = None) -> Non
     table.add_column("method", no_wrap=True)
     columns = [(key, domain) for key in titles for domain in domains_of(document) if key in means[document["reference"]][domain]]
     for key, domain in columns:
-        table.add_column(f"{titles[key]}, {DOMAINS[domain].lower()}", justify="right")
+        table.add_column(f"{titles[key]},\n{DOMAINS[domain].lower()}", justify="right")
     for name, own in means.items():
         tops = [max(other[domain][key] for other in means.values()) for key, domain in columns]
         cells = [(own[domain][key], own[domain][key] == top) for (key, domain), top in zip(columns, tops, strict=True)]

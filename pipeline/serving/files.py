@@ -21,17 +21,13 @@ from pipeline.data.readers import MISSING, BadRow, MissingColumnError, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import replacing
 from pipeline.params.data import FORMATS
-from pipeline.serving.log import json_line
+from pipeline.serving.log import UNENCODABLE, json_line
 from pipeline.serving.predictor import Prediction, Predictor
 
-WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form != "tsv"}
-"""Formats of the output, by the suffix of a file's name."""
-LOG_KEYS = ("time", "student", "fields")
-"""What a line of a predictions log has, whatever its answer."""
+WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form != "tsv"}  # the output's formats
+LOG_KEYS = ("time", "student", "fields")  # what a line of a predictions log has, whatever its answer
 OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "error")
 WINDOW_CHARS = 4_000_000
-UNENCODABLE = "backslashreplace"
-"""Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +43,12 @@ class Item:
 Answered = tuple[Item, Prediction]
 
 
-def format_of(path: str, chosen: str | None, option: str, formats: Mapping[str, str] = FORMATS) -> str:
-    """The format that `option` chose, else what the file's name ends with. Standard input and output are JSON lines by default."""
-    if chosen is not None:
-        if chosen not in formats.values():
-            raise UsageError(f"{option}: no format {chosen!r}; choose one of: {choices(set(formats.values()))}")
-        return chosen
+def format_of(path: str, formats: Mapping[str, str] = FORMATS) -> str:
+    """The format that a file's name ends with; standard input and output are JSON lines. Raises UsageError if it is none of `formats`."""
     suffix = ".jsonl" if path == "-" else Path(path).suffix.lower()
     if suffix not in formats:
-        raise UsageError(f"{path}: the name does not end with one of {choices(formats)}; say the format with {option}.")
+        step = "Rename it, or say the format with --input-format or --output-format of predict."
+        raise UsageError(f"{path}: the name does not end with one of {choices(formats)}. {step}")
     return formats[suffix]
 
 
@@ -84,12 +77,13 @@ def kept_columns(options: Sequence[str]) -> dict[str, str]:
     return kept
 
 
-def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[Item]:
+def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], form: str | None = None) -> Iterator[Item]:
     """Rows of a file, or of standard input for "-". `columns` has each field's column, `kept` the column of each name that passes through.
 
     Blank lines are skipped; a row that cannot be read comes with an error. A line of a predictions log gives the input that it holds.
-    Raises UsageError if the file is absent, lacks a column or is not of this format.
+    `form` is by default what the name says. Raises UsageError if the file is absent, lacks a column or is not of this format.
     """
+    form = form or format_of(path)
     file = Path("/dev/stdin" if path == "-" else path)
     if not file.exists() or file.is_dir():
         raise UsageError(f"{path}: no such file.")
@@ -101,7 +95,10 @@ def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[s
             if isinstance(read, BadRow):
                 yield Item(read.line, {}, error=f"{read.field}: {read.reason}" if read.field else read.reason)
                 continue
-            values = [_value(value) for value in read.values]
+            values: list[Any] = [
+                None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value  # which JSON lacks
+                for value in read.values
+            ]
             is_log = form == "jsonl" and isinstance(values[-1], dict) and None not in values[-3:]
             fields = values[-1] if is_log else dict(zip(columns, values, strict=False))
             yield Item(read.line, fields, dict(zip(kept, values[len(columns) :], strict=False)))
@@ -109,11 +106,6 @@ def read_items(path: str, form: str, columns: Mapping[str, str], kept: Mapping[s
         options = {column: f"--keep NAME={column}" for column in kept.values()}
         options |= {column: f"--field {name}=COLUMN" for name, column in columns.items()}
         raise UsageError(f"{missing.fault} Name the right one with {options[missing.column]}.") from None
-
-
-def _value(value: Any) -> Any:
-    """A cell; None for one that is absent, or a number that JSON lacks."""
-    return None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int) -> Iterator[list[Answered]]:

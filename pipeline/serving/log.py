@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ID_DIGITS = 16
+UNENCODABLE = "backslashreplace"
+"""Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
 
 
 class PredictionLog:
@@ -29,7 +30,7 @@ class PredictionLog:
         self.lost = 0
         """Lines that could not be written."""
         self._path = path
-        self._student = weights_sha256[:ID_DIGITS]
+        self._student = weights_sha256[:16]
         self._lock = threading.Lock()
         self._torn = False
 
@@ -38,8 +39,7 @@ class PredictionLog:
         head = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "student": self._student}
         lines = [json_line({**head, "fields": dict(fields), **answer}) for fields, answer in rows]
         with self._lock:
-            # Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape.
-            data = "".join(["\n"] * self._torn + lines).encode("utf-8", "backslashreplace")
+            data = "".join(["\n"] * self._torn + lines).encode("utf-8", UNENCODABLE)
             try:
                 with self._path.open("ab", buffering=0) as file:
                     self._torn = file.write(data) < len(data)  # the disk became full within a line; the next write begins a new one

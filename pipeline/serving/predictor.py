@@ -62,7 +62,7 @@ class Predictor:
     """
 
     def __init__(
-        self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False, max_chars: int | None = None
+        self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False, max_chars: float = math.inf
     ) -> None:
         self.student = student if isinstance(student, Trained) else open_trained(Path(student))
         self.task = self.student.task
@@ -116,7 +116,7 @@ class Predictor:
             raise BadValueError(first, "neither a text nor an object", value)
         example = Example({name: field_text(name, value.get(name, MISSING), None) for name in self.task.fields})
         for name, text in example.fields.items():
-            if self._max_chars is not None and len(text) > self._max_chars:
+            if len(text) > self._max_chars:
                 raise BadValueError(name, f"longer than {self._max_chars:,} characters", text)
         if fault := self._tokens.fault_of(example):
             raise BadValueError(first, fault, value)

@@ -10,7 +10,6 @@ put a reverse proxy in front that has all three.
 
 import asyncio
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,18 +112,17 @@ def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = N
     @app.post("/predict", openapi_extra={"requestBody": {"content": {"application/json": BODY_SCHEMA}}})
     async def predict(request: Request, background: BackgroundTasks) -> dict[str, Any]:
         """Answer inputs."""
-        start = time.perf_counter()
         status = 500
         try:
-            inputs = await read_inputs(request, limits)
-            predictions = await batcher.ask(inputs)
+            with seconds.time():
+                inputs = await read_inputs(request, limits)
+                predictions = await batcher.ask(inputs)
             status = 200
         except HTTPException as refusal:
             status = refusal.status_code
             raise
         finally:
             requests.labels(str(status)).inc()
-            seconds.observe(time.perf_counter() - start)
         for prediction in predictions:
             if prediction.confidence is None:
                 row_errors.inc()

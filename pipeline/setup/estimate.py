@@ -32,8 +32,6 @@ class Trial:
     answer_tokens: int
     """Tokens of the longest answer with its separator."""
     parameters: int
-    layer_parameters: int
-    """Of the largest layer."""
     layers: int
     engine: str
 
@@ -55,9 +53,8 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
     seconds = time.perf_counter() - start
     total = sum(len(prompt.ids) for prompt in prompts)
     answer = tokens.longest_answer + len(tokens.tokenizer(task.params.separator).input_ids)
-    layers = decoder_layers(model)
-    a_layer = max(parameter_counts(layer)[0] for layer in layers)
-    return Trial(total / seconds, total / len(prompts), answer, parameter_counts(model)[0], a_layer, len(layers), engine.name)
+    layers = len(decoder_layers(model))
+    return Trial(total / seconds, total / len(prompts), answer, parameter_counts(model)[0], layers, engine.name)
 
 
 def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> dict[str, float]:
@@ -65,6 +62,8 @@ def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> d
 
     `transfer` and `evaluated` are numbers of examples.
     """
+    from pipeline.models.folders import parse_layers  # brings torch
+
     query = trial.query_tokens
 
     def asked(teacher: str, examples: int) -> float:
@@ -75,7 +74,8 @@ def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> d
     for tuned in params.tuned.values():
         work["training"] += 3 * tuned.steps * tuned.batch_size * query
     for student in params.students.values():
-        share = _kept(student.layers, trial.layers) / trial.layers * len(student.runs)
+        kept = len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers
+        share = kept / trial.layers * len(student.runs)
         rows = student.batch_size + sum(term.batch_size or student.batch_size for term in student.auxiliary.values())
         work["training"] += 3 * student.steps * rows * query * share
         work["students"] += evaluated * query * share
@@ -84,14 +84,12 @@ def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> d
     return work
 
 
-def peak_bytes(params: Params, trial: Trial) -> float:
-    """Memory that training the largest student or tuned teacher may take, all weights in float32, and the process around them.
+def peak_bytes(trial: Trial) -> float:
+    """Memory that training the whole model may take, in float32, with the process around it; a cut student takes less.
 
     What the model holds of a batch is left out: some 100 MB for short texts.
     """
-    kept = [_kept(student.layers, trial.layers) for student in params.students.values()]
-    layers = max([*kept, *(trial.layers for _ in params.tuned)], default=0)
-    return PROCESS_BYTES + 4.0 * ADAM_COPIES * (trial.parameters - (trial.layers - layers) * trial.layer_parameters)
+    return PROCESS_BYTES + 4.0 * ADAM_COPIES * trial.parameters
 
 
 def stage_count(params: Params, dag: Path) -> int:
@@ -124,16 +122,10 @@ def cost(params: Params, examples: Mapping[str, Sequence[Example]]) -> str:
         [
             f"{name} on {len(rows)} rows: {rate:,.0f} tokens/s, {length:.0f} tokens a text, engine {trial.engine}",
             *(f"  {part}: {tokens:,.0f} tokens, about {tokens / rate / 60:,.1f} min" for part, tokens in work.items()),
-            f"A full run takes about {minutes:,.0f} minutes ({stages} stages) and up to {peak_bytes(params, trial) / 1e9:.1f} GB of "
+            f"A full run takes about {minutes:,.0f} minutes ({stages} stages) and up to {peak_bytes(trial) / 1e9:.1f} GB of "
             "memory; after it, one more student costs only itself.",
         ]
     )
-
-
-def _kept(layers: str | None, depth: int) -> int:
-    from pipeline.models.folders import parse_layers
-
-    return depth if layers is None else len(parse_layers(layers, depth))
 
 
 def _teachers(params: Params, prompts: str) -> list[str]:

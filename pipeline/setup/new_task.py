@@ -67,7 +67,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
         raw = _raw(base, answers, _verbalisers(labels, answers.verbalisers))
         params = parse_params(raw)
         measure = _measure(params)
-        read = _read(params)
+        read = _read(params)  # without a limit to the length of texts
     except MissingColumnError as missing:
         option = "--label-column" if missing.column == answers.label_column else f"--field {missing.column}=COLUMN"
         raise UsageError(f"{missing.fault} Name the right one with {option}.") from None

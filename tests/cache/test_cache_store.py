@@ -169,6 +169,15 @@ def test_a_damaged_identity_is_written_again(tmp_path):
     assert stores(tmp_path) == {store.folder: IDENTITY}
 
 
+def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(1))
+    for name in ("identity.json", "plan-00001.parquet", "part-00001-000000.parquet"):
+        (store.folder / f".{name}.123.tmp").write_bytes(b"half")
+    assert score(Store(tmp_path, IDENTITY), keys(1)) == []
+    assert not list(store.folder.glob(".*.tmp"))
+
+
 def test_rows_that_are_not_a_part_s_are_not_written(tmp_path):
     store = Store(tmp_path, IDENTITY)
     with store.lock(), pytest.raises(ValueError, match="2 rows that are not those of its 3 prompts"):
@@ -198,8 +207,11 @@ def test_seconds_and_engines_are_those_of_the_parts_that_hold_the_rows(tmp_path)
 
 
 def test_stores_are_listed_with_their_identity(tmp_path):
-    made = {Store(tmp_path, identity).folder: identity for identity in (IDENTITY, IDENTITY | {"dtype": "bfloat16"})}
-    assert stores(tmp_path) == made
+    identities = [IDENTITY, IDENTITY | {"dtype": "bfloat16"}]
+    made = [Store(tmp_path, identity) for identity in identities]
+    for store in made:
+        score(store, keys(1))
+    assert stores(tmp_path) == {store.folder: identity for store, identity in zip(made, identities, strict=True)}
     assert stores(tmp_path / "nowhere") == {}
 
 

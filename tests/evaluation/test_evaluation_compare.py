@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError
 from pipeline.evaluation import compare as compare_module
 from pipeline.evaluation.compare import break_even, compare_methods, comparisons, mcnemar_exact, payback, to_reference, write_break_even
 from pipeline.evaluation.metrics import mean_accuracy, scores_by_set
@@ -118,8 +118,6 @@ def test_the_reference_answers_every_example_once():
     assert {found["agreement"] for found in to_reference(table, table, LABELS, **BOOTSTRAP).values()} == {1.0}
     other = table_of(rows_of(2)), table_of(rows_of(2)[::-1])
     assert to_reference(table, other[0], LABELS, **BOOTSTRAP) == to_reference(table, other[1], LABELS, **BOOTSTRAP), "joined by example"
-    with pytest.raises(UsageError, match="contexts: ensemble"):
-        to_reference(table, table_of(rows_of(1, contexts=2)), LABELS, **BOOTSTRAP)
     for lacking, count in ((rows[1:], 1), (rows[25:], 25)):
         with pytest.raises(CorruptError, match=f"set 'movie': the reference did not answer {count} examples, first movie-0"):
             to_reference(table, table_of(lacking), LABELS, **BOOTSTRAP)

@@ -23,7 +23,6 @@ from pipeline.evaluation.risk import (
     flips,
     gaps,
     homogeneity,
-    log_odds,
 )
 from pipeline.evaluation.swaps import CONTRACTIONS, FRAMES, GENDER, NAMES, SWAPS, other_gender, other_names, swap_fields, written_out
 from pipeline.schema import PREDICTIONS, Example, read_table, write_table
@@ -180,9 +179,9 @@ def test_weights_are_the_log_odds_that_a_word_carries():
     assert attribute([], ask) == []
 
 
-def test_log_odds_are_against_all_other_answers_and_finite():
-    assert log_odds(np.array([0.5, 0.3, 0.2]), 1) == pytest.approx(math.log(0.3 / 0.7))
-    assert math.isfinite(log_odds(np.array([1.0, 0.0]), 0))
+def test_a_weight_is_finite_if_the_student_is_sure():
+    [[word, _]] = attribute([(Example({"text": "good film"}), 0)], lambda inputs: np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
+    assert math.isfinite(word["weight"])
 
 
 def test_sets_take_turns_among_the_sampled_disagreements_and_long_texts_are_counted():

@@ -227,7 +227,7 @@ def test_a_student_of_several_seeds_has_their_mean_and_deviation(raw, write_run,
     frame = pl.read_parquet(tmp_path / "artifacts" / "predictions" / "cd.parquet").filter(pl.col("set") == "movie")
     each = frame.group_by("run").agg((pl.col("predicted") == pl.col("label")).mean().alias("right"))["right"].to_numpy()
     assert document["methods"]["cd"]["sets"]["movie"]["accuracy"] == pytest.approx(each.mean(), abs=1e-6)
-    assert f"seeds ± {prose.percent(float(each.std(ddof=1)))}" in page
+    assert f"seeds\u00a0±\u00a0{prose.percent(float(each.std(ddof=1)))}" in page
     assert "seeds: 0, 1, 7" in (tmp_path / "artifacts/students/cd/README.md").read_text("utf-8").replace(" | ", ": ")
 
 

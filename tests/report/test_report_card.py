@@ -76,7 +76,7 @@ def test_a_card_has_its_numbers_and_measured_limits(root, found):
     assert f"| tweets | out | 40 | {100 * own['accuracy']:.1f} |" in card
     limits = card[card.index("## Limits") : card.index("## Metrics")]
     assert re.search(r"least accurate on `\w+`: [\d.]+ %", limits)
-    assert "(first names by others of the same gender) changed 1 of 23 answers" in limits
+    assert "“first names by others of the same gender”, changed 1 of 23 answers" in limits
     assert "contractions" not in limits  # nothing was asked
 
 

@@ -112,7 +112,7 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
         (["--student", "nope"], "there are: cd"),
         (["--student", "cd", "-i", "nope.jsonl"], "nope.jsonl: no such file"),
         (["--student", "cd", "-i", "rows.xlsx"], "does not end with one of"),
-        (["--student", "cd", "-i", "rows.jsonl", "--input-format", "xml"], "choose one of: csv, jsonl, parquet, tsv"),
+        (["--student", "cd", "-i", "rows.jsonl", "--input-format", "xml"], "'xml' is not one of"),
         (["--student", "cd", "-i", "rows.jsonl", "--field", "body=text"], "the student's fields are: text"),
         (["--student", "cd", "-i", "rows.jsonl", "--keep", "label"], "write --keep NAME=label"),
         (["--student", "cd", "-i", "rows.jsonl", "--keep", "id", "--keep", "id=text"], "asked for twice"),
@@ -122,7 +122,7 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
         (["--student", "cd", "-i", "body.csv"], "no column 'text'; the columns are: body. Name the right one with --field text=COLUMN"),
         (
             ["--student", "cd", "-o", "x.tsv"],
-            "x.tsv: the name does not end with one of .csv, .jsonl, .ndjson, .parquet; say the format with --output-format",
+            "x.tsv: the name does not end with one of .csv, .jsonl, .ndjson, .parquet. Rename it",
         ),
     ],
 )
@@ -147,22 +147,26 @@ def test_a_kept_column_that_utf8_cannot_hold_stops_nothing(folder, form):
 
 def test_a_pipe_is_read_as_a_file_is(folder):
     os.mkfifo(folder / "pipe.jsonl")
-    writer = threading.Thread(target=lambda: (folder / "pipe.jsonl").write_text('{"text": "a warm film"}\n', "utf-8"))
+    logged = json.dumps({"time": "2026-01-01T00:00:00+00:00", "student": "f" * 16, "fields": {"text": "a warm film"}, "label": "x"})
+    lines = f'{{"text": "a warm film"}}\n{logged}\n'  # the second is a line of a predictions log
+    writer = threading.Thread(target=lambda: (folder / "pipe.jsonl").write_text(lines, "utf-8"))
     writer.start()
     done = shotless(folder, "predict", "--student", "cd", "--input", "pipe.jsonl", "--threads", "1")
     writer.join()
-    assert json.loads(done.stdout)["line"] == 1
+    one, other = map(json.loads, done.stdout.splitlines())
+    assert (one["line"], other["line"]) == (1, 2)
+    assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
 def test_the_only_student_needs_no_name_and_several_need_one(folder, tmp_path, model_folder):
     done = shotless(folder, "predict", "--input", "rows.jsonl", "--threads", "1")
     assert len(done.stdout.splitlines()) == len(TEXTS)
     none = shotless(tmp_path, "predict", "--input", "rows.jsonl", check=False)
-    assert (none.returncode, "there is none yet" in none.stderr) == (2, True)
+    assert (none.returncode, "there are: –" in none.stderr) == (2, True)
     for name in ("a", "b"):
         make_student(tmp_path / "artifacts" / "students" / name, model_folder("llama"))
     several = shotless(tmp_path, "predict", "--input", "rows.jsonl", check=False)
-    assert (several.returncode, "name one of: a, b" in several.stderr) == (2, True)
+    assert (several.returncode, "name one; there are: a, b" in several.stderr) == (2, True)
 
 
 def test_a_kept_column_is_renamed(folder):

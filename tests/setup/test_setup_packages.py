@@ -10,7 +10,12 @@ from conftest import PROJECT
 
 DECLARED = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
 PINS = dict(re.findall(r"(?m)^([A-Za-z0-9._-]+)==([^\s;]+)", (PROJECT / "constraints.txt").read_text("utf-8")))
-NOT_IMPORTED = {"dvc": "runs the pipeline", "gguf": "transformers reads GGUF files with it", "tokenizers": "its version is recorded"}
+NOT_IMPORTED = {
+    "dvc": "runs the pipeline",
+    "fsspec": "pyarrow opens URLs with it",
+    "gguf": "transformers reads GGUF files with it",
+    "tokenizers": "its version is recorded",
+}
 
 
 def canonical(name):
