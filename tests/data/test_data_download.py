@@ -191,7 +191,7 @@ def test_pip_is_asked_for_the_pinned_file_alone(tmp_path: Path, monkeypatch: pyt
     ("stderr", "expected"),
     [
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n Expected sha256 aa\n  Got        bb", "Expected sha256 aa\n  Got        bb"),
-        ("ERROR: No matching distribution found for rows==1.0", "Check `package`, `version` and `kind`"),
+        ("ERROR: No matching distribution found for rows==1.0", "Check `package`, `version`, `kind`, network"),
         ("/x/python: No module named pip", "No module named pip"),
     ],
 )
