@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.folders import load_model, load_tokenizer
-from pipeline.models.packed import PackedModel
-from pipeline.models.rows import Row, pack
+from pipeline.models.packed import PackedModel, Row, pack
 from pipeline.params import load_params
 from pipeline.schema import NO_CONTEXT, read_contexts, read_examples
 from pipeline.task import Task, TaskTokens

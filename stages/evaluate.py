@@ -1,6 +1,6 @@
 """`python -m stages.evaluate NAME`: a student's or baseline's predictions, metrics and cost."""
 
-from pipeline.evaluation.predictions import evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.files import Folders
 from pipeline.params import resolved_params
 from stages import run

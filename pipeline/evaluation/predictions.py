@@ -1,4 +1,4 @@
-"""A method's evaluation: predictions on the evaluation sets, as rows on disk from which every number is made, then metrics and cost.
+"""A method's predictions on the evaluation sets, as rows from which every number is made.
 
 A student answers with no context, each seed's model by itself. A baseline answers in the contexts of a target set, with the calibration
 learnt on the transfer set: each context on its own, or all averaged as the target set averages them. Answers in free text are generated
@@ -16,13 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import MismatchError
-from pipeline.evaluation import free_text
-from pipeline.evaluation.cost import measure_method
-from pipeline.evaluation.metrics import detail, evaluate_predictions, membership, summary
-from pipeline.files import Folders, read_json, read_manifest, sha256_file, write_json
+from pipeline.files import Folders, read_json, read_manifest
 from pipeline.models.trained import open_trained
-from pipeline.params import Params, pick
-from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples, write_table
+from pipeline.params import Params
+from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples
 from pipeline.targets.calibration import combination_of, normalised
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
@@ -54,38 +51,6 @@ class Answering:
                 f"{self.folder}: not the model that the teacher's scores are of ({', '.join(other)} differs). Run `dvc repro`."
             )
         return scorer
-
-
-def evaluate(name: str, params: Params, folders: Folders) -> None:
-    """Evaluate a student or baseline.
-
-    Writes artifacts/predictions/NAME.parquet, metrics/eval/NAME.json, metrics/summary/NAME.json (one row for `dvc metrics show`) and
-    metrics/detail/NAME.json (reliability, confusion, slices). metrics/cost/NAME.json is not an output of DVC: it has times of this machine.
-    Free text has no probabilities of labels, hence no calibration curves, and its cost is not measured.
-    """
-    if name not in params.students:
-        pick("students, baselines", params.baselines, name)
-    settings, completion = params.evaluation, params.task.completion
-    sets, models = read_sets(params, folders), models_of(name, params, folders)
-    table = predict(name, models, params, folders, sets) if completion is None else answer(name, models, params, sets)
-    predictions = folders.artifacts / "predictions" / f"{name}.parquet"
-    write_table(table, predictions)
-    domains = {key: entry.domain for key, entry in params.data.evaluation.items()}
-    bootstrap = {"resamples": settings.bootstrap, "seed": settings.seed}
-    head = {"method": name, "kind": "student" if name in params.students else "baseline"}
-    broken_down = {}
-    if completion is None:
-        labels, members = params.task.labels, {key: membership(examples) for key, examples in sets.items()}
-        result = evaluate_predictions(table, labels, **bootstrap)
-        broken_down = detail(table, labels, members, domains, **bootstrap)
-        cost = measure_method(name, models, params, folders, next(iter(sets.values())))
-        head["subject"] = cost["measured"]["subject"]
-    else:
-        result = free_text.judge(table, completion.form, **bootstrap)
-    head["predictions_sha256"] = sha256_file(predictions)
-    write_json({**head, "sets": result}, folders.metrics / "eval" / f"{name}.json")
-    write_json(summary(result, domains), folders.metrics / "summary" / f"{name}.json")
-    write_json({"method": name, **broken_down}, folders.metrics / "detail" / f"{name}.json")
 
 
 def read_sets(params: Params, folders: Folders) -> dict[str, list[Example]]:

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UsageError
 from pipeline.models.folders import decoder_layers
-from pipeline.models.packed import LayerKeyValues, PackedModel, UnsupportedModelError
-from pipeline.models.rows import Row, pack
+from pipeline.models.packed import LayerKeyValues, PackedModel, Row, UnsupportedModelError, pack
 
 TOLERANCE_NATS, LOW_PRECISION_TOLERANCE_NATS = 1e-4, 1e-3
 """Largest difference of a log-probability that float32 rounding explains, for float32 weights and for others (see `in_float32`)."""

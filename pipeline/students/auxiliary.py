@@ -25,8 +25,7 @@ from pipeline.cache.distributions import Distributions, check_retained, decode, 
 from pipeline.cache.folder import CacheReader, described_task, read_cache
 from pipeline.errors import MismatchError, UsageError
 from pipeline.models.forward import packed_logits, plain_logits
-from pipeline.models.packed import PackedModel
-from pipeline.models.rows import Row, rows_of
+from pipeline.models.packed import PackedModel, Row, rows_of
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example
 from pipeline.students.data import StudentRow, shortest_and_longest

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import ShotlessError
 from pipeline.models.cpu_kernels import MatrixGradients
 from pipeline.models.forward import TOLERANCE_NATS, packed_if_exact
-from pipeline.models.packed import PackedModel
-from pipeline.models.rows import Completions, rows_of
+from pipeline.models.packed import Completions, PackedModel, rows_of
 from pipeline.params import TuningParams
 from pipeline.progress import progress, rate
 from pipeline.students.auxiliary import CachedRow, CacheLoss, CacheTerm, logits_of

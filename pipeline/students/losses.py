@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.models.rows import Completions
+from pipeline.models.packed import Completions
 from pipeline.students.data import LabelTerm, TargetRow
 
 Divergence = Literal["kl", "reverse_kl", "jensen_shannon"]

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from pipeline.cache.encodings import DRAWN, Encoded, encode
 from pipeline.models.forward import in_float32, packed_if_exact, packed_logits, plain_logits
 from pipeline.models.machine import memory_bytes
-from pipeline.models.packed import LayerKeyValues, PackedModel
-from pipeline.models.rows import Completions, Row, rows_of
+from pipeline.models.packed import Completions, LayerKeyValues, PackedModel, Row, rows_of
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.task import TaskTokens

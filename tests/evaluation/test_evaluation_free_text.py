@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.evaluation.compare import compare_methods
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.free_text import agreement, judge, values_of
-from pipeline.evaluation.predictions import evaluate
 from pipeline.files import read_json
 from pipeline.params import FormParams
 from pipeline.schema import ANSWERS, read_table, write_table

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.metrics import evaluate_predictions
-from pipeline.evaluation.predictions import evaluate, models_of, predict, read_sets
+from pipeline.evaluation.predictions import models_of, predict, read_sets
 from pipeline.schema import PREDICTIONS, TARGETS, Context, Example, read_table, write_contexts, write_examples
 from pipeline.targets.build import build_targets
 from pipeline.task import Task

@@ -6,8 +6,7 @@ from conftest import ARCHITECTURES
 
 from pipeline.errors import UsageError
 from pipeline.models.forward import packed_if_exact, packed_logits, plain_logits
-from pipeline.models.packed import ATTENTION, PackedModel, decoder_layers
-from pipeline.models.rows import Row
+from pipeline.models.packed import ATTENTION, PackedModel, Row, decoder_layers
 
 ROWS = [Row([5, 9, 3, 7], ([11, 5], [12])), Row([8]), Row([1, 2, 3, 4, 5, 6], ([7, 8, 9],)), Row([3, 4, 5, 6])]
 UNUSUAL = {"mamba": {"state_size": 4}, "bloom": {"n_head": 4, "n_layer": 4}}

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from pipeline.models import packed
-from pipeline.models.packed import PackedModel, UnsupportedModelError, attention_with_lse, decoder_layers, grouped, merge
-from pipeline.models.rows import Row, pack
+from pipeline.models.packed import PackedModel, Row, UnsupportedModelError, attention_with_lse, decoder_layers, grouped, merge, pack
 
 SEVERAL = ["llama", "gpt2", "opt", "qwen2", "gpt_neox", "mistral"]
 RESHAPING = {("gpt2", True)}  # reshapes by the sequence length, so its last layer does not run on answer positions alone

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.models.rows import Row, pack
+from pipeline.models.packed import Row, pack
 
 IDS = st.lists(st.integers(0, 200_000), min_size=1, max_size=6)
 PLAIN = st.lists(st.builds(Row, IDS), min_size=1, max_size=5)

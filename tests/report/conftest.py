@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from pipeline.evaluation.compare import compare_methods
 from pipeline.evaluation.free_text import judge
 from pipeline.evaluation.metrics import detail, evaluate_predictions, membership
-from pipeline.files import Folders, sha256_file, sha256_text, write_json
+from pipeline.files import Folders, sha256_text, write_json
 from pipeline.params import Params, parse_params
 from pipeline.report.collect import Collected, collect
 from pipeline.report.page import build_report
@@ -89,7 +89,7 @@ def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
     for method in [*params.baselines, *params.students]:
         table, path = predictions(params, method, sets), folders.artifacts / "predictions" / f"{method}.parquet"
         write_table(table, path)
-        about = {"method": method, "subject": sha256_text(method), "predictions_sha256": sha256_file(path)}
+        about = {"method": method, "subject": sha256_text(method)}
         if params.task.completion is None:
             judged = evaluate_predictions(table, params.task.labels, **settings)
             members = {name: membership(rows) for name, rows in sets.items()}
