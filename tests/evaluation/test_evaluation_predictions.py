@@ -135,7 +135,7 @@ def test_slices_come_from_the_file_itself(world):
 def no_cost(monkeypatch):
     """The stage without its measurement, which has tests of its own."""
     figures = {"measured": {"subject": "s"}}
-    monkeypatch.setattr("pipeline.evaluation.predictions.measure_method", lambda *_: figures)
+    monkeypatch.setattr("pipeline.evaluation.evaluate.measure_method", lambda *_: figures)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("several", "student"), ("icl", "baseline"), ("teacher", "baseline")])
