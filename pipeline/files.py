@@ -113,7 +113,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any], names: Sequence[str] 
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest. Raises ShotlessError if there is none: the folder is incomplete. Its files are not looked at."""
+    """A folder's manifest. Raises ShotlessError if it has none, because it is incomplete. Its files are not read."""
     try:
         manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:

@@ -96,7 +96,7 @@ def _in_shards(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def cache_manifest(folder: Path | str) -> dict[str, Any]:
     """A cache's manifest. Its shards are not looked at.
 
-    Raises ShotlessError if there is none, CorruptError if it is not the manifest of a cache that this version reads.
+    Raises ShotlessError if the manifest is missing, CorruptError if this version cannot read it.
     """
     try:
         manifest = read_manifest(folder) if isinstance(folder, Path) else json.loads(_read(folder, MANIFEST))

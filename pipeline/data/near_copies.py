@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 GRAM = 5
 COMMON_SHARE, COMMON_ROWS = 0.2, 10
-"""A 5-gram is common if more than this share of the rows have it, and at least so many rows, on either side."""
+"""A 5-gram is common if, in either of the two sets of texts, it is in more than this share of the rows and in at least this many."""
 SAMPLE = 400
 """Rows of each side, about, in which common 5-grams are counted."""
 BLOCK = 1024

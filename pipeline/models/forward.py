@@ -64,7 +64,7 @@ def packed_if_exact(
 ) -> tuple[PackedModel | None, str]:
     """A packed pass whose `difference` from the plain forward, nats, is at most `tolerance`; else None. And why.
 
-    The model's attention implementation is the packed one if there is a packed pass, and as it was if there is none.
+    With a packed pass, the model's attention implementation becomes the packed one; without, it stays as it was.
     """
     refusals = []
     for answers_only in (True, False):

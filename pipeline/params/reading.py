@@ -78,7 +78,12 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
 
 
 def resolved_params(path: Path = RESOLVED) -> Params:
-    """The params of a running stage, as the first stage resolved them."""
+    """The params of a running stage, as the first stage resolved them.
+
+    Raises UsageError if a library is no longer the pinned one: DVC does not see what was installed since.
+    """
+    if faults := other_versions(Path("constraints.txt")):
+        raise UsageError("\n".join(faults))
     raw = read_yaml(path)
     derived = {"versions", "context_models"}
     return parse_params({key: value for key, value in raw.items() if key not in derived}, path)

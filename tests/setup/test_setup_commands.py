@@ -13,6 +13,7 @@ from small_project import make_project
 
 from pipeline.files import sha256_json
 from pipeline.params import read_yaml, write_yaml
+from pipeline.params.reading import resolve
 
 
 @pytest.fixture
@@ -62,6 +63,16 @@ def test_a_stage_for_an_unknown_entry_or_without_inputs_says_what_to_do(folder):
         assert done.returncode == (0 if stage == "params" else 2), done.stderr
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_stage_refuses_a_library_that_was_installed_after_the_params_were_resolved(folder):
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    resolve(folder)
+    (folder / "constraints.txt").write_text("torch==0.1\n", "utf-8")  # what is installed differs from the pin, and `params` does not run
+    command = [sys.executable, "-m", "stages.source", "amazon"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "constraints.txt pins 0.1. Run `make setup`, or correct the pin." in done.stderr
 
 
 def dag(folder, model):
