@@ -37,7 +37,7 @@ TOLERANCE_NATS = {"float32": 1e-4, "bfloat16": 0.5}
 LM_EVAL = ["torch", "lm_eval[hf]==0.4.13"]
 LLAMA_CPP = ["llama-cpp-python==0.3.36", "numpy"]
 KEPT = Path("benchmarks/llama_cpp.json")
-LINE = (50, 100, 200)
+LINE = (40, 80, 160)
 """Numbers of queries behind one context of 1,024 tokens, to show that time grows with queries alone."""
 
 

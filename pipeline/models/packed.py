@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from pipeline.models.cpu_kernels import fuse
 from pipeline.models.folders import UnsupportedModelError, decoder_layers
 
 Completions = Sequence[Sequence[int]]
@@ -159,7 +158,7 @@ class PackedModel:
     """A causal language model that scores packed rows behind a shared context.
 
     `answers_only` runs the last layer on answer positions alone; architectures that reshape by the sequence length do not take it. The
-    model's attention implementation is set to `ATTENTION`, and `models.cpu_kernels.fuse` is applied, until `detach`.
+    model's attention implementation is set to `ATTENTION` until `detach`.
     """
 
     def __init__(self, model: PreTrainedModel, *, answers_only: bool = True) -> None:
@@ -173,12 +172,10 @@ class PackedModel:
             model.set_attn_implementation(ATTENTION)
         except ValueError as error:
             raise UnsupportedModelError(f"{type(model).__name__} does not take an attention function: {error}") from error
-        self._restore = fuse(model)
         self._hook = self.layers[-1].register_forward_pre_hook(_keep_answers, with_kwargs=True) if answers_only else None
 
     def detach(self) -> None:
         """Give the model back as it was."""
-        self._restore()
         if self._hook is not None:
             self._hook.remove()
         self.model.set_attn_implementation(self._plain_attention)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import ShotlessError
-from pipeline.models.cpu_kernels import MatrixGradients
 from pipeline.models.forward import TOLERANCE_NATS, packed_if_exact
 from pipeline.models.packed import Completions, PackedModel, rows_of
 from pipeline.params import TuningParams
@@ -186,25 +185,21 @@ class _Steps:
             of_labels = sum(row.tokens + self.forward.branch_tokens for order in labels for row in order.at(step))
             return of_labels + sum(row.tokens for order in cached for row in order.at(step))
 
-        self.matrices = MatrixGradients(self.model)
-        try:
-            with progress(self.title, params.steps, "steps") as meter:
-                meter.advance(resumed_at, "resumed" if resumed_at else "")
-                for step in range(resumed_at, params.steps):
-                    if validation is not None and reached.is_over(validation.patience):
-                        meter.advance(0, f"no better in {validation.patience} validations: stopped early")
-                        break
-                    for group in self.optimizer.param_groups:
-                        group["lr"] = learning_rate(step, params)
-                    reached.losses.append(self._step(step, [order.at(step) for order in labels], [order.at(step) for order in cached]))
-                    seen += tokens_of(step)
-                    meter.advance(1, f"loss {reached.losses[-1]:.4f}, {rate(seen, time.monotonic() - started):,.0f} tokens/s")
-                    if validation is not None and ((step + 1) % validation.every == 0 or step + 1 == params.steps):
-                        reached.add(self.model, self._validate(validation, step + 1))
-                    if checkpoint is not None and checkpoint.due() and step + 1 < params.steps:
-                        checkpoint.save(self.model, self.optimizer, reached)
-        finally:
-            self.matrices.detach()
+        with progress(self.title, params.steps, "steps") as meter:
+            meter.advance(resumed_at, "resumed" if resumed_at else "")
+            for step in range(resumed_at, params.steps):
+                if validation is not None and reached.is_over(validation.patience):
+                    meter.advance(0, f"no better in {validation.patience} validations: stopped early")
+                    break
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(step, params)
+                reached.losses.append(self._step(step, [order.at(step) for order in labels], [order.at(step) for order in cached]))
+                seen += tokens_of(step)
+                meter.advance(1, f"loss {reached.losses[-1]:.4f}, {rate(seen, time.monotonic() - started):,.0f} tokens/s")
+                if validation is not None and ((step + 1) % validation.every == 0 or step + 1 == params.steps):
+                    reached.add(self.model, self._validate(validation, step + 1))
+                if checkpoint is not None and checkpoint.due() and step + 1 < params.steps:
+                    checkpoint.save(self.model, self.optimizer, reached)
         steps = len(reached.losses)
         if checkpoint is not None and checkpoint.keeps_end and steps > resumed_at:
             checkpoint.save(self.model, self.optimizer, reached)
@@ -216,7 +211,7 @@ class _Steps:
     def _step(self, step: int, labels: Sequence[Sequence[TargetRow]], cached: Sequence[Sequence[CachedRow]]) -> float:
         """One update, of the gradients of all pieces; returns the loss before it."""
         share, micro_batch, value = self.processes.share, self.params.micro_batch, 0.0
-        self.matrices.forget(self.weights)  # kept, not freed: fresh pages for all gradients would cost 6 % of a step
+        self.optimizer.zero_grad(set_to_none=False)  # fresh pages for all gradients would cost 6 % of a step
         for piece in micro_batches([share(batch) for batch in labels], micro_batch):
             rows = [row for batch in piece for row in batch]
             loss = objective(self.label_terms, piece, self.forward.label_log_probabilities(rows), [len(batch) for batch in labels])
@@ -224,7 +219,6 @@ class _Steps:
         for cache_loss, batch in zip(self.cache_losses, cached, strict=True):
             for [rows] in micro_batches([share(batch)], micro_batch):
                 value += self._backward(cache_loss(rows, sum(row.positions for row in batch)), step, rows)
-        self.matrices.settle()
         self.processes.add_gradients(self.weights)
         norm = clip_gradients(self.weights, self.params.max_grad_norm)
         self._check_finite("norm of the gradient", norm, step, [row for batch in (*labels, *cached) for row in batch])

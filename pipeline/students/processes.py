@@ -2,8 +2,7 @@
 
 What a step learns does not depend on the number of processes. Batches are planned as for one, losses are divided by the whole batch's size,
 and gradients are added up before the update. All processes make the same update, so none is sent weights; the first one writes.
-DistributedDataParallel does not fit: gradients of matrices bypass autograd's hooks (`models/cpu_kernels.py`), and a step has several
-backward passes.
+DistributedDataParallel does not fit: a step has several backward passes, and some processes have fewer of them than others.
 """
 
 import os

@@ -159,12 +159,10 @@ def test_training_gives_the_naive_loop_s_losses_and_answers(tiny_model, architec
     assert not torch.allclose(after, before, atol=5e-3)
 
 
-@pytest.mark.parametrize("kernels", ["1", "0"])
 @pytest.mark.parametrize("completions", [SINGLE, MULTI], ids=["single", "multi"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral with a short window"])
-def test_the_forward_has_the_plain_values_and_gradients(tiny_model, monkeypatch, architecture, completions, kernels):
-    """Packed, but for a window shorter than the rows; with the small vocabulary for single-token labels; with kernels and without."""
-    monkeypatch.setenv("SHOTLESS_KERNELS", kernels)
+def test_the_forward_has_the_plain_values_and_gradients(tiny_model, architecture, completions):
+    """Packed, but for a window shorter than the rows; with the small vocabulary for single-token labels."""
     short = architecture not in ARCHITECTURES
     model = tiny_model("mistral", sliding_window=4) if short else tiny_model(architecture)
     rows = make_rows(5)
