@@ -137,7 +137,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         own += [row | {"engine": label} for row in kept["rows"] if row["context_tokens"] == context]
     fast = next((row["examples_per_s"] for row in own if row["engine"] == "shared_prefix"), None)
     table = Table(title=f"{own[0]['context_tokens_exact']:,} context tokens, queries of {own[0]['query_tokens']:.0f}")
-    for name in ("engine", "examples/s", "s/example", "fast path is so many times faster", "peak memory", "differs by"):
+    for name in ("engine", "examples/s", "s/example", "speed-up of the fast path", "peak memory", "differs by"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for row in own:
         rate, memory = row["examples_per_s"], row["peak_rss_bytes"]
