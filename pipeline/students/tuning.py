@@ -12,7 +12,6 @@ Weights that are not learnt have no gradient and no moments, and below the first
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UsageError
-from pipeline.models.folders import parameter_counts
 from pipeline.models.packed import decoder_layers
 from pipeline.params import LoraParams, TuningParams
 
@@ -32,11 +30,9 @@ from pipeline.params import LoraParams, TuningParams
 class Tuning:
     """A model whose learnt weights are marked; all others are frozen."""
 
-    trains: str
-    """What is learnt, in words."""
+    trains: str  # what is learnt, in words
     trained_parameters: int
-    _adapter: Any = None
-    """peft's wrapper around the model, if there are adapters."""
+    _adapter: Any = None  # peft's wrapper around the model, if there are adapters
 
     def save_adapter(self, folder: Path, base: str) -> None:
         """Write a LoRA adapter as peft does, for use on `base` with the same layers kept."""
@@ -75,7 +71,7 @@ def apply_tuning(model: PreTrainedModel, params: TuningParams) -> Tuning:
     if params.freeze_embeddings or params.freeze_layers:
         for module in (*_embeddings(model), *layers[: params.freeze_layers]):
             module.requires_grad_(False)
-    return Tuning(trains, parameter_counts(model)[1], adapter)
+    return Tuning(trains, model.num_parameters(only_trainable=True), adapter)
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -166,14 +162,3 @@ def learning_rate(step: int, params: TuningParams) -> float:
     share = (step - warmup) / (params.steps - warmup)
     factors = {"constant": 1.0, "linear": 1.0 - share, "cosine": 0.5 * (1.0 + math.cos(math.pi * share))}
     return params.learning_rate * factors[params.decay]
-
-
-def clip_gradients(weights: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to a joint norm of `max_norm` if it is larger; returns the norm before.
-
-    Gradients within the limit are not touched: scaling by 1 would read and write all of them.
-    """
-    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-    if float(norm) > max_norm and math.isfinite(float(norm)):
-        torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
-    return float(norm)
