@@ -165,7 +165,13 @@ class CacheLoss:
         if term.hidden_weight:
             states = term.cache.hidden_states(term.rows[:SAMPLE], self._theirs)
             self.matching = Matching(states, config.hidden_size, seed).to(model.device)
-        self.is_fused = self._head_is_all()
+        self.is_fused = False
+        if isinstance(self._head, nn.Linear):  # and no scale or cap follows it
+            probe = shortest_and_longest(term.rows)
+            with torch.no_grad():
+                expected = self._forward(probe)[0]
+                self.is_fused = True
+                self.is_fused = float((self._head(self._forward(probe)[0]) - expected).abs().max()) <= 1e-3
 
     def __call__(self, batch: Sequence[CachedRow], positions: int) -> Tensor:
         """Weight · Σ divergence / positions + hidden_weight · Σ distance / positions, nats, with a gradient.
@@ -173,7 +179,7 @@ class CacheLoss:
         `positions` are those of the whole step, of which `batch` may be a piece.
         """
         term = self.term
-        given, states = self._forward(batch, self._own, self.is_fused)
+        given, states = self._forward(batch, self._own)
         total = self._divergence(term.divergence, given, batch) * (term.weight / positions) if term.weight else given.new_zeros(())
         if self.matching is not None and states is not None:
             theirs = term.cache.hidden_states(batch, self._theirs)
@@ -183,33 +189,24 @@ class CacheLoss:
     @torch.no_grad()
     def kl_nats(self, batch: Sequence[CachedRow]) -> float:
         """Σ KL(teacher ‖ student) over the positions of some rows, whatever the term's divergence is."""
-        return float(self._divergence("kl", self._forward(batch, (), self.is_fused)[0], batch))
+        return float(self._divergence("kl", self._forward(batch)[0], batch))
 
     def _divergence(self, divergence: Divergence, given: Tensor, batch: Sequence[CachedRow]) -> Tensor:
-        """Σ divergence over the positions; `given` are the head's inputs if the loss is fused, else logits."""
+        """Σ divergence over the positions; `given` is what `_forward` gave there."""
         head, cache = self._head, self.term.cache
         distributions = fit_vocabulary(cache.distributions(batch), len(head.weight)).to(given.device)
         if not self.is_fused:
             return divergence_nats(divergence, distributions, given, cache.temperature).sum()
         return fused_divergence(divergence, distributions, given, head.weight, head.bias, cache.temperature)
 
-    def _forward(self, batch: Sequence[CachedRow], layers: Sequence[int], without_head: bool) -> tuple[Tensor, Tensor | None]:
-        """Logits [P, V], or the head's inputs [P, H], at the batch's positions; and `layers`' outputs there."""
-        if without_head:
+    def _forward(self, batch: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """Logits [P, V], or the head's inputs [P, H] if the loss is fused, at the batch's positions; and `layers`' outputs there."""
+        if self.is_fused:
             self._model.set_output_embeddings(nn.Identity())
         try:
             return logits_of(self._model, self._packed, [row.packed for row in batch], layers)
         finally:
             self._model.set_output_embeddings(self._head)
-
-    @torch.no_grad()
-    def _head_is_all(self) -> bool:
-        """Whether no scale or cap follows the head."""
-        if not isinstance(self._head, nn.Linear):
-            return False
-        probe = shortest_and_longest(self.term.rows)
-        given, expected = self._head(self._forward(probe, (), True)[0]), self._forward(probe, (), False)[0]
-        return float((given - expected).abs().max()) <= 1e-3
 
 
 def logits_of(

@@ -31,24 +31,19 @@ class Reached:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def best(self) -> int:
-        """Number of the best validation. Of equal ones the first, which moved the model least."""
-        return min(range(len(self.validations)), key=lambda number: self.validations[number][1])
-
-    @property
-    def best_step(self) -> int:
-        """Steps after which the weights were those that are kept."""
-        return self.validations[self.best][0] if self.validations else len(self.losses)
+    def best(self) -> tuple[int, float]:
+        """The best validation. Of equal ones the first, which moved the model least."""
+        return min(self.validations, key=lambda validation: validation[1])
 
     def add(self, model: nn.Module, kl_nats: float) -> None:
         """A validation of the present weights, which are copied if they are the best."""
         self.validations.append((len(self.losses), kl_nats))
-        if self.best == len(self.validations) - 1:
+        if self.best == self.validations[-1]:
             self.best_weights = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
 
     def is_over(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no improvement."""
-        return patience is not None and len(self.validations) - 1 - self.best >= patience
+        return patience is not None and len(self.validations) - 1 - self.validations.index(self.best) >= patience
 
     @torch.no_grad()
     def restore_best(self, model: nn.Module) -> None:

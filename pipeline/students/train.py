@@ -193,9 +193,9 @@ class _Job:
         }
         choice: dict[str, Any] = {}
         if self.validation is not None:
-            choice = {"best_step": reached.best_step, "held_back_examples": len(self.validation.rows)}
-            choice["held_back_kl_nats"] = _significant(reached.validations[reached.best][1])
-            choice["held_back_kl_nats_before"] = _significant(reached.validations[0][1])
+            (best_step, best), (_, before) = reached.best, reached.validations[0]
+            choice = {"best_step": best_step, "held_back_examples": len(self.validation.rows)}
+            choice |= {"held_back_kl_nats": _significant(best), "held_back_kl_nats_before": _significant(before)}
         if self.processes.first:
             model.config._name_or_path = ""
             models.save_model(model, models.load_tokenizer(self.base), output)

@@ -75,14 +75,6 @@ def test_code_of_a_repository_is_refused(folder):
         load_model(folder)
 
 
-def test_code_of_a_repository_is_not_run_where_transformers_has_its_own(folder, tmp_path):
-    expected = logits(load_model(folder))
-    edit_json(folder / "config.json", auto_map={"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"})
-    (folder / "strange.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n", encoding="utf-8")
-    assert torch.equal(logits(load_model(folder)), expected)
-    assert not (tmp_path / "trace").exists()
-
-
 def test_a_missing_tokenizer_is_named(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"no tokenizer \(tokenizer\.json, tokenizer\.model or vocab\.json\)\.$"):
@@ -107,27 +99,6 @@ def test_a_missing_folder_names_its_neighbours(folder):
 def test_a_missing_folder_in_a_missing_folder_has_no_neighbours(tmp_path):
     with pytest.raises(UsageError, match="Beside it: –"):
         load_model(tmp_path / "no" / "where")
-
-
-def test_a_model_type_that_transformers_does_not_know_is_refused(folder):
-    edit_json(folder / "config.json", model_type="strange")
-    with pytest.raises(UsageError, match="strange"):
-        load_model(folder)
-
-
-def test_a_config_that_is_not_json_is_refused(folder):
-    (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
-    with pytest.raises(UsageError, match=r"config\.json"):
-        load_model(folder)
-
-
-def test_weights_that_lack_a_tensor_are_refused_not_filled_with_noise(folder):
-    tensors = load_file(folder / "model.safetensors")
-    missing = "model.layers.2.self_attn.q_proj.weight"
-    del tensors[missing]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=missing.replace(".", r"\.")):
-        load_model(folder)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -416,7 +416,7 @@ def test_the_best_step_s_weights_are_those_the_model_ends_with(tiny_model, chang
     steps, values = zip(*outcome.reached.validations, strict=True)
     assert steps == tuple(range(13))
     assert values[0] == pytest.approx(before, rel=1e-4)
-    assert outcome.reached.best_step == steps[values.index(min(values))]
+    assert outcome.reached.best[0] == steps[values.index(min(values))]
     assert naive_agreement(model) == pytest.approx(min(values), rel=2e-3, abs=1e-4)
 
 
@@ -436,7 +436,7 @@ def test_a_run_that_only_gets_worse_ends_early_with_the_model_as_it_was(tiny_mod
         answers = naive_log_probabilities(model, SINGLE, [row.ids for row in HELD]).exp().tolist()
     met = [TargetRow(row.example_id, row.ids, tuple(answer)) for row, answer in zip(HELD, answers, strict=True)]
     outcome = train(model, SINGLE, [kl_term()], tuning(steps=50, learning_rate=1e-2), title="t", validation=Validation(met, 2, patience=3))
-    assert outcome.reached.best_step == 0
+    assert outcome.reached.best[0] == 0
     assert [step for step, _ in outcome.reached.validations] == [0, 2, 4, 6]
     assert len(outcome.reached.losses) == 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -449,7 +449,7 @@ def test_patience_counts_validations_since_the_best_one():
         over.append(reached.is_over(2))
     assert over == [False, False, False, True, False, False, True]
     assert not reached.is_over(None)
-    assert reached.validations[reached.best][1] == 1.0
+    assert reached.best[1] == 1.0
 
 
 @given(st.integers(0, 5), st.floats(0.2, 0.6), st.randoms(), st.integers(20, 60))
