@@ -167,12 +167,12 @@ class PackedModel:
             yield
         finally:
             _PASS.reset(token)
-        if len(current.reached) != self._depth:
+        if (found := len(current.reached)) != self._depth:
+            if current.packed is None and current.recorded is not None:
+                raise UnsupportedModelError(f"{found} of {self._depth} layers have keys and values")
             raise UnsupportedModelError("the model's attention was not reached through transformers' attention interface")
 
-    def _keep_answers(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _keep_answers(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Before the last layer: record its keys and values on all tokens, then cut every per-token input to the answer positions."""
         current = _PASS.get(None)
         if current is None or current.packed is None:
