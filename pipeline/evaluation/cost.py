@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from pipeline.errors import CorruptError, ShotlessError
 from pipeline.evaluation.metrics import Json
 from pipeline.files import Folders, read_json, sha256_json, write_json
-from pipeline.models.folders import context_limit, load_model, load_tokenizer, parameter_counts, weights_sha256
+from pipeline.models.folders import context_limit, load_model, load_tokenizer, weights_sha256
 from pipeline.models.machine import DTYPES, cores, cpu_info, default_device, peak_rss_bytes, use_machine
 from pipeline.params import Params, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example, Prompt, read_examples
@@ -92,7 +92,7 @@ def measure_method(name: str, models: Sequence["Answering"], params: Params, fol
     since = output.stat().st_mtime if output.is_file() else 0.0
     together = baseline is not None and baseline.contexts == "ensemble"
     asked = models if together else [replace(models[0], contexts=models[0].contexts[:1])]
-    figures = measure(_job(asked, params, folders, examples), folders.work, since)
+    figures = measure(_job(asked, params, examples), folders.work, since)
     if baseline is not None:
         each = {model.folder: model for model in models}.values()
         figures["by_demonstrations"] = [row for model in each for row in _by_demonstrations(model, params, folders, examples, since)]
@@ -106,7 +106,7 @@ def _by_demonstrations(model: "Answering", params: Params, folders: Folders, exa
     bare = len(tokens.prompts(NO_CONTEXT, examples[:1])[0].ids)
     for count in params.evaluation.cost_demonstrations:
         context = Context("", demonstrations=tuple((example.fields, example.label or "") for example in islice(cycle(there), count)))
-        job = _job([replace(model, contexts=(context,))], params, folders, examples)
+        job = _job([replace(model, contexts=(context,))], params, examples)
         [ids] = job.models[0].ids
         row: Json = {"model": model.folder.relative_to(folders.artifacts).as_posix(), "demonstrations": count}
         row |= {"context_tokens": len(ids[0]) - bare} | ({"repeated": True} if count > len(there) else {})
@@ -117,14 +117,13 @@ def _by_demonstrations(model: "Answering", params: Params, folders: Folders, exa
             yield row | {key: figures[key] for key in FIGURES}
 
 
-def _job(models: Sequence["Answering"], params: Params, folders: Folders, examples: Sequence[Example]) -> Job:
+def _job(models: Sequence["Answering"], params: Params, examples: Sequence[Example]) -> Job:
     timed = min(params.evaluation.cost_examples, len(examples))
     asked, found = examples[: max(timed, THROUGHPUT_EXAMPLES)], []
     for model in models:
         tokens = TaskTokens(Task(params.task), load_tokenizer(model.folder))
         ids = [[list(prompt.ids) for prompt in tokens.prompts(context, asked)] for context in model.contexts]
-        weights = weights_sha256(model.folder, folders.work / "hashes")
-        found.append(Prompts(folder=str(model.folder), weights=weights, dtype=model.dtype, ids=ids))
+        found.append(Prompts(folder=str(model.folder), weights=weights_sha256(model.folder), dtype=model.dtype, ids=ids))
     return Job(task=params.task.model_dump(mode="json"), models=found, timed=timed, threads=params.runtime.threads or cores())
 
 
@@ -173,7 +172,7 @@ def run_job(job: Job) -> Json:
         "latency_ms": round(1000 * float(np.median(seconds)), 2),
         "peak_rss_bytes": peak_rss_bytes(),
         **on_device,
-        "parameters": sum(parameter_counts(model)[0] for model in loaded.values()),
+        "parameters": sum(model.num_parameters() for model in loaded.values()),
         "disk_bytes": sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir() if file.is_file()),
         "forward_passes": len(by_example[0]),
     }

@@ -6,7 +6,6 @@ of a model's repository never runs. A folder is identified by the hashes of its 
 
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils import logging
 
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
-from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json, sha256_text, write_json
+from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json
 from pipeline.params.data import MODEL_FILES
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBES = ("A warm, funny film.", " It's 1,024 tokens\n\nlong", "Größe: 5 € 你好 🙂", "\tdef f(x):  return x")
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Entries of transformers' configs that list something for each layer."""
-SETTLED_NS = 2_000_000_000
 
 
 class UnsupportedModelError(Exception):
@@ -37,11 +35,10 @@ def build_model(path: Path, output: Path) -> None:
     A folder is copied, not linked, so that a later edit of it cannot reach into an artifact. Raises UsageError if `path` is neither, or
     with everything that keeps its folder from being loaded.
     """
-    if not path.exists():
-        raise UsageError(f"models.*.path: {str(path)!r} does not exist. Give a path from the project's folder, or an absolute one.")
-    if path.is_file() and path.suffix != ".gguf":
+    if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
         raise UsageError(
-            f"models.*.path: {str(path)!r} is a file. A model is a folder of safetensors and tokenizer files, or a .gguf file."
+            f"models.*.path: {str(path)!r} {'is a file' if path.exists() else 'does not exist'}. Give the path, absolute or from the "
+            "project's folder, of a folder of safetensors and tokenizer files, or of a .gguf file."
         )
     shutil.rmtree(output, ignore_errors=True)
     if path.is_file():
@@ -93,13 +90,10 @@ def check_folder(folder: Path) -> None:
 
 
 def _config_fault(file: Path) -> str | None:
-    """What keeps a config.json from being used."""
-    if not file.is_file():
-        return "config.json is missing"
     try:
         config = read_json(file)
-    except CorruptError:
-        return "config.json is not JSON"
+    except (OSError, CorruptError):
+        return f"config.json is {'not JSON' if file.is_file() else 'missing'}"
     if not isinstance(config, dict):
         return "config.json is not an object"
     kind = config.get("model_type")
@@ -162,40 +156,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters of a model, all and trainable; shared ones count once."""
-    unique = {id(parameter): parameter for parameter in model.parameters()}.values()
-    return sum(p.numel() for p in unique), sum(p.numel() for p in unique if p.requires_grad)
-
-
-def weights_sha256(folder: Path, remembered: Path | None = None) -> str:
-    """One hash of a model's config and weights, by content; file times and names of folders do not count.
-
-    With a folder `remembered`, the hash of a file is kept there and used again until the file is touched.
-    """
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return sha256_json({file.name: sha256_file(file) if remembered is None else _remembered(file, remembered) for file in files})
-
-
-def _remembered(file: Path, folder: Path) -> str:
-    """A file's sha256, read from its bytes if anything about it differs from when it was last read.
-
-    The time of its inode's last change, which no program can set, is part of what is compared. A file changed less than `SETTLED_NS` ago is
-    not remembered: a second change could have the same time.
-    """
-    started, about = time.time_ns(), file.stat()
-    state = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-    note = folder / f"{sha256_text(str(file.resolve()))[:32]}.json"
-    try:
-        kept = read_json(note)
-    except (OSError, CorruptError):
-        kept = None
-    if isinstance(kept, dict) and kept.get("state") == state and isinstance(kept.get("sha256"), str):
-        return kept["sha256"]
-    found, after = sha256_file(file), file.stat()
-    if (after.st_size, after.st_ctime_ns) == (about.st_size, about.st_ctime_ns) and max(state[3:]) < started - SETTLED_NS:
-        write_json({"state": state, "sha256": found}, note)
-    return found
+def weights_sha256(folder: Path) -> str:
+    """One hash of a model's config and weights, by content; file times and names of folders do not count."""
+    return sha256_json({file.name: sha256_file(file) for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"])})
 
 
 def tokenizer_sha256(folder: Path) -> str:

@@ -26,37 +26,34 @@ def plain_logits(model: PreTrainedModel, rows: Sequence[Row], layers: Sequence[i
 
     N is in `pack`'s order: for each row the query's last token, then every branch token. Each branch costs a pass of its own.
     """
-    prompts: list[tuple[list[int], int]] = []  # token ids, and how many of the last positions are outputs
+    prompts: list[list[int]] = []
+    shapes: list[tuple[int, int]] = []  # of each prompt: its tokens, and how many of the last ones are outputs
     for row in rows:
-        branches = row.branches or ((),)
-        prompts += [([*row.query, *branch], len(branch) + (number == 0)) for number, branch in enumerate(branches)]
-
-    def shape(number: int) -> tuple[int, int]:
-        return len(prompts[number][0]), prompts[number][1]
-
+        for number, branch in enumerate(row.branches or ((),)):
+            prompts.append([*row.query, *branch])
+            shapes.append((len(prompts[-1]), len(branch) + (number == 0)))
     logits: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
-    for (_, positions), group in groupby(sorted(range(len(prompts)), key=shape), key=shape):
+    for (_, positions), group in groupby(sorted(range(len(prompts)), key=shapes.__getitem__), key=shapes.__getitem__):
         numbers = list(group)
-        tokens = torch.tensor([prompts[number][0] for number in numbers], dtype=torch.long, device=model.device)
-        with hidden_states(model, layers) as kept:
+        tokens = torch.tensor([prompts[number] for number in numbers], dtype=torch.long, device=model.device)
+        with hidden_states(model, layers) as states_at:
             out = model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits[:, -positions:]
         logits |= dict(zip(numbers, out, strict=True))
-        if (own := kept.at(slice(-positions, None))) is not None:
-            states |= dict(zip(numbers, own, strict=True))
+        if layers:
+            states |= dict(zip(numbers, states_at(slice(-positions, None)), strict=True))
     order = range(len(prompts))
-    return torch.cat([logits[number] for number in order]), torch.cat([states[number] for number in order]) if states else None
+    return torch.cat([logits[number] for number in order]), torch.cat([states[number] for number in order]) if layers else None
 
 
 def packed_logits(
     packed: PackedModel, rows: Sequence[Row], prefix: Sequence[LayerKeyValues] = (), start: int = 0, layers: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor | None]:
     """The same by the packed pass, behind a `prefix` of `start` tokens."""
-    laid = pack(rows, start, packed.device)
-    with hidden_states(packed.model, layers) as kept:
-        logits = packed.logits(laid, list(prefix))
-    states = kept.at(laid.outputs)
-    return logits, None if states is None else states[0]
+    laid = pack(rows, start, packed.model.device)
+    with hidden_states(packed.model, layers) as states_at:
+        logits = packed.logits(laid, prefix)
+    return logits, states_at(laid.outputs)[0] if layers else None
 
 
 def packed_if_exact(
@@ -100,71 +97,45 @@ def in_float32(model: PreTrainedModel) -> Iterator[float]:
         yield TOLERANCE_NATS
         return
 
-    def widen(module: nn.Module, _args: Any) -> None:
+    def convert(module: nn.Module, to: torch.dtype | None = None) -> None:
         with torch.inference_mode(mode=False):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float() if parameter in formats else parameter.data
+            for parameter in formats.keys() & set(module.parameters(recurse=False)):
+                parameter.data = parameter.data.to(to or formats[parameter])
 
-    def narrow(module: nn.Module, _args: Any = None, _out: Any = None) -> None:
-        with torch.inference_mode(mode=False):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(formats.get(parameter, parameter.dtype))
-
-    hooks = [module.register_forward_pre_hook(widen) for module in model.modules()]
-    hooks += [module.register_forward_hook(narrow) for module in model.modules()]
+    hooks = [module.register_forward_pre_hook(lambda module, _args: convert(module, torch.float32)) for module in model.modules()]
+    hooks += [module.register_forward_hook(lambda module, _args, _out: convert(module)) for module in model.modules()]
     try:
         yield LOW_PRECISION_TOLERANCE_NATS
     finally:
         for hook in hooks:
             hook.remove()
         for module in model.modules():  # a pass that was left early did not narrow
-            narrow(module)
-
-
-class HiddenStates:
-    """What the chosen layers gave in the last forward pass: each [rows, tokens, hidden size]."""
-
-    def __init__(self, layers: int) -> None:
-        self._outputs: list[Tensor | None] = [None] * layers
-
-    def put(self, number: int, output: Any) -> None:
-        """Keep a layer's output, which is a tensor or a tuple that begins with one."""
-        self._outputs[number] = output[0] if isinstance(output, tuple) else output
-
-    def at(self, outputs: Tensor | slice) -> Tensor | None:
-        """States at `outputs` of the tokens, layers side by side, [rows, outputs, layers · H]; None if no layer is kept.
-
-        A layer that ran on the asked tokens alone is taken as it is.
-        """
-        if not self._outputs:
-            return None
-        found = []
-        for state in self._outputs:
-            assert state is not None
-            asked = outputs.shape[0] if isinstance(outputs, Tensor) else None
-            found.append(state if asked == state.shape[1] else state[:, outputs])
-        return torch.cat(found, -1)
+            convert(module)
 
 
 @contextmanager
-def hidden_states(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[HiddenStates]:
+def hidden_states(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[Callable[[Tensor | slice], Tensor]]:
     """Catch the outputs of `layers` (negative ones count from the last) while the block runs.
 
-    Raises UsageError if the model has no such layer.
+    Gives a function of the asked tokens: their states in the last pass, layers side by side, [rows, tokens, layers · H]. A layer that ran
+    on the asked tokens alone is taken as it is. Raises UsageError if the model has no such layer.
     """
-    kept = HiddenStates(len(layers))
-    if not layers:
-        yield kept
-        return
-    modules = decoder_layers(model)
+    modules = decoder_layers(model) if layers else nn.ModuleList()
     if wrong := [layer for layer in layers if not -len(modules) <= layer < len(modules)]:
         raise UsageError(f"cache.hidden_layers: no layer {wrong[0]}; this model has {len(modules)}, 0 to {len(modules) - 1}.")
-    handles = [
-        modules[layer].register_forward_hook(lambda _module, _args, output, number=number: kept.put(number, output))
-        for number, layer in enumerate(layers)
-    ]
+    asked = [modules[layer] for layer in layers]
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _args: Any, output: Any) -> None:
+        outputs[module] = output[0] if isinstance(output, tuple) else output
+
+    def states_at(tokens: Tensor | slice) -> Tensor:
+        alone = len(tokens) if isinstance(tokens, Tensor) else None
+        return torch.cat([outputs[one] if outputs[one].shape[1] == alone else outputs[one][:, tokens] for one in asked], -1)
+
+    handles = [module.register_forward_hook(keep) for module in asked]
     try:
-        yield kept
+        yield states_at
     finally:
         for handle in handles:
             handle.remove()

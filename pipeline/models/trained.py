@@ -1,8 +1,7 @@
 """What a trained folder (a student, a tuned teacher) says of itself, in its manifest.json.
 
-A student's numbers mean something only with the tokenizer, template and verbalisers that it was trained with. They travel in the folder,
-and the manifest has the hash of each file, so that a copy that is not whole, or a file changed by hand, is refused by name. The trade-off:
-opening a student reads all its bytes, a second for a gigabyte.
+A student's numbers mean something only with the tokenizer, template and verbalisers that it was trained with, so they travel in the folder.
+Opening one compares all its bytes with the manifest's hashes: a second for a gigabyte.
 """
 
 from collections.abc import Mapping
@@ -25,10 +24,8 @@ class Trained:
 
     folder: Path
     name: str
-    task: Task
-    """What it was trained to answer."""
-    tokens: TaskTokens
-    """That task in the folder's tokenizer."""
+    task: Task  # what it was trained to answer
+    tokens: TaskTokens  # that task in the folder's tokenizer
     manifest: dict[str, Any]
 
     def check_task(self, params: TaskParams) -> None:
@@ -45,7 +42,7 @@ class Trained:
 def about_trained(name: str, tokens: TaskTokens, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a trained folder's manifest says beside its files; `provenance` is what the training adds."""
     task = tokens.task
-    completions = dict(zip(task.labels, tokens.completions, strict=True)) if tokens.completions else {}
+    completions = dict(zip(task.labels, tokens.completions, strict=False))  # none if answers are free text, which may have labels too
     about = {"name": name, "task": task.params.model_dump(mode="json"), "labels": list(task.labels), "completions": completions}
     return {**about, **provenance}
 
@@ -68,7 +65,7 @@ def open_trained(folder: Path) -> Trained:
             f"{folder / MANIFEST}: not a trained model's manifest ({error}). Make the folder again with `dvc repro`."
         ) from None
     tokens = TaskTokens(task, load_tokenizer(folder))
-    for label, ids in zip(task.labels if tokens.completions else (), tokens.completions, strict=True):
+    for label, ids in zip(task.labels, tokens.completions, strict=False):
         if ids != completions.get(label):
             raise MismatchError(
                 f"{folder}: the tokenizer turns the verbaliser of {label!r} into {ids}, and it was trained with {completions.get(label)}. "

@@ -82,7 +82,7 @@ def _torch(threads: int | None) -> list[Finding]:
 
 def _model(name: str, params: Params) -> Finding:
     """Whether a model is there, its size, which engine it gets and why."""
-    from pipeline.models.folders import check_folder, load_model, load_tokenizer, parameter_counts
+    from pipeline.models.folders import check_folder, load_model, load_tokenizer
     from pipeline.models.machine import default_device
     from pipeline.teachers.engines import open_engine
     from pipeline.teachers.scorer import LABELS_ONLY
@@ -103,4 +103,4 @@ def _model(name: str, params: Params) -> Finding:
     demonstrations = ((examples[1].fields, labels[0]),) if labels else ()
     model = load_model(folder, device=default_device())
     engine = open_engine(model, tokens, LABELS_ONLY, tokens.prompts(Context("probe", "", demonstrations), examples))
-    return Finding(title, f"{parameter_counts(model)[0] / 1e6:,.0f} M parameters; engine {engine.name}: {engine.reason}")
+    return Finding(title, f"{model.num_parameters() / 1e6:,.0f} M parameters; engine {engine.name}: {engine.reason}")

@@ -38,7 +38,7 @@ class Trial:
 
 def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
     """Answer a few examples with the model in `folder`, and time it."""
-    from pipeline.models.folders import decoder_layers, load_model, load_tokenizer, parameter_counts
+    from pipeline.models.folders import decoder_layers, load_model, load_tokenizer
     from pipeline.models.machine import default_device, use_machine
     from pipeline.teachers.engines import open_engine
     from pipeline.teachers.scorer import LABELS_ONLY
@@ -54,7 +54,7 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
     total = sum(len(prompt.ids) for prompt in prompts)
     answer = tokens.longest_answer + len(tokens.tokenizer(task.params.separator).input_ids)
     layers = len(decoder_layers(model))
-    return Trial(total / seconds, total / len(prompts), answer, parameter_counts(model)[0], layers, engine.name)
+    return Trial(total / seconds, total / len(prompts), answer, model.num_parameters(), layers, engine.name)
 
 
 def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> dict[str, float]:

@@ -15,25 +15,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.cache.distributions import Distributions, check_retained, decode, fit_vocabulary
-from pipeline.cache.folder import CacheReader, described_task, read_cache
+from pipeline.cache.folder import CacheReader, check_belongs, described_task, read_cache
 from pipeline.errors import MismatchError, UsageError
 from pipeline.models.forward import packed_logits, plain_logits
 from pipeline.models.packed import PackedModel, Row, rows_of
 from pipeline.params import CacheParams
-from pipeline.schema import NO_CONTEXT, Example
+from pipeline.schema import NO_CONTEXT, SCORES, Example
 from pipeline.students.data import StudentRow, shortest_and_longest
 from pipeline.students.losses import Divergence
 from pipeline.students.vocabulary_losses import divergence_nats, fused_divergence
 from pipeline.task import TaskTokens
 
-COLUMNS = ("context_id", "example_id", "completion_ids", "number")
 SAMPLE = 4096
 """Rows whose retained mass is checked, and whose states give the deviations of each dimension."""
 LEAST_DEVIATION = 1e-3
@@ -44,10 +41,8 @@ LEAST_DEVIATION = 1e-3
 class CachedRow(StudentRow):
     """One answer of a teacher, as a student reads it."""
 
-    answer: tuple[int, ...]
-    """The answer's tokens; empty for labels, which have the one position behind the prompt."""
-    number: int
-    """Of the row in the cache."""
+    answer: tuple[int, ...]  # empty for labels, which have the one position behind the prompt
+    number: int  # of the row in the cache
 
     @property
     def positions(self) -> int:
@@ -60,64 +55,40 @@ class CachedRow(StudentRow):
         return rows_of([self.ids], [self.answer])[0]
 
 
-class CachedRows(Sequence[CachedRow]):
-    """Rows of a cache, kept as Arrow columns: a row becomes an object when a step takes it."""
-
-    def __init__(self, keys: pa.Table, prompts: dict[str, tuple[int, ...]]) -> None:
-        """`keys` has `COLUMNS`; `prompts` are a student's prompts by example."""
-        self._keys, self._prompts = keys.combine_chunks(), prompts
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        context, example, answer, number = (self._keys[name][place].as_py() for name in COLUMNS)
-        return CachedRow(f"{context}:{example}", self._prompts[example], tuple(answer), number)
-
-    def where(self, mask: np.ndarray) -> "CachedRows":
-        """Those whose place in `mask` [N] is true."""
-        return CachedRows(self._keys.filter(pa.array(mask)), self._prompts)
-
-
 class TeacherCache:
     """A teacher's score cache, as a student of this task and tokenizer may learn from it."""
 
     def __init__(self, folder: Path, work: Path, tokens: TaskTokens, tokenizer_sha256: str, temperature: float = 1.0) -> None:
         """Raises MismatchError if the cache belongs to another task or tokenizer: its token ids would mean something else."""
-        columns = ["topk_ids", "topk_logprobs", "sampled_ids", "sampled_logprobs", "sampled_counts", "full_logprobs"]
-        self._reader = CacheReader(folder, work, [*columns, "tail_mass", "log_norms", "entropies", "hidden_states"])
+        self._reader = CacheReader(folder, work, SCORES.names[SCORES.names.index("topk_ids") :])
         self.folder, self.temperature, manifest = folder, temperature, self._reader.manifest
         self.params = CacheParams.model_validate(manifest["cache"])
         reads_input = (manifest["task"]["completion"] or {}).get("source") == "input"
         self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer) if reads_input else tokens
-        self._content_free = list(manifest["content_free"])
-        found = {**manifest["task"], "tokenizer": manifest.get("tokenizer_sha256")}
-        wanted = {**described_task(self._tokens.task), "tokenizer": tokenizer_sha256}
-        different = [f"  {key}: the cache has {found[key]!r}, this student {one!r}" for key, one in wanted.items() if found[key] != one]
-        if different:
-            raise MismatchError(
-                f"{folder}: its distributions are over another tokenizer's ids, or belong to another task:\n" + "\n".join(different) + "\n"
-                "A student of another family learns from a target set over the labels (`learn_from: targets/NAME`)."
-            )
+        self._content_free = set(manifest["content_free"])
+        try:
+            check_belongs(manifest, {"task": described_task(self._tokens.task), "tokenizer_sha256": tokenizer_sha256}, folder)
+        except MismatchError as error:
+            raise MismatchError(f"{error} A student with another tokenizer learns from a target set over the labels.") from None
 
-    def rows(self, transfer: Sequence[Example]) -> CachedRows:
+    def rows(self, transfer: Sequence[Example]) -> list[CachedRow]:
         """The rows of all transfer examples, in the cache's order.
 
         Raises MismatchError if an example is not in the transfer set, UsageError if too little mass is left at the temperature.
         """
-        keys = read_cache(self.folder, COLUMNS[:3]).rows
-        keys = keys.append_column("number", pa.array(np.arange(len(keys))))
-        keys = keys.filter(~pc.field("example_id").isin(pa.array(self._content_free, pa.string())))
-        asked = set(keys["example_id"].unique().to_pylist())
+        keys = read_cache(self.folder, ("context_id", "example_id", "completion_ids")).rows.to_pylist()
+        asked = {key["example_id"] for key in keys} - self._content_free
         examples = [example for example in transfer if example.example_id in asked]
         if not asked or len(examples) < len(asked):
             lacking = sorted(asked - {example.example_id for example in examples})
             fault = f"example {lacking[0]} is not in the transfer set" if lacking else "no rows to learn from"
             raise MismatchError(f"{self.folder}: {fault}. Run `dvc repro teacher@{self.folder.name}`.")
-        prompts = self._tokens.prompts(NO_CONTEXT, examples)
-        rows = CachedRows(keys, {example.example_id: prompt.ids for example, prompt in zip(examples, prompts, strict=True)})
+        prompts = dict(zip([example.example_id for example in examples], self._tokens.prompts(NO_CONTEXT, examples), strict=True))
+        rows = [
+            CachedRow(f"{key['context_id']}:{key['example_id']}", prompts[key["example_id"]].ids, tuple(key["completion_ids"]), number)
+            for number, key in enumerate(keys)
+            if key["example_id"] in asked
+        ]
         check_retained(self.distributions(rows[:SAMPLE]), self.params, self.temperature)
         return rows
 
@@ -140,11 +111,10 @@ class CacheTerm:
     divergence: Divergence
     weight: float
     batch_size: int
-    rows: CachedRows
+    rows: Sequence[CachedRow]
     cache: TeacherCache
     hidden_weight: float = 0.0
-    layers: tuple[tuple[int, int], ...] = ()
-    """Pairs of a teacher's layer, as the cache names it, and the student's."""
+    layers: tuple[tuple[int, int], ...] = ()  # pairs of a teacher's layer, as the cache names it, and the student's
 
 
 class Matching(nn.Module):
@@ -160,42 +130,48 @@ class Matching(nn.Module):
         least = LEAST_DEVIATION * deviation.mean(-1, keepdim=True)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("deviation", deviation.clamp_min(1e-12).maximum(least), persistent=False)
-        self.projections = nn.ModuleList()
         generator = torch.Generator().manual_seed(seed)
-        for own_mean in mean if student_width != mean.shape[-1] else ():
-            linear = nn.Linear(student_width, mean.shape[-1])
-            with torch.no_grad():
-                linear.weight.normal_(0.0, student_width**-0.5, generator=generator)
-                linear.bias.copy_(own_mean)
-            self.projections.append(linear)
+        self.projections = nn.ModuleList()
+        for own_mean in mean:
+            projection = nn.Identity() if student_width == len(own_mean) else nn.Linear(student_width, len(own_mean))
+            if isinstance(projection, nn.Linear):
+                nn.init.normal_(projection.weight, 0.0, student_width**-0.5, generator)
+                projection.bias.data.copy_(own_mean)
+            self.projections.append(projection)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The squared distance of each position in the teacher's variances, the mean over pairs and dimensions.
 
         student [P, pairs · width], side by side as hooks give them; teacher [P, pairs, H] → [P] float32, with a gradient.
         """
-        own = list(student.float().reshape(len(student), len(self.mean), -1).unbind(1))
-        if len(self.projections):
-            own = [projection(state) for projection, state in zip(self.projections, own, strict=True)]
-        return ((torch.stack(own, 1) - teacher.to(student.device)) / self.deviation).square().mean((-1, -2))
+        states = student.float().reshape(len(student), len(self.mean), -1).unbind(1)
+        own = torch.stack([projection(state) for projection, state in zip(self.projections, states, strict=True)], 1)
+        return ((own - teacher.to(student.device)) / self.deviation).square().mean((-1, -2))
 
 
 class CacheLoss:
-    """A cache term's loss under a model. If logits are hidden · headᵀ (+ bias), they are never held for all positions at once."""
+    """A cache term's loss under a model. If the head is a linear layer and no more, logits are never held for all positions at once."""
 
     def __init__(self, model: PreTrainedModel, packed: PackedModel | None, term: CacheTerm, seed: int) -> None:
         """Raises UsageError if the student lacks a layer."""
         self.term, self.matching = term, None
         self._model, self._packed, self._head = model, packed, cast("Any", model.get_output_embeddings())
-        self._theirs, self._own = [one for one, _ in term.layers], [other for _, other in term.layers] if term.hidden_weight else []
-        config = model.config.get_text_config()
-        if wrong := [layer for layer in self._own if not -config.num_hidden_layers <= layer < config.num_hidden_layers]:
-            where, depth = f"students.*.auxiliary.{term.cache.folder.name}.layers", config.num_hidden_layers
+        pairs, config = term.layers if term.hidden_weight else (), model.config.get_text_config()
+        self._theirs, self._own = ([pair[side] for pair in pairs] for side in (0, 1))
+        depth = config.num_hidden_layers
+        if wrong := [layer for layer in self._own if not -depth <= layer < depth]:
+            where = f"students.*.auxiliary.{term.cache.folder.name}.layers"
             raise UsageError(f"{where}: the student has no layer {wrong[0]}; it has {depth}, 0 to {depth - 1}.")
         if term.hidden_weight:
             states = term.cache.hidden_states(term.rows[:SAMPLE], self._theirs)
             self.matching = Matching(states, config.hidden_size, seed).to(model.device)
-        self.is_fused = self._head_is_all()
+        self.is_fused = False
+        if isinstance(self._head, nn.Linear):  # and no scale or cap follows it
+            probe = shortest_and_longest(term.rows)
+            with torch.no_grad():
+                expected = self._forward(probe)[0]
+                self.is_fused = True
+                self.is_fused = float((self._head(self._forward(probe)[0]) - expected).abs().max()) <= 1e-3
 
     def __call__(self, batch: Sequence[CachedRow], positions: int) -> Tensor:
         """Weight · Σ divergence / positions + hidden_weight · Σ distance / positions, nats, with a gradient.
@@ -203,7 +179,7 @@ class CacheLoss:
         `positions` are those of the whole step, of which `batch` may be a piece.
         """
         term = self.term
-        given, states = self._forward(batch, self._own, self.is_fused)
+        given, states = self._forward(batch, self._own)
         total = self._divergence(term.divergence, given, batch) * (term.weight / positions) if term.weight else given.new_zeros(())
         if self.matching is not None and states is not None:
             theirs = term.cache.hidden_states(batch, self._theirs)
@@ -213,33 +189,24 @@ class CacheLoss:
     @torch.no_grad()
     def kl_nats(self, batch: Sequence[CachedRow]) -> float:
         """Σ KL(teacher ‖ student) over the positions of some rows, whatever the term's divergence is."""
-        return float(self._divergence("kl", self._forward(batch, (), self.is_fused)[0], batch))
+        return float(self._divergence("kl", self._forward(batch)[0], batch))
 
     def _divergence(self, divergence: Divergence, given: Tensor, batch: Sequence[CachedRow]) -> Tensor:
-        """Σ divergence over the positions; `given` are the head's inputs if the loss is fused, else logits."""
+        """Σ divergence over the positions; `given` is what `_forward` gave there."""
         head, cache = self._head, self.term.cache
         distributions = fit_vocabulary(cache.distributions(batch), len(head.weight)).to(given.device)
         if not self.is_fused:
             return divergence_nats(divergence, distributions, given, cache.temperature).sum()
         return fused_divergence(divergence, distributions, given, head.weight, head.bias, cache.temperature)
 
-    def _forward(self, batch: Sequence[CachedRow], layers: Sequence[int], without_head: bool) -> tuple[Tensor, Tensor | None]:
-        """Logits [P, V], or the head's inputs [P, H], at the batch's positions; and `layers`' outputs there."""
-        if without_head:
+    def _forward(self, batch: Sequence[CachedRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """Logits [P, V], or the head's inputs [P, H] if the loss is fused, at the batch's positions; and `layers`' outputs there."""
+        if self.is_fused:
             self._model.set_output_embeddings(nn.Identity())
         try:
             return logits_of(self._model, self._packed, [row.packed for row in batch], layers)
         finally:
             self._model.set_output_embeddings(self._head)
-
-    @torch.no_grad()
-    def _head_is_all(self) -> bool:
-        """Whether no scale or cap follows the head."""
-        if not isinstance(self._head, nn.Linear):
-            return False
-        probe = shortest_and_longest(self.term.rows)
-        given, expected = self._head(self._forward(probe, (), True)[0]), self._forward(probe, (), False)[0]
-        return float((given - expected).abs().max()) <= 1e-3
 
 
 def logits_of(

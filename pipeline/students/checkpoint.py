@@ -1,7 +1,7 @@
 """What a training has reached, and a checkpoint of it in one safetensors file under the work folder.
 
-A resumed training ends with the same bytes as an unbroken one, so checkpoints may be taken by the clock: a file is three times the size of
-the learnt weights (four with the best ones). One of other params, data or weights is not used. A student has at most one.
+A resumed training ends with the same bytes as an unbroken one, so checkpoints may be taken by the clock. A file is three times the size of
+the learnt weights, or four with the best ones. One of other params, data or weights is not used.
 """
 
 import sys
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,24 +31,19 @@ class Reached:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def best(self) -> int:
-        """Number of the best validation. Of equal ones the first, which moved the model least."""
-        return min(range(len(self.validations)), key=lambda number: self.validations[number][1])
-
-    @property
-    def best_step(self) -> int:
-        """Steps after which the weights were those that are kept."""
-        return self.validations[self.best][0] if self.validations else len(self.losses)
+    def best(self) -> tuple[int, float]:
+        """The best validation. Of equal ones the first, which moved the model least."""
+        return min(self.validations, key=lambda validation: validation[1])
 
     def add(self, model: nn.Module, kl_nats: float) -> None:
         """A validation of the present weights, which are copied if they are the best."""
         self.validations.append((len(self.losses), kl_nats))
-        if self.best == len(self.validations) - 1:
+        if self.best == self.validations[-1]:
             self.best_weights = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
 
     def is_over(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no improvement."""
-        return patience is not None and len(self.validations) - 1 - self.best >= patience
+        return patience is not None and len(self.validations) - 1 - self.validations.index(self.best) >= patience
 
     @torch.no_grad()
     def restore_best(self, model: nn.Module) -> None:
@@ -64,9 +59,7 @@ class Checkpoint:
     folder: Path
     name: str
     fingerprint: str
-    seconds_between: float = SECONDS_BETWEEN
-    keeps_end: bool = False
-    """Whether the state after the last step is saved too: for a training that others follow before its folder is safe."""
+    keeps_end: bool = False  # save the state after the last step too: other trainings follow before the folder is safe
     _taken: float = field(default_factory=time.monotonic)
 
     @property
@@ -75,32 +68,29 @@ class Checkpoint:
         return self.folder / f"{self.name}-{self.fingerprint[:16]}.safetensors"
 
     def due(self) -> bool:
-        """Whether enough time has passed since the last one."""
-        return time.monotonic() - self._taken >= self.seconds_between
+        """Whether `SECONDS_BETWEEN` have passed since the last one."""
+        return time.monotonic() - self._taken >= SECONDS_BETWEEN
 
     @torch.no_grad()
     def save(self, model: nn.Module, optimizer: Optimizer, reached: Reached) -> None:
-        """Write the state after `len(reached.losses)` steps, then remove what other params or data left of this student."""
+        """Write the state after the last step of `reached`, then remove what other params or data left of this student."""
         tensors = {name: torch.tensor(getattr(reached, name), dtype=torch.float64) for name in ("losses", "validations")}
         tensors |= {f"best.{name}": tensor for name, tensor in reached.best_weights.items()}
         for name, weight in trained_weights(model).items():
             state = optimizer.state.get(weight, {})  # empty for a weight that no step has reached
             tensors |= {f"{key}.{name}": tensor.detach().contiguous() for key, tensor in {"weight": weight, **state}.items()}
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint})
+            save_file(tensors, temporary)
         self.remove(but=self.path)
         self._taken = time.monotonic()
 
     @torch.no_grad()
     def load(self, model: nn.Module, optimizer: Optimizer) -> Reached:
         """Put a saved state into model and optimizer. Without one that can be read, the training starts at its beginning."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                if (file.metadata() or {}).get("fingerprint") != self.fingerprint:
-                    return Reached()
-                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
-        except FileNotFoundError:
+        if not self.path.is_file():
             return Reached()
+        try:
+            tensors = load_file(self.path)
         except (SafetensorError, OSError) as error:
             print(f"{self.path}: cannot be read ({error}). Training starts at its beginning.", file=sys.stderr)
             return Reached()

@@ -8,11 +8,8 @@ every step has the same size.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import compress
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
-
-import numpy as np
 
 from pipeline.errors import MismatchError, UsageError, choices
 from pipeline.files import read_json, sha256_json
@@ -55,14 +52,6 @@ class TargetRow(StudentRow):
         return max(range(len(self.target)), key=self.target.__getitem__)
 
 
-class TargetRows(list[TargetRow]):
-    """Rows of a target set or of the demonstrations."""
-
-    def where(self, mask: np.ndarray) -> "TargetRows":
-        """Those whose place in `mask` [N] is true."""
-        return TargetRows(compress(self, mask))
-
-
 AnyRow = TypeVar("AnyRow", bound=StudentRow)
 
 
@@ -70,31 +59,26 @@ AnyRow = TypeVar("AnyRow", bound=StudentRow)
 class LabelTerm:
     """A summand of the objective over the labels: each step takes `batch_size` rows and adds `weight` × their mean loss."""
 
-    loss: Literal["kl", "reverse_kl", "jensen_shannon", "cross_entropy"]
-    """`cross_entropy` is that of the target's most probable label."""
+    loss: Literal["kl", "reverse_kl", "jensen_shannon", "cross_entropy"]  # the last: of the target's most probable label
     weight: float
     batch_size: int
     rows: Sequence[TargetRow]
-    label_weight: float = 0.0
-    """Of the cross-entropy of the most probable label, beside a divergence on the same rows."""
+    label_weight: float = 0.0  # of the cross-entropy of the most probable label, beside a divergence on the same rows
 
 
 class Batches(Generic[AnyRow]):
     """The rows of each step: a function of the seed, the step and the rows' ids."""
 
     def __init__(self, rows: Sequence[AnyRow], size: int, seed: int) -> None:
-        self._rows, self._size = rows, size
-        self._epoch: Callable[[int], np.ndarray] = lru_cache(2)(lambda epoch: permutation((row.example_id for row in rows), seed, epoch))
+        self._count, self._size = len(rows), size
+        self._epoch: Callable[[int], list[AnyRow]] = lru_cache(2)(
+            lambda epoch: sorted(rows, key=lambda row: sha256_json([seed, epoch, row.example_id]))
+        )
 
     def at(self, step: int) -> list[AnyRow]:
         """The rows of a step, counted from 0."""
-        epochs = (divmod(place, len(self._rows)) for place in range(step * self._size, (step + 1) * self._size))
-        return [self._rows[int(self._epoch(epoch)[place])] for epoch, place in epochs]
-
-
-def permutation(example_ids: Iterable[str], seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: numbers of the rows [N] int64, sorted by the first 64 bits of sha256_json([seed, epoch, id])."""
-    return np.argsort(np.array([int(sha256_json([seed, epoch, one])[:16], 16) for one in example_ids], dtype=np.uint64), kind="stable")
+        epochs = (divmod(place, self._count) for place in range(step * self._size, (step + 1) * self._size))
+        return [self._epoch(epoch)[place] for epoch, place in epochs]
 
 
 def micro_batches(batches: Sequence[Sequence[AnyRow]], size: int | None) -> Iterator[list[list[AnyRow]]]:
@@ -107,26 +91,28 @@ def micro_batches(batches: Sequence[Sequence[AnyRow]], size: int | None) -> Iter
 
 def shortest_and_longest(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """A few rows to compare two forward passes on: the shortest, a middle one, the longest."""
-    lengths = [row.tokens for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    return [rows[order[place]] for place in (0, len(rows) // 2, -1)]
+    ordered = sorted(rows, key=lambda row: row.tokens)
+    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
-def validation_part(rows: Sequence[StudentRow], fraction: float) -> np.ndarray:
-    """Which rows belong to the validation part: [N] bool.
+def split_validation(rows: Sequence[AnyRow], fraction: float) -> tuple[list[AnyRow], list[AnyRow]]:
+    """The rows of the validation part, and those that are learnt from.
 
-    A row belongs to it if the hash of its example is in the first `fraction` of all hashes. So it is the same for every student and seed, a
-    transfer set that grows moves no example to the other side, and all contexts of an example are on one side. The fraction is met on
-    average. Raises UsageError if either side is empty.
+    A row belongs to the validation part if the hash of its example is in the first `fraction` of all hashes. So it is the same for every
+    student and seed, a transfer set that grows moves no example to the other side, and all contexts of an example are on one side. The
+    fraction is met on average. Raises UsageError if either side is empty.
     """
-    held = np.array([int(sha256_json(["validation", row.example])[:13], 16) / 16**13 < fraction for row in rows])
-    if held.all() or not held.any():
-        lacking = "to learn from" if held.all() else "to validate on"
-        raise UsageError(f"validation_fraction: {fraction} of {len(held)} examples leaves none {lacking}. Choose another fraction, or 0.")
-    return held
+    held: list[AnyRow] = []
+    learnt: list[AnyRow] = []
+    for row in rows:
+        (held if int(sha256_json(["validation", row.example])[:13], 16) / 16**13 < fraction else learnt).append(row)
+    if not held or not learnt:
+        lacking = "to validate on" if learnt else "to learn from"
+        raise UsageError(f"validation_fraction: {fraction} of {len(rows)} examples leaves none {lacking}. Choose another fraction, or 0.")
+    return held, learnt
 
 
-def demonstrations(file: Path, tokens: TaskTokens) -> TargetRows:
+def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
     """The demonstrations with their gold labels. Raises MismatchError if one has another label."""
     examples, labels = read_examples(file, tokens.task.fields), tokens.task.labels
     if other := [example for example in examples if example.label not in labels]:
@@ -135,7 +121,7 @@ def demonstrations(file: Path, tokens: TaskTokens) -> TargetRows:
     return _rows(file, examples, [tuple(float(label == example.label) for label in labels) for example in examples], tokens)
 
 
-def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) -> TargetRows:
+def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) -> list[TargetRow]:
     """The rows of a target set, in its order.
 
     Raises MismatchError if it was made for another task, or has an example that the transfer set lacks.
@@ -153,8 +139,8 @@ def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) ->
     return _rows(folder, [by_id[one] for one in ids], map(tuple, targets["probabilities"].to_pylist()), tokens)
 
 
-def _rows(source: Path, examples: Sequence[Example], targets: Iterable[tuple[float, ...]], tokens: TaskTokens) -> TargetRows:
+def _rows(source: Path, examples: Sequence[Example], targets: Iterable[tuple[float, ...]], tokens: TaskTokens) -> list[TargetRow]:
     if not examples:
         raise MismatchError(f"{source}: no rows. A student needs at least one example to learn from.")
     triples = zip(examples, tokens.prompts(NO_CONTEXT, examples), targets, strict=True)
-    return TargetRows(TargetRow(example.example_id, prompt.ids, target) for example, prompt, target in triples)
+    return [TargetRow(example.example_id, prompt.ids, target) for example, prompt, target in triples]

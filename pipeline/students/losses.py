@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.models.packed import Completions
 from pipeline.students.data import LabelTerm, TargetRow
@@ -55,11 +56,6 @@ def divergence_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Te
     return 0.5 * (p * (log_p - log_mean) + q * (log_q - log_mean))
 
 
-def cross_entropy(labels: Sequence[int], log_probabilities: Tensor) -> Tensor:
-    """-log of the student's probability of each row's label: numbers [B] and log-probabilities [B, L] → [B] nats."""
-    return -log_probabilities[torch.arange(len(labels)), list(labels)]
-
-
 def objective(
     terms: Sequence[LabelTerm], batches: Sequence[Sequence[TargetRow]], log_probabilities: Tensor, sizes: Sequence[int]
 ) -> Tensor:
@@ -72,7 +68,7 @@ def objective(
     for term, batch, part, size in zip(terms, batches, parts, sizes, strict=True):
         if not batch:
             continue
-        loss = of_labels = cross_entropy([row.label for row in batch], part)
+        loss = of_labels = functional.nll_loss(part, torch.tensor([row.label for row in batch], device=part.device), reduction="none")
         if term.label_weight:
             total = total + term.label_weight * (of_labels.sum() / size)
         if term.loss != "cross_entropy":

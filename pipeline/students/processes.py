@@ -56,12 +56,9 @@ class Processes:
     @torch.no_grad()
     def add_gradients(self, weights: Sequence[nn.Parameter]) -> None:
         """Sum gradients over all processes, in place. A process without a row in a step gives zeros."""
-        sums = []
         for weight in weights if self.count > 1 else ():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            sums.append(dist.all_reduce(weight.grad, async_op=True))
-        for work in filter(None, sums):
-            work.wait()
+            dist.all_reduce(weight.grad)
 
     def check_same(self, what: str, value: float) -> None:
         """Raise ShotlessError if processes do not have the same `value`: they would train different models."""

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
@@ -25,8 +24,8 @@ from pipeline.params import DEMONSTRATIONS_FILE, Params, StudentParams, TunedPar
 from pipeline.progress import rate
 from pipeline.schema import read_examples
 from pipeline.students.auxiliary import CacheTerm, TeacherCache
-from pipeline.students.checkpoint import SECONDS_BETWEEN, Checkpoint
-from pipeline.students.data import LabelTerm, TargetRows, demonstrations, target_set, validation_part
+from pipeline.students.checkpoint import Checkpoint
+from pipeline.students.data import AnyRow, LabelTerm, demonstrations, split_validation, target_set
 from pipeline.students.loop import Outcome, Validation, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
@@ -36,77 +35,62 @@ TRAINING_VERSION = 3
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
 
 
-def train_student(
-    name: str, params: Params, folders: Folders, processes: Processes = ALONE, checkpoint_seconds: float = SECONDS_BETWEEN
-) -> None:
+def train_student(name: str, params: Params, folders: Folders, processes: Processes = ALONE) -> None:
     """Write artifacts/students/NAME, metrics/train/NAME.json, metrics/curves/NAME.csv and metrics/runtime/student-NAME.json.
 
     One training for each seed: the first in the folder, the others in its `seeds/`. Of several `processes` each calls this, and the first
-    one writes. `checkpoint_seconds` are the least between two checkpoints. Raises UsageError and MismatchError on bad input before
-    training, ShotlessError if it diverges.
+    one writes. Raises UsageError and MismatchError on bad input before training, ShotlessError if it diverges.
     """
-    student = pick("students", params.students, name)
-    job = _Job("student", name, student, params, folders, processes)
-    job.learn(student)
-    job.run(student.runs, checkpoint_seconds)
+    _Job("student", name, pick("students", params.students, name), params, folders, processes).run()
 
 
-def tune_teacher(name: str, params: Params, folders: Folders, checkpoint_seconds: float = SECONDS_BETWEEN) -> None:
+def tune_teacher(name: str, params: Params, folders: Folders) -> None:
     """Fine-tune a teacher's model on the demonstrations' labels, with no layer cut.
 
     Writes artifacts/tuned/NAME, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and metrics/runtime/tuned-NAME.json.
     """
-    tuned = pick("tuned", params.tuned, name)
-    job = _Job("tuned", name, tuned, params, folders, ALONE)
-    job.learn_demonstrations(1.0, tuned.batch_size)
-    job.run({"": tuned}, checkpoint_seconds)
+    tuned = StudentParams(**dict(pick("tuned", params.tuned, name)), learn_from=DEMONSTRATIONS_FILE)
+    _Job("tuned", name, tuned, params, folders, ALONE).run()
 
 
 class _Job:
-    """One entry of the params: what is learnt, checked; then its trainings."""
+    """A student, or a tuned teacher: what is learnt, checked; then its trainings."""
 
-    def __init__(
-        self, kind: str, name: str, entry: StudentParams | TunedParams, params: Params, folders: Folders, processes: Processes
-    ) -> None:
-        self.kind, self.name, self.folders, self.processes, self.threads = kind, name, folders, processes, params.runtime.threads
-        self.base_name, self.base = entry.base, folders.artifacts / entry.base
-        self.layers = entry.layers if isinstance(entry, StudentParams) else None
-        self.learn_from = entry.learn_from if isinstance(entry, StudentParams) else DEMONSTRATIONS_FILE
+    def __init__(self, kind: str, name: str, student: StudentParams, params: Params, folders: Folders, processes: Processes) -> None:
+        self.kind, self.name, self.student, self.folders, self.processes = kind, name, student, folders, processes
+        self.threads, self.base = params.runtime.threads, folders.artifacts / student.base
         models.check_folder(self.base)
         self.tokens = TaskTokens(Task(params.task), models.load_tokenizer(self.base))
         self.sources: dict[str, str] = {}  # hashes of what is learnt from
         self.label_terms: list[LabelTerm] = []
         self.cache_terms: list[CacheTerm] = []
         self.validation: Validation | None = None
+        if student.learn_from == DEMONSTRATIONS_FILE:
+            self._learn_demonstrations(1.0, student.batch_size)
+        else:
+            self._learn_transfer_set()
 
-    def learn_demonstrations(self, weight: float, batch_size: int) -> None:
+    def _learn_demonstrations(self, weight: float, batch_size: int) -> None:
         """Add the cross-entropy on the demonstrations' labels."""
         file = self.folders.artifacts / DEMONSTRATIONS_FILE
         self.label_terms.append(LabelTerm("cross_entropy", weight, batch_size, demonstrations(file, self.tokens)))
         self.sources["demonstrations"] = sha256_file(file)
 
-    def learn(self, student: StudentParams) -> None:
-        """Add all that a student learns; it is the same for all its seeds."""
-        if student.learn_from == DEMONSTRATIONS_FILE:
-            self.learn_demonstrations(1.0, student.batch_size)
-            return
+    def _learn_transfer_set(self) -> None:
+        """Add all that is learnt from a target set or caches, and what is learnt beside it."""
+        student = self.student
         transfer = read_examples(self.folders.artifacts / "data" / "transfer.parquet", self.tokens.task.fields)
         source, from_targets = self.folders.artifacts / student.learn_from, student.learn_from.startswith("targets/")
         if from_targets:
-            cache, rows = None, target_set(source, transfer, self.tokens)
             self.sources |= {name: sha256_file(source / name) for name in ("targets.parquet", "calibration.json")}
-        else:
-            cache = self._cache("cache", source, student.temperature)
-            rows = cache.rows(transfer)
-        if student.validation_fraction:
-            mask = validation_part(rows, student.validation_fraction)
-            self.validation = Validation(rows.where(mask), student.evaluate_every, student.patience)
-            rows = rows.where(~mask)
-        if isinstance(rows, TargetRows):
+            rows = self._without_validation(target_set(source, transfer, self.tokens))
             loss = "cross_entropy" if student.loss == "hard" else student.loss
             of_labels = student.ce_weight if student.ce_target == "targets" else 0.0
             self.label_terms.append(LabelTerm(loss, 1.0, student.batch_size, rows, of_labels))
-        elif cache is not None and student.loss != "hard":
+        else:
+            assert student.loss != "hard", "params were checked"
+            cache = self._cache("cache", source, student.temperature)
+            rows = self._without_validation(cache.rows(transfer))
             self.cache_terms.append(CacheTerm(student.loss, 1.0, student.batch_size, rows, cache))
         learnt = {row.example for row in rows}
         for teacher, also in student.auxiliary.items():
@@ -117,34 +101,40 @@ class _Job:
                     f"students.{self.name}.auxiliary.{teacher}: {student.learn_from} was made beside a cache with manifest {wanted[:12]}…, "
                     f"and {cache.folder} has {found[:12]}…. Run `dvc repro targets@{source.name}`."
                 )
-            rows = cache.rows(transfer)
-            rows = rows.where(np.array([row.example in learnt for row in rows]))
+            rows = [row for row in cache.rows(transfer) if row.example in learnt]
             size = also.batch_size or student.batch_size
             self.cache_terms.append(CacheTerm(also.loss, also.weight, size, rows, cache, also.hidden_weight, also.layers))
         if student.ce_weight and student.ce_target == "demonstrations":
-            self.learn_demonstrations(student.ce_weight, student.ce_batch_size or max(1, student.batch_size // 4))
+            self._learn_demonstrations(student.ce_weight, student.ce_batch_size or max(1, student.batch_size // 4))
+
+    def _without_validation(self, rows: list[AnyRow]) -> list[AnyRow]:
+        if not self.student.validation_fraction:
+            return rows
+        held, learnt = split_validation(rows, self.student.validation_fraction)
+        self.validation = Validation(held, self.student.evaluate_every, self.student.patience)
+        return learnt
 
     def _cache(self, name: str, folder: Path, temperature: float) -> TeacherCache:
         self.sources[name] = sha256_json(cache_manifest(folder))
         return TeacherCache(folder, self.folders.work, self.tokens, models.tokenizer_sha256(self.base), temperature)
 
-    def run(self, runs: Mapping[str, StudentParams] | Mapping[str, TunedParams], checkpoint_seconds: float) -> None:
-        """All trainings, by folder, then their metrics."""
+    def run(self) -> None:
+        """The training of each seed, then their metrics."""
         self._check_lengths()
-        output, first = self.folders.artifacts / ("students" if self.kind == "student" else "tuned") / self.name, self.processes.first
-        training, several = self.folders.work / "training", len(runs) > 1
+        output = self.folders.artifacts / ("students" if self.kind == "student" else "tuned") / self.name
+        training, runs, first = self.folders.work / "training", self.student.runs, self.processes.first
         lock = training / f"{files.sha256_text(str(output.resolve()))[:16]}.lock"
         with files.one_writer(lock) if first else nullcontext():
-            self.threads = use_machine(self.processes.threads(self.threads))
+            threads = use_machine(self.processes.threads(self.threads))
+            rounding = [threads, self.processes.count, torch.__version__, transformers.__version__]
             outcomes, values, checkpoints = dict[int, Outcome](), dict[int, dict[str, Any]](), list[Checkpoint]()
             for place, entry in runs.items():
-                own = f"{self.kind}-{self.name}" + (f"-seed{entry.seed}" if several else "")
+                own = f"{self.kind}-{self.name}" + (f"-seed{entry.seed}" if len(runs) > 1 else "")
                 about = about_trained(self.name, self.tokens, self._provenance(entry))
-                rounding = [self.threads, self.processes.count, torch.__version__, transformers.__version__]
-                checkpoints.append(Checkpoint(training, own, sha256_json([about, rounding]), checkpoint_seconds, keeps_end=several))
+                checkpoints.append(Checkpoint(training, own, sha256_json([about, rounding]), keeps_end=len(runs) > 1))
                 outcomes[entry.seed], values[entry.seed] = self._run(entry, output / place, about, checkpoints[-1])
             if first:
-                self._write_metrics(outcomes, values, next(iter(runs.values())))
+                self._write_metrics(outcomes, values, threads)
                 for checkpoint in checkpoints:
                     checkpoint.remove()
 
@@ -158,28 +148,26 @@ class _Job:
                 "which quarantines longer inputs."
             )
 
-    def _provenance(self, entry: StudentParams | TunedParams) -> dict[str, Any]:
+    def _provenance(self, entry: StudentParams) -> dict[str, Any]:
         """Where the weights come from, by content: no clock and no machine."""
         return {
             "kind": self.kind,
-            "base": self.base_name,
+            "base": entry.base,
             "base_weights_sha256": models.weights_sha256(self.base),
             "base_tokenizer_sha256": models.tokenizer_sha256(self.base),
-            "layers": self.layers,
-            "learn_from": self.learn_from,
+            "layers": entry.layers,
+            "learn_from": entry.learn_from,
             "sources_sha256": self.sources,
-            "params": entry.model_dump(mode="json"),
+            "params": entry.model_dump(mode="json", include=None if self.kind == "student" else set(TunedParams.model_fields)),
             "training_version": TRAINING_VERSION,
         }
 
-    def _run(
-        self, entry: StudentParams | TunedParams, output: Path, about: dict[str, Any], checkpoint: Checkpoint
-    ) -> tuple[Outcome, dict[str, Any]]:
+    def _run(self, entry: StudentParams, output: Path, about: dict[str, Any], checkpoint: Checkpoint) -> tuple[Outcome, dict[str, Any]]:
         """Train with one seed and write its folder; the outcome, and what of it goes to the metrics."""
         model = models.load_model(self.base, device=default_device())
         config = model.config.get_text_config()
-        if self.layers is not None:
-            models.cut_layers(model, models.parse_layers(self.layers, config.num_hidden_layers))
+        if entry.layers is not None:
+            models.cut_layers(model, models.parse_layers(entry.layers, config.num_hidden_layers))
         if self.processes.first:
             (output / files.MANIFEST).unlink(missing_ok=True)  # until all is written, the folder is not complete
         outcome = train(
@@ -191,7 +179,7 @@ class _Job:
             cache_terms=self.cache_terms,
             validation=self.validation,
             checkpoint=checkpoint,
-            adapter=(output / "adapter", self.base_name) if entry.adapters == "kept" else None,
+            adapter=(output / "adapter", entry.base) if entry.adapters == "kept" else None,
             processes=self.processes,
         )
         reached, steps = outcome.reached, len(outcome.reached.losses)
@@ -199,48 +187,47 @@ class _Job:
             "steps": steps,
             "examples": steps * sum(term.batch_size for term in (*self.label_terms, *self.cache_terms)),
             "tokens": outcome.tokens,
-            "parameters": models.parameter_counts(model)[0],
+            "parameters": model.num_parameters(),
             "trained_parameters": outcome.tuning.trained_parameters,
             "layers": int(config.num_hidden_layers),
         }
         choice: dict[str, Any] = {}
         if self.validation is not None:
-            choice = {"best_step": reached.best_step, "held_back_examples": len(self.validation.rows)}
-            choice["held_back_kl_nats"] = _significant(reached.validations[reached.best][1])
-            choice["held_back_kl_nats_before"] = _significant(reached.validations[0][1])
+            (best_step, best), (_, before) = reached.best, reached.validations[0]
+            choice = {"best_step": best_step, "held_back_examples": len(self.validation.rows)}
+            choice |= {"held_back_kl_nats": _significant(best), "held_back_kl_nats_before": _significant(before)}
         if self.processes.first:
             model.config._name_or_path = ""
             models.save_model(model, models.load_tokenizer(self.base), output)
             names = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
-            own = [name for name in names if not name.startswith("seeds/") and name != "README.md"]
             about = about | {"counts": counts, **choice, "trains": outcome.tuning.trains, "forward": outcome.forward}
-            files.write_manifest(output, about, own)
+            files.write_manifest(output, about, [name for name in names if not name.startswith("seeds/") and name != "README.md"])
         last = reached.losses[-max(1, steps // 10) :]
         return outcome, counts | choice | {"final_loss": _significant(math.fsum(last) / len(last))}
 
-    def _write_metrics(
-        self, outcomes: Mapping[int, Outcome], values: Mapping[int, dict[str, Any]], entry: StudentParams | TunedParams
-    ) -> None:
+    def _write_metrics(self, outcomes: Mapping[int, Outcome], values: Mapping[int, dict[str, Any]], threads: int) -> None:
         """Those of the first seed, with some of each if there are several; the curve; what differs from run to run."""
         name, metrics = self.name if self.kind == "student" else f"tuned-{self.name}", self.folders.metrics
-        written: dict[str, Any] = {**next(iter(values.values())), "base": self.base_name, "learn_from": self.learn_from}
+        written: dict[str, Any] = {**next(iter(values.values())), "base": self.student.base, "learn_from": self.student.learn_from}
         if len(values) > 1:
             kept = ("steps", "final_loss", "best_step", "held_back_kl_nats")
             written["seeds"] = {str(seed): {key: one[key] for key in kept if key in one} for seed, one in values.items()}
         files.write_json(written, metrics / "train" / f"{name}.json")
-        lines = [["step", "loss", "learning_rate", *(["held_back_kl"] * (self.validation is not None)), *(["seed"] * (len(values) > 1))]]
+        curve: list[dict[str, Any]] = []
         for seed, outcome in outcomes.items():
-            kl = {step: str(_significant(value)) for step, value in outcome.reached.validations}
+            kl = {step: _significant(value) for step, value in outcome.reached.validations}
             for step, loss in enumerate(outcome.reached.losses, 1):
-                line = [str(step), str(_significant(loss)), str(_significant(learning_rate(step - 1, entry))), kl.get(step, ""), str(seed)]
-                lines.append(line[:3] + line[3:4] * (self.validation is not None) + line[4:] * (len(values) > 1))
-        files.write_text("".join(",".join(line) + "\n" for line in lines), metrics / "curves" / f"{name}.csv")
+                row = {"step": step, "loss": _significant(loss), "learning_rate": _significant(learning_rate(step - 1, self.student))}
+                row |= {"held_back_kl": kl.get(step, "")} if self.validation is not None else {}
+                curve.append(row | ({"seed": seed} if len(values) > 1 else {}))
+        lines = [",".join(map(str, line)) + "\n" for line in (curve[0], *(row.values() for row in curve))]
+        files.write_text("".join(lines), metrics / "curves" / f"{name}.csv")
         seconds = sum(outcome.seconds for outcome in outcomes.values())
         runtime = {
             "seconds": round(seconds, 3),
             "tokens_per_second": round(rate(sum(outcome.seen for outcome in outcomes.values()), seconds), 1),
             "peak_rss_bytes": peak_rss_bytes(),
-            "threads": self.threads,
+            "threads": threads,
             "resumed_at_step": sum(outcome.resumed_at for outcome in outcomes.values()),
         }
         files.write_json(runtime, metrics / "runtime" / f"{self.kind}-{self.name}.json")

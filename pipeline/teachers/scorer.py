@@ -150,7 +150,7 @@ class Scorer:
         self.cache = cache
         use_machine(threads)
         self.dtype = fast_dtype(default_device()) if dtype == "auto" else dtype
-        self.identity = identity_of(model_folder, self.tokens, cache, self.dtype, None if work is None else work / "hashes")
+        self.identity = identity_of(model_folder, self.tokens, cache, self.dtype)
         self.store = None if work is None else Store(work, self.identity)
         self.engine_report: dict[str, Any] | None = None
         """The engine of this process' last work: name, reason, token_budget, device; None if nothing had to be scored."""
@@ -282,10 +282,10 @@ class Scorer:
         return [order[round(number * (len(order) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
 
 
-def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str, remembered: Path | None = None) -> dict[str, Any]:
-    """All that decides a row's numbers except its prompt, as JSON; hashes of large files may be `remembered` in a folder."""
+def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str) -> dict[str, Any]:
+    """All that decides a row's numbers except its prompt, as JSON."""
     identity = {
-        "weights": weights_sha256(folder, remembered),
+        "weights": weights_sha256(folder),
         "dtype": dtype,
         "cache": cache.model_dump(mode="json"),
         "completions": tokens.completions,

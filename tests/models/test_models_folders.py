@@ -10,14 +10,12 @@ from conftest import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UsageError
-from pipeline.models import folders
 from pipeline.models.folders import (
     build_model,
     check_folder,
     context_limit,
     load_model,
     load_tokenizer,
-    parameter_counts,
     save_model,
     tokenizer_sha256,
     weights_sha256,
@@ -77,14 +75,6 @@ def test_code_of_a_repository_is_refused(folder):
         load_model(folder)
 
 
-def test_code_of_a_repository_is_not_run_where_transformers_has_its_own(folder, tmp_path):
-    expected = logits(load_model(folder))
-    edit_json(folder / "config.json", auto_map={"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"})
-    (folder / "strange.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n", encoding="utf-8")
-    assert torch.equal(logits(load_model(folder)), expected)
-    assert not (tmp_path / "trace").exists()
-
-
 def test_a_missing_tokenizer_is_named(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"no tokenizer \(tokenizer\.json, tokenizer\.model or vocab\.json\)\.$"):
@@ -109,27 +99,6 @@ def test_a_missing_folder_names_its_neighbours(folder):
 def test_a_missing_folder_in_a_missing_folder_has_no_neighbours(tmp_path):
     with pytest.raises(UsageError, match="Beside it: –"):
         load_model(tmp_path / "no" / "where")
-
-
-def test_a_model_type_that_transformers_does_not_know_is_refused(folder):
-    edit_json(folder / "config.json", model_type="strange")
-    with pytest.raises(UsageError, match="strange"):
-        load_model(folder)
-
-
-def test_a_config_that_is_not_json_is_refused(folder):
-    (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
-    with pytest.raises(UsageError, match=r"config\.json"):
-        load_model(folder)
-
-
-def test_weights_that_lack_a_tensor_are_refused_not_filled_with_noise(folder):
-    tensors = load_file(folder / "model.safetensors")
-    missing = "model.layers.2.self_attn.q_proj.weight"
-    del tensors[missing]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=missing.replace(".", r"\.")):
-        load_model(folder)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -197,38 +166,6 @@ def test_a_config_that_names_no_limit_has_none(tiny_model, tmp_path):
     del model.config.max_position_embeddings  # set by the fixture; bloom itself knows none
     model.config.save_pretrained(tmp_path)
     assert context_limit(tmp_path) is None
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_counted_once_and_frozen_ones_apart(tiny_model, tied):
-    model = tiny_model("llama", tie_word_embeddings=tied)
-    distinct = {p.data_ptr(): p.numel() for p in model.state_dict().values()}
-    assert parameter_counts(model) == (sum(distinct.values()), sum(distinct.values()))
-    embedding = model.get_input_embeddings().weight
-    head = 0 if tied else model.get_output_embeddings().weight.numel()
-    inner = sum(p.numel() for p in model.model.layers.parameters()) + model.model.norm.weight.numel()
-    assert parameter_counts(model)[0] == embedding.numel() + head + inner
-    embedding.requires_grad_(False)
-    assert parameter_counts(model) == (sum(distinct.values()), head + inner)
-
-
-def test_the_hash_of_a_file_is_remembered_until_it_is_touched(folder, tmp_path, monkeypatch):
-    expected = weights_sha256(folder)
-    monkeypatch.setattr(folders, "SETTLED_NS", 0)
-    assert weights_sha256(folder, tmp_path / "hashes") == expected
-    read, original = [], folders.sha256_file
-    monkeypatch.setattr(folders, "sha256_file", lambda path: read.append(path.name) or original(path))
-    assert weights_sha256(folder, tmp_path / "hashes") == expected
-    assert not read
-    edit_json(folder / "config.json", rms_norm_eps=1e-3)
-    assert weights_sha256(folder, tmp_path / "hashes") == weights_sha256(folder) != expected
-    assert read[0] == "config.json"
-
-
-def test_a_file_changed_a_moment_ago_is_not_remembered(folder, tmp_path):
-    edit_json(folder / "config.json", rms_norm_eps=1e-3)
-    weights_sha256(folder, tmp_path / "hashes")
-    assert not any(json.loads(note.read_text())["state"][2] < 5000 for note in (tmp_path / "hashes").glob("*.json"))
 
 
 def test_a_folder_is_built_without_code_and_pickles(folder, tmp_path):

@@ -74,9 +74,9 @@ def test_each_token_sees_its_own_prompt_and_nothing_else(rows):
             assert set(block.flatten().tolist()) <= {0.0, -torch.inf}
             assert (block[: row.length, row.length :] == -torch.inf).all()
             assert (block == 0).any(-1).all(), "a place that sees nothing would be NaN"
-    for output, number, visible in zip(packed.outputs.tolist(), packed.output_rows.tolist(), packed.visible, strict=True):
-        own = [sees(tokens[output], other) for other in tokens if other[0] == number]
-        assert visible.tolist() == own + [False] * (len(visible) - len(own))
+    for output, number, mask in zip(packed.outputs.tolist(), packed.output_rows.tolist(), packed.output_mask, strict=True):
+        own = [0.0 if sees(tokens[output], other) else -torch.inf for other in tokens if other[0] == number]
+        assert mask.tolist() == own + [-torch.inf] * (len(mask) - len(own))
 
 
 @given(PLAIN)

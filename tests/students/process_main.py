@@ -25,7 +25,7 @@ def saving(self, model, optimizer, reached):
 
 
 if __name__ == "__main__":
-    Checkpoint.save = saving
+    Checkpoint.save, Checkpoint.due = saving, lambda _: True
     with joined() as processes:
         for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
             folders = Folders.here(Path(job["root"]))
@@ -34,4 +34,4 @@ if __name__ == "__main__":
                 shutil.move(aside, aside.with_suffix(""))
                 shutil.move(folders.artifacts / "students" / job["name"], folders.artifacts / "unbroken")
             processes.total(0.0)  # wait for the first one
-            train_student(job["name"], Params.model_validate(job["params"]), folders, processes, 0.0)
+            train_student(job["name"], Params.model_validate(job["params"]), folders, processes)
