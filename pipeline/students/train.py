@@ -31,7 +31,7 @@ from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
 from pipeline.task import Task, TaskTokens
 
-TRAINING_VERSION = 3
+TRAINING_VERSION = 4
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
 
 
