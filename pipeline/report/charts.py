@@ -65,11 +65,9 @@ def spread(document: Json, method: str) -> Markup | None:
     return _svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
 
 
-def curve(found: Collected, student: str) -> Markup | None:
-    """Training loss of one student by step, in means over neighbouring steps. None if it was not recorded."""
-    steps: pl.DataFrame | None = found.files.get(f"metrics/curves/{student}.csv")
-    if steps is None:
-        return None
+def curve(found: Collected, student: str) -> Markup:
+    """Training loss of one student by step, in means over neighbouring steps."""
+    steps: pl.DataFrame = found.files[f"metrics/curves/{student}.csv"]
     group = pl.int_range(pl.len()) // math.ceil(steps.height / CURVE_POINTS)
     rows = steps.group_by(group.alias("group"), maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
     x = alt.X("step:Q", title="step", axis=_ticks(), scale=alt.Scale(nice=False))
@@ -80,13 +78,11 @@ def curve(found: Collected, student: str) -> Markup | None:
     )
 
 
-def reliability(found: Collected, method: str) -> Markup | None:
-    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled. None if there are no bins."""
-    if not (detail := found.of("detail", method)):
-        return None
-    rows, lowest = list[Json](), 100 / len(found.params.task.labels)
+def reliability(found: Collected, method: str) -> Markup:
+    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled."""
+    rows, lowest, sets = list[Json](), 100 / len(found.params.task.labels), found.of("detail", method)["sets"]
     for domain in domains_of(found.document):
-        bins = pl.DataFrame([entry for where in sets_of(found.document, domain) for entry in detail["sets"][where]["reliability"]])
+        bins = pl.DataFrame([entry for where in sets_of(found.document, domain) for entry in sets[where]["reliability"]])
         means = [(pl.col(key) * pl.col("n")).sum() / pl.col("n").sum() * 100 for key in ("confidence", "accuracy")]
         rows += bins.group_by("low").agg(*means, pl.col("n").sum(), pl.lit(domain).alias("domain")).sort("low").to_dicts()
     x, y = _share(alt.X, "confidence", lowest, "confidence, %"), _share(alt.Y, "accuracy", 0, "right, %")

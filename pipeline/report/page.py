@@ -26,7 +26,7 @@ from pipeline.report.card import render_card
 from pipeline.report.collect import DOMAINS, Collected, Json, collect, domains_of, ranked
 from pipeline.report.prose import percent
 
-SAMPLES, FLIPS, ATTRIBUTIONS, STRONGEST_WORDS = 12, 3, 4, 4
+SAMPLES, FLIPS = 12, 3
 SECTIONS = ("findings", "results", "cost", "confidence", "mistakes", "risks", "contexts", "training", "data", "reproduce")
 """Anchors; capitalised, they are the headings."""
 ANSWER_SECTIONS = ("answers", *SECTIONS[-3:])
@@ -74,7 +74,7 @@ def _environment(*, escaping: bool) -> Environment:
     )
     filters = (code, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span)
     environment.filters |= {function.__name__: function for function in filters}
-    functions = (domains_of, ranked, disagreements, risks_of_best, flipped, attributions, samples, identity, yaml_text)
+    functions = (domains_of, ranked, disagreements, risks_of_best, flipped, samples, identity, yaml_text)
     environment.globals |= {function.__name__: function for function in functions}
     environment.globals |= {"DOMAINS": DOMAINS, "cell": tables.Cell, "charts": charts, "prose": prose, "tables": tables}
     return environment
@@ -91,7 +91,7 @@ def identity(found: Collected) -> Json:
     return shown | {"Versions": {"python": platform.python_version()} | libraries}
 
 
-# Texts with what was said of them, for the macro `articles`: `where`, `texts` (a text, or its pieces, each with its side) and `pairs`.
+# Texts with what was said of them, for the macro `articles`: `where`, `texts` and `pairs`.
 
 
 def disagreements(found: Collected, student: str) -> list[Json]:
@@ -119,9 +119,8 @@ def disagreements(found: Collected, student: str) -> list[Json]:
 
 
 def risks_of_best(found: Collected) -> dict[str, Json]:
-    """The best students of which risks were checked, and what was found."""
-    checked = [(name, found.of("risk", name)) for name in ranked(found.document, "student")]
-    return dict([(name, risk) for name, risk in checked if risk][: tables.COMPARED])
+    """The best students, and what was found of their risks."""
+    return {name: found.of("risk", name) for name in ranked(found.document, "student")[: tables.COMPARED]}
 
 
 def flipped(risk: Json) -> list[Json]:
@@ -139,29 +138,6 @@ def flipped(risk: Json) -> list[Json]:
         for one in entry["examples"]
         if one["answer_before"] != one["answer_after"]
     ][:FLIPS]
-
-
-def attributions(risk: Json) -> list[Json]:
-    """Sampled disagreements with their words: each field as pieces (text, "for" or "against" if the word weighs much, else "")."""
-    shown = []
-    for entry in risk["attributions"][:ATTRIBUTIONS]:
-        strongest, texts = sorted(entry["words"], key=lambda word: -abs(word["weight"]))[:STRONGEST_WORDS], []
-        for field, text in entry["fields"].items():
-            pieces, at = list[tuple[str, str]](), 0
-            for word in sorted((word for word in entry["words"] if word["field"] == field), key=lambda word: word["start"]):
-                if abs(word["weight"]) >= abs(strongest[0]["weight"]) / 2 > 0:
-                    side = "for" if word["weight"] > 0 else "against"
-                    pieces += [(text[at : word["start"]], ""), (text[word["start"] : word["end"]], side)]
-                    at = word["end"]
-            texts.append([*pieces, (text[at:], "")])
-        pairs = {
-            "gold": entry["label"],
-            risk["student"]: _answer(entry["student"], entry["student_p"]),
-            risk["reference"]: _answer(entry["reference"], entry["reference_p"]),
-            "strongest words": ", ".join(f"“{word['word']}” {word['weight']:+.2f}".replace("-", "−") for word in strongest),
-        }
-        shown.append({"where": entry["set"], "texts": texts, "pairs": pairs})
-    return shown
 
 
 def samples(found: Collected) -> list[Json]:

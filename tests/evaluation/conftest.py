@@ -78,7 +78,7 @@ def raw_params(shipped: dict[str, Any]) -> dict[str, Any]:
                 "icl_source": {"prompts": "targets/by_source", "contexts": "each"},
                 "teacher": {"prompts": "targets/mix", "contexts": "ensemble"},
             },
-            "evaluation": {"reference": "teacher", "bootstrap": 50, "seed": 3, "cost_examples": 2, "cost_demonstrations": []},
+            "evaluation": {"reference": "teacher", "bootstrap": 50, "seed": 3, "cost_examples": 2},
             "runtime": {"threads": 1},
         }
     )
@@ -108,10 +108,6 @@ class World:
         for name, pairs in SETS.items():
             examples = [Example({"text": text}, label, source=name, line=n) for n, (text, label) in enumerate(pairs, 1)]
             write_examples(examples, ("text",), self.artifacts / "data" / "evaluation" / f"{name}.parquet")
-        demonstrations = [
-            Example({"text": text}, label) for text, label in (("a warm film", "positive"), ("bored", "negative"), ("so", "mixed"))
-        ]
-        write_examples(demonstrations, ("text",), self.artifacts / "data" / "demonstrations.parquet")
         write_contexts(SHOTS, self.artifacts / "data" / "contexts" / "shots.parquet")
         write_contexts([NONE], self.artifacts / "data" / "contexts" / "none.parquet")
         self.train("cd", 4)
