@@ -120,7 +120,7 @@ def discrepancy(kernel: Floats, first: int, permutations: int, rng: np.random.Ge
 def bag_kernel(documents: Sequence[Sequence[int]]) -> Floats:
     """Cosine similarity of the documents' sets of token ids, each id weighted by its rarity, log(documents / documents with it)."""
     sets = MultiLabelBinarizer(sparse_output=True).fit_transform(documents)
-    bags = normalize(sets.multiply(np.log(len(documents) / sets.sum(axis=0))).tocsr())
+    bags: Any = normalize(sets.multiply(np.log(len(documents) / sets.sum(axis=0))).tocsr())
     kernel = (bags @ bags.T).toarray()
     np.fill_diagonal(kernel, 1.0)  # a document of ubiquitous ids alone says nothing: similarity 0 to all others
     return kernel

@@ -207,7 +207,7 @@ def slices(found: Collected) -> Table:
         row: Row = [name]
         for domain in domains:
             entries = [rows.get((dimension, domain, name)) for rows in own.values()]
-            row.append(number(entries[0] and entries[0]["n"]))
+            row.append(number(next((entry["n"] for entry in entries if entry), None)))
             row += [DASH if entry is None else Cell(percent(entry["accuracy"]), span(entry["ci95"])) for entry in entries]
         bodies.setdefault(titles.get(dimension, f"By {dimension}"), []).append(row)
     groups = [("", 1), *((DOMAINS[domain], 1 + len(own)) for domain in domains)]
