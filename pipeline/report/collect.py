@@ -12,9 +12,8 @@ from statistics import fmean
 from typing import Any
 
 import polars as pl
-from polars.exceptions import PolarsError
 
-from pipeline.errors import CorruptError, UsageError, choices
+from pipeline.errors import UsageError, choices
 from pipeline.evaluation.metrics import mean_accuracy
 from pipeline.files import Folders, read_json
 from pipeline.params import Params
@@ -58,7 +57,7 @@ def collect(params: Params, folders: Folders) -> Collected:
     if lacking := {name: stage for name, stage in missing.items() if not name.startswith(TIMES)}:
         commands = " ".join(dict.fromkeys(lacking.values()))
         raise UsageError(f"{choices(lacking)}: no such file, and the report needs it. Run `dvc repro {commands}`.")
-    files = {name: _read(path, stages[name]) for name, path in paths.items() if name not in missing and path.suffix != ".parquet"}
+    files = {name: _read(path) for name, path in paths.items() if name not in missing and path.suffix != ".parquet"}
     methods = [*params.baselines, *params.students]
     for name in methods:
         cost, evaluated = f"metrics/cost/{name}.json", files[f"metrics/eval/{name}.json"]
@@ -94,19 +93,15 @@ def _stages(params: Params) -> dict[str, str]:
     return stages
 
 
-def _read(path: Path, stage: str) -> Any:
+def _read(path: Path) -> Any:
     """A JSON value; the curve of a student's first seed (columns step and loss); or the first rows that were set aside."""
-    try:
-        if path.suffix == ".json":
-            return read_json(path)
-        if path.suffix == ".csv":
-            curve = pl.read_csv(path)
-            curve = curve.filter(pl.col("seed") == pl.col("seed").first()) if "seed" in curve.columns else curve
-            return curve.select(pl.col("step").cast(pl.Int64), pl.col("loss").cast(pl.Float64))
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in islice(file, MOST_QUARANTINED)]
-    except (PolarsError, ValueError) as error:
-        raise CorruptError(f"{path}: not the {path.suffix} file that it should be ({error}). Run `dvc repro -f {stage}`.") from None
+    if path.suffix == ".json":
+        return read_json(path)
+    if path.suffix == ".csv":
+        curve = pl.read_csv(path)
+        return curve.filter(pl.col("seed") == pl.col("seed").first()) if "seed" in curve.columns else curve
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, MOST_QUARANTINED)]
 
 
 def _document(params: Params, files: dict[str, Any], predictions: dict[str, pl.DataFrame]) -> Json:
