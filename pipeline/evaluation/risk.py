@@ -14,19 +14,8 @@ import numpy as np
 import polars as pl
 from scipy.stats import binomtest, chi2_contingency
 
-from pipeline.evaluation.metrics import (
-    RIGHT,
-    Floats,
-    Json,
-    Scores,
-    binned,
-    example_scores,
-    frames,
-    membership,
-    probabilities_of,
-    rounded,
-    slice_rows,
-)
+from pipeline.evaluation import metrics
+from pipeline.evaluation.metrics import RIGHT, Floats, Json, Scores, probabilities_of, rounded
 from pipeline.evaluation.predictions import Sets, models_of, read_sets
 from pipeline.evaluation.swaps import SWAPS, swap_fields
 from pipeline.files import Folders, write_json
@@ -57,7 +46,7 @@ def check_risks(name: str, params: Params, folders: Folders) -> None:
     else:
         task, reference, sets = Task(params.task), params.evaluation.reference, read_sets(params, folders)
         tables = [read_table(folders.artifacts / "predictions" / f"{method}.parquet", PREDICTIONS) for method in (name, reference)]
-        ours, theirs = (frames(table, task.labels) for table in tables)
+        ours, theirs = (metrics.frames(table, task.labels) for table in tables)
         checked = {}
         for model in models_of(name, params, folders):
             ask, run = partial(_ask, model.scorer(task, params), f"risk {name} {model.run}".rstrip()), model.run or ""
@@ -79,8 +68,8 @@ def check_run(ours: Scores, theirs: Scores, sets: Sets, ask: Ask, params: Params
     Raises CorruptError if an example is not answered once.
     """
     labels, domains = params.task.labels, {key: entry.domain for key, entry in params.data.evaluation.items()}
-    scores = [{key: example_scores(frame, key) for key, frame in predictions.items()} for predictions in (ours, theirs)]
-    members = {key: membership(examples) for key, examples in sets.items()}
+    scores = [{key: metrics.example_scores(frame, key) for key, frame in predictions.items()} for predictions in (ours, theirs)]
+    members = {key: metrics.membership(examples) for key, examples in sets.items()}
     answers = {key: dict(zip(frame["example_id"], probabilities_of(frame), strict=True)) for key, frame in ours.items()}
     mine = [(key, example, answers[key][example.example_id]) for key, examples in sets.items() for example in examples]
     return {
@@ -140,7 +129,7 @@ def gaps(student: Scores, reference: Scores, members: Scores, domains: Mapping[s
     present = [domains[name] for name in student]
     groups: list[dict[tuple[str, str | None, str | None], dict[str, Floats]]] = [{}, {}]
     for scores, own in zip((student, reference), groups, strict=True):
-        for key, sample in slice_rows(scores, members, domains):
+        for key, sample in metrics.slice_rows(scores, members, domains):
             if len(sample) >= SMALLEST_SLICE and (key["set"] is None or present.count(key["domain"]) > 1):
                 domain = None if key["dimension"] == "domain" else key["domain"]
                 own.setdefault((key["dimension"], domain, key["set"]), {})[key["slice"]] = sample
@@ -181,5 +170,5 @@ def disagreement(ours: Scores, theirs: Scores, domains: Mapping[str, str], domai
         reference_accuracy=pl.col("predicted_reference") == pl.col("label"),
     )
     values = {name: shares[name].to_numpy() for name in shares.columns}
-    bins = binned(probabilities_of(rows).max(axis=1), CONFIDENCE_BINS, values)
+    bins = metrics.binned(probabilities_of(rows).max(axis=1), CONFIDENCE_BINS, values)
     return {"domain": domain, "n": rows.height, "share": float(values["disagreement"].mean()), "by_student_confidence": bins}
