@@ -43,11 +43,11 @@ def accuracy(document: Json, where: str) -> Markup:
 
 def _rows(document: Json, kind: str, key: str) -> list[Json]:
     """Each method's accuracy and its interval (percent) on a set (`kind` "sets") or over a domain ("means")."""
-    entries = [(name, method["kind"], method[kind][key]) for name, method in document["methods"].items()]
-    return [
-        {"method": name, "kind": of, "accuracy": 100 * own["accuracy"], "low": 100 * own["ci95"][0], "high": 100 * own["ci95"][1]}
-        for name, of, own in entries
-    ]
+    rows = []
+    for name, method in document["methods"].items():
+        accuracy, low, high = (100 * value for value in (method[kind][key]["accuracy"], *method[kind][key]["ci95"]))
+        rows.append({"method": name, "kind": method["kind"], "accuracy": accuracy, "low": low, "high": high})
+    return rows
 
 
 def spread(document: Json, method: str) -> Markup | None:
@@ -68,14 +68,13 @@ def spread(document: Json, method: str) -> Markup | None:
 def curve(found: Collected, student: str) -> Markup:
     """Training loss of one student by step, in means over neighbouring steps."""
     steps: pl.DataFrame = found.files[f"metrics/curves/{student}.csv"]
-    group = pl.int_range(pl.len()) // math.ceil(steps.height / CURVE_POINTS)
-    rows = steps.group_by(group.alias("group"), maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
+    group = (pl.int_range(pl.len()) // math.ceil(steps.height / CURVE_POINTS)).alias("group")
+    rows = steps.group_by(group, maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
     x = alt.X("step:Q", title="step", axis=_ticks(), scale=alt.Scale(nice=False))
     chart = alt.Chart(_data(rows.to_dicts())).mark_line(stroke=STUDENT, strokeWidth=2)
     chart = chart.encode(x=x, y=alt.Y("loss:Q", title="loss, nats", axis=_ticks())).properties(width=210, height=120)
-    return _svg(
-        chart, f"Training loss of {student}: from {rows['loss'][0]:.3f} to {rows['loss'][-1]:.3f} nats over {rows['step'][-1]} steps"
-    )
+    fall = f"from {rows['loss'][0]:.3f} to {rows['loss'][-1]:.3f} nats over {rows['step'][-1]} steps"
+    return _svg(chart, f"Training loss of {student}: {fall}")
 
 
 def reliability(found: Collected, method: str) -> Markup:
@@ -95,19 +94,15 @@ def reliability(found: Collected, method: str) -> Markup:
         base.mark_line(strokeWidth=1.5, opacity=0.6),
         base.mark_point(filled=True, opacity=0.9).encode(shape=shape, size=size),
     ).properties(width=190, height=190)
-    spoken = "; ".join(
-        f"{DOMAINS[row['domain']].lower()}, confidence {row['confidence']:.0f} %: {row['accuracy']:.0f} % right of {row['n']:,}"
-        for row in rows
-    )
+    each = "{}, confidence {:.0f} %: {:.0f} % right of {:,}"
+    spoken = "; ".join(each.format(DOMAINS[row["domain"]].lower(), row["confidence"], row["accuracy"], row["n"]) for row in rows)
     return _svg(chart, f"Reliability of {method}: {spoken}")
 
 
 def frontier(document: Json, domain: str) -> tuple[list[Json], list[Json]]:
-    """The methods whose latency was measured, as `_rows` with `latency` (ms), fastest first; and those that no other method beats in
-    accuracy at their latency or less.
-    """
-    costs: Json = {name: (method["cost"] or {}).get("latency_ms") for name, method in document["methods"].items()}
-    rows = [row | {"latency": costs[row["method"]]} for row in _rows(document, "means", domain) if costs[row["method"]]]
+    """`_rows` of the methods whose `latency` (ms) was measured, fastest first; and those of them that no faster one matches in accuracy."""
+    latency: Json = {name: (method["cost"] or {}).get("latency_ms") for name, method in document["methods"].items()}
+    rows = [row | {"latency": latency[row["method"]]} for row in _rows(document, "means", domain) if latency[row["method"]]]
     rows.sort(key=lambda row: (row["latency"], -row["accuracy"]))
     return rows, [row for n, row in enumerate(rows) if all(row["accuracy"] > other["accuracy"] for other in rows[:n])]
 
@@ -150,9 +145,7 @@ def tradeoff(document: Json, domain: str) -> Markup | None:
 
 def _data(rows: Sequence[Json]) -> alt.InlineData:
     """Rows of a chart, with numbers rounded to what a screen can show."""
-    return alt.InlineData(
-        values=[{key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
-    )
+    return alt.InlineData(values=[{key: round(own, 5) if isinstance(own, float) else own for key, own in row.items()} for row in rows])
 
 
 def _lowest(document: Json) -> float:

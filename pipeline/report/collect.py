@@ -14,12 +14,11 @@ from typing import Any
 import polars as pl
 
 from pipeline.errors import UsageError, choices
-from pipeline.evaluation.metrics import mean_accuracy
+from pipeline.evaluation.metrics import Json, mean_accuracy
 from pipeline.files import Folders, read_json
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, PREDICTIONS, read_examples, read_table
 
-Json = dict[str, Any]
 DOMAINS = {"in": "In domain", "out": "Out of domain"}
 TIMES = ("metrics/cost", "metrics/runtime")
 MOST_QUARANTINED = 5
@@ -113,21 +112,20 @@ def _document(params: Params, files: dict[str, Any], predictions: dict[str, pl.D
     """
     compare, sets, completion = files["metrics/compare.json"], params.data.evaluation, params.task.completion
     settings = {"resamples": params.evaluation.bootstrap, "seed": params.evaluation.seed}
-    shares = ("agreement", "ece") if completion is None else ("well_formed", "accuracy")
+    averaged = ("agreement", "ece") if completion is None else ("well_formed", "accuracy")
     methods: dict[str, Json] = {}
     for name, frame in predictions.items():
-        own = {where: dict(files[f"metrics/eval/{name}.json"]["sets"][where]) for where in sets}
-        for where, entry in own.items():
-            if close := compare["to_reference"].get(name, {}).get(where):
-                entry["agreement"] = close["agreement"] if completion is None else close
-            elif completion is None:
-                entry["agreement"] = 1.0
+        own: dict[str, Json] = {where: dict(files[f"metrics/eval/{name}.json"]["sets"][where]) for where in sets}
+        for where, close in compare["to_reference"].get(name, {}).items():
+            own[where]["agreement"] = close["agreement"] if completion is None else close
+        if completion is None and name == compare["reference"]:
+            own = {where: entry | {"agreement": 1.0} for where, entry in own.items()}
         means: dict[str, Json] = {}
         for domain in DOMAINS:
             if members := [where for where in sets if sets[where].domain == domain]:
-                found = {key: [own[where][key] for where in members] for key in shares if key in own[members[0]]}
                 means[domain] = mean_accuracy(frame, members, **settings) if completion is None else {}
-                means[domain] |= {key: round(fmean(values), 6) for key, values in found.items()}
+                for key in (key for key in averaged if key in own[members[0]]):
+                    means[domain][key] = round(fmean(own[where][key] for where in members), 6)
         kind, cost = "student" if name in params.students else "baseline", files.get(f"metrics/cost/{name}.json")
         methods[name] = {"kind": kind, "sets": own, "means": means, "cost": cost}
     reference = params.evaluation.reference
@@ -160,9 +158,9 @@ def ranked(document: Json, kind: str | None = None, domain: str | None = None) -
 def comparison(document: Json, method: str, other: str, domain: str, what: str | None = None) -> Json | None:
     """The paired comparison over a domain, `method` minus `other` (free text: in the share `what`); None if it was not made."""
     for row in document["comparisons"]:
-        if (row["domain"], row.get("what"), {row["method"], row["other"]}) == (domain, what, {method, other}):
-            if row["method"] == method:
-                return row
+        if (row["domain"], row.get("what"), row["method"], row["other"]) == (domain, what, method, other):
+            return row
+        if (row["domain"], row.get("what"), row["other"], row["method"]) == (domain, what, method, other):
             turned = {"method": method, "other": other, "difference": -row["difference"], "ci95": [-end for end in reversed(row["ci95"])]}
             return {**row, **turned, "only_method_right": row["only_other_right"], "only_other_right": row["only_method_right"]}
     return None

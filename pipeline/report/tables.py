@@ -165,15 +165,14 @@ def calibration(found: Collected) -> Table:
     rows: list[Row] = []
     for name, method in document["methods"].items():
         row: Row = [f"`{name}`"]
-        for domain in domains:
-            members = sets_of(document, domain)
+        for members in (sets_of(document, domain) for domain in domains):
             row += [number(scale * fmean(method["sets"][one][key] for one in members), digits) for key, scale, digits in keys.values()]
             row.append(number(fmean(compare[name][one]["kl_nats"] for one in members), 3) if name in compare else DASH)
         label, where, share = most_answered(method)
         rows.append([*row, Cell(f"{percent(share, 0)} %", f"{label}, {where}")])
-    columns = ["Method", *[*keys, "KL, nats"] * len(domains), "most frequent answer"]
-    groups = [("", 1), *((DOMAINS[domain], len(keys) + 1) for domain in domains), ("Balance", 1)]
     caption = f"Means over the sets of a domain. KL is KL({document['reference']} ‖ method) of the label probabilities."
+    groups = [("", 1), *((DOMAINS[domain], len(keys) + 1) for domain in domains), ("Balance", 1)]
+    columns = ["Method", *[*keys, "KL, nats"] * len(domains), "most frequent answer"]
     return Table("calibration-table", caption, columns, {"": rows}, groups)
 
 

@@ -39,12 +39,7 @@ SEEDS = (4, 7)
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "few": {"average": "probability", "temperature": 1.5, "teachers": {"few": 1.0}, "by_source": {}},
     "mix": {"average": "probability", "temperature": 0.7, "teachers": {"few": 0.75, "zero": 0.25}, "by_source": {}},
-    "by_source": {
-        "average": "log_probability",
-        "temperature": 1.0,
-        "teachers": {"zero": 1.0},
-        "by_source": {"far": [[2.0, -1.0, -1.0]]},
-    },
+    "by_source": {"average": "log_probability", "temperature": 1.0, "teachers": {"zero": 1.0}, "by_source": {"far": [[2.0, -1.0, -1.0]]}},
 }
 TEACHERS = {"few": ("models/first", SHOTS), "zero": ("models/second", [NONE])}
 
@@ -66,10 +61,7 @@ def raw_params(shipped: dict[str, Any]) -> dict[str, Any]:
             "data": shipped["data"] | {"evaluation": {name: {"source": source, "domain": "in", "per_label": 4} for name in SETS}},
             "contexts": {"shots": {"demonstrations": 2, "count": 2}, "none": {"demonstrations": 0}},
             "tuned": {},
-            "teachers": {
-                "few": {"model": "models/first", "contexts": "shots"},
-                "zero": {"model": "models/second", "contexts": "none"},
-            },
+            "teachers": {"few": {"model": "models/first", "contexts": "shots"}, "zero": {"model": "models/second", "contexts": "none"}},
             "targets": {name: {"teachers": entry["teachers"]} for name, entry in CALIBRATIONS.items()},
             "students": {"cd": student, "several": student | {"seeds": list(SEEDS)}},
             "baselines": {

@@ -179,10 +179,7 @@ def test_times_that_are_missing_are_named_on_the_page(root, found, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
-    [
-        ("metrics/prepare.json", "{", "not JSON"),
-        ("artifacts/predictions/cd.parquet", "no table", "not readable as Parquet"),
-    ],
+    [("metrics/prepare.json", "{", "not JSON"), ("artifacts/predictions/cd.parquet", "no table", "not readable as Parquet")],
 )
 def test_a_damaged_file_is_named(root, found, tmp_path, name, text, message):
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
