@@ -69,13 +69,15 @@ def measure(models: Sequence[Answering], task: TaskParams, examples: Sequence[Ex
     passes = [((model.folder, model.dtype), own) for model, prompts in asked for own in prompts]  # a context's prompts each
     networks = {key: load_model(key[0], DTYPES[key[1]], device) for key in dict.fromkeys(key for key, _ in passes)}
     seconds = [_seconds([(networks[key], own[number].ids) for key, own in passes]) for number in (0, *range(timed))][1:]
+    names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
+    processor = next(names, platform.processor() or platform.machine())
     figures = {
         "measured": {
             "subject": sha256_json(subject),
             "examples": timed,
             "batched": len(examples),
             "device": device.type,
-            "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
             "dtypes": sorted({model.dtype for model in models}),
             "threads": threads,
             "torch": torch.__version__,
@@ -110,8 +112,3 @@ def _seconds(asked: Sequence[tuple[Any, Sequence[int]]]) -> float:
         logits = network(input_ids=torch.tensor([ids], device=network.device), use_cache=False, logits_to_keep=1).logits
         logits.cpu()  # a GPU has answered only now
     return time.perf_counter() - start
-
-
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]

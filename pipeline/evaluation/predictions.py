@@ -35,12 +35,9 @@ class Answering:
     folder: Path
     contexts: tuple[Context, ...] = (NO_CONTEXT,)
     dtype: str = "float32"
-    run: str | None = None
-    """Its run in the table; None: the name of each context."""
-    work: Path | None = None
-    """Where its scores are kept; None: nowhere."""
-    identity: Mapping[str, Any] | None = None
-    """The scores' identity that it must still have."""
+    run: str | None = None  # its run in the table; None: the name of each context
+    work: Path | None = None  # where its scores are kept; None: nowhere
+    identity: Mapping[str, Any] | None = None  # of the scores, which it must still have
 
     def scorer(self, task: Task, params: Params) -> Scorer:
         """A scorer of this model. Raises MismatchError if it is not the model that the prompts were calibrated with."""

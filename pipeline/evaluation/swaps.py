@@ -44,10 +44,8 @@ class Swap:
 
     name: str
     what: str
-    apply: Callable[[str], str]
-    """The changed text; the text itself if there is nothing to swap."""
-    every_field: bool = True
-    """Whether all fields of an input are changed together, so that a name stays one person; else the first field alone."""
+    apply: Callable[[str], str]  # the changed text; the text itself if there is nothing to swap
+    every_field: bool = True  # all fields of an input are changed together, so that a name stays one person; else the first alone
 
 
 def swap_fields(swap: Swap, fields: Mapping[str, str]) -> dict[str, str] | None:

@@ -14,8 +14,8 @@ from pipeline.errors import UsageError, choices
 from pipeline.files import sha256_text
 from pipeline.params import LabelRule, MonitorParams, Params
 from pipeline.progress import progress
-from pipeline.serving.files import Item
-from pipeline.serving.predictor import Prediction, Predictor
+from pipeline.serving.files import Answered, Item, predict_items
+from pipeline.serving.predictor import Predictor
 
 Floats = npt.NDArray[np.float64]
 GOLD = "gold"
@@ -59,12 +59,12 @@ def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: Mon
                     rows["usable"] += 1
                     yield text, item
 
-    drawn, predictions = draw(usable(), params.max_rows, params.seed), list[Prediction]()
+    drawn, answers = draw(usable(), params.max_rows, params.seed), list[Answered]()
     with progress(f"answering {origin}", len(drawn), "rows") as meter:
-        for start in range(0, len(drawn), ROWS_AT_ONCE):
-            predictions += predictor.predict([item.fields for _, item in drawn[start : start + ROWS_AT_ONCE]])
-            meter.advance(len(predictions) - start)
-    answered = [(*row, found) for row, found in zip(drawn, predictions, strict=True) if found.error is None]
+        for window in predict_items(predictor, (item for _, item in drawn), ROWS_AT_ONCE):
+            answers += window
+            meter.advance(len(window))
+    answered = [(text, *answer) for (text, _), answer in zip(drawn, answers, strict=True) if answer[1].error is None]
     if len(answered) < least:
         raise UsageError(f"{origin}: {len(answered)} inputs can be used, and a comparison needs {least}. Give a file with more.")
     return Sample(

@@ -100,7 +100,7 @@ def reliability(found: Collected, method: str) -> Markup:
 
 
 def frontier(document: Json, domain: str) -> tuple[list[Json], list[Json]]:
-    """`_rows` of the methods whose `latency` (ms) was measured, fastest first; and those of them that no faster one matches in accuracy."""
+    """`_rows` of the methods whose `latency` (ms) was measured, fastest first; and those more accurate than all faster ones."""
     latency: Json = {name: (method["cost"] or {}).get("latency_ms") for name, method in document["methods"].items()}
     rows = [row | {"latency": latency[row["method"]]} for row in _rows(document, "means", domain) if latency[row["method"]]]
     rows.sort(key=lambda row: (row["latency"], -row["accuracy"]))

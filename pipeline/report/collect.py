@@ -29,16 +29,11 @@ class Collected:
     """What was found on disk."""
 
     params: Params
-    document: Json
-    """The numbers of `report/metrics.json`; see `_document`."""
-    files: dict[str, Any]
-    """Path from the project → what `_read` returns, for every file that is not a table."""
-    missing: dict[str, str]
-    """File of times that does not exist, or of another model → the stage that writes it."""
-    predictions: dict[str, pl.DataFrame]
-    """Method → its rows, as `schema.PREDICTIONS` or `schema.ANSWERS`."""
-    texts: dict[str, dict[str, str]]
-    """Evaluation set → example_id → its input fields, joined by " / "."""
+    document: Json  # the numbers of `report/metrics.json`; see `_document`
+    files: dict[str, Any]  # path from the project → what `_read` returns, for every file that is not a table
+    missing: dict[str, str]  # file of times that does not exist, or is of another model → the stage that writes it
+    predictions: dict[str, pl.DataFrame]  # method → its rows, as `schema.PREDICTIONS` or `schema.ANSWERS`
+    texts: dict[str, dict[str, str]]  # evaluation set → example_id → its input fields, joined by " / "
 
     def of(self, kind: str, name: str) -> Json:
         """`of("cost", "cd")` is metrics/cost/cd.json; empty if there is no such file."""
