@@ -1,9 +1,8 @@
 """Methods against each other, from their predictions on disk.
 
 Every pair is compared on the same examples, twice: by a paired bootstrap of the difference, which is far sharper than asking whether two
-intervals overlap, and by McNemar's exact test, which asks whether the examples that only one of the two gets right could have fallen either
-way by the toss of a coin. Pairs grow with the square of the number of methods; with more than `ALL_PAIRS_UP_TO`, each method is compared
-with the reference alone. The p-values are of single pairs: of twenty pairs without a difference, one falls below 0.05.
+intervals overlap, and by McNemar's exact test: could the examples that only one of the two gets right have fallen either way by the toss of
+a coin? The p-values are of single pairs: of twenty pairs without a difference, one falls below 0.05.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,8 @@ from pipeline.files import Folders, write_json
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, PREDICTIONS, read_table
 
-ALL_PAIRS_UP_TO = 12
-SMALLEST_PROBABILITY = 1e-12
-"""Replaces a probability of 0, for which KL would be infinite."""
+ALL_PAIRS_UP_TO = 12  # with more methods, whose pairs grow with their square, each is compared with the reference alone
+SMALLEST_PROBABILITY = 1e-12  # replaces a probability of 0, for which KL would be infinite
 
 
 def compare_methods(params: Params, folders: Folders) -> None:

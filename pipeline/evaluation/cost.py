@@ -1,11 +1,8 @@
 """What an answer costs: prompt tokens, latency, memory, throughput, each method measured in a process that does only this.
 
-The process loads models as the predictions' scorer does, on a GPU if there is one and in the same number format. It answers examples one by
-one with their full prompts, as a caller without a prefix cache would, and notes times and the peak of its memory. Then it answers more
-examples in batches, by the engine that predictions are made with: the throughput.
-
-Figures are facts of one machine and say which. They are not outputs of DVC, and they carry the hash of what was measured, so that the
-report can tell figures of another model.
+One by one, an example is answered with its full prompts, as by a caller without a prefix cache; batches go through the engine that
+predictions are made with. Figures are facts of one machine and say which. They are not outputs of DVC, and they carry the hash of what was
+measured, so that the report can tell figures of another model.
 """
 
 import platform

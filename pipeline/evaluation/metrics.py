@@ -105,9 +105,8 @@ def example_scores(frame: pl.DataFrame, where: str, right: pl.Expr = RIGHT) -> p
     """
     runs = frame["run"].n_unique()
     scores = frame.group_by("example_id", maintain_order=True).agg(score=right.fill_null(value=False).mean(), rows=pl.len())
-    uneven = scores.filter(pl.col("rows") != runs)
-    if frame.is_empty() or uneven.height:
-        fault = f"example {uneven['example_id'][0][:12]} has {uneven['rows'][0]} rows in {runs} runs" if uneven.height else "no rows"
+    for example, _, rows in scores.filter(pl.col("rows") != runs).iter_rows():
+        fault = f"example {example[:12]} has {rows} rows in {runs} runs"
         raise CorruptError(f"predictions for set {where!r}: {fault}. Run the method's `evaluate` stage again.")
     return scores.select("example_id", "score")
 

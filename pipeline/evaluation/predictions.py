@@ -24,8 +24,7 @@ from pipeline.targets.calibration import combination_of, normalised
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
-Sets = Mapping[str, Sequence[Example]]
-"""Evaluation set → its examples."""
+Sets = Mapping[str, Sequence[Example]]  # evaluation set → its examples
 
 
 @dataclass(frozen=True)

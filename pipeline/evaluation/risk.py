@@ -25,10 +25,8 @@ from pipeline.targets.calibration import normalised
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
-Ask = Callable[[Sequence[Example]], Floats]
-"""Examples → the student's label probabilities [N, L]."""
-Answered = tuple[str, Example, Floats]
-"""An evaluation set, one of its examples, and the student's label probabilities [L] on disk."""
+Ask = Callable[[Sequence[Example]], Floats]  # examples → the student's label probabilities [N, L]
+Answered = tuple[str, Example, Floats]  # evaluation set, example, the student's label probabilities [L] on disk
 FLIPS_SHOWN = 5
 CONFIDENCE_BINS = 10
 SMALLEST_SLICE = 20

@@ -23,8 +23,7 @@ GENDER = (
 )
 # Only endings with one reading: "it's" and "he's" may stand for "has", and "n't" is a negation.
 CONTRACTIONS = {"m": "am", "re": "are", "ve": "have", "ll": "will"}
-FRAMES = ("Here is the text: {}", "To begin with: {}", "{} That is the whole text.")
-"""Around the first field; they say nothing about it."""
+FRAMES = ("Here is the text: {}", "To begin with: {}", "{} That is the whole text.")  # around the first field; they say nothing of it
 
 _NEXT_NAME = {name: row[(at + 1) % len(row)] for row in map(str.split, NAMES) for at, name in enumerate(row)}
 _OTHER_GENDER = {one: other for pair in GENDER.split() for one, other in (pair.split("/"), pair.split("/")[::-1])}

@@ -13,15 +13,13 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
+from pipeline.evaluation.metrics import Floats
 from pipeline.monitor.sample import Sample
 from pipeline.params import MonitorParams
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -48,39 +46,33 @@ def drift_tests(
     A student is surer of texts that it has learnt from than of others like them. So if `reference` is what it learnt from, confidence is
     compared with `unseen`: texts of the same kind that it did not learn from.
     """
-    rng, half = np.random.default_rng(params.seed), len(reference) // 2
+    rng, half, usual = np.random.default_rng(params.seed), len(reference) // 2, unseen or reference
     kernels = bag_kernel([*reference.ids, *new.ids]), gaussian_kernel(np.concatenate([reference.states, new.states]))
     words, states = (discrepancy(kernel, len(reference), params.permutations, rng) for kernel in kernels)
     moved = label_shift(reference.labels, new.labels, labels, params.permutations, rng)
-    old_lengths, lengths = (np.array([len(ids) for ids in sample.ids]) for sample in (reference, new))
-    known = set(chain.from_iterable(reference.ids[:half]))
+    lengths = [np.array([len(ids) for ids in sample.ids]) for sample in (reference, new)]
+    known = set(chain.from_iterable(reference.ids[:half]))  # what the second half has of them is what to expect of new inputs
     steps = (new.states.mean(axis=0) - reference.states.mean(axis=0)) / spread(reference.states)
 
     def gap(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
         found: Any = stats.ks_2samp(one, other, method="asymp")  # ties make it only more careful
         return float(found.statistic), float(found.pvalue)
 
-    def tokens(lengths: np.ndarray) -> str:
-        low, middle, high = np.quantile(lengths, [0.1, 0.5, 0.9])
-        return f"median {middle:.0f} tokens (80 % within {low:.0f}–{high:.0f})"
-
-    def known_tokens(prompts: Sequence[Sequence[int]]) -> str:
-        return f"{np.mean([token in known for ids in prompts for token in ids]):.1%} known tokens"
-
-    def shares(sample: Sample) -> str:
-        return ", ".join(f"{label} {sample.labels.count(label) / len(sample):.1%}" for label in labels)
-
-    usual, shift = unseen or reference, params.smallest_shift
-    sure, now_sure = (f"median {np.median(sample.confidence):.1%}" for sample in (usual, new))
+    # The reference and the new inputs, in words.
+    spans = ["median {1:.0f} tokens (80 % within {0:.0f}–{2:.0f})".format(*np.quantile(own, [0.1, 0.5, 0.9])) for own in lengths]
+    shown = [np.mean([token in known for ids in prompts for token in ids]) for prompts in (reference.ids[half:], new.ids)]
+    seen = [f"{share:.1%} known tokens" for share in shown]
+    away = f"mean moved by {np.sqrt((steps**2).mean()):.2f} standard deviations"
+    shares = [", ".join(f"{label} {own.labels.count(label) / len(own):.1%}" for label in labels) for own in (reference, new)]
+    sure, now_sure = (f"median {np.median(own.confidence):.1%}" for own in (usual, new))
     sure += f" of {len(usual):,} texts not learnt from" if unseen else ""
     gaps, between = "largest gap of the distribution functions", "share of the variance between the samples"
-    seen, now_seen = known_tokens(reference.ids[half:]), known_tokens(new.ids)  # the first half has the known ones
-    away = f"mean moved by {np.sqrt((steps**2).mean()):.2f} standard deviations"
+    shift = params.smallest_shift
     return [
-        DriftTest("length", "inputs", gaps, shift, *gap(old_lengths, lengths), tokens(old_lengths), tokens(lengths)),
-        DriftTest("vocabulary", "inputs", between, params.smallest_vocabulary_share, *words, seen, now_seen),
+        DriftTest("length", "inputs", gaps, shift, *gap(*lengths), spans[0], spans[1]),
+        DriftTest("vocabulary", "inputs", between, params.smallest_vocabulary_share, *words, seen[0], seen[1]),
         DriftTest("embedding", "inputs", between, params.smallest_embedding_share, *states, "–", away),
-        DriftTest("labels", "answers", "total variation", shift, *moved, shares(reference), shares(new)),
+        DriftTest("labels", "answers", "total variation", shift, *moved, shares[0], shares[1]),
         DriftTest("confidence", "answers", gaps, shift, *gap(usual.confidence, new.confidence), sure, now_sure),
     ]
 

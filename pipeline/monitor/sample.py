@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 from heapq import nsmallest
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.data.examples import BadValueError, label_reader
 from pipeline.errors import UsageError, choices
+from pipeline.evaluation.metrics import Floats
 from pipeline.files import sha256_text
 from pipeline.params import LabelRule, MonitorParams, Params
 from pipeline.progress import progress
 from pipeline.serving.files import Answered, Item, predict_items
 from pipeline.serving.predictor import Predictor
 
-Floats = npt.NDArray[np.float64]
-GOLD = "gold"
-"""The entry of `Item.kept` that has an input's gold label, or None."""
+GOLD = "gold"  # the entry of `Item.kept` that has an input's gold label, or None
 LEAST_ROWS = 20
 ROWS_AT_ONCE = 128
 

@@ -18,8 +18,7 @@ from markupsafe import Markup
 from pipeline.report.collect import DOMAINS, Collected, Json, domains_of, sets_of
 from pipeline.report.prose import percent
 
-WIDTH, ROW = 150, 21
-"""Pixels: width of a chart with names beside it, and height of its rows."""
+WIDTH, ROW = 150, 21  # pixels: width of a chart with names beside it, and height of its rows
 TRADEOFF_WIDTH, TRADEOFF_HEIGHT = 270, 215
 CURVE_POINTS = 80
 INK, MUTED, STUDENT, RULE, GRID = "var(--ink)", "var(--muted)", "var(--student)", "var(--rule)", "var(--grid)"

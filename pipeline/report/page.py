@@ -25,8 +25,8 @@ from pipeline.report.collect import DOMAINS, Collected, Json, collect, domains_o
 from pipeline.report.prose import percent
 
 SAMPLES, FLIPS = 12, 3
+# Anchors; capitalised, they are the headings.
 SECTIONS = ("findings", "results", "cost", "confidence", "mistakes", "risks", "contexts", "training", "data", "reproduce")
-"""Anchors; capitalised, they are the headings."""
 ANSWER_SECTIONS = ("answers", *SECTIONS[-3:])
 
 

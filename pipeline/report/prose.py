@@ -11,8 +11,7 @@ from pipeline.params import Params, StudentParams, TargetParams
 from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 
 DASH = "–"
-ONE_LABEL_SHARE = 0.9
-"""A method that gives one label this often may hardly look at its input."""
+ONE_LABEL_SHARE = 0.9  # a method that gives one label this often may hardly look at its input
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -68,15 +67,12 @@ def licence_of(params: Params, path: str, otherwise: str = "the user’s own") -
 
 
 def about(found: Collected, method: str) -> str:
-    """One line on what a method is."""
+    """One line on what a student is, or a baseline that answers with labels."""
     params = found.params
     if method in params.students:
         return f"{learnt(params.students[method])}; {layers(found, method).partition(' (')[0]}"
     baseline = params.baselines[method]
-    if not baseline.target_set:
-        return f"asks {baseline.prompts}"
-    target = params.targets[baseline.target_set]
-    contexts = context_sizes(params, baseline.target_set)[0]
+    target, contexts = params.targets[baseline.target_set], context_sizes(params, baseline.target_set)[0]
     how = "" if contexts == 1 else ", one context at a time" if baseline.contexts == "each" else f", mean of {contexts} contexts"
     return f"prompts {' + '.join(target.teachers)}; {calibrated(target)}{how}"
 
@@ -101,11 +97,9 @@ def calibrated(target: TargetParams) -> str:
 
 
 def layers(found: Collected, student: str) -> str:
-    """How many layers of its base a student keeps, if training recorded it, and which."""
-    kept, count = found.params.students[student].layers, found.of("train", student).get("layers")
-    if kept is None:
-        return "all layers" if count is None else f"all {count} layers"
-    return f"layers {kept}" if count is None else f"{count} layers ({kept})"
+    """How many layers of its base a student keeps, and which."""
+    kept, count = found.params.students[student].layers, found.of("train", student)["layers"]
+    return f"all {count} layers" if kept is None else f"{count} layers ({kept})"
 
 
 def context_sizes(params: Params, targets: str) -> tuple[int, int]:
@@ -128,13 +122,11 @@ def lead(found: Collected) -> list[str]:
         contexts, demonstrations = context_sizes(params, target)
         models = listed(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers))
         first = f"The teacher is {models}, prompted with {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}."
-        if (rows := found.of("targets", target).get("rows")) is not None:
-            first += f" Students learn from its answers to {rows:,} unlabelled examples."
+        first += f" Students learn from its answers to {found.of('targets', target)['rows']:,} unlabelled examples."
     lines = [first]
     for name, student in params.students.items():
-        size = f" ({scaled(count)} parameters)" if (count := found.of("train", name).get("parameters")) is not None else ""
-        kept = f"layers {student.layers} of " if student.layers else ""
-        lines.append(f"`{name}` is {kept}`{student.base}`{size}, {learnt(student)}.")
+        kept, size = f"layers {student.layers} of " if student.layers else "", scaled(found.of("train", name)["parameters"])
+        lines.append(f"`{name}` is {kept}`{student.base}` ({size} parameters), {learnt(student)}.")
     return lines
 
 
