@@ -106,7 +106,7 @@ def clean(
     everything: Annotated[bool, typer.Option("--all", help="Also the scores that this project's caches were made from.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
 ) -> None:
-    """Free what `.work` holds beyond this project's caches: scores of other models, unfinished trainings, timings. Artifacts stay."""
+    """Free what `.work` holds beyond this project's caches: scores of other models, unfinished trainings. Artifacts stay."""
     from pipeline.cache.store import stores
     from pipeline.files import Folders, read_json, sha256_json
 

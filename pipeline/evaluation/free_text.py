@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.evaluation.metrics import RIGHT, Json, as_frame, example_scores, mean_interval, rounded, spread
+from pipeline.evaluation.metrics import RIGHT, Json, example_scores, mean_interval, rounded, spread
 from pipeline.params import FormParams
 
 
@@ -39,7 +39,7 @@ def parsed(table: pa.Table, form: FormParams | None) -> pl.DataFrame:
 
     An ill-formed answer has nulls.
     """
-    rows = as_frame(table)
+    rows = pl.DataFrame(table)
     if form is None:
         return rows
     found = [values_of(answer, form) or {} for answer in rows["answer"]]

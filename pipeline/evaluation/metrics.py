@@ -1,12 +1,11 @@
 """What a method's predictions are worth: accuracy with its interval, calibration, confusion, and accuracy of each slice.
 
-Functions from a table of predictions (`schema.PREDICTIONS`) to plain dicts. A method may answer in several runs: a baseline in each of its
-contexts, a student with each of its seeds. Its metrics are means over runs, and its intervals resample *examples*, since runs share their
-examples. Intervals are percentile bootstraps with one seed, so every method meets the same resamples. If all examples score alike, the
-bootstrap has no spread, and the exact binomial bound (Clopper-Pearson) is used. The intervals are about the draw of examples, not about
-another draw of demonstrations or another seed.
+A method may answer in several runs: a baseline in each of its contexts, a student with each of its seeds. Metrics are means over runs, and
+intervals resample *examples*, since runs share them. Every method meets the same resamples. The intervals are about the draw of examples,
+not about another draw of demonstrations or another seed. `labels` are sorted, as probabilities are.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 from scipy import stats
-from sklearn.metrics import brier_score_loss, f1_score, log_loss
+from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, log_loss
 
 from pipeline.errors import CorruptError, choices
 from pipeline.schema import SLICE, Example
@@ -26,30 +25,40 @@ Scores = Mapping[str, pl.DataFrame]
 
 ECE_BINS = 15
 LENGTHS = ("short", "middle", "long")
-SUM_TOLERANCE, ARGMAX_TOLERANCE = 1e-4, 1e-6  # of float32 probabilities
+SUM_TOLERANCE = 1e-4  # of float32 probabilities
 DIGITS = 6
 ELEMENTS_A_BATCH = 8_000_000  # of the bootstrap's resampled array: 64 MB
 RIGHT = pl.col("predicted") == pl.col("label")
 
 
 def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: int, seed: int) -> dict[str, Json]:
-    """Metrics of one method for each evaluation set, in the table's order of sets.
+    """Metrics of `schema.PREDICTIONS` rows for each evaluation set, in the table's order of sets.
 
-    `labels` is the order of the probabilities. Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0
-    to 1), `ece` and `predicted_shares`; if there are several runs, also `contexts`, see `spread`. Shares are fractions with 6 digits.
-
-    Raises CorruptError naming rows whose probabilities are not a distribution or whose labels are unknown, and runs that did not answer the
-    same examples.
+    Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece` and `predicted_shares`; if there
+    are several runs, also `contexts`, see `spread`. Shares are fractions with 6 digits. Raises CorruptError as `frames` and
+    `example_scores` do.
     """
     found = {}
     for name, frame in frames(table, labels).items():
-        each = [_run_metrics(part, labels, name) for _, part in frame.group_by("run", maintain_order=True)]
+        each = [_run_metrics(part, labels) for _, part in frame.group_by("run", maintain_order=True)]
         mean = {key: float(np.mean([metrics[key] for metrics in each])) for key in each[0]}
         scores = example_scores(frame, name)["score"].to_numpy()
         shares = {label: (frame["predicted"] == label).sum() / frame.height for label in labels}
         head = {"n": len(scores), "accuracy": mean.pop("accuracy"), "ci95": mean_interval([scores], resamples=resamples, seed=seed)}
         found[name] = {**head, **mean, "predicted_shares": shares, **spread([metrics["accuracy"] for metrics in each])}
     return rounded(found)
+
+
+def _run_metrics(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, float]:
+    gold, predicted, probabilities = frame["label"].to_list(), frame["predicted"].to_list(), probabilities_of(frame)
+    right = frame.select(RIGHT).to_series().to_numpy()
+    return {
+        "accuracy": float(right.mean()),
+        "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=cast("Any", 0))),  # of labels that occur
+        "log_loss": float(log_loss(gold, probabilities, labels=labels)),
+        "brier": float(brier_score_loss(gold, probabilities, labels=labels, scale_by_half=cast("Any", True))),
+        "ece": expected_calibration_error(probabilities.max(axis=1), right),
+    }
 
 
 def spread(accuracies: Sequence[float]) -> Json:
@@ -66,18 +75,17 @@ def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, f
     `well_formed_in`, `well_formed_out`, `accuracy_in` and `accuracy_out` are means over the sets of a domain, `accuracy_lowest` is the
     lowest of a set, `ece` and `log_loss` are means over all sets. Every set has the same weight.
     """
-
-    def values(what: str, *wanted: str) -> list[float]:
-        return [found[what] for name, found in sets.items() if domains[name] in wanted and what in found]
-
-    row = {f"{what}_{domain}": values(what, domain) for what in ("well_formed", "accuracy") for domain in ("in", "out")}
-    row |= {"accuracy_lowest": sorted(values("accuracy", "in", "out"))[:1]} | {
-        what: values(what, "in", "out") for what in ("ece", "log_loss")
+    row = {
+        f"{what}_{domain}": [own[what] for name, own in sets.items() if domains[name] == domain and what in own]
+        for what in ("well_formed", "accuracy")
+        for domain in ("in", "out")
     }
-    return rounded({key: float(np.mean(found)) for key, found in row.items() if found})
+    row["accuracy_lowest"] = sorted(own["accuracy"] for own in sets.values() if "accuracy" in own)[:1]
+    row |= {what: [own[what] for own in sets.values() if what in own] for what in ("ece", "log_loss")}
+    return rounded({key: float(np.mean(values)) for key, values in row.items() if values})
 
 
-def mean_accuracy(table: pa.Table, sets: Sequence[str], *, resamples: int, seed: int) -> Json:
+def mean_accuracy(table: pa.Table | pl.DataFrame, sets: Sequence[str], *, resamples: int, seed: int) -> Json:
     """Mean accuracy over evaluation sets, each with the same weight and resampled by itself: `accuracy` and `ci95`."""
     samples = [frame["score"].to_numpy() for frame in scores_by_set(table, sets).values()]
     mean = float(np.mean([sample.mean() for sample in samples]))
@@ -86,7 +94,7 @@ def mean_accuracy(table: pa.Table, sets: Sequence[str], *, resamples: int, seed:
 
 def scores_by_set(table: pa.Table | pl.DataFrame, sets: Sequence[str], right: pl.Expr = RIGHT) -> dict[str, pl.DataFrame]:
     """`example_scores` of each of these sets."""
-    frame = as_frame(table)
+    frame = pl.DataFrame(table)
     return {name: example_scores(frame.filter(pl.col("set") == name), name, right) for name in sets}
 
 
@@ -96,19 +104,20 @@ def example_scores(frame: pl.DataFrame, where: str, right: pl.Expr = RIGHT) -> p
     A missing prediction (an ill-formed answer in free text) is wrong. Raises CorruptError if an example does not occur once in each run.
     """
     runs = frame["run"].n_unique()
-    scores = frame.group_by("example_id", maintain_order=True).agg(
-        score=right.fill_null(value=False).mean(), rows=pl.len(), runs=pl.col("run").n_unique()
-    )
-    wrong = scores.filter((pl.col("rows") != runs) | (pl.col("runs") != runs))
-    if frame.is_empty() or wrong.height:
-        fault = f"example {wrong['example_id'][0][:12]} has {wrong['rows'][0]} rows in {runs} runs" if wrong.height else "no rows"
+    scores = frame.group_by("example_id", maintain_order=True).agg(score=right.fill_null(value=False).mean(), rows=pl.len())
+    for example, _, rows in scores.filter(pl.col("rows") != runs).iter_rows():
+        fault = f"example {example[:12]} has {rows} rows in {runs} runs"
         raise CorruptError(f"predictions for set {where!r}: {fault}. Run the method's `evaluate` stage again.")
     return scores.select("example_id", "score")
 
 
 def mean_interval(samples: Sequence[Floats], *, resamples: int, seed: int, lowest: float = 0.0) -> list[float]:
-    """95 % interval of the mean of the samples' means. A sample has a value in [lowest, 1] for each example and is resampled by itself."""
-    if all(np.ptp(sample) == 0 for sample in samples):  # at most a share of the examples departs from this value, as far as it can
+    """95 % interval of the mean of the samples' means: a percentile bootstrap.
+
+    A sample has a value in [lowest, 1] for each example and is resampled by itself. If all values are alike the bootstrap has no spread,
+    and the exact binomial bound (Clopper-Pearson) is used: at most a share of the examples departs from this value, as far as it can.
+    """
+    if all(np.ptp(sample) == 0 for sample in samples):
         value = float(np.mean([sample.mean() for sample in samples]))
         share = float(stats.binomtest(0, sum(map(len, samples))).proportion_ci(0.95, method="exact").high)
         return [value - share * (value - lowest), value + share * (1 - value)]
@@ -139,91 +148,54 @@ def binned(confidence: Floats, bins: int, values: Mapping[str, Any]) -> list[Jso
 
 
 def rounded(value: Any) -> Any:
-    """A JSON value with its floats rounded to 6 digits; integers, order and structure stay."""
-    if isinstance(value, Mapping):
-        return {key: rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(entry) for entry in value]
-    return round(value, DIGITS) + 0.0 if isinstance(value, float) else value  # + 0.0: no -0.0
+    """A JSON value with its floats rounded to 6 digits."""
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), DIGITS) + 0.0)  # + 0.0: no -0.0
 
 
-def _run_metrics(frame: pl.DataFrame, labels: Sequence[str], where: str) -> dict[str, float]:
-    """Metrics of one run on one set. sklearn sorts labels, so they become positions first."""
-    position = {label: i for i, label in enumerate(labels)}
-    probabilities = check_probabilities(frame, labels, where)
-    gold, predicted = (np.array([position[label] for label in frame[column]], dtype=np.int64) for column in ("label", "predicted"))
-    return {
-        "accuracy": float((gold == predicted).mean()),
-        # Labels that neither occur nor are predicted do not count: their F1 is undefined.
-        "macro_f1": float(f1_score(gold, predicted, labels=sorted({*gold, *predicted}), average="macro", zero_division=cast("Any", 0))),
-        "log_loss": float(log_loss(gold, probabilities, labels=list(range(len(labels))))),
-        "brier": float(brier_score_loss(np.eye(len(labels))[gold], probabilities, scale_by_half=cast("Any", True))),
-        "ece": expected_calibration_error(probabilities.max(axis=1), gold == predicted),
-    }
+def frames(table: pa.Table, labels: Sequence[str]) -> dict[str, pl.DataFrame]:
+    """The table's rows for each evaluation set, in order of first appearance.
 
-
-def check_probabilities(frame: pl.DataFrame, labels: Sequence[str], where: str) -> Floats:
-    """The probabilities as (rows, labels) float64, each row summing to 1.
-
-    Raises CorruptError naming the first row that is not a distribution, or whose predicted label is not the most probable one.
+    Raises CorruptError naming the first row with an unknown label, or with probabilities that are not a distribution over the labels.
     """
-    for example, predicted, row in frame.select("example_id", "predicted", "probabilities").iter_rows():
-        fault = None
-        if len(row) != len(labels):
-            fault = f"{len(row)} probabilities for {len(labels)} labels"
-        elif not (min(row) >= 0 and abs(sum(row) - 1) <= SUM_TOLERANCE):  # NaN fails one of them
-            fault = f"probabilities {row} are not a distribution"
-        elif row[labels.index(predicted)] < max(row) - ARGMAX_TOLERANCE:
-            fault = f"predicted {predicted!r} is not the most probable"
-        if fault:
-            raise CorruptError(f"predictions for set {where!r}: example {example[:12]}: {fault}. Run the method's `evaluate` stage again.")
+    frame, values = pl.DataFrame(table), pl.col("probabilities")
+    known = pl.col("label").is_in(labels) & pl.col("predicted").is_in(labels)
+    fits = known & (values.list.len() == len(labels)) & (values.list.min() >= 0) & ((values.list.sum() - 1).abs() <= SUM_TOLERANCE)
+    for row in frame.filter(~fits).head(1).iter_rows(named=True):
+        found = f"label {row['label']!r}, predicted {row['predicted']!r}, probabilities {row['probabilities']}"
+        raise CorruptError(
+            f"predictions for set {row['set']!r}: example {row['example_id'][:12]}: {found}: not a distribution over the task's labels "
+            f"{choices(labels)}. Run the method's `evaluate` stage again."
+        )
+    return {str(key[0]): part for key, part in frame.group_by("set", maintain_order=True)}
+
+
+def probabilities_of(frame: pl.DataFrame) -> Floats:
+    """The probabilities of checked rows (`frames`) as (rows, labels) float64, each row summing to 1."""
     values: Floats = np.array(frame["probabilities"].to_list(), dtype=np.float64)
     return values / values.sum(axis=1, keepdims=True)
 
 
-def frames(table: pa.Table, labels: Sequence[str]) -> dict[str, pl.DataFrame]:
-    """The table's rows for each evaluation set, in order of first appearance. Raises CorruptError if a label is unknown."""
-    frame = as_frame(table)
-    for column in ("label", "predicted"):
-        if unknown := set(frame[column].unique()) - set(labels):
-            raise CorruptError(f"predictions: column {column!r} has {choices(unknown)}; the task's labels are {choices(labels)}.")
-    return {str(key[0]): part for key, part in frame.group_by("set", maintain_order=True)}
-
-
-def as_frame(table: pa.Table | pl.DataFrame) -> pl.DataFrame:
-    """A table as a polars frame."""
-    return table if isinstance(table, pl.DataFrame) else cast("pl.DataFrame", pl.from_arrow(table))
-
-
 def detail(table: pa.Table, labels: Sequence[str], members: Scores, domains: Mapping[str, str], *, resamples: int, seed: int) -> Json:
-    """`sets` {set: `reliability`, `confusion`} and `slices`: the key of `slice_rows`, `n`, `accuracy`, `ci95` for each.
+    """`sets` {set: `reliability` (see `binned`), `confusion` {gold: {predicted: rows}}} and `slices`, the key of `slice_rows` with `n`,
+    `accuracy`, `ci95` for each.
 
     `table` follows `schema.PREDICTIONS`; `members[set]` says which slices its examples belong to (`membership`), `domains[set]` is "in" or
     "out". Rows of several runs are pooled in bins and in the matrix; in slices an example's score is their mean.
     """
-    by_set = frames(table, labels)
-    sets = {
-        name: {"reliability": reliability(frame, labels, name), "confusion": confusion(frame, labels)} for name, frame in by_set.items()
-    }
+    by_set, sets = frames(table, labels), {}
+    for name, frame in by_set.items():
+        confidence, right = probabilities_of(frame).max(axis=1), frame.select(RIGHT).to_series().to_numpy()
+        counts = confusion_matrix(frame["label"].to_list(), frame["predicted"].to_list(), labels=labels).tolist()
+        sets[name] = {
+            "reliability": binned(confidence, ECE_BINS, {"confidence": confidence, "accuracy": right}),
+            "confusion": {gold: dict(zip(labels, row, strict=True)) for gold, row in zip(labels, counts, strict=True)},
+        }
     scores = {name: example_scores(frame, name) for name, frame in by_set.items()}
     slices = [
         {**key, "n": len(sample), "accuracy": float(sample.mean()), "ci95": mean_interval([sample], resamples=resamples, seed=seed)}
-        for key, sample in slice_rows(scores, labels, members, domains)
+        for key, sample in slice_rows(scores, members, domains)
     ]
     return rounded({"sets": sets, "slices": slices})
-
-
-def reliability(frame: pl.DataFrame, labels: Sequence[str], where: str) -> list[Json]:
-    """The bins of the expected calibration error that have rows: `low`, `high`, `n`, mean `confidence`, `accuracy`."""
-    confidence = check_probabilities(frame, labels, where).max(axis=1)
-    right = (frame["predicted"] == frame["label"]).to_numpy()
-    return binned(confidence, ECE_BINS, {"confidence": confidence, "accuracy": right})
-
-
-def confusion(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Gold label → predicted label → rows."""
-    counts = {(gold, predicted): n for gold, predicted, n in frame.group_by("label", "predicted").len().iter_rows()}
-    return {gold: {predicted: counts.get((gold, predicted), 0) for predicted in labels} for gold in labels}
 
 
 def membership(examples: Sequence[Example]) -> pl.DataFrame:
@@ -232,41 +204,36 @@ def membership(examples: Sequence[Example]) -> pl.DataFrame:
     Thirds are by words within the set. Equal lengths stay together, so a third may be empty.
     """
     words = [sum(len(text.split()) for text in example.fields.values()) for example in examples]
-    low, high = np.quantile(words, [1 / 3, 2 / 3], method="lower") if words else (0, 0)
+    low, high = np.quantile(words, [1 / 3, 2 / 3], method="lower")
     columns = {
         f"{SLICE}label": [example.label for example in examples],
         f"{SLICE}length": [LENGTHS[int(count > low) + int(count > high)] for count in words],
-        **{SLICE + name: [example.slices[name] for example in examples] for name in (examples[0].slices if examples else ())},
+        **{SLICE + name: [example.slices[name] for example in examples] for name in examples[0].slices},
     }
     data = {"example_id": [example.example_id for example in examples], "words": words, **columns}
     return pl.DataFrame(data, schema_overrides=dict.fromkeys(columns, pl.String))
 
 
-def slice_rows(scores: Scores, labels: Sequence[str], members: Scores, domains: Mapping[str, str]) -> Iterator[tuple[Json, Floats]]:
+def slice_rows(scores: Scores, members: Scores, domains: Mapping[str, str]) -> Iterator[tuple[Json, Floats]]:
     """Each slice's key and its examples' scores: for each dimension and domain, first all sets together, then set by set.
 
-    `scores[set]` is from `metrics.example_scores`, `members[set]` from `membership`. A key has `dimension`, `slice`, `domain`, `set` (None
-    for all sets of a domain together) and, for lengths within a set, `words` [fewest, most].
+    `scores[set]` is from `example_scores`, `members[set]` from `membership`. A key has `dimension`, `slice`, `domain`, `set` (None for all
+    sets of a domain together) and, for lengths within a set, `words` [fewest, most].
     """
-    frame = pl.concat(
-        [
-            own.join(members[name], on="example_id", maintain_order="left").with_columns(set=pl.lit(name), domain=pl.lit(domains[name]))
-            for name, own in scores.items()
-        ],
-        how="diagonal",
-    )
-    by_domain = {domain: own for domain in ("in", "out") if (own := frame.filter(pl.col("domain") == domain)).height}
-    for domain, own in by_domain.items():
-        yield {"dimension": "domain", "slice": domain, "domain": domain, "set": None}, own["score"].to_numpy()
-    for column in (name for name in frame.columns if name.startswith(SLICE)):
+    own = {name: frame.join(members[name], on="example_id", maintain_order="left") for name, frame in scores.items()}
+    parts: list[tuple[str, str | None, pl.DataFrame]] = []
+    for domain in ("in", "out"):
+        if names := [name for name in own if domains[name] == domain]:
+            everyone = pl.concat([own[name] for name in names], how="diagonal")
+            yield {"dimension": "domain", "slice": domain, "domain": domain, "set": None}, everyone["score"].to_numpy()
+            parts += [(domain, None, everyone), *((domain, name, own[name]) for name in names)]
+    for column in dict.fromkeys(name for frame in own.values() for name in frame.columns if name.startswith(SLICE)):
         dimension = column.removeprefix(SLICE)
-        order: Sequence[str] = {"label": labels, "length": LENGTHS}.get(dimension, ())
-        for domain, everyone in by_domain.items():
-            own = everyone.drop_nulls(column)
-            for name, rows in [(None, own), *((str(key), part) for (key,), part in own.group_by("set", maintain_order=True))]:
-                for value in sorted(rows[column].unique(), key=lambda value: (order.index(value) if value in order else len(order), value)):
-                    part = rows.filter(pl.col(column) == value)
-                    key: Json = {"dimension": dimension, "slice": value, "domain": domain, "set": name}
-                    if dimension == "length":
-                        key["words"] = None if name is None else [part["words"].min(), part["words"].max()]
-                    yield key, part["score"].to_numpy()
+        for domain, name, frame in parts:
+            values = frame[column].drop_nulls().unique() if column in frame.columns else ()
+            for value in sorted(values, key=LENGTHS.index if dimension == "length" else None):
+                part = frame.filter(pl.col(column) == value)
+                key: Json = {"dimension": dimension, "slice": value, "domain": domain, "set": name}
+                if dimension == "length":
+                    key["words"] = None if name is None else [part["words"].min(), part["words"].max()]
+                yield key, part["score"].to_numpy()

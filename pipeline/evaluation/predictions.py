@@ -1,9 +1,9 @@
 """A method's predictions on the evaluation sets, as rows from which every number is made.
 
 A student answers with no context, each seed's model by itself. A baseline answers in the contexts of a target set, with the calibration
-learnt on the transfer set: each context on its own, or all averaged as the target set averages them. Answers in free text are generated
-with the task's own limits: by a student, a teacher in each of its contexts, or a model folder as it came. Scores of baselines go through
-the store, so baselines that put the same prompts to the same model share them; a student's are not kept.
+learnt on the transfer set: each context on its own, or all averaged as the target set averages them. In free text a student, a teacher in
+each of its contexts, or a model folder as it came writes answers within the task's own limits. Scores of baselines go through the store, so
+baselines that put the same prompts to the same model share them; a student's are not kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,7 @@ from pipeline.targets.calibration import combination_of, normalised
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
-Sets = Mapping[str, Sequence[Example]]
-"""Evaluation set → its examples."""
+Sets = Mapping[str, Sequence[Example]]  # evaluation set → its examples
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,9 @@ class Answering:
     folder: Path
     contexts: tuple[Context, ...] = (NO_CONTEXT,)
     dtype: str = "float32"
-    run: str | None = None
-    """Its run in the table; None: the name of each context."""
-    work: Path | None = None
-    """Where its scores are kept; None: nowhere."""
-    identity: Mapping[str, Any] | None = None
-    """The scores' identity that it must still have."""
+    run: str | None = None  # its run in the table; None: the name of each context
+    work: Path | None = None  # where its scores are kept; None: nowhere
+    identity: Mapping[str, Any] | None = None  # of the scores, which it must still have
 
     def scorer(self, task: Task, params: Params) -> Scorer:
         """A scorer of this model. Raises MismatchError if it is not the model that the prompts were calibrated with."""
@@ -71,33 +67,31 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
     is damaged.
     """
     if name in params.students:
-        seeds, found = params.students[name].seeds or (), []
-        runs = {f"seed {seed}": f"seeds/{seed}" if at else "" for at, seed in enumerate(seeds)} if len(seeds) > 1 else {"": ""}
-        for run, place in runs.items():
-            folder = folders.artifacts / "students" / name / place
-            open_trained(folder).check_task(params.task)
-            found.append(Answering(folder, run=run))
+        seeds, folder = params.students[name].seeds or (), folders.artifacts / "students" / name
+        runs = {f"seed {seed}": folder / "seeds" / str(seed) if at else folder for at, seed in enumerate(seeds)}
+        found = [Answering(own, run=run) for run, own in (runs if len(seeds) > 1 else {"": folder}).items()]
+        for model in found:
+            open_trained(model.folder).check_task(params.task)
         return found
     prompts = params.baselines[name].prompts
-    if prompts.startswith("targets/"):
-        calibration = read_calibration(name, params, folders)
-        teachers = [
-            {**entry, "contexts": [context for context in calibration["contexts"] if context["teacher"] == teacher]}
-            for teacher, entry in calibration["teachers"].items()
-        ]
-    elif prompts.startswith("teachers/"):
-        teachers = [read_manifest(folders.artifacts / prompts)]
-    else:
+    if not prompts.startswith(("targets/", "teachers/")):
         return [Answering(folders.artifacts / prompts, run="", work=folders.work)]
+    if prompts.startswith("teachers/"):
+        manifest = read_manifest(folders.artifacts / prompts)
+        asked = [(manifest, manifest["contexts"])]
+    else:
+        calibration = read_calibration(name, params, folders)
+        listed = calibration["contexts"]
+        asked = [(entry, [one for one in listed if one["teacher"] == teacher]) for teacher, entry in calibration["teachers"].items()]
     return [
         Answering(
             folders.artifacts / teacher["model"],
-            tuple(_context(listed, folders) for listed in teacher["contexts"]),
+            tuple(_context(one, folders) for one in contexts),
             teacher["identity"]["dtype"],
             work=folders.work,
             identity=teacher["identity"],
         )
-        for teacher in teachers
+        for teacher, contexts in asked
     ]
 
 

@@ -21,22 +21,14 @@ GENDER = (
     "brother/sister brothers/sisters husband/wife uncle/aunt king/queen actor/actress actors/actresses hero/heroine gentleman/lady "
     "gentlemen/ladies"
 )
-# Only contractions with one reading: "it's" and "he's" may stand for "has", and "n't" is a negation.
-CONTRACTIONS = {"i'm": "i am"} | {
-    f"{word}'{short}": f"{word} {full}"
-    for short, full, words in (
-        ("re", "are", "you we they"),
-        ("ve", "have", "i you we they"),
-        ("ll", "will", "i you he she it we they"),
-    )
-    for word in words.split()
-}
-FRAMES = ("Here is the text: {}", "To begin with: {}", "{} That is the whole text.")
-"""Around the first field; they say nothing about it."""
+# Only endings with one reading: "it's" and "he's" may stand for "has", and "n't" is a negation.
+CONTRACTIONS = {"m": "am", "re": "are", "ve": "have", "ll": "will"}
+FRAMES = ("Here is the text: {}", "To begin with: {}", "{} That is the whole text.")  # around the first field; they say nothing of it
 
 _NEXT_NAME = {name: row[(at + 1) % len(row)] for row in map(str.split, NAMES) for at, name in enumerate(row)}
 _OTHER_GENDER = {one: other for pair in GENDER.split() for one, other in (pair.split("/"), pair.split("/")[::-1])}
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_CONTRACTION = re.compile(rf"\b(i|you|we|they|he|she|it)['’]({'|'.join(CONTRACTIONS)})\b", re.IGNORECASE)
 _NEXT_WORD = re.compile(r"[ \t]+[^\W_]")
 # After "her" these open a new part of the sentence, so that it is an object ("saw her in the park"), not a possessive.
 _AFTER_OBJECT = re.compile(
@@ -51,10 +43,8 @@ class Swap:
 
     name: str
     what: str
-    apply: Callable[[str], str]
-    """The changed text; the text itself if there is nothing to swap."""
-    every_field: bool = True
-    """Whether all fields of an input are changed together, so that a name stays one person; else the first field alone."""
+    apply: Callable[[str], str]  # the changed text; the text itself if there is nothing to swap
+    every_field: bool = True  # all fields of an input are changed together, so that a name stays one person; else the first alone
 
 
 def swap_fields(swap: Swap, fields: Mapping[str, str]) -> dict[str, str] | None:
@@ -85,11 +75,10 @@ def written_out(text: str) -> str:
     """Contractions without a negation written out: "they're" → "they are"."""
 
     def replace(found: re.Match[str]) -> str:
-        whole = found.group()
-        full = CONTRACTIONS.get(whole.lower().replace("’", "'"), whole)
-        return full[0].upper() + full[1:] if whole[0].isupper() else full
+        full = f"{found[1]} {CONTRACTIONS[found[2].lower()]}".lower()
+        return full.capitalize() if found[1][0].isupper() else full
 
-    return _WORD.sub(replace, text)
+    return _CONTRACTION.sub(replace, text)
 
 
 SWAPS = (

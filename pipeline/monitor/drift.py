@@ -13,14 +13,13 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from scipy import sparse, stats
+from scipy import stats
 from scipy.spatial.distance import pdist, squareform
+from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
+from pipeline.evaluation.metrics import Floats
 from pipeline.monitor.sample import Sample
 from pipeline.params import MonitorParams
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -47,53 +46,47 @@ def drift_tests(
     A student is surer of texts that it has learnt from than of others like them. So if `reference` is what it learnt from, confidence is
     compared with `unseen`: texts of the same kind that it did not learn from.
     """
-    rng = np.random.default_rng(params.seed)
+    rng, half, usual = np.random.default_rng(params.seed), len(reference) // 2, unseen or reference
     kernels = bag_kernel([*reference.ids, *new.ids]), gaussian_kernel(np.concatenate([reference.states, new.states]))
     words, states = (discrepancy(kernel, len(reference), params.permutations, rng) for kernel in kernels)
     moved = label_shift(reference.labels, new.labels, labels, params.permutations, rng)
-    old_lengths, lengths = (np.array([len(ids) for ids in sample.ids]) for sample in (reference, new))
-    usual = unseen or reference
-    known = set(chain.from_iterable(reference.ids[: len(reference) // 2]))
+    lengths = [np.array([len(ids) for ids in sample.ids]) for sample in (reference, new)]
+    known = set(chain.from_iterable(reference.ids[:half]))  # what the second half has of them is what to expect of new inputs
     steps = (new.states.mean(axis=0) - reference.states.mean(axis=0)) / spread(reference.states)
 
     def gap(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
         found: Any = stats.ks_2samp(one, other, method="asymp")  # ties make it only more careful
         return float(found.statistic), float(found.pvalue)
 
-    def tokens(lengths: np.ndarray) -> str:
-        low, middle, high = np.quantile(lengths, [0.1, 0.5, 0.9])
-        return f"median {middle:.0f} tokens (80 % within {low:.0f}–{high:.0f})"
-
-    def known_tokens(prompts: Sequence[Sequence[int]]) -> str:
-        return f"{np.mean([token in known for ids in prompts for token in ids]):.1%} known tokens"
-
-    def shares(sample: Sample) -> str:
-        return ", ".join(f"{label} {sample.labels.count(label) / len(sample):.1%}" for label in labels)
-
-    def median(sample: Sample) -> str:
-        return f"median {np.median(sample.confidence):.1%}" + (f" of {len(sample):,} texts not learnt from" if sample is unseen else "")
-
-    shift, gaps, between = params.smallest_shift, "largest gap of the distribution functions", "share of the variance between the samples"
-    seen, now = known_tokens(reference.ids[len(reference) // 2 :]), known_tokens(new.ids)  # the first half has the known ones
+    # The reference and the new inputs, in words.
+    spans = ["median {1:.0f} tokens (80 % within {0:.0f}–{2:.0f})".format(*np.quantile(own, [0.1, 0.5, 0.9])) for own in lengths]
+    shown = [np.mean([token in known for ids in prompts for token in ids]) for prompts in (reference.ids[half:], new.ids)]
+    seen = [f"{share:.1%} known tokens" for share in shown]
     away = f"mean moved by {np.sqrt((steps**2).mean()):.2f} standard deviations"
+    shares = [", ".join(f"{label} {own.labels.count(label) / len(own):.1%}" for label in labels) for own in (reference, new)]
+    sure, now_sure = (f"median {np.median(own.confidence):.1%}" for own in (usual, new))
+    sure += f" of {len(usual):,} texts not learnt from" if unseen else ""
+    gaps, between = "largest gap of the distribution functions", "share of the variance between the samples"
+    shift = params.smallest_shift
     return [
-        DriftTest("length", "inputs", gaps, shift, *gap(old_lengths, lengths), tokens(old_lengths), tokens(lengths)),
-        DriftTest("vocabulary", "inputs", between, params.smallest_vocabulary_share, *words, seen, now),
+        DriftTest("length", "inputs", gaps, shift, *gap(*lengths), spans[0], spans[1]),
+        DriftTest("vocabulary", "inputs", between, params.smallest_vocabulary_share, *words, seen[0], seen[1]),
         DriftTest("embedding", "inputs", between, params.smallest_embedding_share, *states, "–", away),
-        DriftTest("labels", "answers", "total variation", shift, *moved, shares(reference), shares(new)),
-        DriftTest("confidence", "answers", gaps, shift, *gap(usual.confidence, new.confidence), median(usual), median(new)),
+        DriftTest("labels", "answers", "total variation", shift, *moved, shares[0], shares[1]),
+        DriftTest("confidence", "answers", gaps, shift, *gap(usual.confidence, new.confidence), sure, now_sure),
     ]
 
 
 def corrected(tests: Sequence[DriftTest], rate: float) -> list[DriftTest]:
     """The tests with Holm's step-down correction over all of them; one whose adjusted p-value is at most `rate` raises an alarm."""
-    found = list(tests)
-    highest = 0.0
-    for rank, place in enumerate(sorted(range(len(tests)), key=lambda place: tests[place].p_value)):
-        test = tests[place]
-        highest = max(highest, min(1.0, (len(tests) - rank) * test.p_value))
-        found[place] = replace(test, adjusted_p=highest, alarm=highest <= rate and test.effect >= test.smallest)
-    return found
+    p_values = np.array([test.p_value for test in tests])
+    order = p_values.argsort(kind="stable")
+    adjusted = np.empty(len(tests))
+    adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(len(tests), 0, -1)).clip(max=1)
+    return [
+        replace(test, adjusted_p=float(p), alarm=bool(p <= rate and test.effect >= test.smallest))
+        for test, p in zip(tests, adjusted, strict=True)
+    ]
 
 
 def discrepancy(kernel: Floats, first: int, permutations: int, rng: np.random.Generator) -> tuple[float, float]:
@@ -118,15 +111,10 @@ def discrepancy(kernel: Floats, first: int, permutations: int, rng: np.random.Ge
 
 def bag_kernel(documents: Sequence[Sequence[int]]) -> Floats:
     """Cosine similarity of the documents' sets of token ids, each id weighted by its rarity, log(documents / documents with it)."""
-    sets = [sorted(set(document)) for document in documents]
-    _, columns = np.unique(list(chain.from_iterable(sets)), return_inverse=True)
-    weights = np.log(len(sets) / np.bincount(columns))
-    bags = sparse.csr_array((weights[columns], columns, np.cumsum([0, *map(len, sets)])))
+    sets = MultiLabelBinarizer(sparse_output=True).fit_transform(documents)
+    bags: Any = normalize(sets.multiply(np.log(len(documents) / sets.sum(axis=0))).tocsr())
     kernel = (bags @ bags.T).toarray()
-    norms = np.sqrt(kernel.diagonal())
-    norms[norms == 0] = 1  # a document of ubiquitous ids alone says nothing: similarity 0 to all others, 1 to itself
-    kernel /= np.outer(norms, norms)
-    np.fill_diagonal(kernel, 1.0)
+    np.fill_diagonal(kernel, 1.0)  # a document of ubiquitous ids alone says nothing: similarity 0 to all others
     return kernel
 
 

@@ -1,24 +1,23 @@
 """Inputs with a student's answers, as the drift tests see them: drawn from files of any size, with gold labels if there are some."""
 
-import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from heapq import nsmallest
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.data.examples import BadValueError, label_reader
 from pipeline.errors import UsageError, choices
+from pipeline.evaluation.metrics import Floats
 from pipeline.files import sha256_text
 from pipeline.params import LabelRule, MonitorParams, Params
 from pipeline.progress import progress
-from pipeline.serving.files import Item
-from pipeline.serving.predictor import Prediction, Predictor
+from pipeline.serving.files import Answered, Item, predict_items
+from pipeline.serving.predictor import Predictor
 
-Floats = npt.NDArray[np.float64]
-GOLD = "gold"
-"""The entry of `Item.kept` that has an input's gold label, or None."""
+GOLD = "gold"  # the entry of `Item.kept` that has an input's gold label, or None
 LEAST_ROWS = 20
 ROWS_AT_ONCE = 128
 
@@ -47,29 +46,23 @@ def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: Mon
     All items are checked for fields that cannot be used; a text too long for the model is found among the drawn ones only. Raises
     UsageError if fewer than `least` can be answered.
     """
-    rows = bad = 0
+    rows = Counter[str]()
 
     def usable() -> Iterator[tuple[str, Item]]:
-        nonlocal rows, bad
         for item in items:
-            rows += 1
-            try:
-                example = predictor.example(item.fields) if item.error is None else None
-            except BadValueError:
-                example = None
-            if example is None:
-                bad += 1
-            else:
-                yield "\n".join(example.fields.values()), item
+            rows["all"] += 1
+            with suppress(BadValueError):
+                if item.error is None:
+                    text = "\n".join(predictor.example(item.fields).fields.values())
+                    rows["usable"] += 1
+                    yield text, item
 
-    drawn = draw(usable(), params.max_rows, params.seed)
-    answered: list[tuple[str, Item, Prediction]] = []
+    drawn, answers = draw(usable(), params.max_rows, params.seed), list[Answered]()
     with progress(f"answering {origin}", len(drawn), "rows") as meter:
-        for start in range(0, len(drawn), ROWS_AT_ONCE):
-            window = drawn[start : start + ROWS_AT_ONCE]
-            predictions = predictor.predict([item.fields for _, item in window])
-            answered += [(*row, found) for row, found in zip(window, predictions, strict=True) if found.error is None]
+        for window in predict_items(predictor, (item for _, item in drawn), ROWS_AT_ONCE):
+            answers += window
             meter.advance(len(window))
+    answered = [(text, *answer) for (text, _), answer in zip(drawn, answers, strict=True) if answer[1].error is None]
     if len(answered) < least:
         raise UsageError(f"{origin}: {len(answered)} inputs can be used, and a comparison needs {least}. Give a file with more.")
     return Sample(
@@ -80,14 +73,14 @@ def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: Mon
         states=np.array([found.state for _, _, found in answered], dtype=np.float64),
         gold=[item.kept.get(GOLD) for _, item, _ in answered],
         origin=origin,
-        rows=rows,
-        bad=bad + len(drawn) - len(answered),
+        rows=rows["all"],
+        bad=rows["all"] - rows["usable"] + len(drawn) - len(answered),
     )
 
 
 def draw(rows: Iterable[tuple[str, Item]], count: int, seed: int) -> list[tuple[str, Item]]:
     """At most `count` rows in the order of their lines. The hash of a text decides, so the same texts in any order give the same draw."""
-    drawn = heapq.nsmallest(count, rows, key=lambda row: sha256_text(f"{seed}\0{row[0]}"))
+    drawn = nsmallest(count, rows, key=lambda row: sha256_text(f"{seed}\0{row[0]}"))
     return sorted(drawn, key=lambda row: row[1].line)
 
 
@@ -96,14 +89,9 @@ def with_shares_of(reference: Sample, sample: Sample) -> Sample:
 
     Each label's rows are taken in their order.
     """
-    held, shares = Counter(sample.labels), Counter(reference.labels)
-    scale = min(held[label] / count for label, count in shares.items())
-    left = {label: round(scale * count) for label, count in shares.items()}
-    rows = []
-    for row, label in enumerate(sample.labels):
-        if left.get(label, 0) > 0:
-            left[label] -= 1
-            rows.append(row)
+    places = {label: [row for row, own in enumerate(sample.labels) if own == label] for label in set(reference.labels)}
+    scale = min(len(own) / reference.labels.count(label) for label, own in places.items())
+    rows = sorted(row for label, own in places.items() for row in own[: round(scale * reference.labels.count(label))])
     texts, ids, labels, gold = ([values[row] for row in rows] for values in (sample.texts, sample.ids, sample.labels, sample.gold))
     return replace(sample, texts=texts, ids=ids, labels=labels, gold=gold, confidence=sample.confidence[rows], states=sample.states[rows])
 

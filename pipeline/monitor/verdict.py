@@ -1,7 +1,7 @@
 """One document from samples and tests: what moved, what that means, and whether retraining is due; as JSON, as a table, as a page.
 
-Retraining is due if a test raises an alarm. Two more alarms are not for retraining to mend: memory over its limit, and too many rows that
-could not be answered, which are a fault of whoever sends them.
+Retraining is due if a test raises an alarm. Memory over its limit, and too many rows that could not be answered, are alarms too, but not
+for retraining to mend.
 """
 
 from collections.abc import Sequence
@@ -59,15 +59,12 @@ def accuracy_test(new: Sample, bound: float, origin: str) -> DriftTest:
 
 
 def verdict(
-    predictor: Predictor,
-    reference: Sample,
-    new: Sample,
-    tests: Sequence[DriftTest],
-    peak_mb: float,
-    params: MonitorParams,
-    bad_limit: float,
+    predictor: Predictor, old: Sample, new: Sample, tests: Sequence[DriftTest], peak_mb: float, params: MonitorParams, bad_limit: float
 ) -> dict[str, Any]:
-    """The monitor's JSON, from corrected tests. `peak_mb` is the peak memory of the process that answered."""
+    """The monitor's JSON, from corrected tests. `peak_mb` is the peak memory of the process that answered.
+
+    `farthest` are the new inputs least like the reference: by the distance of their last hidden state to the nearest one of the reference.
+    """
     share, limit_mb, rate = new.bad / new.rows, params.max_memory_mb, params.false_alarm_rate
     too_large, too_bad = limit_mb is not None and peak_mb > limit_mb, share > bad_limit
     drifted = [test.name for test in tests if test.alarm]
@@ -77,9 +74,11 @@ def verdict(
         due = "Retraining is due" if drifted else "Something is wrong, but not what retraining mends"
         sentence = f"{due}: {', '.join(alarms)} (of inputs like the reference, at most {rate:.1%} of such checks say so)."
     limit = "no limit set" if limit_mb is None else f"limit {limit_mb:,} MB"
+    scale = spread(old.states) * np.sqrt(old.states.shape[1])
+    nearest = cdist(new.states / scale, old.states / scale).min(axis=1)
     document = {
         "student": {"name": predictor.student.name, "weights_sha256": predictor.weights_sha256},
-        "reference": {"from": reference.origin, "rows": len(reference)},
+        "reference": {"from": old.origin, "rows": len(old)},
         "inputs": {"from": new.origin, "rows": new.rows, "with_error": new.bad, "tested": len(new)},
         "false_alarm_rate": rate,
         "tests": [asdict(test) for test in tests],
@@ -92,19 +91,12 @@ def verdict(
             f"memory: {peak_mb:,.0f} MB at its peak while answering ({limit})" + ": alarm" * too_large,
             f"rows with an error: {new.bad:,} of {new.rows:,} (limit {bad_limit:.0%})" + ": alarm" * too_bad,
         ],
-        "farthest": _farthest(reference, new),
+        "farthest": [
+            {"text": new.texts[i], "label": new.labels[i], "confidence": float(new.confidence[i]), "distance": float(nearest[i])}
+            for i in np.argsort(-nearest, kind="stable")[:SHOWN]
+        ],
     }
     return rounded(document)
-
-
-def _farthest(reference: Sample, new: Sample) -> list[dict[str, Any]]:
-    """The new inputs least like the reference: by the distance of their last hidden state to the nearest one of the reference."""
-    scale = spread(reference.states) * np.sqrt(reference.states.shape[1])
-    nearest = cdist(new.states / scale, reference.states / scale).min(axis=1)
-    return [
-        {"text": new.texts[i], "label": new.labels[i], "confidence": float(new.confidence[i]), "distance": float(nearest[i])}
-        for i in np.argsort(-nearest, kind="stable")[:SHOWN]
-    ]
 
 
 def print_table(document: dict[str, Any]) -> None:
@@ -125,7 +117,5 @@ def print_table(document: dict[str, Any]) -> None:
 
 def write_page(document: dict[str, Any], file: Path) -> None:
     """Write the document as one page that works offline."""
-    environment = Environment(
-        loader=PackageLoader("pipeline.monitor"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=PackageLoader("pipeline.monitor"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     write_text(environment.get_template("monitor.html.jinja").render(d=document), file)

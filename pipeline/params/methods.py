@@ -264,8 +264,6 @@ class EvaluationParams(Frozen):
     """Of the resampling."""
     cost_examples: PositiveInt = 8
     """Examples timed one by one for the cost table."""
-    cost_demonstrations: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 4, 8, 16, 32), strict=False)
-    """Numbers of demonstrations at which the time and memory of a baseline's models are measured."""
     risk_examples: PositiveInt = 40
     """Examples of each evaluation set that a student answers again with something swapped, for each kind of swap."""
 

@@ -32,9 +32,7 @@ def render_card(environment: Environment, found: Collected, student: str) -> str
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment.get_template("card.md.jinja").render(
         found=found,
-        document=found.document,
         name=student,
-        task=params.task,
         distilled=not params.students[student].learn_from.startswith("data/"),
         base=base,
         hub_base=hub_base,

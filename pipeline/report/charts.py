@@ -18,8 +18,7 @@ from markupsafe import Markup
 from pipeline.report.collect import DOMAINS, Collected, Json, domains_of, sets_of
 from pipeline.report.prose import percent
 
-WIDTH, ROW = 150, 21
-"""Pixels: width of a chart with names beside it, and height of its rows."""
+WIDTH, ROW = 150, 21  # pixels: width of a chart with names beside it, and height of its rows
 TRADEOFF_WIDTH, TRADEOFF_HEIGHT = 270, 215
 CURVE_POINTS = 80
 INK, MUTED, STUDENT, RULE, GRID = "var(--ink)", "var(--muted)", "var(--student)", "var(--rule)", "var(--grid)"
@@ -43,11 +42,11 @@ def accuracy(document: Json, where: str) -> Markup:
 
 def _rows(document: Json, kind: str, key: str) -> list[Json]:
     """Each method's accuracy and its interval (percent) on a set (`kind` "sets") or over a domain ("means")."""
-    entries = [(name, method["kind"], method[kind][key]) for name, method in document["methods"].items()]
-    return [
-        {"method": name, "kind": of, "accuracy": 100 * own["accuracy"], "low": 100 * own["ci95"][0], "high": 100 * own["ci95"][1]}
-        for name, of, own in entries
-    ]
+    rows = []
+    for name, method in document["methods"].items():
+        accuracy, low, high = (100 * value for value in (method[kind][key]["accuracy"], *method[kind][key]["ci95"]))
+        rows.append({"method": name, "kind": method["kind"], "accuracy": accuracy, "low": low, "high": high})
+    return rows
 
 
 def spread(document: Json, method: str) -> Markup | None:
@@ -65,28 +64,23 @@ def spread(document: Json, method: str) -> Markup | None:
     return _svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
 
 
-def curve(found: Collected, student: str) -> Markup | None:
-    """Training loss of one student by step, in means over neighbouring steps. None if it was not recorded."""
-    steps: pl.DataFrame | None = found.files.get(f"metrics/curves/{student}.csv")
-    if steps is None:
-        return None
-    group = pl.int_range(pl.len()) // math.ceil(steps.height / CURVE_POINTS)
-    rows = steps.group_by(group.alias("group"), maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
+def curve(found: Collected, student: str) -> Markup:
+    """Training loss of one student by step, in means over neighbouring steps."""
+    steps: pl.DataFrame = found.files[f"metrics/curves/{student}.csv"]
+    group = (pl.int_range(pl.len()) // math.ceil(steps.height / CURVE_POINTS)).alias("group")
+    rows = steps.group_by(group, maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
     x = alt.X("step:Q", title="step", axis=_ticks(), scale=alt.Scale(nice=False))
     chart = alt.Chart(_data(rows.to_dicts())).mark_line(stroke=STUDENT, strokeWidth=2)
     chart = chart.encode(x=x, y=alt.Y("loss:Q", title="loss, nats", axis=_ticks())).properties(width=210, height=120)
-    return _svg(
-        chart, f"Training loss of {student}: from {rows['loss'][0]:.3f} to {rows['loss'][-1]:.3f} nats over {rows['step'][-1]} steps"
-    )
+    fall = f"from {rows['loss'][0]:.3f} to {rows['loss'][-1]:.3f} nats over {rows['step'][-1]} steps"
+    return _svg(chart, f"Training loss of {student}: {fall}")
 
 
-def reliability(found: Collected, method: str) -> Markup | None:
-    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled. None if there are no bins."""
-    if not (detail := found.of("detail", method)):
-        return None
-    rows, lowest = list[Json](), 100 / len(found.params.task.labels)
+def reliability(found: Collected, method: str) -> Markup:
+    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled."""
+    rows, lowest, sets = list[Json](), 100 / len(found.params.task.labels), found.of("detail", method)["sets"]
     for domain in domains_of(found.document):
-        bins = pl.DataFrame([entry for where in sets_of(found.document, domain) for entry in detail["sets"][where]["reliability"]])
+        bins = pl.DataFrame([entry for where in sets_of(found.document, domain) for entry in sets[where]["reliability"]])
         means = [(pl.col(key) * pl.col("n")).sum() / pl.col("n").sum() * 100 for key in ("confidence", "accuracy")]
         rows += bins.group_by("low").agg(*means, pl.col("n").sum(), pl.lit(domain).alias("domain")).sort("low").to_dicts()
     x, y = _share(alt.X, "confidence", lowest, "confidence, %"), _share(alt.Y, "accuracy", 0, "right, %")
@@ -99,19 +93,15 @@ def reliability(found: Collected, method: str) -> Markup | None:
         base.mark_line(strokeWidth=1.5, opacity=0.6),
         base.mark_point(filled=True, opacity=0.9).encode(shape=shape, size=size),
     ).properties(width=190, height=190)
-    spoken = "; ".join(
-        f"{DOMAINS[row['domain']].lower()}, confidence {row['confidence']:.0f} %: {row['accuracy']:.0f} % right of {row['n']:,}"
-        for row in rows
-    )
+    each = "{}, confidence {:.0f} %: {:.0f} % right of {:,}"
+    spoken = "; ".join(each.format(DOMAINS[row["domain"]].lower(), row["confidence"], row["accuracy"], row["n"]) for row in rows)
     return _svg(chart, f"Reliability of {method}: {spoken}")
 
 
 def frontier(document: Json, domain: str) -> tuple[list[Json], list[Json]]:
-    """The methods whose latency was measured, as `_rows` with `latency` (ms), fastest first; and those that no other method beats in
-    accuracy at their latency or less.
-    """
-    costs: Json = {name: (method["cost"] or {}).get("latency_ms") for name, method in document["methods"].items()}
-    rows = [row | {"latency": costs[row["method"]]} for row in _rows(document, "means", domain) if costs[row["method"]]]
+    """`_rows` of the methods whose `latency` (ms) was measured, fastest first; and those more accurate than all faster ones."""
+    latency: Json = {name: (method["cost"] or {}).get("latency_ms") for name, method in document["methods"].items()}
+    rows = [row | {"latency": latency[row["method"]]} for row in _rows(document, "means", domain) if latency[row["method"]]]
     rows.sort(key=lambda row: (row["latency"], -row["accuracy"]))
     return rows, [row for n, row in enumerate(rows) if all(row["accuracy"] > other["accuracy"] for other in rows[:n])]
 
@@ -154,9 +144,7 @@ def tradeoff(document: Json, domain: str) -> Markup | None:
 
 def _data(rows: Sequence[Json]) -> alt.InlineData:
     """Rows of a chart, with numbers rounded to what a screen can show."""
-    return alt.InlineData(
-        values=[{key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
-    )
+    return alt.InlineData(values=[{key: round(own, 5) if isinstance(own, float) else own for key, own in row.items()} for row in rows])
 
 
 def _lowest(document: Json) -> float:

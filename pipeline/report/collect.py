@@ -1,7 +1,7 @@
 """Everything the report is made from, read from disk once, and the numbers of `report/metrics.json`.
 
-Predictions, their metrics and the comparison of methods are required. The rest (costs, curves, counts) is optional, so that a report can be
-had early: the page names each file that is missing and the stage that writes it. A file that exists and cannot be read is an error.
+What stages hand to DVC is required. Times are not kept by DVC, so a file of them may be missing, or a cost may be of another model than the
+predictions: the page names it and the stage that writes it.
 """
 
 import json
@@ -12,16 +12,15 @@ from statistics import fmean
 from typing import Any
 
 import polars as pl
-from polars.exceptions import PolarsError
 
-from pipeline.errors import CorruptError, UsageError, choices
-from pipeline.evaluation.metrics import as_frame, mean_accuracy
+from pipeline.errors import UsageError, choices
+from pipeline.evaluation.metrics import Json, mean_accuracy
 from pipeline.files import Folders, read_json
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, PREDICTIONS, read_examples, read_table
 
-Json = dict[str, Any]
 DOMAINS = {"in": "In domain", "out": "Out of domain"}
+TIMES = ("metrics/cost", "metrics/runtime")
 MOST_QUARANTINED = 5
 
 
@@ -30,18 +29,11 @@ class Collected:
     """What was found on disk."""
 
     params: Params
-    document: Json
-    """The numbers of `report/metrics.json`; see `_document`."""
-    files: dict[str, Any]
-    """Path from the project → what `_read` returns, for every file that exists and is not a table."""
-    missing: dict[str, str]
-    """Optional file that does not exist → the stage that writes it."""
-    stale_cost: dict[str, str]
-    """Method whose cost was measured with another model or other prompts than its predictions → its stage; `files` lacks that cost."""
-    predictions: dict[str, pl.DataFrame]
-    """Method → its rows, as `schema.PREDICTIONS` or `schema.ANSWERS`."""
-    texts: dict[str, dict[str, str]]
-    """Evaluation set → example_id → its input fields, joined by " / "."""
+    document: Json  # the numbers of `report/metrics.json`; see `_document`
+    files: dict[str, Any]  # path from the project → what `_read` returns, for every file that is not a table
+    missing: dict[str, str]  # file of times that does not exist, or is of another model → the stage that writes it
+    predictions: dict[str, pl.DataFrame]  # method → its rows, as `schema.PREDICTIONS` or `schema.ANSWERS`
+    texts: dict[str, dict[str, str]]  # evaluation set → example_id → its input fields, joined by " / "
 
     def of(self, kind: str, name: str) -> Json:
         """`of("cost", "cd")` is metrics/cost/cd.json; empty if there is no such file."""
@@ -53,60 +45,57 @@ def collect(params: Params, folders: Folders) -> Collected:
 
     Raises UsageError naming every required file that is missing, CorruptError if a file cannot be read.
     """
-    stages = {name: f"{'evaluate' if name in params.students else 'baseline'}@{name}" for name in [*params.baselines, *params.students]}
-    required = {"metrics/compare.json": "compare"}
-    for name, stage in stages.items():
-        required |= dict.fromkeys((f"artifacts/predictions/{name}.parquet", f"metrics/eval/{name}.json"), stage)
-    expected = required | _optional(params, stages)
-    paths = {name: (folders.artifacts if name.startswith("artifacts") else folders.metrics) / name.partition("/")[2] for name in expected}
-    missing = {name: stage for name, stage in expected.items() if not paths[name].is_file()}
-    if lacking := {name: stage for name, stage in missing.items() if name in required}:
+    stages = _stages(params)
+    paths = {name: (folders.artifacts if name.startswith("artifacts") else folders.metrics) / name.partition("/")[2] for name in stages}
+    missing = {name: stage for name, stage in stages.items() if not paths[name].is_file()}
+    if lacking := {name: stage for name, stage in missing.items() if not name.startswith(TIMES)}:
         commands = " ".join(dict.fromkeys(lacking.values()))
         raise UsageError(f"{choices(lacking)}: no such file, and the report needs it. Run `dvc repro {commands}`.")
-    files = {name: _read(path, expected[name]) for name, path in paths.items() if name not in missing and path.suffix != ".parquet"}
-    stale = {}
-    for name, stage in stages.items():
-        cost, evaluated = files.get(f"metrics/cost/{name}.json"), files[f"metrics/eval/{name}.json"]
-        if cost and cost["measured"].get("subject") != evaluated.get("subject"):
-            stale[name] = stage
-            del files[f"metrics/cost/{name}.json"]
-    rows, fields = PREDICTIONS if params.task.completion is None else ANSWERS, params.task.fields
-    predictions = {name: as_frame(read_table(paths[f"artifacts/predictions/{name}.parquet"], rows)) for name in stages}
-    texts = {
-        where: {example.example_id: " / ".join(example.fields.values()) for example in read_examples(paths[name], fields)}
-        for where in params.data.evaluation
-        if (name := f"artifacts/data/evaluation/{where}.parquet") not in missing
-    }
-    return Collected(params, _document(params, files, predictions), files, missing, stale, predictions, texts)
+    files = {name: _read(path) for name, path in paths.items() if name not in missing and path.suffix != ".parquet"}
+    methods = [*params.baselines, *params.students]
+    for name in methods:
+        cost, evaluated = f"metrics/cost/{name}.json", files[f"metrics/eval/{name}.json"]
+        if cost in files and files[cost]["measured"]["subject"] != evaluated.get("subject"):
+            missing[cost] = stages[cost]
+            del files[cost]
+    rows = PREDICTIONS if params.task.completion is None else ANSWERS
+    predictions = {name: pl.DataFrame(read_table(paths[f"artifacts/predictions/{name}.parquet"], rows)) for name in methods}
+    texts: dict[str, dict[str, str]] = {}
+    for where in params.data.evaluation:
+        examples = read_examples(paths[f"artifacts/data/evaluation/{where}.parquet"], params.task.fields)
+        texts[where] = {example.example_id: " / ".join(example.fields.values()) for example in examples}
+    return Collected(params, _document(params, files, predictions), files, missing, predictions, texts)
 
 
-def _optional(params: Params, stages: dict[str, str]) -> dict[str, str]:
-    """Every optional file of a run → the stage that writes it."""
-    files = {"metrics/prepare.json": "prepare", "artifacts/data/quarantine.jsonl": "prepare", "metrics/runtime/break-even.json": "compare"}
-    files |= {f"metrics/{kind}/{name}.json": stage for kind in ("cost", "detail") for name, stage in stages.items()}
-    files |= {f"artifacts/data/evaluation/{name}.parquet": "prepare" for name in params.data.evaluation}
-    files |= {f"metrics/targets/{name}.json": f"targets@{name}" for name in params.targets}
-    for name in params.teachers:
-        files |= dict.fromkeys((f"metrics/fidelity/{name}.json", f"metrics/runtime/teacher-{name}.json"), f"teacher@{name}")
-    for name in params.students:
-        written = (f"metrics/train/{name}.json", f"metrics/curves/{name}.csv", f"artifacts/students/{name}/manifest.json")
-        files |= dict.fromkeys(written, f"student@{name}") | {f"metrics/risk/{name}.json": f"risk@{name}"}
-    return files
+def _stages(params: Params) -> dict[str, str]:
+    """Every file of a run that the report reads → the stage that writes it."""
+    evaluated = ("artifacts/predictions/{}.parquet", "metrics/eval/{}.json", "metrics/detail/{}.json", "metrics/cost/{}.json")
+    trained = ("metrics/train/{}.json", "metrics/curves/{}.csv", "artifacts/students/{}/manifest.json", "metrics/runtime/student-{}.json")
+    stages = {"metrics/compare.json": "compare"}
+    stages |= dict.fromkeys(("metrics/prepare.json", "artifacts/data/quarantine.jsonl"), "prepare")
+    stages |= {f"artifacts/data/evaluation/{name}.parquet": "prepare" for name in params.data.evaluation}
+    for stage, names, files in (
+        ("tune", params.tuned, ("metrics/runtime/tuned-{}.json",)),
+        ("teacher", params.teachers, ("metrics/fidelity/{}.json", "metrics/runtime/teacher-{}.json")),
+        ("targets", params.targets, ("metrics/targets/{}.json",)),
+        ("student", params.students, trained),
+        ("evaluate", params.students, evaluated),
+        ("baseline", params.baselines, evaluated),
+        ("risk", params.students, ("metrics/risk/{}.json",)),
+    ):
+        stages |= {file.format(name): f"{stage}@{name}" for name in names for file in files}
+    return stages
 
 
-def _read(path: Path, stage: str) -> Any:
+def _read(path: Path) -> Any:
     """A JSON value; the curve of a student's first seed (columns step and loss); or the first rows that were set aside."""
-    try:
-        if path.suffix == ".json":
-            return read_json(path)
-        if path.suffix == ".csv":
-            curve = pl.read_csv(path)
-            curve = curve.filter(pl.col("seed") == pl.col("seed").first()) if "seed" in curve.columns else curve
-            return curve.select(pl.col("step").cast(pl.Int64), pl.col("loss").cast(pl.Float64))
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in islice(file, MOST_QUARANTINED)]
-    except (PolarsError, ValueError) as error:
-        raise CorruptError(f"{path}: not the {path.suffix} file that it should be ({error}). Run `dvc repro -f {stage}`.") from None
+    if path.suffix == ".json":
+        return read_json(path)
+    if path.suffix == ".csv":
+        curve = pl.read_csv(path)
+        return curve.filter(pl.col("seed") == pl.col("seed").first()) if "seed" in curve.columns else curve
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, MOST_QUARANTINED)]
 
 
 def _document(params: Params, files: dict[str, Any], predictions: dict[str, pl.DataFrame]) -> Json:
@@ -118,23 +107,22 @@ def _document(params: Params, files: dict[str, Any], predictions: dict[str, pl.D
     """
     compare, sets, completion = files["metrics/compare.json"], params.data.evaluation, params.task.completion
     settings = {"resamples": params.evaluation.bootstrap, "seed": params.evaluation.seed}
-    shares = ("agreement", "ece") if completion is None else ("well_formed", "accuracy")
+    averaged = ("agreement", "ece") if completion is None else ("well_formed", "accuracy")
     methods: dict[str, Json] = {}
     for name, frame in predictions.items():
-        own = {where: dict(files[f"metrics/eval/{name}.json"]["sets"][where]) for where in sets}
-        for where, entry in own.items():
-            if close := compare["to_reference"].get(name, {}).get(where):
-                entry["agreement"] = close["agreement"] if completion is None else close
-            elif completion is None:
-                entry["agreement"] = 1.0
+        own: dict[str, Json] = {where: dict(files[f"metrics/eval/{name}.json"]["sets"][where]) for where in sets}
+        for where, close in compare["to_reference"].get(name, {}).items():
+            own[where]["agreement"] = close["agreement"] if completion is None else close
+        if completion is None and name == compare["reference"]:
+            own = {where: entry | {"agreement": 1.0} for where, entry in own.items()}
         means: dict[str, Json] = {}
         for domain in DOMAINS:
             if members := [where for where in sets if sets[where].domain == domain]:
-                found = {key: [own[where][key] for where in members] for key in shares if key in own[members[0]]}
-                means[domain] = mean_accuracy(frame.to_arrow(), members, **settings) if completion is None else {}
-                means[domain] |= {key: round(fmean(values), 6) for key, values in found.items()}
-        cost = {key: value for key, value in files.get(f"metrics/cost/{name}.json", {}).items() if key != "by_demonstrations"}
-        methods[name] = {"kind": "student" if name in params.students else "baseline", "sets": own, "means": means, "cost": cost or None}
+                means[domain] = mean_accuracy(frame, members, **settings) if completion is None else {}
+                for key in (key for key in averaged if key in own[members[0]]):
+                    means[domain][key] = round(fmean(own[where][key] for where in members), 6)
+        kind, cost = "student" if name in params.students else "baseline", files.get(f"metrics/cost/{name}.json")
+        methods[name] = {"kind": kind, "sets": own, "means": means, "cost": cost}
     reference = params.evaluation.reference
     answers = {} if completion is None else {"answers": True, "keys": list(completion.form.keys) if completion.form else []}
     return answers | {
@@ -165,9 +153,9 @@ def ranked(document: Json, kind: str | None = None, domain: str | None = None) -
 def comparison(document: Json, method: str, other: str, domain: str, what: str | None = None) -> Json | None:
     """The paired comparison over a domain, `method` minus `other` (free text: in the share `what`); None if it was not made."""
     for row in document["comparisons"]:
-        if (row["domain"], row.get("what"), {row["method"], row["other"]}) == (domain, what, {method, other}):
-            if row["method"] == method:
-                return row
+        if (row["domain"], row.get("what"), row["method"], row["other"]) == (domain, what, method, other):
+            return row
+        if (row["domain"], row.get("what"), row["other"], row["method"]) == (domain, what, method, other):
             turned = {"method": method, "other": other, "difference": -row["difference"], "ci95": [-end for end in reversed(row["ci95"])]}
             return {**row, **turned, "only_method_right": row["only_other_right"], "only_other_right": row["only_method_right"]}
     return None

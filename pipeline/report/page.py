@@ -1,23 +1,21 @@
 """The stage `report`: one HTML page that needs nothing else, the same numbers as JSON, and a card for each student.
 
 The page has no script, font or picture from outside; the content security policy in its head forbids them. jinja2 escapes everything that
-comes from data or params. Charts are the only markup passed through, and they are built from escaped parts.
-
-A section is an entry of `SECTIONS` and `templates/sections/ANCHOR.html.jinja`, which calls `tables`, `charts`, `prose` and the functions
-below for what it shows.
+comes from data or params. Charts are the only markup passed through, and they are built from escaped parts. A section is an entry of
+`SECTIONS` and `templates/sections/ANCHOR.html.jinja`, which calls `tables`, `charts`, `prose` and the functions below.
 """
 
 import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipeline.evaluation.free_text import values_of
+from pipeline.evaluation.metrics import RIGHT
 from pipeline.files import Folders, sha256_json, sha256_text, write_json, write_text
 from pipeline.params import Params, yaml_text
 from pipeline.params.reading import VERSIONS
@@ -26,9 +24,9 @@ from pipeline.report.card import render_card
 from pipeline.report.collect import DOMAINS, Collected, Json, collect, domains_of, ranked
 from pipeline.report.prose import percent
 
-SAMPLES, FLIPS, ATTRIBUTIONS, STRONGEST_WORDS = 12, 3, 4, 4
+SAMPLES, FLIPS = 12, 3
+# Anchors; capitalised, they are the headings.
 SECTIONS = ("findings", "results", "cost", "confidence", "mistakes", "risks", "contexts", "training", "data", "reproduce")
-"""Anchors; capitalised, they are the headings."""
 ANSWER_SECTIONS = ("answers", *SECTIONS[-3:])
 
 
@@ -72,59 +70,43 @@ def _environment(*, escaping: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (code, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span)
-    environment.filters |= {function.__name__: function for function in filters}
-    functions = (domains_of, ranked, disagreements, risks_of_best, flipped, attributions, samples, identity, yaml_text)
-    environment.globals |= {function.__name__: function for function in functions}
+    for function in (code, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span):
+        environment.filters[function.__name__] = function
+    for function in (domains_of, ranked, disagreements, flipped, samples, identity, yaml_text):
+        environment.globals[function.__name__] = function
     environment.globals |= {"DOMAINS": DOMAINS, "cell": tables.Cell, "charts": charts, "prose": prose, "tables": tables}
     return environment
 
 
 def identity(found: Collected) -> Json:
     """What a run is known by: hashes of its params and of the students' files, versions of the libraries."""
-    params = found.params
-    shown: Json = {"Params": {"sha256": sha256_json(params.model_dump(mode="json", exclude={"runtime", "monitor"}))}}
-    for name in params.students:
-        if manifest := found.files.get(f"artifacts/students/{name}/manifest.json"):
-            shown[f"Student {name}"] = {file: entry["sha256"] for file, entry in manifest["files"].items()}
+    shown: Json = {"Params": {"sha256": sha256_json(found.params.model_dump(mode="json", exclude={"runtime", "monitor"}))}}
+    for name in found.params.students:
+        files = found.files[f"artifacts/students/{name}/manifest.json"]["files"]
+        shown[f"Student {name}"] = {file: entry["sha256"] for file, entry in files.items()}
     libraries = {name: version(name) for group in VERSIONS.values() for name in group}
     return shown | {"Versions": {"python": platform.python_version()} | libraries}
 
 
-# Texts with what was said of them, for the macro `articles`: `where`, `texts` (a text, or its pieces, each with its side) and `pairs`.
+# Texts with what was said of them, for the macro `articles`: `where`, `texts` and `pairs`.
 
 
 def disagreements(found: Collected, student: str) -> list[Json]:
     """Of each evaluation set, the most confident disagreement in which the student is right and the one in which it is wrong."""
-    reference, keys = found.document["reference"], ["set", "example_id"]
+    reference, sets = found.document["reference"], list(found.texts)
     ours, theirs = (found.predictions[name].with_columns(p=pl.col("probabilities").list.max()) for name in (student, reference))
-    rows = ours.join(theirs, on=keys, suffix="_reference").filter(pl.col("predicted") != pl.col("predicted_reference"))
-    rows = rows.with_columns(sure=pl.col("p") * pl.col("p_reference"), right=pl.col("predicted") == pl.col("label"))
-    rows = rows.sort(["sure", "example_id"], descending=[True, False]).unique(["set", "right"], keep="first", maintain_order=True)
-    chosen = {(row["set"], row["right"]): row for row in rows.iter_rows(named=True)}
-    return [
-        {
-            "where": f"{where} · student {'right' if right else 'wrong'}",
-            "texts": [found.texts[where].get(row["example_id"], "")],
-            "pairs": {
-                "gold": row["label"],
-                student: _answer(row["predicted"], row["p"]),
-                reference: _answer(row["predicted_reference"], row["p_reference"]),
-            },
-        }
-        for where in found.texts
-        for right in (True, False)
-        if (row := chosen.get((where, right))) is not None
-    ]
+    rows = ours.join(theirs, on=["set", "example_id"], suffix="_reference").filter(pl.col("predicted") != pl.col("predicted_reference"))
+    rows = rows.with_columns(sure=pl.col("p") * pl.col("p_reference"), right=RIGHT).sort("sure", "example_id", descending=[True, False])
+    chosen, shown = rows.unique(["set", "right"], keep="first", maintain_order=True).to_dicts(), list[Json]()
+    for row in sorted(chosen, key=lambda row: (sets.index(row["set"]), not row["right"])):
+        pairs = {"gold": row["label"], student: f"{row['predicted']}, {percent(row['p'], 0)} %"}
+        pairs[reference] = f"{row['predicted_reference']}, {percent(row['p_reference'], 0)} %"
+        heading = f"{row['set']} · student {'right' if row['right'] else 'wrong'}"
+        shown.append({"where": heading, "texts": [found.texts[row["set"]][row["example_id"]]], "pairs": pairs})
+    return shown
 
 
-def risks_of_best(found: Collected) -> dict[str, Json]:
-    """The best students of which risks were checked, and what was found."""
-    checked = [(name, found.of("risk", name)) for name in ranked(found.document, "student")]
-    return dict([(name, risk) for name, risk in checked if risk][: tables.COMPARED])
-
-
-def flipped(risk: Json) -> list[Json]:
+def flipped(found: Collected, student: str) -> list[Json]:
     """Texts whose answer changed with a swap, before and after."""
     return [
         {
@@ -135,53 +117,22 @@ def flipped(risk: Json) -> list[Json]:
                 "probability of the first answer": f"{percent(one['p_before'], 0)} → {percent(one['p_after'], 0)} %",
             },
         }
-        for entry in risk["swaps"]
+        for entry in found.of("risk", student)["swaps"]
         for one in entry["examples"]
         if one["answer_before"] != one["answer_after"]
     ][:FLIPS]
 
 
-def attributions(risk: Json) -> list[Json]:
-    """Sampled disagreements with their words: each field as pieces (text, "for" or "against" if the word weighs much, else "")."""
-    shown = []
-    for entry in risk["attributions"][:ATTRIBUTIONS]:
-        strongest, texts = sorted(entry["words"], key=lambda word: -abs(word["weight"]))[:STRONGEST_WORDS], []
-        for field, text in entry["fields"].items():
-            pieces, at = list[tuple[str, str]](), 0
-            for word in sorted((word for word in entry["words"] if word["field"] == field), key=lambda word: word["start"]):
-                if abs(word["weight"]) >= abs(strongest[0]["weight"]) / 2 > 0:
-                    side = "for" if word["weight"] > 0 else "against"
-                    pieces += [(text[at : word["start"]], ""), (text[word["start"] : word["end"]], side)]
-                    at = word["end"]
-            texts.append([*pieces, (text[at:], "")])
-        pairs = {
-            "gold": entry["label"],
-            risk["student"]: _answer(entry["student"], entry["student_p"]),
-            risk["reference"]: _answer(entry["reference"], entry["reference_p"]),
-            "strongest words": ", ".join(f"“{word['word']}” {word['weight']:+.2f}".replace("-", "−") for word in strongest),
-        }
-        shown.append({"where": entry["set"], "texts": texts, "pairs": pairs})
-    return shown
-
-
 def samples(found: Collected) -> list[Json]:
-    """Examples drawn by their hash, evenly over the sets that have texts, with each method's answer in its first run."""
+    """Examples drawn by their hash, evenly over the sets, with each method's answer in its first run."""
     form = found.params.task.completion and found.params.task.completion.form
-    answers: dict[tuple[str, str], dict[str, Any]] = {}
-    for method, frame in found.predictions.items():
-        for row in frame.unique(["set", "example_id"], keep="first", maintain_order=True).iter_rows(named=True):
-            ill = "(ill-formed) " if form is not None and values_of(row["answer"].strip(), form) is None else ""
-            said = answers.setdefault((row["set"], row["example_id"]), {"gold": row["label"], "pairs": {}})
-            said["pairs"][method] = ill + row["answer"].strip()
+    rows = {name: {(row["set"], row["example_id"]): row for row in frame.reverse().to_dicts()} for name, frame in found.predictions.items()}
     shown = []
     for where, texts in found.texts.items():
-        drawn = sorted(texts, key=lambda example: sha256_text("sample\0" + example))
-        for example in drawn[: max(1, SAMPLES // len(found.texts))]:
-            gold, pairs = answers[where, example].values()
-            heading = where if gold is None else f"{where} · gold {gold}"
-            shown.append({"where": heading, "texts": [texts[example]], "pairs": pairs})
+        for example in sorted(texts, key=lambda example: sha256_text("sample\0" + example))[: max(1, SAMPLES // len(found.texts))]:
+            said = {name: own[where, example]["answer"].strip() for name, own in rows.items()}
+            ill = {name for name, answer in said.items() if form is not None and values_of(answer, form) is None}
+            gold = rows[found.document["reference"]][where, example]["label"]
+            pairs = {name: f"(ill-formed) {answer}" if name in ill else answer for name, answer in said.items()}
+            shown.append({"where": where if gold is None else f"{where} · gold {gold}", "texts": [texts[example]], "pairs": pairs})
     return shown
-
-
-def _answer(label: str, probability: float) -> str:
-    return f"{label}, {percent(probability, 0)} %"

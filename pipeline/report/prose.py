@@ -1,17 +1,17 @@
 """The report's words: numbers as people read them, what each method is, and what a run shows.
 
-No conclusion is fixed beforehand. A sentence follows from the sign of a difference and from whether its paired interval includes zero. A
+No conclusion is fixed beforehand: a sentence follows from the sign of a difference and from whether its paired interval includes zero. A
 sentence whose numbers are missing is left out. Names are in backticks, which the page and the card set as code.
 """
 
+import math
 from collections.abc import Iterable
 
 from pipeline.params import Params, StudentParams, TargetParams
 from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 
 DASH = "–"
-ONE_LABEL_SHARE = 0.9
-"""A method that gives one label this often may hardly look at its input."""
+ONE_LABEL_SHARE = 0.9  # a method that gives one label this often may hardly look at its input
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -30,8 +30,8 @@ def span(interval: list[float], digits: int = 1) -> str:
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """A count or measurement with thousands separators; a dash if it is missing."""
-    return DASH if value is None else f"{value:,.{digits}f}".replace("-", "−")
+    """A count or measurement with thousands separators; a dash if it is missing (None or NaN)."""
+    return DASH if value is None or math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def scaled(value: float | None, unit: str = "") -> str:
@@ -67,15 +67,12 @@ def licence_of(params: Params, path: str, otherwise: str = "the user’s own") -
 
 
 def about(found: Collected, method: str) -> str:
-    """One line on what a method is."""
+    """One line on what a student is, or a baseline that answers with labels."""
     params = found.params
     if method in params.students:
         return f"{learnt(params.students[method])}; {layers(found, method).partition(' (')[0]}"
     baseline = params.baselines[method]
-    if not baseline.target_set:
-        return f"asks {baseline.prompts}"
-    target = params.targets[baseline.target_set]
-    contexts = context_sizes(params, baseline.target_set)[0]
+    target, contexts = params.targets[baseline.target_set], context_sizes(params, baseline.target_set)[0]
     how = "" if contexts == 1 else ", one context at a time" if baseline.contexts == "each" else f", mean of {contexts} contexts"
     return f"prompts {' + '.join(target.teachers)}; {calibrated(target)}{how}"
 
@@ -100,11 +97,9 @@ def calibrated(target: TargetParams) -> str:
 
 
 def layers(found: Collected, student: str) -> str:
-    """How many layers of its base a student keeps, if training recorded it, and which."""
-    kept, count = found.params.students[student].layers, found.of("train", student).get("layers")
-    if kept is None:
-        return "all layers" if count is None else f"all {count} layers"
-    return f"layers {kept}" if count is None else f"{count} layers ({kept})"
+    """How many layers of its base a student keeps, and which."""
+    kept, count = found.params.students[student].layers, found.of("train", student)["layers"]
+    return f"all {count} layers" if kept is None else f"{count} layers ({kept})"
 
 
 def context_sizes(params: Params, targets: str) -> tuple[int, int]:
@@ -122,18 +117,16 @@ def title(params: Params) -> str:
 def lead(found: Collected) -> list[str]:
     """What was distilled into what, from how much: a few sentences for the top of the page."""
     params, reference = found.params, found.params.evaluation.reference
-    lines = [f"The teacher is `{reference}`. Students learn from its answers, token by token, and see the bare input."]
+    first = f"The teacher is `{reference}`. Students learn from its answers, token by token, and see the bare input."
     if target := params.baselines[reference].target_set:
         contexts, demonstrations = context_sizes(params, target)
         models = listed(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers))
-        prompted = f"{plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}"
-        lines = [f"The teacher is {models}, prompted with {prompted}."]
-        if (rows := found.of("targets", target).get("rows")) is not None:
-            lines[0] += f" Students learn from its answers to {rows:,} unlabelled examples."
+        first = f"The teacher is {models}, prompted with {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}."
+        first += f" Students learn from its answers to {found.of('targets', target)['rows']:,} unlabelled examples."
+    lines = [first]
     for name, student in params.students.items():
-        size = f" ({scaled(count)} parameters)" if (count := found.of("train", name).get("parameters")) is not None else ""
-        kept = f"layers {student.layers} of " if student.layers else ""
-        lines.append(f"`{name}` is {kept}`{student.base}`{size}, {learnt(student)}.")
+        kept, size = f"layers {student.layers} of " if student.layers else "", scaled(found.of("train", name)["parameters"])
+        lines.append(f"`{name}` is {kept}`{student.base}` ({size} parameters), {learnt(student)}.")
     return lines
 
 
@@ -149,25 +142,27 @@ def key_figures(found: Collected) -> list[tuple[str, str, str]]:
     if not students:
         return []
     ours, row = methods[students[0]]["means"][domain], comparison(document, students[0], reference, domain)
-    note = f"which has {percent(theirs['accuracy'])} %" + ("" if row is None or row["clear"] else "; the difference is not clear")
     right = f"best student, `{students[0]}`; 95 % interval {span(ours['ci95'])}"
-    figures = [(f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", right)]
-    figures.append((points(ours["accuracy"] - theirs["accuracy"]), f"points compared with {reference}", note))
-    for key, unit, what in (("prompt_tokens", "", "prompt tokens an example"), ("latency_ms", " ms", "an example, median")):
-        both = [found.of("cost", name).get(key) for name in (students[0], reference)]
-        figures += [(f"{both[0]:,.0f}{unit}", what, f"instead of {both[1]:,.0f}{unit}")] if None not in both else []
+    note = f"which has {percent(theirs['accuracy'])} %" + ("" if row is None or row["clear"] else "; the difference is not clear")
+    figures = [
+        (f"{percent(ours['accuracy'])} %", f"right {DOMAINS[domain].lower()}", right),
+        (points(ours["accuracy"] - theirs["accuracy"]), f"points compared with {reference}", note),
+    ]
+    mine, its = (found.of("cost", name) for name in (students[0], reference))
+    if mine and its:
+        figures.append((f"{mine['prompt_tokens']:,.0f}", "prompt tokens an example", f"instead of {its['prompt_tokens']:,.0f}"))
+        figures.append((f"{mine['latency_ms']:,.0f} ms", "an example, median", f"instead of {its['latency_ms']:,.0f} ms"))
     return figures
 
 
-def missing_files(found: Collected, *prefixes: str) -> str:
-    """A sentence on the missing files below some folders, and how to get them; empty if there are none."""
-    absent = {file: stage for file, stage in found.missing.items() if file.startswith(prefixes)}
-    if not absent:
-        return ""
-    untracked = any(file.startswith(("metrics/cost", "metrics/runtime")) for file in absent)
+def missing_files(found: Collected, prefix: str) -> str:
+    """A sentence on the missing files of times below a folder, and how to get them; empty if there are none."""
+    absent = {file: stage for file, stage in found.missing.items() if file.startswith(prefix)}
     commands = " ".join(dict.fromkeys([*absent.values(), "report"]))
-    text = f"Not found: {listed(absent)}. Run `dvc repro {'-f -s ' if untracked else ''}{commands}`."
-    return f"{text} DVC does not keep them, because they hold the times of one machine." if untracked else text
+    text = (
+        f"Not found, or of another model: {listed(absent)}. Run `dvc repro -f -s {commands}`: DVC does not keep the times of one machine."
+    )
+    return text if absent else ""
 
 
 def measured_on(document: Json) -> str:
@@ -182,14 +177,14 @@ def measured_on(document: Json) -> str:
 
 def context_tokens(found: Collected) -> str:
     """How long the contexts are."""
-    counted = found.files.get("metrics/prepare.json", {}).get("contexts", {})
+    counted = found.files["metrics/prepare.json"]["contexts"]
     ends = {name: dict.fromkeys([min(own), max(own)]) for name, entry in counted.items() if any(own := entry["tokens"].values())}
     return "; ".join(f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items())
 
 
 def findings(document: Json) -> list[str]:
     """Sentences for "What this run shows", the most important first."""
-    lines = ["This run has no student: it shows prompting alone."]
+    lines, ranges, warnings = ["This run has no student: it shows prompting alone."], list[str](), list[str]()
     if students := ranked(document, "student"):
         domain, reference, methods = domains_of(document)[-1], document["reference"], document["methods"]
         lines = [_best_student(document, one) for one in reversed(domains_of(document))]
@@ -200,7 +195,17 @@ def findings(document: Json) -> list[str]:
         ours, theirs = (percent(means[name]["ece"]) for name in (students[0], reference))
         off = f"the confidence of `{students[0]}` is off by {ours} points on average (expected calibration error)"
         lines.append(f"{DOMAINS[domain]}, {off}, that of `{reference}` by {theirs}.")
-    return lines + _spread(document) + _one_label(document)
+    for name, method in document["methods"].items():
+        if runs := {where: entry["contexts"] for where, entry in method["sets"].items() if "contexts" in entry}:
+            widest = max(runs, key=lambda where: runs[where]["best"] - runs[where]["worst"])
+            low, high = (percent(runs[widest][end]) for end in ("worst", "best"))
+            what = "seed" if method["kind"] == "student" else "choice of context"
+            ranges.append(f"The {what} alone moves `{name}` between {low} % and {high} % on `{widest}`.")
+        label, where, share = most_answered(method)
+        if share >= ONE_LABEL_SHARE:
+            answers = f"`{name}` answers `{label}` to {percent(share)} % of `{where}`"
+            warnings.append(f"{answers}. Unless the labels there are that uneven, it hardly looks at the input.")
+    return lines + ranges + warnings
 
 
 def difference(row: Json) -> str:
@@ -223,28 +228,6 @@ def _best_student(document: Json, domain: str) -> str:
     if unclear := [other for other, row in pairs.items() if row is not None and not row["clear"]]:
         text += f" It is not clearly better or worse than {listed(unclear)}: the intervals of these differences include zero."
     return text
-
-
-def _spread(document: Json) -> list[str]:
-    """The widest range between contexts, or between seeds, of each method that was scored several times."""
-    lines = []
-    for name, method in document["methods"].items():
-        if ranges := {key: entry["contexts"] for key, entry in method["sets"].items() if "contexts" in entry}:
-            widest = max(ranges, key=lambda key: ranges[key]["best"] - ranges[key]["worst"])
-            low, high = percent(ranges[widest]["worst"]), percent(ranges[widest]["best"])
-            what = "seed" if method["kind"] == "student" else "choice of context"
-            lines.append(f"The {what} alone moves `{name}` between {low} % and {high} % on `{widest}`.")
-    return lines
-
-
-def _one_label(document: Json) -> list[str]:
-    lines = []
-    for name, method in document["methods"].items():
-        label, where, share = most_answered(method)
-        if share >= ONE_LABEL_SHARE:
-            answers = f"`{name}` answers `{label}` to {percent(share)} % of `{where}`"
-            lines.append(f"{answers}. Unless the labels there are that uneven, it hardly looks at the input.")
-    return lines
 
 
 def most_answered(method: Json) -> tuple[str, str, float]:

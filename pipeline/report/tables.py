@@ -1,11 +1,13 @@
 """The report's computed tables as plain data, which a template sets and tests can read; and the table a run ends with on the terminal.
 
-Each function gives one table, or None if there is nothing to show. Cells are formatted text, with names in backticks. A missing number is a
-dash, never a guess. A table that only lists a file's entries is made by its template.
+Cells are formatted text, with names in backticks; a missing number is a dash. A table that only lists a file's entries is made by its
+template.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -15,6 +17,7 @@ from rich.text import Text
 
 from pipeline.errors import UsageError
 from pipeline.files import read_json
+from pipeline.params import Params
 from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 from pipeline.report.prose import DASH, about, most_answered, number, p_value, percent, plural, points, span
 
@@ -37,15 +40,13 @@ Row = list[Cell | str]
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption. `bodies`: heading → its rows, whose first cell is the row's header. `groups` are headings over several
-    columns: (text, columns).
-    """
+    """A table with a caption. `bodies`: heading → its rows, whose first cell is the row's header."""
 
     name: str
     caption: str
     columns: Sequence[str]
     bodies: Mapping[str, list[Row]]
-    groups: Sequence[tuple[str, int]] = ()
+    groups: Sequence[tuple[str, int]] = ()  # headings over several columns: (text, columns)
 
 
 def headline(found: Collected) -> Table:
@@ -57,31 +58,25 @@ def headline(found: Collected) -> Table:
     bodies: dict[str, list[Row]] = {}
     for name, method in methods.items():
         row: Row = [Cell(f"`{name}`", about(found, name))]
-        for kind, key in (place for own in places for place in own):
-            entry = method[kind][key]
-            note, runs = span(entry["ci95"]), entry.get("contexts")
-            if runs is not None:
-                seeds = method["kind"] == "student"
-                note += f"; seeds\u00a0±\u00a0{percent(runs['sd'])}" if seeds else f"; contexts\u00a0{span([runs['worst'], runs['best']])}"
-            row.append(Cell(percent(entry["accuracy"]), note, _mark(name, methods, kind, key)))
+        for kind, key in chain.from_iterable(places):
+            entry, student = method[kind][key], method["kind"] == "student"
+            note = span(entry["ci95"])
+            if (runs := entry.get("contexts")) is not None:
+                ends = f"seeds\u00a0±\u00a0{percent(runs['sd'])}" if student else f"contexts\u00a0{span([runs['worst'], runs['best']])}"
+                note = f"{note}; {ends}"
+            values = [(own[kind][key]["accuracy"], own["kind"] == "student") for own in methods.values()]
+            marks = {max(value for value, of_student in values if of_student): "best-student"} if student else {}
+            marks[max(values)[0]] = "best"  # ties are marked alike
+            row.append(Cell(percent(entry["accuracy"]), note, marks.get(entry["accuracy"], "")))
         row += ["itself" if name == document["reference"] else percent(method["means"][domain]["agreement"]) for domain in domains]
         bodies.setdefault(titles[method["kind"]], []).append(row)
     caption = "Accuracy in percent; below it the 95 % interval, and the range of a prompt’s contexts or the deviation of a student’s seeds."
     evaluation, drawn = found.params.data.evaluation, found.params.data.transfer.limits
     if seen := [name for name in sets_of(document, "out") if evaluation[name].source in drawn]:
         caption += f" The transfer set has unlabelled texts from the sources of {', '.join(seen)}."
-    columns = ["Method", *("mean" if kind == "means" else key for own in places for kind, key in own), *domains]
+    columns = ["Method", *("mean" if kind == "means" else key for kind, key in chain.from_iterable(places)), *domains]
     groups = [("", 1), *((DOMAINS[domain], len(own)) for domain, own in zip(domains, places, strict=True))]
     return Table("headline", caption, columns, bodies, [*groups, (f"Agrees with {document['reference']}", len(domains))])
-
-
-def _mark(name: str, methods: Mapping[str, Json], kind: str, key: str) -> str:
-    """Best of all, else best of the students; ties are marked alike."""
-    values = {method: entry[kind][key]["accuracy"] for method, entry in methods.items()}
-    if values[name] == max(values.values()):
-        return "best"
-    students = [value for method, value in values.items() if methods[method]["kind"] == "student"]
-    return "best-student" if methods[name]["kind"] == "student" and values[name] == max(students) else ""
 
 
 def answers(document: Json) -> Table:
@@ -95,8 +90,8 @@ def answers(document: Json) -> Table:
             same = [percent(own["agreement"][key]) if "agreement" in own else "itself" for key in keys]
             rows.append([f"`{name}`", *shares, *same, number(own["tokens"], 1)])
     caption = f"Agreement is the percentage of answers that say what {document['reference']} says, word for word and key by key."
-    columns = ["Method", "well formed, %", "right, %", *keys, "tokens"]
-    return Table("answers-table", caption, columns, bodies, [("", 3), ("Agreement", len(keys)), ("", 1)])
+    columns, groups = ["Method", "well formed, %", "right, %", *keys, "tokens"], [("", 3), ("Agreement", len(keys)), ("", 1)]
+    return Table("answers-table", caption, columns, bodies, groups)
 
 
 def comparisons(document: Json) -> Table | None:
@@ -109,30 +104,58 @@ def comparisons(document: Json) -> Table | None:
         title = f"{DOMAINS[domain]}, {plural(len(sets_of(document, domain)), 'set')}" + (f", {what.replace('_', ' ')}" if what else "")
         for one, other in dict.fromkeys(pairs):
             if (row := comparison(document, one, other, domain, what)) is not None:
-                counts = [row["only_method_right"], row["only_other_right"]]
-                alone = "" if None in counts else f"only\u00a0{one}\u00a0right\u00a0{counts[0]:,}, only\u00a0{other}\u00a0{counts[1]:,}"
-                interval = f"{points(row['ci95'][0])} to {points(row['ci95'][1])}"
-                verdict = "different" if row["clear"] else "not clear"
-                cells: Row = [f"`{one} − {other}`", points(row["difference"]), interval, verdict, Cell(p_value(row["mcnemar_p"]), alone)]
+                alone, other_alone = row["only_method_right"], row["only_other_right"]
+                note = "" if alone is None else f"only\u00a0{one}\u00a0right\u00a0{alone:,}, only\u00a0{other}\u00a0{other_alone:,}"
+                cells: Row = [f"`{one} − {other}`", points(row["difference"]), f"{points(row['ci95'][0])} to {points(row['ci95'][1])}"]
+                cells += ["different" if row["clear"] else "not clear", Cell(p_value(row["mcnemar_p"]), note)]
                 bodies.setdefault(title, []).append(cells)
     columns = ["Difference", "points", "95 % interval", "verdict", "McNemar’s p"]
     return Table("comparisons", "Differences of means over sets, paired by example.", columns, bodies) if bodies else None
 
 
-def break_even(found: Collected) -> Table | None:
-    """Each student's seconds, and after how many predictions they are saved."""
-    rows: list[Row] = []
-    for name, entry in found.of("runtime", "break-even").get("students", {}).items():
-        parts = [part for key in ("capture_seconds", "tuning_seconds", "base_training_seconds") for part in entry.get(key, {}).values()]
-        row: Row = [f"`{name}`", number(None if None in parts else sum(parts)), number(entry["training_seconds"])]
-        for key in ("one_by_one", "batched"):
-            count, saved = entry[key]["predictions"], entry[key]["saved_seconds"] or 0.0
-            missed = "never" if saved < 0 else DASH
-            row.append(missed if count is None else Cell(f"{count:,}", f"saves {1000 * saved:,.0f} ms each"))
+def break_even(found: Collected) -> Table:
+    """What each student cost: scoring the transfer set with its teachers, tuning the models that are tuned, training; and after how many
+    predictions it has saved that time against the reference. People's time, downloads and evaluation are not counted.
+    """
+    rows, reference = list[Row](), found.document["reference"]
+    for name in found.params.students:
+        entry, costs = f"students/{name}", [found.of("cost", method) for method in (reference, name)]
+        before, training = math.fsum(_seconds(found, maker) for maker in makers(entry, found.params) - {entry}), _seconds(found, entry)
+        row: Row = [f"`{name}`", number(before), number(training)]
+        one_by_one = [cost["latency_ms"] / 1000 if cost else math.nan for cost in costs]
+        batched = [1 / cost["throughput"]["examples_per_second"] if cost else math.nan for cost in costs]
+        for theirs, ours in (one_by_one, batched):
+            saved, spent = theirs - ours, before + training
+            if math.isnan(saved + spent):
+                row.append(DASH)
+            else:
+                row.append(Cell(f"{math.ceil(spent / saved):,}", f"saves {1000 * saved:,.0f} ms each") if saved > 0 else "never")
         rows.append(row)
-    caption = f"Predictions after which a student has saved the time spent on it, compared with prompting {found.document['reference']}."
+    caption = f"Predictions after which a student has saved the time spent on it, compared with prompting {reference}."
     columns = ["Student", "teachers and bases, s", "training, s", "predictions one by one", "predictions in batches"]
-    return Table("break-even", caption, columns, {"": rows}) if rows else None
+    return Table("break-even", caption, columns, {"": rows})
+
+
+def makers(maker: str, params: Params) -> set[str]:
+    """The teachers, tuned models and students, itself among them, that an entry such as `students/cd` is made with."""
+    kind, _, name = maker.partition("/")
+    parts: list[str] = []
+    if kind == "students":
+        own = params.students[name]
+        parts = [own.learn_from, own.base, *(f"teachers/{teacher}" for teacher in own.auxiliary)]
+    elif kind == "targets":
+        parts = [f"teachers/{teacher}" for teacher in params.targets[name].teachers]
+    elif kind in {"teachers", "tuned"}:
+        parts = [params.teachers[name].model if kind == "teachers" else params.tuned[name].base]
+    return ({maker} if kind in {"students", "teachers", "tuned"} else set()).union(*(makers(part, params) for part in parts))
+
+
+def _seconds(found: Collected, maker: str) -> float:
+    """What the stage of a teacher, tuned model or student took; NaN if not all of it was timed."""
+    kind, _, name = maker.partition("/")
+    own = found.of("runtime", f"{kind.removesuffix('s')}-{name}")
+    whole = own and own.get("rows") == own.get("rows_timed") and not own.get("resumed_at_step")
+    return own["seconds"] if whole else math.nan
 
 
 def calibration(found: Collected) -> Table:
@@ -142,47 +165,44 @@ def calibration(found: Collected) -> Table:
     rows: list[Row] = []
     for name, method in document["methods"].items():
         row: Row = [f"`{name}`"]
-        for domain in domains:
-            members = sets_of(document, domain)
+        for members in (sets_of(document, domain) for domain in domains):
             row += [number(scale * fmean(method["sets"][one][key] for one in members), digits) for key, scale, digits in keys.values()]
             row.append(number(fmean(compare[name][one]["kl_nats"] for one in members), 3) if name in compare else DASH)
         label, where, share = most_answered(method)
         rows.append([*row, Cell(f"{percent(share, 0)} %", f"{label}, {where}")])
-    columns = ["Method", *[*keys, "KL, nats"] * len(domains), "most frequent answer"]
-    groups = [("", 1), *((DOMAINS[domain], len(keys) + 1) for domain in domains), ("Balance", 1)]
     caption = f"Means over the sets of a domain. KL is KL({document['reference']} ‖ method) of the label probabilities."
+    groups = [("", 1), *((DOMAINS[domain], len(keys) + 1) for domain in domains), ("Balance", 1)]
+    columns = ["Method", *[*keys, "KL, nats"] * len(domains), "most frequent answer"]
     return Table("calibration-table", caption, columns, {"": rows}, groups)
 
 
 def confusion(found: Collected) -> Table | None:
     """Gold label by predicted label, of the best student and the reference; the sets of a domain are pooled."""
     methods = [*ranked(found.document, "student")[:1], found.document["reference"]]
-    labels, details = found.params.task.labels, {name: detail for name in methods if (detail := found.of("detail", name))}
+    labels = found.params.task.labels
+    if len(labels) > MOST_LABELS:
+        return None
     bodies: dict[str, list[Row]] = {}
-    for domain in domains_of(found.document) if details and len(labels) <= MOST_LABELS else ():
-        rows = bodies[DOMAINS[domain]] = []
-        for gold in labels:
-            row: Row = [gold]
-            for detail in details.values():
-                matrices = [detail["sets"][where]["confusion"][gold] for where in sets_of(found.document, domain)]
+    for domain in domains_of(found.document):
+        rows = bodies[DOMAINS[domain]] = [[gold] for gold in labels]
+        for row, gold in zip(rows, labels, strict=True):
+            for name in methods:
+                matrices = [found.of("detail", name)["sets"][where]["confusion"][gold] for where in sets_of(found.document, domain)]
                 counts = [sum(matrix[label] for matrix in matrices) for label in labels]
                 shares = [count / max(1, sum(counts)) for count in counts]
                 row += [Cell(percent(share), f"{n:,}", heat=round(share, 2)) for share, n in zip(shares, counts, strict=True)]
-            rows.append(row)
     caption = "Of the examples with a gold label (row), the percentage answered with each label (column), and their number."
-    groups = [("", 1), *((name, len(labels)) for name in details)]
-    return Table("confusion", caption, ["Gold label", *labels * len(details)], bodies, groups) if bodies else None
+    groups = [("", 1), *((name, len(labels)) for name in methods)]
+    return Table("confusion", caption, ["Gold label", *labels * len(methods)], bodies, groups)
 
 
-def slices(found: Collected) -> Table | None:
+def slices(found: Collected) -> Table:
     """Accuracy by slice, pooled over the sets of a domain, of the best students and the reference."""
     methods = [*ranked(found.document, "student")[:COMPARED], found.document["reference"]]
-    own = {name: rows for name in methods if (rows := _by_slice(found, name))}
-    keys = dict.fromkeys(key for rows in own.values() for key in rows)
-    domains = [domain for domain in DOMAINS if any(key[1] == domain for key in keys)]
+    own, domains = {name: _by_slice(found, name) for name in methods}, domains_of(found.document)
     titles = {"label": "By gold label", "length": "By length, in thirds of each set"}
     bodies: dict[str, list[Row]] = {}
-    for dimension, name in dict.fromkeys((dimension, name) for dimension, _, name in keys):
+    for dimension, name in dict.fromkeys((dimension, name) for rows in own.values() for dimension, _, name in rows):
         row: Row = [name]
         for domain in domains:
             entries = [rows.get((dimension, domain, name)) for rows in own.values()]
@@ -191,7 +211,7 @@ def slices(found: Collected) -> Table | None:
         bodies.setdefault(titles.get(dimension, f"By {dimension}"), []).append(row)
     groups = [("", 1), *((DOMAINS[domain], 1 + len(own)) for domain in domains)]
     columns, caption = ["Slice", *["examples", *own] * len(domains)], "Accuracy in percent by slice, with its 95 % interval below."
-    return Table("slices", caption, columns, {title: rows[:MOST_SLICES] for title, rows in bodies.items()}, groups) if bodies else None
+    return Table("slices", caption, columns, {title: rows[:MOST_SLICES] for title, rows in bodies.items()}, groups)
 
 
 def weakest_slice(found: Collected, method: str) -> Json | None:
@@ -201,31 +221,29 @@ def weakest_slice(found: Collected, method: str) -> Json | None:
 
 
 def _by_slice(found: Collected, method: str) -> dict[tuple[str, str, str], Json]:
-    rows = [row for row in found.of("detail", method).get("slices", []) if row["set"] is None and row["dimension"] != "domain"]
+    rows = [row for row in found.of("detail", method)["slices"] if row["set"] is None and row["dimension"] != "domain"]
     return {(row["dimension"], row["domain"], row["slice"]): row for row in rows}
 
 
-def print_summary(project: Path = Path(), console: Console | None = None) -> None:
+def print_summary(project: Path = Path()) -> None:
     """Print the means over each domain of the last report, and the page's path.
 
     Raises UsageError if there is no report, CorruptError if it is damaged.
     """
     folder = project / "report"
-    try:
-        document = read_json(folder / "metrics.json")
-    except FileNotFoundError:
-        raise UsageError(f"{folder / 'metrics.json'}: no such file. `dvc repro report` writes it.") from None
-    means = {name: method["means"] for name, method in document["methods"].items()}
+    if not (folder / "metrics.json").is_file():
+        raise UsageError(f"{folder / 'metrics.json'}: no such file. `dvc repro report` writes it.")
+    document = read_json(folder / "metrics.json")
     titles = {"well_formed": "well formed", "accuracy": "right", "agreement": "agrees"}
+    means = {name: method["means"] for name, method in document["methods"].items()}
+    columns = [(key, domain) for key in titles for domain in domains_of(document) if key in means[document["reference"]][domain]]
     table = TerminalTable(title="Percent, bold: best of a column", title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("method", no_wrap=True)
-    columns = [(key, domain) for key in titles for domain in domains_of(document) if key in means[document["reference"]][domain]]
     for key, domain in columns:
         table.add_column(f"{titles[key]},\n{DOMAINS[domain].lower()}", justify="right")
+    best = {(key, domain): max(own[domain][key] for own in means.values()) for key, domain in columns}
     for name, own in means.items():
-        tops = [max(other[domain][key] for other in means.values()) for key, domain in columns]
-        cells = [(own[domain][key], own[domain][key] == top) for (key, domain), top in zip(columns, tops, strict=True)]
-        table.add_row(name, *(Text(percent(value), "bold" if best else "") for value, best in cells))
-    out = console or Console(highlight=False)
-    out.print(table)
-    out.print(Text(f"Report: {folder / 'index.html'}"))
+        table.add_row(name, *(Text(percent(own[of][key]), "bold" if own[of][key] == best[key, of] else "") for key, of in columns))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(Text(f"Report: {folder / 'index.html'}"))

@@ -39,12 +39,7 @@ SEEDS = (4, 7)
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "few": {"average": "probability", "temperature": 1.5, "teachers": {"few": 1.0}, "by_source": {}},
     "mix": {"average": "probability", "temperature": 0.7, "teachers": {"few": 0.75, "zero": 0.25}, "by_source": {}},
-    "by_source": {
-        "average": "log_probability",
-        "temperature": 1.0,
-        "teachers": {"zero": 1.0},
-        "by_source": {"far": [[2.0, -1.0, -1.0]]},
-    },
+    "by_source": {"average": "log_probability", "temperature": 1.0, "teachers": {"zero": 1.0}, "by_source": {"far": [[2.0, -1.0, -1.0]]}},
 }
 TEACHERS = {"few": ("models/first", SHOTS), "zero": ("models/second", [NONE])}
 
@@ -66,10 +61,7 @@ def raw_params(shipped: dict[str, Any]) -> dict[str, Any]:
             "data": shipped["data"] | {"evaluation": {name: {"source": source, "domain": "in", "per_label": 4} for name in SETS}},
             "contexts": {"shots": {"demonstrations": 2, "count": 2}, "none": {"demonstrations": 0}},
             "tuned": {},
-            "teachers": {
-                "few": {"model": "models/first", "contexts": "shots"},
-                "zero": {"model": "models/second", "contexts": "none"},
-            },
+            "teachers": {"few": {"model": "models/first", "contexts": "shots"}, "zero": {"model": "models/second", "contexts": "none"}},
             "targets": {name: {"teachers": entry["teachers"]} for name, entry in CALIBRATIONS.items()},
             "students": {"cd": student, "several": student | {"seeds": list(SEEDS)}},
             "baselines": {
@@ -78,7 +70,7 @@ def raw_params(shipped: dict[str, Any]) -> dict[str, Any]:
                 "icl_source": {"prompts": "targets/by_source", "contexts": "each"},
                 "teacher": {"prompts": "targets/mix", "contexts": "ensemble"},
             },
-            "evaluation": {"reference": "teacher", "bootstrap": 50, "seed": 3, "cost_examples": 2, "cost_demonstrations": []},
+            "evaluation": {"reference": "teacher", "bootstrap": 50, "seed": 3, "cost_examples": 2},
             "runtime": {"threads": 1},
         }
     )
@@ -108,10 +100,6 @@ class World:
         for name, pairs in SETS.items():
             examples = [Example({"text": text}, label, source=name, line=n) for n, (text, label) in enumerate(pairs, 1)]
             write_examples(examples, ("text",), self.artifacts / "data" / "evaluation" / f"{name}.parquet")
-        demonstrations = [
-            Example({"text": text}, label) for text, label in (("a warm film", "positive"), ("bored", "negative"), ("so", "mixed"))
-        ]
-        write_examples(demonstrations, ("text",), self.artifacts / "data" / "demonstrations.parquet")
         write_contexts(SHOTS, self.artifacts / "data" / "contexts" / "shots.parquet")
         write_contexts([NONE], self.artifacts / "data" / "contexts" / "none.parquet")
         self.train("cd", 4)

@@ -1,14 +1,13 @@
 """Reliability, confusion and slices against plain loops over the same rows."""
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pytest
 
-from pipeline.evaluation.metrics import confusion, detail, expected_calibration_error, membership, reliability
+from pipeline.evaluation.metrics import detail, expected_calibration_error, membership
 from pipeline.schema import PREDICTIONS, Example
 
-LABELS = ("yes", "a-no")
+LABELS = ("no", "yes")
 SETS = {"near": "in", "far": "out", "farther": "out"}
 RESAMPLES = 50
 
@@ -122,20 +121,21 @@ def test_a_slice_may_have_any_name_that_the_params_allow():
 
 
 def test_bins_hold_all_rows_and_give_the_calibration_error():
-    frame = pl.DataFrame(prediction_rows())
-    bins = reliability(frame, LABELS, "near")
-    confidence = np.array([max(map(np.float32, row)) for row in frame["probabilities"]], dtype=np.float64)
-    right = (frame["predicted"] == frame["label"]).to_numpy()
-    assert sum(b["n"] for b in bins) == frame.height
+    rows = [row for row in prediction_rows() if row["set"] == "near"]
+    bins = found_of(rows, {"near": "in"})["sets"]["near"]["reliability"]
+    confidence = np.array([max(map(np.float32, row["probabilities"])) for row in rows], dtype=np.float64)
+    right = np.array([row["predicted"] == row["label"] for row in rows])
+    assert sum(b["n"] for b in bins) == len(rows)
     for b in bins:
         inside = (confidence > b["low"]) & (confidence <= b["high"])
-        assert (inside.sum(), right[inside].mean()) == (b["n"], pytest.approx(b["accuracy"]))
-    error = sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / frame.height
+        assert (inside.sum(), right[inside].mean()) == (b["n"], pytest.approx(b["accuracy"], abs=1e-6))
+    error = sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(rows)
     assert error == pytest.approx(expected_calibration_error(confidence, right), abs=1e-6)
 
 
 def test_the_confusion_matrix_counts_every_pair():
-    frame = pl.DataFrame(prediction_rows(2))
-    for gold, row in confusion(frame, LABELS).items():
-        for predicted, count in row.items():
-            assert count == sum(r["label"] == gold and r["predicted"] == predicted for r in prediction_rows(2))
+    rows = prediction_rows(2)
+    for name, found in found_of(rows)["sets"].items():
+        for gold, row in found["confusion"].items():
+            for predicted, count in row.items():
+                assert count == sum((r["set"], r["label"], r["predicted"]) == (name, gold, predicted) for r in rows)

@@ -1,4 +1,4 @@
-"""Risk checks: what the swaps swap, flips counted by hand, words left out one by one, gaps with the test of their counts."""
+"""Risk checks: what the swaps swap, flips counted by hand, gaps with the test of their counts."""
 
 import math
 
@@ -8,22 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import CorruptError
-from pipeline.evaluation.metrics import binned
 from pipeline.evaluation.predictions import models_of, predict, read_sets
-from pipeline.evaluation.risk import (
-    FLIPS_SHOWN,
-    MOST_WORDS,
-    SMALLEST_SLICE,
-    Answered,
-    answered,
-    attribute,
-    attributions,
-    check_risks,
-    flips,
-    gaps,
-    homogeneity,
-)
+from pipeline.evaluation.risk import FLIPS_SHOWN, SMALLEST_SLICE, check_risks, disagreement, flips, gaps, homogeneity
 from pipeline.evaluation.swaps import CONTRACTIONS, FRAMES, GENDER, NAMES, SWAPS, other_gender, other_names, swap_fields, written_out
 from pipeline.schema import PREDICTIONS, Example, read_table, write_table
 
@@ -71,7 +57,7 @@ def test_contractions_with_one_reading_are_written_out_and_negations_stay():
 
 def test_no_swap_touches_a_negation():
     negation = ("not", "n't", "never", "no")
-    swapped = [*CONTRACTIONS, *CONTRACTIONS.values(), *(word for pair in PAIRS for word in pair), *FRAMES]
+    swapped = [*CONTRACTIONS.values(), *(word for pair in PAIRS for word in pair), *FRAMES]
     assert not [text for text in swapped for word in text.lower().split() if word in negation or word.endswith("n't")]
 
 
@@ -95,7 +81,7 @@ def test_a_brace_in_a_text_is_no_place_to_fill():
 
 
 def answer(name, text, p=0.9, label="negative"):
-    return Answered(name, Example({"text": text}, label), np.array([p, 1 - p]))
+    return name, Example({"text": text}, label), np.array([p, 1 - p])
 
 
 def sure(examples):
@@ -152,63 +138,6 @@ def test_no_flips_give_the_exact_binomial_bound_and_few_examples_are_shown():
     assert len(found["examples"]) == FLIPS_SHOWN
 
 
-def test_each_word_is_left_out_once_and_lies_where_it_says():
-    fields, asked = {"premise": " A  warm, funny film", "hypothesis": "film"}, []
-    [words] = attribute([(Example(fields), 0)], lambda inputs: asked.extend(inputs) or sure(inputs))
-    assert [word["word"] for word in words] == ["A", "warm,", "funny", "film", "film"]
-    assert all(fields[word["field"]][word["start"] : word["end"]] == word["word"] for word in words)
-    assert asked[0].fields == fields
-    shortened = ["warm, funny film", "A funny film", "A  warm, film", "A  warm, funny"]
-    assert [example.fields["premise"] for example in asked[1:5]] == shortened
-    assert asked[5].fields == {"premise": " A  warm, funny film", "hypothesis": ""}
-
-
-def test_weights_are_the_log_odds_that_a_word_carries():
-    """A student whose log-odds are a sum over words gives each word its own part back."""
-    part = {"good": 1.5, "film": 0.0, "but": -0.25, "dull": -2.0}
-
-    def ask(inputs):
-        odds = np.array([sum(part[word] for word in example.fields["text"].split()) for example in inputs])
-        p = 1 / (1 + np.exp(-odds))
-        return np.stack([1 - p, p], axis=1)
-
-    example = Example({"text": "good film but dull"})
-    [positive, negative] = attribute([(example, 1), (example, 0)], ask)
-    assert {word["word"]: word["weight"] for word in positive} == pytest.approx(part)
-    assert {word["word"]: -word["weight"] for word in negative} == pytest.approx(part)
-    assert attribute([], ask) == []
-
-
-def test_a_weight_is_finite_if_the_student_is_sure():
-    [[word, _]] = attribute([(Example({"text": "good film"}), 0)], lambda inputs: np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
-    assert math.isfinite(word["weight"])
-
-
-def test_sets_take_turns_among_the_sampled_disagreements_and_long_texts_are_counted():
-    mine = [answer(name, f"{name} {i}") for name in ("movie", "tweets") for i in range(6)]
-    mine[0] = answer("movie", "word " * (MOST_WORDS + 1))
-    theirs = [Answered(m.set, m.example, np.array([0.8, 0.2] if i == 3 else [0.2, 0.8])) for i, m in enumerate(mine)]
-    entries, long = attributions(mine, theirs, sure, LABELS)
-    ids = {
-        name: sorted(m.example.example_id for i, m in enumerate(mine) if m.set == name and i not in (0, 3)) for name in ("movie", "tweets")
-    }
-    expected = [("movie", i) for i in ids["movie"][:4]], [("tweets", i) for i in ids["tweets"][:4]]
-    assert [(entry["set"], entry["example_id"]) for entry in entries] == [pair for turn in zip(*expected, strict=True) for pair in turn]
-    assert {(entry["student"], entry["reference"], entry["student_p"], entry["reference_p"]) for entry in entries} == {(*LABELS, 0.9, 0.8)}
-    assert long == 1
-    assert attributions(mine, mine, sure, LABELS) == ([], 0)
-
-
-def test_an_example_with_several_rows_is_refused():
-    """The rows of two seeds are answers of two models."""
-    examples = [Example({"text": text}, "negative") for text in ("a", "b")]
-    rows = [{"example_id": e.example_id, "predicted": "negative", "probabilities": [0.9, 0.1]} for e in examples]
-    assert [one.example for one in answered({"movie": pl.DataFrame(rows)}, {"movie": examples}, LABELS)] == examples
-    for wrong in ([*rows, rows[0]], rows[:1], [rows[0], rows[0]]):
-        with pytest.raises(CorruptError, match=rf"set 'movie': {len(wrong)} rows for 2 examples"):
-            answered({"movie": pl.DataFrame(wrong)}, {"movie": examples}, LABELS)
-
-
 def test_homogeneity_is_the_chi_square_test_of_right_and_wrong():
     samples = [np.repeat([1.0, 0.0], counts) for counts in ((30, 10), (20, 30), (25, 5))]
     right, total = np.array([30, 20, 25]), np.array([40, 50, 30])
@@ -227,7 +156,7 @@ def test_gaps_lie_between_the_best_and_the_worst_slice_that_is_large_enough():
     score = [float(kinds[: i + 1].count(k) <= share[k] * sizes[k]) for i, k in enumerate(kinds)]
     ours = {"movie": pl.DataFrame({"example_id": ids, "score": score})}
     theirs = {"movie": pl.DataFrame({"example_id": ids, "score": [1.0] * len(ids)})}
-    [row] = gaps(ours, theirs, LABELS, members, {"movie": "out"})
+    [row] = gaps(ours, theirs, members, {"movie": "out"})
     assert (row["dimension"], row["domain"], row["set"]) == ("kind", "out", None)
     assert row["student"]["lowest"] == {"slice": "bad", "n": 20, "accuracy": 0.5}
     assert row["student"]["highest"] == {"slice": "good", "n": 30, "accuracy": 0.9}
@@ -236,10 +165,17 @@ def test_gaps_lie_between_the_best_and_the_worst_slice_that_is_large_enough():
 
 
 def test_disagreement_by_confidence_is_counted_bin_by_bin():
-    confidence = np.array([0.55, 0.6, 0.61, 0.95])
-    differ, right, other = (np.array(values, dtype=bool) for values in ([1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]))
-    shares = {"disagreement": differ, "student_accuracy": right, "reference_accuracy": other}
-    assert binned(confidence, 10, shares) == [
+    gold, confidence = (1, 1, 1, 0), (0.55, 0.6, 0.61, 0.95)
+
+    def frame(answers):
+        sure = [[p, 1 - p] if answer == 0 else [1 - p, p] for answer, p in zip(answers, confidence, strict=True)]
+        columns = {"example_id": list("abcd"), "predicted": [LABELS[n] for n in answers], "label": [LABELS[n] for n in gold]}
+        return pl.DataFrame(columns | {"probabilities": sure})
+
+    ours, theirs = frame((0, 1, 1, 0)), frame((1, 1, 0, 0)).reverse()
+    found = disagreement({"movie": ours}, {"movie": theirs}, {"movie": "out"}, "out")
+    assert (found["domain"], found["n"], found["share"]) == ("out", 4, 0.5)
+    assert found["by_student_confidence"] == [
         {"low": 0.5, "high": 0.6, "n": 2, "disagreement": 0.5, "student_accuracy": 0.5, "reference_accuracy": 1.0},
         {"low": 0.6, "high": 0.7, "n": 1, "disagreement": 1.0, "student_accuracy": 1.0, "reference_accuracy": 0.0},
         {"low": 0.9, "high": 1.0, "n": 1, "disagreement": 0.0, "student_accuracy": 1.0, "reference_accuracy": 1.0},
@@ -275,20 +211,12 @@ def assert_checks_of(world, found, name, place, run):
     )
     differ = {key for key in ours if ours[key] != theirs[key]}
     assert found["disagreement"][0]["share"] == pytest.approx(len(differ) / 7, abs=1e-6)
-    assert {(entry["set"], entry["example_id"]) for entry in found["attributions"]} == differ, "all are few enough to be shown"
-    for entry in found["attributions"]:
-        text, best = entry["fields"]["text"], world.labels.index(entry["student"])
-        for word in entry["words"]:
-            at = text[: word["start"]].count(" ")
-            without = " ".join(text.split()[:at] + text.split()[at + 1 :])
-            p, q = (world.answer(name, place, asked)[best] for asked in (text, without))
-            assert word["weight"] == pytest.approx(np.log(p / (1 - p)) - np.log(q / (1 - q)), abs=2e-3)
 
 
-def test_a_student_s_answers_to_swapped_and_shortened_texts_are_the_plain_forward_s(world):
+def test_a_student_s_answers_to_swapped_texts_are_the_plain_forward_s(world):
     found = checked(world, "cd")
     assert_checks_of(world, found, "cd", "", "")
-    assert found.keys() == {"student", "reference", "swaps", "gaps", "disagreement", "attributions", "attributions_skipped_long"}
+    assert found.keys() == {"student", "reference", "swaps", "gaps", "disagreement"}
 
 
 def test_each_seed_is_checked_by_its_own_model_and_its_own_answers(world):

@@ -94,10 +94,10 @@ def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
             judged = evaluate_predictions(table, params.task.labels, **settings)
             members = {name: membership(rows) for name, rows in sets.items()}
             broken_down = detail(table, params.task.labels, members, domains, **settings)
-            write_json({"method": method, **broken_down}, folders.metrics / "detail" / f"{method}.json")
             write_json(cost(params, method), folders.metrics / "cost" / f"{method}.json")
         else:
-            judged = judge(table, params.task.completion.form, **settings)
+            judged, broken_down = judge(table, params.task.completion.form, **settings), {}
+        write_json({"method": method, **broken_down}, folders.metrics / "detail" / f"{method}.json")
         write_json({**about, "sets": judged}, folders.metrics / "eval" / f"{method}.json")
     compare_methods(params, folders)
     _write_rest(params, folders)
@@ -140,8 +140,6 @@ def cost(params: Params, method: str) -> dict[str, Any]:
         "peak_rss_bytes": 911_000_000,
         "throughput": {"examples": 64, "examples_per_second": 81.2},
     }
-    behind = [{"model": "models/smollm2", "demonstrations": n, "prompt_tokens": 33.1 + 25 * n, **figures} for n in (0, 8)]
-    behind.append({"model": "models/smollm2", "demonstrations": 32, "too_long_for": 2048})
     measured = {"subject": sha256_text("other" if method == "icl" else method), "examples": 8, "batched": 64}
     return {
         "measured": measured | {"device": "cpu", "processor": "A made-up processor", "dtypes": ["float32"], "threads": 2},
@@ -150,7 +148,6 @@ def cost(params: Params, method: str) -> dict[str, Any]:
         "disk_bytes": 457_000_000,
         "forward_passes": 1,
         **figures,
-        **({} if student else {"by_demonstrations": behind}),
     }
 
 
@@ -166,12 +163,11 @@ def _write_rest(params: Params, folders: Folders) -> None:
         kept = {"rows": 4800, "bytes_per_row": 241.5, "retained_mass": 0.991, "kl_to_live_nats": 0.0012, "scored_again": 32}
         write_json(kept, metrics / "fidelity" / f"{teacher}.json")
         write_json({"seconds": 70.1, "prompt_tokens": 7010, "rows": 8, "rows_timed": 8}, metrics / "runtime" / f"teacher-{teacher}.json")
-    never = {"saved_seconds": -0.016, "predictions": None}
-    spent = {"capture_seconds": {"few_shot": 70.1}, "training_seconds": 265.7, "missing": ["metrics/cost/x.json: no such file"]}
-    spent |= {"one_by_one": {"saved_seconds": 1.734, "predictions": 1987}, "batched": never}
-    write_json({"reference": "teacher", "students": dict.fromkeys(params.students, spent)}, metrics / "runtime" / "break-even.json")
+    for name in params.tuned:
+        write_json({"seconds": 10.0, "resumed_at_step": 0}, metrics / "runtime" / f"tuned-{name}.json")
     for name, student in params.students.items():
         write_json({"final_loss": 0.071, "parameters": 113_142_528, "layers": 24}, metrics / "train" / f"{name}.json")
+        write_json({"seconds": 265.7, "resumed_at_step": 0}, metrics / "runtime" / f"student-{name}.json")
         (metrics / "curves").mkdir(exist_ok=True)
         lines = [f"{step},{1 / step:.6f}" for step in range(1, student.steps + 1)]
         (metrics / "curves" / f"{name}.csv").write_text("\n".join(["step,loss", *lines]) + "\n", encoding="utf-8")
@@ -189,7 +185,6 @@ def _write_rest(params: Params, folders: Folders) -> None:
 
 def _risk(params: Params, student: str) -> dict[str, Any]:
     field, labels = params.task.fields[0], params.task.labels
-    text = "the plot is thin & <b>drags</b>"
     flip = {"before": {field: "Ann <liked> it"}, "after": {field: "Eve <liked> it"}, "label": labels[0]}
     flip |= {"answer_before": labels[0], "answer_after": labels[1], "p_before": 0.56, "p_after": 0.44}
     swap = {
@@ -213,23 +208,10 @@ def _risk(params: Params, student: str) -> dict[str, Any]:
     side = {"lowest": {"slice": "long", "accuracy": 0.8}, "highest": {"slice": "short", "accuracy": 0.89}, "gap": 0.09}
     gap = {"dimension": "length", "domain": "out", "set": None, "p_value": 0.03, "student": side, "reference": side}
     part = {"low": 0.5, "high": 0.75, "n": 20, "disagreement": 0.4, "student_accuracy": 0.6, "reference_accuracy": 0.5}
-    words = [
-        {"field": field, "word": word, "start": text.index(word), "end": text.index(word) + len(word)} for word in ("plot", "thin", "drags")
-    ]
-    weighed = [word | {"weight": weight} for word, weight in zip(words, (0.1, 1.25, -0.75), strict=True)]
-    attribution = {
-        "set": "movie",
-        "fields": {field: text},
-        "label": labels[0],
-        "student": labels[0],
-        "student_p": 0.71,
-        "reference": labels[1],
-    }
     return {
         "student": student,
         "reference": params.evaluation.reference,
         "swaps": [swap, unused],
         "gaps": [gap, gap | {"dimension": "domain", "domain": None, "p_value": None}],
         "disagreement": [{"domain": domain, "n": 200, "share": 0.085, "by_student_confidence": [part]} for domain in ("in", "out")],
-        "attributions": [attribution | {"reference_p": 0.55, "words": weighed}],
     }

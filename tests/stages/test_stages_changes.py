@@ -92,9 +92,9 @@ MORE = {
     "a model": (lambda raw: raw["models"].update(more={"path": "my/model"}), {"model@more", "report"}),
     "a teacher": (
         lambda raw: raw["teachers"].update(more={"model": "models/tiny", "contexts": "orders"}),
-        {"teacher@more", "prepare", *LAST},
+        {"teacher@more", "prepare", "report"},
     ),
-    "a target set": (lambda raw: raw["targets"].update(more={"teachers": {"tuned": 1.0}}), {"targets@more", *LAST}),
+    "a target set": (lambda raw: raw["targets"].update(more={"teachers": {"tuned": 1.0}}), {"targets@more", "report"}),
     "a student": (
         lambda raw: raw["students"].update(more=raw["students"]["cd"] | {"seed": 1}),
         {*of("more", "student", "evaluate", "risk"), *LAST},
@@ -118,10 +118,10 @@ def test_one_more_costs_only_itself(dag, what):
 EDITS = {
     "a student's learning rate": (lambda raw: raw["students"]["cd"].update(learning_rate=1e-4), {"student@cd", *LAST}),
     "a student's seeds": (lambda raw: raw["students"]["cd"].update(seeds=[0, 1]), {*of("cd", "student", "evaluate", "risk"), *LAST}),
-    "a teacher's cache": (lambda raw: raw["teachers"]["few_shot"].update(cache={"top_k": 4}), {"teacher@few_shot", *LAST}),
-    "a target set's temperature": (lambda raw: raw["targets"]["mix"].update(temperature=0.5), {"targets@mix", *LAST}),
+    "a teacher's cache": (lambda raw: raw["teachers"]["few_shot"].update(cache={"top_k": 4}), {"teacher@few_shot", "report"}),
+    "a target set's temperature": (lambda raw: raw["targets"]["mix"].update(temperature=0.5), {"targets@mix", "report"}),
     "a baseline's contexts": (lambda raw: raw["baselines"]["each"].update(contexts="ensemble"), {"baseline@each", *LAST}),
-    "a tuned teacher's steps": (lambda raw: raw["tuned"]["tuned"].update(steps=3), {"tune@tuned", *LAST}),
+    "a tuned teacher's steps": (lambda raw: raw["tuned"]["tuned"].update(steps=3), {"tune@tuned", "report"}),
     "a label's threshold": (
         lambda raw: raw["data"]["sources"]["gold"]["label"].update(threshold=0.5),
         {"source@gold", "prepare", "report"},
