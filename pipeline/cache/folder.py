@@ -1,7 +1,8 @@
 """The score cache as an artifact: a folder of Parquet shards and a `manifest.json`, written last, with the sha256 of each shard.
 
 A cache travels: it is read from a local folder or from a URL (`s3://bucket/few_shot`; s3, gs, abfs and hf through pyarrow, others through
-fsspec); it is written locally. Every shard is compared with its hash before it is used.
+fsspec); it is written locally. Every shard is compared with its hash before it is used. A damaged one is made again from the store, without
+a model.
 """
 
 import json
@@ -9,6 +10,7 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from pipeline.cache.store import write_rows
+from pipeline.cache.store import Store, write_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
-from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_bytes, write_manifest
-from pipeline.schema import SCHEMA_VERSION, SCORES
+from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_bytes, sha256_file, write_manifest
+from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
 from pipeline.task import Task
 
 SHARD_LEVEL = 19
@@ -109,19 +111,12 @@ def cache_manifest(folder: Path | str) -> dict[str, Any]:
 
 
 def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a shard, or some of their columns. Raises CorruptError naming the shard and what is wrong with it."""
+    """The rows of a shard, or some of their columns. Raises CorruptError if its hash is not that of the manifest."""
     entry, schema, data = manifest["files"][name], _schema(columns), _read(folder, name)
     if (found := sha256_bytes(data)) != entry["sha256"]:
         size = "" if len(data) == entry["bytes"] else f", {len(data):,} bytes instead of {entry['bytes']:,}"
         raise CorruptError(f"{folder}/{name}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…{size}. {AGAIN}")
-    try:
-        with pq.ParquetFile(pa.BufferReader(data)) as file:
-            rows = file.read(schema.names).cast(schema)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise CorruptError(f"{folder}/{name}: not a shard of this version: {error}. {AGAIN}") from error
-    if len(rows) != manifest["shards"][name]:
-        raise CorruptError(f"{folder}/{name}: {len(rows):,} rows, its manifest says {manifest['shards'][name]:,}. {AGAIN}")
-    return rows
+    return pq.ParquetFile(pa.BufferReader(data)).read(schema.names).cast(schema)
 
 
 def read_cache(folder: Path | str, columns: Sequence[str] | None = None) -> ScoreCache:
@@ -193,3 +188,43 @@ class CacheReader:
         ]
         found = pa.Table.from_batches(batches, self._schema).combine_chunks()
         return found.take(pa.array(np.argsort(order))).combine_chunks()
+
+
+def cache_faults(folder: Path | str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """File → what is wrong with it, of a cache in a local folder or at a URL. Nothing is changed."""
+    found = {}
+    for name in manifest["shards"]:
+        try:
+            read_shard(folder, manifest, name, KEY)
+        except CorruptError as error:
+            found[name] = str(error)
+    for name in sorted({file.name for file in folder.iterdir()} - {MANIFEST, *manifest["shards"]}) if isinstance(folder, Path) else ():
+        found[name] = f"{folder}/{name}: its manifest does not list it. Such a file is not read; remove it."
+    return found
+
+
+def repair_cache(
+    folder: Path, manifest: dict[str, Any], damaged: Sequence[str], keys: Sequence[tuple[str, str, str]], store: Store
+) -> None:
+    """Write the damaged shards of a cache again, with the bytes that its manifest says.
+
+    `keys` are context_id, example_id and prompt_sha of all its rows in their order. Raises MismatchError if these are not its rows,
+    ShotlessError if the store lacks some of them or has other numbers for them.
+    """
+    shards = manifest["shards"]
+    again = f"Run `dvc checkout`, or `dvc repro --force --single-item teacher@{folder.name}`, which scores only what the store lacks."
+    if len(keys) != (count := sum(shards.values())):
+        raise MismatchError(f"{folder}: {count:,} rows, and this run's data ask for {len(keys):,}. {again}")
+    ends = dict(zip(shards, accumulate(shards.values()), strict=True))
+    for name in damaged:
+        context_ids, example_ids, prompts = zip(*keys[ends[name] - shards[name] : ends[name]], strict=True)
+        try:
+            rows = store.read(prompts)
+        except ShotlessError as error:
+            raise ShotlessError(f"{folder}/{name}: {error} {again}") from None
+        copy = folder / f".{name}.repaired"
+        write_rows(pa.table([pa.array(context_ids), pa.array(example_ids), *rows.columns], schema=SCORES), copy, SHARD_LEVEL)
+        if sha256_file(copy) != manifest["files"][name]["sha256"]:
+            copy.unlink()
+            raise ShotlessError(f"{folder}/{name}: the store's rows are not those that its manifest has the hash of. {again}")
+        copy.replace(folder / name)

@@ -128,16 +128,20 @@ ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30
 
 
 class Engine:
-    """Scores prompts in passes of at most `token_budget` tokens, or one prompt."""
+    """Scores prompts in passes of at most `token_budget` tokens, or one prompt: by the packed pass, or with `packed=None` by the plain one.
 
-    name = "generic"
-    reason = ""
-    """Why this engine runs, in a sentence."""
+    The keys and values of the last shared prefix are kept.
+    """
 
-    def __init__(self, model: PreTrainedModel, reading: Reading, token_budget: int) -> None:
+    def __init__(self, model: PreTrainedModel, packed: PackedModel | None, reading: Reading, token_budget: int, reason: str = "") -> None:
         self.model = model
+        self.name = "generic" if packed is None else "shared_prefix"
+        self.reason = reason
+        """Why this engine runs, in a sentence."""
         self.reading = reading
         self.token_budget = token_budget
+        self._packed = packed
+        self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Scores:
@@ -166,31 +170,14 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as it was."""
-
-    def _share(self, prompts: Sequence[Prompt], shared: Sequence[int] | None) -> int:  # noqa: ARG002
-        """Make what prompts share ready; returns how many tokens that is."""
-        return 0
-
-    def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
-        return plain_logits(self.model, rows, self.reading.cache.hidden_layers)
-
-
-class SharedPrefixEngine(Engine):
-    """The fast engine. It keeps the keys and values of the last prefix."""
-
-    name = "shared_prefix"
-
-    def __init__(self, packed: PackedModel, reading: Reading, token_budget: int) -> None:
-        super().__init__(packed.model, reading, token_budget)
-        self.packed = packed
-        self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
-
-    def close(self) -> None:
-        """Give the model back as it was."""
         self._held = ((), [])
-        self.packed.detach()
+        if self._packed is not None:
+            self._packed.detach()
 
     def _share(self, prompts: Sequence[Prompt], shared: Sequence[int] | None) -> int:
+        """Make what prompts share ready; returns how many tokens that is."""
+        if self._packed is None:
+            return 0
         if shared is None:
             shared = shared_prefix(prompts) if len(prompts) > 1 else ()
         prefix = tuple(shared) if len(shared) >= WORTH_SHARING else ()
@@ -198,11 +185,14 @@ class SharedPrefixEngine(Engine):
             raise ValueError(f"a prompt does not begin with the {len(prefix)} shared tokens, or has nothing after them")
         if prefix and self._held[0] != prefix:
             self._held = ((), [])  # frees the old one before the new one is made
-            self._held = (prefix, self.packed.read_context(prefix))
+            self._held = (prefix, self._packed.read_context(prefix))
         return len(prefix)
 
     def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:
-        return packed_logits(self.packed, rows, self._held[1] if start else (), start, self.reading.cache.hidden_layers)
+        layers = self.reading.cache.hidden_layers
+        if self._packed is None:
+            return plain_logits(self.model, rows, layers)
+        return packed_logits(self._packed, rows, self._held[1] if start else (), start, layers)
 
 
 def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, probe: Sequence[Prompt]) -> Engine:
@@ -225,14 +215,12 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
         return Scores.concatenate([engine.score(probe), engine.score([longest], longest.ids[:-1])])
 
     def difference(packed: PackedModel) -> float:
-        return largest_difference(expected, probed(SharedPrefixEngine(packed, exact, budget)))
+        return largest_difference(expected, probed(Engine(model, packed, exact, budget)))
 
     with in_float32(model) as tolerance:
-        expected = probed(Engine(model, exact, budget))
+        expected = probed(Engine(model, None, exact, budget))
         packed, reason = packed_if_exact(model, difference, tolerance)
-    engine = Engine(model, reading, budget) if packed is None else SharedPrefixEngine(packed, reading, budget)
-    engine.reason = reason
-    return engine
+    return Engine(model, packed, reading, budget, reason)
 
 
 def largest_difference(one: Scores, other: Scores) -> float:

@@ -118,10 +118,7 @@ class Generator:
 
     def _cut(self, written: list[int]) -> list[int]:
         """What was written up to its end: a row that ended before others of its batch was padded."""
-        for count in range(1, len(written) + 1):
-            if self.has_ended(written[:count]):
-                return written[:count]
-        return written
+        return next((written[:count] for count in range(1, len(written)) if self.has_ended(written[:count])), written)
 
     def has_ended(self, written: Sequence[int]) -> bool:
         """Whether the last token ends the model's text or completes a stop text."""

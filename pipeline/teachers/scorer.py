@@ -1,11 +1,12 @@
 """Scores of (context, example) pairs through the store: what is there is read, what is missing is scored, nothing is scored twice.
 
 The teacher's stage asks here, and so do baselines and the evaluation of students, these without a store. The model is loaded only if a row
-is missing. Contexts are taken one after the other, so that memory has one context's prompts.
+is missing. Contexts are taken one after the other, so that memory has one context's prompts: they are tokenised once to look at the whole
+request and once more to be scored.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import transformers
 
 from pipeline.cache.encodings import columns_of
-from pipeline.cache.store import Part, Store
+from pipeline.cache.store import Store
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
 from pipeline.models.folders import context_limit, load_model, load_tokenizer, tokenizer_sha256, weights_sha256
@@ -37,39 +38,15 @@ ENGINE_VERSION = 3
 ROWS_PER_PART = 256
 """Rows between two writes: what a kill costs at most."""
 PROBE_ROWS = 3
-KEPT_IDS = 4 << 20
-"""Token ids that are kept from looking at a request until it is scored, 36 bytes each; contexts beyond are tokenised twice."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One context of a request."""
-
-    context: Context
-    keys: list[str]
-    longest: int
-    """Tokens of its longest prompt."""
-    prompts: list[Prompt] | None
-    """None: to be made again."""
 
 
 @dataclass(frozen=True)
 class Job:
     """Prompts of one context that are scored together."""
 
-    part: Part
     prompts: list[Prompt]
     shared: tuple[int, ...]
     """What all of the context's prompts begin with."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The rows of a job (`schema.STORED`), and the seconds that they took."""
-
-    part: Part
-    rows: pa.Table
-    seconds: float
 
 
 class LocalBackend:
@@ -100,12 +77,12 @@ class LocalBackend:
         engine = self._engine
         return {"name": engine.name, "reason": engine.reason, "token_budget": engine.token_budget, "device": str(engine.model.device)}
 
-    def score(self, jobs: Iterable[Job]) -> Iterator[Scored]:
-        """Each job's rows, one job after the other."""
+    def score(self, jobs: Iterable[Job]) -> Iterator[tuple[pa.Table, float]]:
+        """Each job's rows (`schema.STORED`), one job after the other, and the seconds that they took."""
         for job in jobs:
             began = time.perf_counter()
             rows = self._rows(job)
-            yield Scored(job.part, rows, time.perf_counter() - began)
+            yield rows, time.perf_counter() - began
             give_back_memory()
 
     def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
@@ -124,6 +101,16 @@ class LocalBackend:
             answers = self._generator.answers(job.prompts, job.shared)
             asked = [Prompt(prompt.ids, tuple(answer)) for prompt, answer in zip(job.prompts, answers, strict=True)]
         return stored_rows(job.prompts, asked, self._engine.score(asked, job.shared))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One context of a request."""
+
+    context: Context
+    keys: list[str]
+    probe: list[Prompt]
+    """A few of its prompts, the longest one last."""
 
 
 class Scorer:
@@ -160,7 +147,8 @@ class Scorer:
         if on_ray:
             from pipeline.teachers import ray
 
-            self.backend = ray.RayBackend(ray.Setup(model_folder.resolve(), task, cache, self.identity), workers, threads)
+            settings = {"model_folder": model_folder.resolve(), "task": task, "cache": cache, "dtype": self.dtype}
+            self.backend = ray.RayBackend(settings, self.identity, workers, threads)
         else:
             self.backend = LocalBackend(model_folder, self.tokens, cache, self.dtype)
 
@@ -192,13 +180,13 @@ class Scorer:
         keys = self.keys = [key for own in asked for key in own.keys]
         if self.store is not None:
             with self.store.lock():
-                for scored in self._score(asked, examples, self.store.missing(keys), title):
-                    self.store.write(scored.part, scored.rows, scored.seconds, self.engine_report or {})
+                for rows, seconds in self._score(asked, examples, self.store.missing(keys), title):
+                    self.store.write(rows, seconds, self.engine_report or {})
             read = self.store.read
         else:
-            rows = pa.concat_tables([STORED.empty_table(), *(one.rows for one in self._score(asked, examples, keys, title))])
-            place = {key: number for number, key in enumerate(rows["prompt_sha"].to_pylist())}
-            read = lambda keys, columns: rows.select(columns).take([place[key] for key in keys])  # noqa: E731
+            scored = pa.concat_tables([STORED.empty_table(), *(rows for rows, _ in self._score(asked, examples, keys, title))])
+            place = {key: number for number, key in enumerate(scored["prompt_sha"].to_pylist())}
+            read = lambda keys, columns: scored.select(columns).take([place[key] for key in keys])  # noqa: E731
         stored = [name for name in names if name in STORED.names]
         return (_with_keys(own.context, examples, read(own.keys, stored), names) for own in asked)
 
@@ -222,7 +210,7 @@ class Scorer:
         for example in examples:
             if fault := self.tokens.fault_of(example):
                 raise UsageError(f"{_origin(example)} {fault}. Leave it out, or write the template without them.")
-        limit, room, asked = context_limit(self.model_folder), KEPT_IDS, []
+        limit, asked = context_limit(self.model_folder), []
         for context in contexts:
             prompts = self.tokens.prompts(context, examples)
             for example, prompt in zip(examples, prompts, strict=True):
@@ -233,53 +221,54 @@ class Scorer:
                         f"the answer, and {self.model_folder} takes {limit:,}. Use fewer or shorter demonstrations "
                         "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                     )
-            room -= sum(map(self.tokens_of, prompts))
-            longest = max(map(self.tokens_of, prompts), default=0)
-            asked.append(_Asked(context, [prompt.prompt_sha for prompt in prompts], longest, prompts if room >= 0 else None))
+            asked.append(_Asked(context, [prompt.prompt_sha for prompt in prompts], self._spread(prompts)))
         return asked
 
-    def _score(self, asked: Sequence[_Asked], examples: Sequence[Example], keys: Sequence[str], title: str) -> Iterator[Scored]:
+    def _score(
+        self, asked: Sequence[_Asked], examples: Sequence[Example], keys: Sequence[str], title: str
+    ) -> Iterator[tuple[pa.Table, float]]:
         """Score the prompts with these keys, each once, and report progress."""
         missing, count = set(keys), sum(len(own.keys) for own in asked)
         if not missing:
             return
-        longest = max(asked, key=lambda own: own.longest)
-        self.engine_report = self.backend.open(self._spread(longest.prompts or self.tokens.prompts(longest.context, examples)))
+        self.engine_report = self.backend.open(max((own.probe for own in asked), key=lambda probe: self.tokens_of(probe[-1])))
         cached = f", {count - len(missing):,} of {count:,} rows were in the store" if count > len(missing) else ""
         tokens, started = 0, time.monotonic()
         with progress(title, len(missing), "rows") as meter:
-            for scored in self.backend.score(self._jobs(asked, examples, missing, self.engine_report["token_budget"])):
-                yield scored
-                tokens += sum(scored.rows["prompt_tokens"].to_pylist())
-                meter.advance(len(scored.rows), f"{rate(tokens, time.monotonic() - started):,.0f} prompt tokens/s{cached}")
+            for rows, seconds in self.backend.score(self._jobs(asked, examples, missing, self.engine_report["token_budget"])):
+                yield rows, seconds
+                tokens += sum(rows["prompt_tokens"].to_pylist())
+                meter.advance(len(rows), f"{rate(tokens, time.monotonic() - started):,.0f} prompt tokens/s{cached}")
 
     def _jobs(self, asked: Sequence[_Asked], examples: Sequence[Example], missing: set[str], token_budget: int) -> Iterator[Job]:
-        left = set(missing)
+        """The missing prompts of each part. Parts follow from the whole request, so that a killed run goes on in the same batches."""
+        seen: set[str] = set()
         for own in asked:
-            if left.isdisjoint(own.keys):
+            new = set(own.keys) - seen
+            seen |= new
+            if missing.isdisjoint(new):
                 continue
-            prompts = own.prompts or self.tokens.prompts(own.context, examples)
-            by_key = {prompt.prompt_sha: prompt for prompt in prompts if prompt.prompt_sha in left}
-            left.difference_update(by_key)
+            prompts = self.tokens.prompts(own.context, examples)
             shared = shared_prefix(prompts)
-
-            def divide(keys: list[str], by_key: Mapping[str, Prompt] = by_key, start: int = len(shared)) -> list[list[str]]:
-                rows = sorted((self.tokens_of(by_key[key]) - start, key) for key in keys)
-                return _divide([key for _, key in rows], [length for length, _ in rows], token_budget)
-
-            keys = list(by_key)
-            parts = (Part("", tuple(part)) for part in divide(keys)) if self.store is None else self.store.parts(keys, divide)
-            for part in parts:
-                yield Job(part, [by_key[key] for key in part.keys], shared)
+            by_key = {prompt.prompt_sha: prompt for prompt in prompts if prompt.prompt_sha in new}
+            ordered = sorted(by_key.values(), key=lambda prompt: (self.tokens_of(prompt), prompt.prompt_sha))
+            part: list[Prompt] = []
+            batches = plan_batches([self.tokens_of(prompt) - len(shared) for prompt in ordered], token_budget)
+            for number, batch in enumerate(batches, 1):
+                part += [ordered[row] for row in batch]
+                if len(part) >= ROWS_PER_PART or number == len(batches):
+                    if lacking := [prompt for prompt in part if prompt.prompt_sha in missing]:
+                        yield Job(lacking, shared)
+                    part = []
 
     def tokens_of(self, prompt: Prompt) -> int:
         """Tokens of a prompt with its answer, or with the longest one that it may get."""
         return len(prompt.ids) + (self.tokens.longest_answer if prompt.answer is None else len(prompt.answer))
 
     def _spread(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """A few prompts, from the shortest to the longest, whatever their order."""
+        """A few prompts, from the shortest to the longest, whatever their order; none of none."""
         order = sorted(prompts, key=lambda prompt: (self.tokens_of(prompt), prompt.prompt_sha))
-        return [order[round(number * (len(order) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
+        return [order[round(number * (len(order) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS) if order]
 
 
 def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str, remembered: Path | None = None) -> dict[str, Any]:
@@ -303,16 +292,6 @@ def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str
 
 def _origin(example: Example) -> str:
     return f"the input on line {example.line} of {example.source}" if example.source else f"example {example.example_id[:12]}"
-
-
-def _divide(keys: list[str], lengths: list[int], token_budget: int) -> list[list[str]]:
-    """Keys of one context in rising order of length as parts: whole batches."""
-    parts: list[list[str]] = [[]]
-    for batch in plan_batches(lengths, token_budget):
-        if len(parts[-1]) >= ROWS_PER_PART:
-            parts.append([])
-        parts[-1] += [keys[row] for row in batch]
-    return parts
 
 
 def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scores) -> pa.Table:
