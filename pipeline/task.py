@@ -111,7 +111,7 @@ class TaskTokens:
             return self._with_given_answers(texts, ids, context, examples)
         if not self.task.reads_input_tokens:
             return [Prompt(own) for own in ids]
-        start = _common_length(self._encode([before], context)[0], ids[0]) if before else len(self._bos)
+        start = common_length(self._encode([before], context)[0], ids[0]) if before else len(self._bos)
         if short := [example for example, own in zip(examples, ids, strict=True) if len(own) < start + 2]:
             raise UsageError(
                 f"an input of {short[0].source or 'this task'} on line {short[0].line} is one token with its template; "
@@ -147,7 +147,7 @@ class TaskTokens:
         answers = [example.completion or "" for example in examples]
         ends = [answer if any(stop in answer for stop in completion.stop) else answer + completion.stop[0] for answer in answers]
         whole = self._encode([text + completion.lead + end for text, end in zip(texts, ends, strict=True)], context)
-        starts = [_common_length(own, full) for own, full in zip(ids, whole, strict=True)]
+        starts = [common_length(own, full) for own, full in zip(ids, whole, strict=True)]
         prompts = [Prompt(full[:start], full[start:]) for start, full in zip(starts, whole, strict=True)]
         longest = max(prompts, key=lambda prompt: len(prompt.answer or ()))
         if (length := len(longest.answer or ())) > completion.max_tokens:
@@ -177,6 +177,6 @@ class TaskTokens:
                 )
 
 
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Number of ids that both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

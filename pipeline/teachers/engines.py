@@ -1,15 +1,13 @@
 """How a model scores prompts: the fast engine if it gives the plain forward's numbers on a probe, else the generic one.
 
 The fast engine reads what all prompts begin with (a context, a template's head) once, and all prompts attend to that one copy. For a shared
-prefix of P tokens and N prompts of Q further tokens that is P + N·Q tokens of model work instead of N·(P + Q). See `models.packed`.
-
-The generic engine runs full prompts, as plain transformers does. It holds for sliding windows, state-space layers and any other
-architecture, and is what the fast engine is compared with.
+prefix of P tokens and N prompts of Q further tokens that is P + N·Q tokens of model work instead of N·(P + Q). See `models.packed`. The
+generic engine runs full prompts, as plain transformers does, whatever the architecture. The fast one is compared with it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, cycle, islice, takewhile
+from itertools import accumulate, cycle, islice
 from typing import Self
 
 import numpy as np
@@ -23,7 +21,7 @@ from pipeline.models.machine import memory_bytes
 from pipeline.models.packed import Completions, LayerKeyValues, PackedModel, Row, rows_of
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
-from pipeline.task import TaskTokens
+from pipeline.task import TaskTokens, common_length
 
 LABELS_ONLY = CacheParams(encoding="top_k", top_k=1)
 """The least that is kept: for callers who want the labels' log-probabilities and no more."""
@@ -39,24 +37,18 @@ class Scores:
     encoded: Encoded  # of all positions, one prompt's after the other's
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The rows of several scores, in order."""
+    def concatenate(cls, parts: Sequence[Self], order: Tensor) -> Self:
+        """The rows of several scores, in `order` [N]."""
+        positions = torch.cat([part.positions for part in parts])
+        spans = torch.arange(int(positions.sum())).split(positions.tolist())
+        places = torch.cat([spans[row] for row in order])
+        logprobs = torch.cat([part.completion_logprobs for part in parts])
+        encoded = Encoded.concatenate([part.encoded for part in parts])
         return cls(
-            label_logprobs=torch.cat([part.label_logprobs for part in parts]),
-            positions=torch.cat([part.positions for part in parts]),
-            completion_logprobs=torch.cat([part.completion_logprobs for part in parts]),
-            encoded=Encoded.concatenate([part.encoded for part in parts]),
-        )
-
-    def take(self, rows: Tensor) -> Self:
-        """Some rows, in the order given."""
-        starts = self.positions.cumsum(0) - self.positions
-        places = torch.cat([torch.arange(int(starts[row]), int(starts[row] + self.positions[row])) for row in rows])
-        return type(self)(
-            label_logprobs=self.label_logprobs[rows],
-            positions=self.positions[rows],
-            completion_logprobs=self.completion_logprobs[places] if len(self.completion_logprobs) else self.completion_logprobs,
-            encoded=self.encoded.take(places.to(self.encoded.log_z.device)),
+            label_logprobs=torch.cat([part.label_logprobs for part in parts])[order],
+            positions=positions[order],
+            completion_logprobs=logprobs[places] if len(logprobs) else logprobs,
+            encoded=encoded.take(places.to(encoded.log_z.device)),
         )
 
 
@@ -158,7 +150,7 @@ class Engine:
             logits, hidden = self._logits([rows[number] for number in batch], start)
             parts.append(read_scores(logits, self.reading, [prompts[number] for number in batch], hidden))
         order = torch.tensor([number for batch in batches for number in batch])
-        return Scores.concatenate(parts).take(order.argsort())
+        return Scores.concatenate(parts, order.argsort())
 
     def distributions(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Tensor:
         """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32."""
@@ -196,11 +188,10 @@ class Engine:
 
 
 def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, probe: Sequence[Prompt]) -> Engine:
-    """The engine for a model. `probe` are a few prompts of the work ahead, the longest among them.
+    """The engine for a model. `probe` are a few prompts of the work ahead, the longest among them, so that what depends on length shows.
 
     Nothing is assumed from an architecture's name: a model that the fast engine does not reproduce differs on the probe, or refuses, and
-    gets the generic one. What depends on length (a sliding window) shows there, and not in the middle of the work. The two are compared in
-    float32, whatever the model's format (`models.forward.in_float32`).
+    gets the generic one. The two are compared in float32, whatever the model's format (`models.forward.in_float32`).
     """
     if tokens.task.params.completion is not None:  # any text will do to compare
         texts = [prompt.answer or tuple(islice(cycle(prompt.ids), tokens.longest_answer)) for prompt in probe]
@@ -211,11 +202,11 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
     exact = replace(reading, cache=cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None}))
     longest = max(probe, key=lambda prompt: len(prompt.ids))
 
-    def probed(engine: Engine) -> Scores:  # the second call has a prefix even if these prompts share nothing
-        return Scores.concatenate([engine.score(probe), engine.score([longest], longest.ids[:-1])])
+    def probed(engine: Engine) -> list[Scores]:  # the second call has a prefix even if these prompts share nothing
+        return [engine.score(probe), engine.score([longest], longest.ids[:-1])]
 
     def difference(packed: PackedModel) -> float:
-        return largest_difference(expected, probed(Engine(model, packed, exact, budget)))
+        return max(map(largest_difference, expected, probed(Engine(model, packed, exact, budget))))
 
     with in_float32(model) as tolerance:
         expected = probed(Engine(model, None, exact, budget))
@@ -233,17 +224,15 @@ def largest_difference(one: Scores, other: Scores) -> float:
 def shared_prefix(prompts: Sequence[Prompt]) -> tuple[int, ...]:
     """The ids that all prompts begin with; each keeps one of its own, for its answer position."""
     ids = [prompt.ids for prompt in prompts]
-    first, last = min(ids), max(ids)  # what the first and the last in order share, all share
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return first[: min(alike, min(map(len, ids)) - 1)]
+    first = min(ids)  # what the first and the last in order share, all share
+    return first[: min(common_length(first, max(ids)), min(map(len, ids)) - 1)]
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Row numbers of each batch: rows in rising order of length, as many as fit `token_budget` tokens and at least one.
 
     Rows of like length are together, so that the small padded part of the attention has next to no padding. The last two batches share
-    their rows evenly: a last one of a few tokens would read all weights for little. The plan follows from the lengths alone, so that a
-    resumed run scores what an unbroken one would.
+    their rows evenly: a last one of a few tokens would read all weights for little. The plan follows from the lengths alone.
     """
     batches: list[list[int]] = []
     tokens = 0
@@ -263,11 +252,10 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 def token_budget(model: PreTrainedModel, memory_bytes: int) -> int:
     """Tokens that a pass may have for its activations to stay within an eighth of `memory_bytes`, half of what the weights leave, and
-    512 MB (4 GB on a GPU).
+    `ACTIVATIONS`.
 
-    It follows from the device and the model alone, not from what else runs there: batches, and so a row's last bits, follow from it.
-    Counted for each token: about ten vectors of the hidden size and four of the inner size, and the logits of one answer position in 16
-    tokens, twice.
+    It follows from the device and the model alone, since batches, and so a row's last bits, follow from it. Counted for each token: ten
+    vectors of the hidden size, four of the inner size, and the logits of one answer position in 16 tokens, twice.
     """
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)

@@ -16,7 +16,6 @@ from pipeline.teachers import engines
 from pipeline.teachers.engines import (
     Engine,
     Reading,
-    SharedPrefixEngine,
     largest_difference,
     open_engine,
     plan_batches,
@@ -95,7 +94,7 @@ def test_the_fast_engine_gives_the_plain_forwards_numbers(tiny_model, architectu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_generic_engine_gives_the_plain_forwards_numbers(tiny_model, architecture):
     model, prompts = tiny_model(architecture), prompts_of(random_ids(30, 1), 4, 9, 4, 2)
-    assert_right(model, labels_of(Engine(model, Reading(MULTI, KEPT), 100), prompts), MULTI, prompts)
+    assert_right(model, labels_of(Engine(model, None, Reading(MULTI, KEPT), 100), prompts), MULTI, prompts)
 
 
 @torch.no_grad()
@@ -108,7 +107,7 @@ def test_own_answers_are_scored_token_by_token(tiny_model, architecture, name):
     for prompt in prompts:
         log_p = model(torch.tensor([[*prompt.ids, *prompt.answer]])).logits[0].double().log_softmax(-1)
         expected += [float(log_p[len(prompt.ids) - 1 + place, token]) for place, token in enumerate(prompt.answer)]
-    engine = Engine(model, Reading((), KEPT), 64) if name == "generic" else open_free(model, prompts)
+    engine = Engine(model, None, Reading((), KEPT), 64) if name == "generic" else open_free(model, prompts)
     assert engine.name == name
     scores = engine.score(prompts)
     assert scores.positions.tolist() == [3, 4, 5]
@@ -250,14 +249,14 @@ def test_low_precision_is_compared_in_float32_and_then_runs_as_it_is(tiny_model,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_pass_that_is_wrong_by_a_hundredth_of_a_nat_is_refused(tiny_model, monkeypatch, dtype):
     """Once 0.25 nats of label log-odds passed in bfloat16."""
-    original = SharedPrefixEngine._logits
+    original = engines.packed_logits
 
-    def slightly_wrong(self, rows, start):
-        logits, hidden = original(self, rows, start)
+    def slightly_wrong(*args):
+        logits, hidden = original(*args)
         logits[:, 5] += 0.01
         return logits, hidden
 
-    monkeypatch.setattr(SharedPrefixEngine, "_logits", slightly_wrong)
+    monkeypatch.setattr(engines, "packed_logits", slightly_wrong)
     engine = open_for(tiny_model("llama").to(dtype), prompts_of(random_ids(40, 5), 20, 31))
     assert engine.name == "generic"
     assert "nats from the plain forward" in engine.reason

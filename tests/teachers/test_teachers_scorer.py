@@ -12,7 +12,7 @@ from pipeline.params import TaskParams
 from pipeline.schema import NO_CONTEXT, STORED
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers import scorer as module
-from pipeline.teachers.engines import SharedPrefixEngine
+from pipeline.teachers.engines import Engine
 from pipeline.teachers.scorer import Scorer
 
 LABELS = Task(TaskParams.model_validate(TASK))
@@ -92,7 +92,7 @@ def test_columns_come_in_the_order_asked_for(model_folder, columns):
 
 def test_a_context_is_read_once_for_all_its_parts(model_folder, monkeypatch):
     shared = []
-    original = SharedPrefixEngine.score
+    original = Engine.score
     monkeypatch.setattr(module, "ROWS_PER_PART", 1)
     monkeypatch.setattr("pipeline.teachers.engines.LARGEST_BUDGET", 32)
     scorer = Scorer(model_folder("llama"), LABELS, work=None, threads=1)
@@ -102,7 +102,7 @@ def test_a_context_is_read_once_for_all_its_parts(model_folder, monkeypatch):
         shared.append(prefix)
         return original(self, prompts, prefix)
 
-    monkeypatch.setattr(SharedPrefixEngine, "score", noted)
+    monkeypatch.setattr(Engine, "score", noted)
     scorer.label_scores([TWO], EXAMPLES, "t")
     whole = module.shared_prefix(scorer.tokens.prompts(TWO, EXAMPLES))
     parts = [prefix for prefix in shared if prefix == whole]
@@ -127,12 +127,6 @@ def test_a_request_of_nothing_has_no_rows(model_folder, tmp_path):
     scorer = Scorer(model_folder("llama"), LABELS, work=tmp_path, threads=1)
     assert len(scorer.score(CONTEXTS, [], "t")) == 0
     assert scorer.engine_report is None
-
-
-def test_contexts_past_what_is_kept_are_tokenised_again_and_give_the_same(model_folder, monkeypatch):
-    expected = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t")
-    monkeypatch.setattr(module, "KEPT_IDS", 100)
-    assert Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t").equals(expected)
 
 
 def test_stored_rows_have_the_schema(model_folder):
