@@ -1,7 +1,6 @@
 """Cached rows as distributions that a loss can be taken of, whatever their encoding.
 
-A distribution is a few entries with their own log-probabilities, and one of four things for the others (`Tail`). A loss need not know the
-encoding. Everything is padded batches of tensors.
+A distribution is a few entries with their own log-probabilities, and one of four things for the others (`Tail`).
 """
 
 import math
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def decode(rows: pa.Table, params: CacheParams, temperature: float = 1.0) -> Dis
 def check_retained(distributions: Distributions, params: CacheParams, temperature: float) -> None:
     """Raise UsageError if some of a cache's positions retain too little mass on average: a student would learn what happened to be kept.
 
-    Entries drawn at the temperature they are used at pass: they are an unbiased sample however little mass they have.
+    Entries drawn at the temperature they are used at pass: they are an unbiased sample.
     """
     mean = float(distributions.retained.mean())
     if mean >= LEAST_RETAINED or (temperature == 1.0 and distributions.tail == "drawn"):
@@ -128,10 +128,7 @@ def check_retained(distributions: Distributions, params: CacheParams, temperatur
 
 
 def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
-    """The same without the entries from `size` on, which a student's vocabulary lacks: a teacher's padding.
-
-    Raises MismatchError if they have mass: then the two do not share a vocabulary.
-    """
+    """The same without the entries from `size` on, which a student's vocabulary lacks. Raises MismatchError if they are no mere padding."""
     past, drawn_past = distributions.ids >= size, distributions.sampled_ids >= size
     if not past.any() and not drawn_past.any():
         return distributions
@@ -152,10 +149,9 @@ def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
     )
 
 
-def _positions(rows: pa.Table, name: str) -> pa.Array:
+def _positions(rows: pa.Table, name: str) -> Any:
     """A column's entries for each position, over all rows."""
-    column: Any = rows[name].combine_chunks()
-    return column.flatten()
+    return pc.list_flatten(rows[name].combine_chunks())
 
 
 def _padded(rows: pa.Table, name: str, padding: float, least: int = 0) -> Tensor:
@@ -164,8 +160,6 @@ def _padded(rows: pa.Table, name: str, padding: float, least: int = 0) -> Tensor
     lengths = np.diff(lists.offsets.to_numpy())
     values = lists.flatten().to_numpy(zero_copy_only=False)
     width = int(lengths.max(initial=least))
-    if len(values) == len(lengths) * width:  # all of one length
-        return torch.from_numpy(np.array(values.reshape(len(lengths), width)))
     out = np.full((len(lengths), width), padding, dtype=values.dtype)
     out[np.arange(width) < lengths[:, None]] = values
     return torch.from_numpy(out)

@@ -6,11 +6,10 @@ Every encoding is the same few columns: entries kept (`topk_*`), entries drawn t
 Draws are systematic: one uniform number a position, equally spaced points on the cumulative distribution of the rest. An entry is drawn in
 proportion to its probability on average, as with independent draws (2503.16870), with less variance. The number comes from the prompt's
 hash, so a row's bytes do not depend on its batch. A draw represents a mass of 1/`samples`. In a hybrid, an entry of that probability or
-more would be drawn for certain, so it is kept instead, and the tail is drawn from `samples` times its mass. A sure position takes a few
-bytes, an unsure one more: for its size that has less error than fixed numbers of entries.
+more would be drawn for certain, so it is kept, and the tail is drawn from `samples` times its mass: a sure position takes few bytes.
 
-Rounding to a resolution keeps float32 columns that any reader understands: if it is a power of two, the low bits are zero and compress
-away. A log-probability is then off by half of it at most, and a divergence by about resolution²/24 nats.
+Rounding keeps float32 columns that any reader understands. With a power of two the low bits are zero and compress away. A log-probability
+is off by half the resolution at most, a divergence by about resolution²/24 nats.
 """
 
 import math
@@ -69,10 +68,8 @@ def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states:
     `logits` [P, V] float32, -inf for a masked entry; `uniforms` [P] in [0, 1), for encodings with draws; `hidden_states` [P, D].
     """
     states = logits.new_zeros(len(logits), 0) if hidden_states is None else hidden_states
-    size = max(1, ENTRIES_AT_ONCE // logits.shape[-1])
-    starts = range(0, len(logits), size) or [0]
-    parts = [slice(start, start + size) for start in starts]
-    return Encoded.concatenate([_encode(logits[part], uniforms[part], states[part], params) for part in parts])
+    pieces = zip(*(values.split(max(1, ENTRIES_AT_ONCE // logits.shape[-1])) for values in (logits, uniforms, states)), strict=True)
+    return Encoded.concatenate([_encode(*piece, params) for piece in pieces])
 
 
 def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: CacheParams) -> Encoded:

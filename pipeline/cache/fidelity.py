@@ -1,13 +1,13 @@
 """How little a cache loses of its teacher: cached positions against the teacher's whole distributions at the same positions.
 
-What is lost in training is lost through a student, so it is measured through one: a student q sees KL(p ‖ q) of the teacher p, or of what
-the cache has of p. Without a student, q is uniform.
+What is lost in training is lost through a student q, which sees KL(p ‖ q) of the teacher p, or of what the cache has of p. Without a
+student, q is uniform.
 
 - *retained mass*: the teacher's probability of the kept and drawn entries.
 - *truncation*: KL(p ‖ q) less what the kept entries, unrounded, show of it. With the tail as a bucket that is P(tail) · KL(p ‖ q within the
-  tail), by the chain rule; never less than 0. With a tail that was cut off it may have either sign. With draws it is 0 on average, and a
-  position's miss is noise, so its root mean square over positions is given beside it.
-- *quantisation*: KL of the kept entries, with the tail's mass, to themselves rounded; about resolution²/24.
+  tail), by the chain rule, never less than 0; with a tail that was cut off it may have either sign; with draws it is 0 on average, so the
+  root mean square over positions is given beside it.
+- *quantisation*: KL of the kept entries, with the tail's mass, to themselves rounded.
 - *KL to the live teacher*: the same to what the cache has: rounding, and whatever changed since (a machine, an engine, a batch).
 - *gradient cosine*: of the cached loss's gradient in the student's logits with that of the whole distribution, all positions as one vector;
   also the mean over positions.

@@ -5,6 +5,7 @@ fsspec); it is written locally. Every shard is compared with its hash before it 
 a model.
 """
 
+import hashlib
 import json
 import mmap
 import tempfile
@@ -21,7 +22,7 @@ from pyarrow.fs import FileSystem
 
 from pipeline.cache.store import Store, write_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
-from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_bytes, sha256_file, write_manifest
+from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_file, write_manifest
 from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
 from pipeline.task import Task
 
@@ -43,7 +44,7 @@ class ScoreCache:
 
 
 def described_task(task: Task) -> dict[str, Any]:
-    """What a manifest says of a task under the key `task`: template, verbalisers by label, and how free answers come about."""
+    """What a manifest says of a task: template, verbalisers by label, and how free answers come about."""
     params = task.params
     return {"template": params.template, "verbalisers": dict(sorted(params.verbalisers.items())), "completion": params.answering}
 
@@ -78,9 +79,8 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, An
             name = f"part-{number:05d}.parquet"
             write_rows(rows, folder / name, SHARD_LEVEL)
             shards[name] = len(rows)
-        for other in folder.iterdir():
-            if other.name not in shards:
-                other.unlink()
+        for other in {path.name for path in folder.iterdir()} - shards.keys():
+            (folder / other).unlink()
         write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards}, list(shards))
 
 
@@ -96,10 +96,7 @@ def _in_shards(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def cache_manifest(folder: Path | str) -> dict[str, Any]:
-    """A cache's manifest. Its shards are not looked at.
-
-    Raises ShotlessError if the manifest is missing, CorruptError if this version cannot read it.
-    """
+    """A cache's manifest. Raises ShotlessError if it is missing, CorruptError if this version cannot read it."""
     try:
         manifest = read_manifest(folder) if isinstance(folder, Path) else json.loads(_read(folder, MANIFEST))
     except ValueError as error:
@@ -113,7 +110,7 @@ def cache_manifest(folder: Path | str) -> dict[str, Any]:
 def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard, or some of their columns. Raises CorruptError if its hash is not that of the manifest."""
     entry, schema, data = manifest["files"][name], _schema(columns), _read(folder, name)
-    if (found := sha256_bytes(data)) != entry["sha256"]:
+    if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
         size = "" if len(data) == entry["bytes"] else f", {len(data):,} bytes instead of {entry['bytes']:,}"
         raise CorruptError(f"{folder}/{name}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…{size}. {AGAIN}")
     return pq.ParquetFile(pa.BufferReader(data)).read(schema.names).cast(schema)
@@ -152,10 +149,10 @@ def _read(folder: Path | str, name: str) -> bytes:
 
 
 class CacheReader:
-    """Rows of a cache by number, in the order of `read_cache`, as fast as training asks for them.
+    """Rows of a cache by number, as fast as training asks for them.
 
-    The shards are decoded once, into an uncompressed Arrow file without a name under `work`, which is memory-mapped. `columns` limits what
-    is decoded. Raises what `read_cache` raises.
+    The shards are decoded once, all columns or some, into an uncompressed Arrow file without a name under `work`, which is memory-mapped.
+    Raises what `read_cache` raises.
     """
 
     def __init__(self, folder: Path | str, work: Path, columns: Sequence[str] | None = None) -> None:
@@ -179,15 +176,9 @@ class CacheReader:
         wanted = np.asarray(rows, dtype=np.int64)
         if len(outside := wanted[(wanted < 0) | (wanted >= len(self))]):
             raise UsageError(f"{self.folder}: there is no row {outside[0]}; it has {len(self):,} rows, counted from 0.")
-        order = np.argsort(wanted)  # shard by shard: a take of the whole would put its shards together first
-        ends = np.searchsorted(wanted[order], self._starts)
-        batches = [
-            batch.take(pa.array(wanted[order[ends[number] : ends[number + 1]]] - self._starts[number]))
-            for number, batch in enumerate(self._batches)
-            if ends[number] < ends[number + 1]
-        ]
-        found = pa.Table.from_batches(batches, self._schema).combine_chunks()
-        return found.take(pa.array(np.argsort(order))).combine_chunks()
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        found = [self._batches[shard].slice(row - self._starts[shard], 1) for shard, row in zip(shards, wanted, strict=True)]
+        return pa.Table.from_batches(found, self._schema).combine_chunks()
 
 
 def cache_faults(folder: Path | str, manifest: Mapping[str, Any]) -> dict[str, str]:

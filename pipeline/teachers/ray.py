@@ -49,9 +49,9 @@ class ScoringWorker:
         assert isinstance(scorer.backend, LocalBackend)
         return scorer.backend, {**scorer.backend.open(self._probe), "threads": self._threads, "who": who}
 
-    def report(self) -> dict[str, Any]:
-        """The engine's report, and who reports. Raises MismatchError if the identity differs here."""
-        return self._loaded[1]
+    def report(self) -> tuple[dict[str, Any], None]:
+        """The engine's report and who reports; no rows. Raises MismatchError if the identity differs here."""
+        return self._loaded[1], None
 
     def score(self, job: Job) -> tuple[dict[str, Any], tuple[pa.Table, float]]:
         """The report; the rows of a job and the seconds that they took."""
@@ -70,7 +70,7 @@ class RayBackend:
         """`settings` and `identity` are those of `ScoringWorker`."""
         self._settings, self._identity, self._count, self._threads = settings, identity, count, threads
         self._ray: Any = None
-        self._starting: dict[Any, Any] = {}  # reference to a report → worker
+        self._waiting: dict[Any, tuple[Any, Job | None]] = {}  # reference to a call → worker, job; None: its first report
         self._ready: dict[Any, str] = {}  # worker → who it is
         self._first: dict[str, Any] = {}
 
@@ -85,12 +85,9 @@ class RayBackend:
             options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": ATTEMPTS - 1}
             actor = self._ray.remote(ScoringWorker).options(**options)
             self._given = [self._ray.put(value) for value in (self._settings, self._identity, probe)]  # for workers that start again
-            workers = [actor.remote(*self._given, threads) for _ in range(count)]
-            self._starting = {worker.report.remote(): worker for worker in workers}
-            done, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=START_SECONDS)
-            if not done:
-                raise ShotlessError(f"no worker of Ray was ready after {START_SECONDS:.0f} s. `ray status` says what it waits for.")
-            self._note_ready(done[0])
+            for worker in [actor.remote(*self._given, threads) for _ in range(count)]:
+                self._waiting[worker.report.remote()] = worker, None
+            self._next(START_SECONDS)
         return {key: self._first[key] for key in ("name", "reason", "token_budget", "device")}
 
     def score(self, jobs: Iterable[Job]) -> Iterator[tuple[pa.Table, float]]:
@@ -98,22 +95,14 @@ class RayBackend:
 
         Raises ShotlessError naming the job and its end.
         """
-        left, waiting = iter(jobs), dict[Any, tuple[Any, Job]]()
+        left = iter(jobs)
         while True:
             for worker in self._ready:
-                while sum(other is worker for other, _ in waiting.values()) < IN_FLIGHT and (job := next(left, None)) is not None:
-                    waiting[worker.score.remote(job)] = worker, job
-            if not waiting:
+                while sum(other is worker for other, _ in self._waiting.values()) < IN_FLIGHT and (job := next(left, None)) is not None:
+                    self._waiting[worker.score.remote(job)] = worker, job
+            if all(job is None for _, job in self._waiting.values()):
                 return
-            done, _ = self._ray.wait([*waiting, *self._starting], num_returns=1)
-            for reference in done:
-                if reference in self._starting:
-                    self._note_ready(reference)
-                    continue
-                worker, job = waiting.pop(reference)
-                what = f"{len(job.prompts)} prompts from {job.prompts[0].prompt_sha[:12]} on: {self._ready[worker]}"
-                report, scored = self._get(reference, what)
-                self._note(worker, report)
+            if (scored := self._next()) is not None:
                 yield scored
 
     def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
@@ -123,13 +112,23 @@ class RayBackend:
 
     def close(self) -> None:
         """End the workers. A Ray that was started here ends with the process."""
-        for worker in [*self._ready, *self._starting.values()]:
+        for worker in {**self._ready, **dict(self._waiting.values())}:
             self._ray.kill(worker)
-        self._ready, self._starting = {}, {}
+        self._ready, self._waiting = {}, {}
 
-    def _note_ready(self, reference: Any) -> None:
-        worker = self._starting.pop(reference)
-        self._note(worker, self._get(reference, "nothing was scored: a worker of Ray"))
+    def _next(self, timeout: float | None = None) -> tuple[pa.Table, float] | None:
+        """What the next call that is done gives; None if it was a worker's first report."""
+        done, _ = self._ray.wait(list(self._waiting), num_returns=1, timeout=timeout)
+        if not done:
+            raise ShotlessError(f"no worker of Ray was ready after {timeout:.0f} s. `ray status` says what it waits for.")
+        worker, job = self._waiting.pop(done[0])
+        if job is None:
+            what = "nothing was scored: a worker of Ray"
+        else:
+            what = f"{len(job.prompts)} prompts from {job.prompts[0].prompt_sha[:12]} on: {self._ready[worker]}"
+        report, scored = self._get(done[0], what)
+        self._note(worker, report)
+        return scored
 
     def _note(self, worker: Any, report: dict[str, Any]) -> None:
         """Note who a worker is, which changes when it dies. Raises ShotlessError if its results would be other than the first one's."""
