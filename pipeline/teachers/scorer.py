@@ -158,24 +158,21 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.backend.close()
 
-    def score(self, contexts: Sequence[Context], examples: Sequence[Example], title: str, columns: Sequence[str] | None = None) -> pa.Table:
+    def score(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> pa.Table:
         """The rows of `tables` as one table."""
-        return pa.concat_tables(self.tables(contexts, examples, title, columns))
+        return pa.concat_tables(self.tables(contexts, examples, title))
 
     def label_scores(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> np.ndarray:
         """Log-probabilities of the sorted labels, [C, N, L] float64 nats: not normalised over the labels."""
-        rows = self.score(contexts, examples, title, ["label_logprobs"])
+        rows = self.score(contexts, examples, title)
         return np.array(rows["label_logprobs"].to_pylist(), dtype=np.float64).reshape(len(contexts), len(examples), -1)
 
-    def tables(
-        self, contexts: Sequence[Context], examples: Sequence[Example], title: str, columns: Sequence[str] | None = None
-    ) -> Iterator[pa.Table]:
-        """Rows of `schema.SCORES`, or some of their columns, of every example behind every context: a table for each context.
+    def tables(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> Iterator[pa.Table]:
+        """Rows of `schema.SCORES` of every example behind every context: a table for each context.
 
         What is missing is scored at the call. Raises UsageError if a prompt is longer than the model takes, or an example cannot be told
         from the template's control tokens.
         """
-        names = list(SCORES.names if columns is None else columns)
         asked = self._asked(contexts, examples)
         keys = self.keys = [key for own in asked for key in own.keys]
         if self.store is not None:
@@ -186,9 +183,8 @@ class Scorer:
         else:
             scored = pa.concat_tables([STORED.empty_table(), *(rows for rows, _ in self._score(asked, examples, keys, title))])
             place = {key: number for number, key in enumerate(scored["prompt_sha"].to_pylist())}
-            read = lambda keys, columns: scored.select(columns).take([place[key] for key in keys])  # noqa: E731
-        stored = [name for name in names if name in STORED.names]
-        return (_with_keys(own.context, examples, read(own.keys, stored), names) for own in asked)
+            read = lambda keys: scored.take([place[key] for key in keys])  # noqa: E731
+        return (_with_keys(own.context, examples, read(own.keys)) for own in asked)
 
     def distributions(
         self, context: Context, examples: Sequence[Example], answers: Sequence[Sequence[int]] | None = None
@@ -310,8 +306,7 @@ def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scor
     return pa.table([arrays[name] for name in STORED.names], schema=STORED)
 
 
-def _with_keys(context: Context, examples: Sequence[Example], rows: pa.Table, names: Sequence[str]) -> pa.Table:
+def _with_keys(context: Context, examples: Sequence[Example], rows: pa.Table) -> pa.Table:
     """Stored rows with the keys of `schema.SCORES` in front."""
-    own = {"context_id": [context.context_id] * len(rows), "example_id": [example.example_id for example in examples]}
-    schema = pa.schema([SCORES.field(name) for name in names])
-    return pa.table([pa.array(own[name], pa.string()) if name in own else rows[name] for name in names], schema=schema)
+    own = [context.context_id] * len(rows), [example.example_id for example in examples]
+    return pa.table([*(pa.array(key, pa.string()) for key in own), *rows.columns], schema=SCORES)
