@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -151,7 +150,8 @@ def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
 
 def _positions(rows: pa.Table, name: str) -> Any:
     """A column's entries for each position, over all rows."""
-    return pc.list_flatten(rows[name].combine_chunks())
+    column: Any = rows[name].combine_chunks()
+    return column.flatten()
 
 
 def _padded(rows: pa.Table, name: str, padding: float, least: int = 0) -> Tensor:

