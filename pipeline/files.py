@@ -10,7 +10,7 @@ that the folder is complete. DVC checks everything else.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +93,9 @@ def read_json(path: Path) -> Any:
         raise CorruptError(f"{path}: not JSON ({error}). Run the stage that writes it again.") from None
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any], names: Sequence[str] | None = None) -> None:
-    """Write `folder/manifest.json`: the entries of `about`, then `files` with sha256 and bytes of each file.
-
-    `names` are the files to list; by default every file below the folder. `about` must not have the key `files`.
-    """
-    paths = [folder / name for name in names] if names is not None else [path for path in folder.rglob("*") if path.is_file()]
+def write_manifest(folder: Path, about: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """Write `folder/manifest.json`: the entries of `about`, then `files` with sha256 and bytes of each file: of `names`, or of all."""
+    paths = (path for path in folder.rglob("*") if path.is_file()) if names is None else (folder / name for name in names)
     listed = {
         path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         for path in sorted(paths)
@@ -125,14 +122,20 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             faults.append(f"{path}: missing")
-        elif (size := path.stat().st_size) != entry["bytes"]:
-            faults.append(f"{path}: {size:,} bytes, its manifest says {entry['bytes']:,}")
-        elif (found := sha256_file(path)) != entry["sha256"]:
-            faults.append(f"{path}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…")
+        elif fault := difference(entry, sha256_file(path), path.stat().st_size):
+            faults.append(f"{path}: {fault}")
     if faults:
         remedy = f"{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole."
         raise CorruptError("\n".join([*faults, remedy]))
     return manifest
+
+
+def difference(entry: Mapping[str, Any], sha256: str, size: int) -> str | None:
+    """How a file of this hash and size in bytes differs from its entry in a manifest; None if it does not."""
+    if sha256 == entry["sha256"]:
+        return None
+    sizes = "" if size == entry["bytes"] else f", {size:,} bytes instead of {entry['bytes']:,}"
+    return f"sha256 {sha256[:12]}…, its manifest says {entry['sha256'][:12]}…{sizes}"
 
 
 @contextmanager

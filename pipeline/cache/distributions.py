@@ -118,11 +118,10 @@ def check_retained(distributions: Distributions, params: CacheParams, temperatur
     mean = float(distributions.retained.mean())
     if mean >= LEAST_RETAINED or (temperature == 1.0 and distributions.tail == "drawn"):
         return
-    kept = {"sampled": f"{params.samples} draws", "hybrid": f"top {params.top_k} and {params.samples} draws"}
     raise UsageError(
         f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass, the mean of {len(distributions)} positions "
-        f"({kept.get(params.encoding, f'top {params.top_k}')}), and {LEAST_RETAINED:.0%} are needed. Lower the student's `temperature`, "
-        "raise teachers.*.cache.top_k or .samples, or take encoding `full`."
+        f"(encoding {params.encoding}, top_k {params.top_k}, {params.samples} samples), and {LEAST_RETAINED:.0%} are needed. Lower the "
+        "student's `temperature`, raise teachers.*.cache.top_k or .samples, or take encoding `full`."
     )
 
 

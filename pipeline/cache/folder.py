@@ -22,7 +22,7 @@ from pyarrow.fs import FileSystem
 
 from pipeline.cache.store import Store, write_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
-from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_file, write_manifest
+from pipeline.files import MANIFEST, difference, one_writer, read_manifest, sha256_file, write_manifest
 from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
 from pipeline.task import Task
 
@@ -66,10 +66,8 @@ def _differences(name: str, found: Any, wanted: Any) -> list[str]:
 def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, Any]) -> None:
     """Write the rows of `tables` (`schema.SCORES`) in their order as shards, then the manifest. Memory holds one shard.
 
-    The shards' bytes follow from the rows, not from how these are divided into tables. `about` goes into the manifest: `teacher`; `model`
-    ("models/NAME"); `identity` (of the store); `cache` (`CacheParams` as JSON); `task` (`described_task`); `labels`; `contexts` (dicts of
-    `context_id`, `name`, `tokens`); `content_free` (example ids); `engines`. The manifest adds `schema_version`, `shards` (file → rows),
-    and `files` (file → sha256, bytes).
+    The shards' bytes follow from the rows, not from how these are divided into tables. The manifest has `about` (see `teachers.capture`),
+    `schema_version`, `shards` (file → rows) and `files` (file → sha256, bytes).
     """
     with one_writer(folder.with_name(f".{folder.name}.lock")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +79,7 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, An
             shards[name] = len(rows)
         for other in {path.name for path in folder.iterdir()} - shards.keys():
             (folder / other).unlink()
-        write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards}, list(shards))
+        write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards})
 
 
 def _in_shards(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -109,10 +107,9 @@ def cache_manifest(folder: Path | str) -> dict[str, Any]:
 
 def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard, or some of their columns. Raises CorruptError if its hash is not that of the manifest."""
-    entry, schema, data = manifest["files"][name], _schema(columns), _read(folder, name)
-    if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
-        size = "" if len(data) == entry["bytes"] else f", {len(data):,} bytes instead of {entry['bytes']:,}"
-        raise CorruptError(f"{folder}/{name}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…{size}. {AGAIN}")
+    schema, data = _schema(columns), _read(folder, name)
+    if fault := difference(manifest["files"][name], hashlib.sha256(data).hexdigest(), len(data)):
+        raise CorruptError(f"{folder}/{name}: {fault}. {AGAIN}")
     return pq.ParquetFile(pa.BufferReader(data)).read(schema.names).cast(schema)
 
 

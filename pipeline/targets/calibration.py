@@ -5,9 +5,9 @@ A context shifts every answer towards one label. Each calibration measures the s
 - `contextual` (2102.09690): the mean log-probability of inputs without content is subtracted from log-probabilities.
 - `batch` (2309.17249): the mean probability over unlabelled inputs is subtracted from probabilities. What is left is made a distribution:
   1/L is added, so that each label's mean is 1/L; values under `FLOOR` are raised to it; then all are normalised.
-- `batch_log`: the same in log space: the mean log-probability over unlabelled inputs is subtracted from log-probabilities.
+- `batch_log`: the same with log-probabilities.
 
-Offsets are learnt once, on the transfer set, and saved in calibration.json, so targets, baselines and later inputs share them.
+Offsets are learnt once and saved in calibration.json, so targets, baselines and later inputs share them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ generic engine runs full prompts, as plain transformers does, whatever the archi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
 from typing import Self
 
@@ -52,36 +52,17 @@ class Scores:
         )
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What is read of each prompt: log-probabilities of all labels, or of the prompt's own answer; and what is kept of distributions."""
-
-    labels: Completions = ()
-    """Token ids of the verbalisers; empty if each prompt has an answer of its own."""
-    cache: CacheParams = LABELS_ONLY
-
-    def row(self, prompt: Prompt, start: int = 0) -> Row:
-        """A prompt without its first `start` tokens, with the branches that continue it."""
-        return rows_of([prompt.ids[start:]], self.labels if prompt.answer is None else [prompt.answer])[0]
-
-    def uniforms(self, prompt: Prompt) -> np.ndarray:
-        """The random numbers of a prompt's positions, from its hash; zeros if nothing is drawn."""
-        count = 1 if prompt.answer is None else len(prompt.answer)
-        return np.random.default_rng(int(prompt.prompt_sha[:16], 16)).random(count) if self.cache.encoding in DRAWN else np.zeros(count)
-
-
-def read_scores(logits: Tensor, reading: Reading, prompts: Sequence[Prompt], hidden: Tensor | None = None) -> Scores:
+def read_scores(logits: Tensor, labels: Completions, cache: CacheParams, prompts: Sequence[Prompt], hidden: Tensor | None = None) -> Scores:
     """Scores from the logits of the prompts' rows: for each its answer position, then every branch token, [Σ(1 + branch tokens), V].
 
-    `hidden` [the same, D] are the kept layers' outputs there. For labels the answer position alone is kept; for own answers all are. Either
-    all prompts have an answer, or none has.
+    `hidden` [the same, D] are the kept layers' outputs there. `labels` are token ids of the verbalisers. Either all prompts have an answer,
+    and all positions are kept, or none has, and the answer position alone is kept.
     """
     logits = logits.float()
-    uniforms = torch.from_numpy(np.concatenate([reading.uniforms(prompt) for prompt in prompts]))
-    answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
-    if not answers:
-        return _label_scores(logits, reading, uniforms, hidden)
-    encoded = encode(logits, reading.cache, uniforms, hidden)
+    uniforms = torch.from_numpy(np.concatenate([_uniforms(prompt, cache) for prompt in prompts]))
+    if not (answers := [prompt.answer for prompt in prompts if prompt.answer is not None]):
+        return _label_scores(logits, labels, cache, uniforms, hidden)
+    encoded = encode(logits, cache, uniforms, hidden)
     tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)
     return Scores(
         label_logprobs=logits.new_zeros(len(answers), 0),
@@ -91,12 +72,18 @@ def read_scores(logits: Tensor, reading: Reading, prompts: Sequence[Prompt], hid
     )
 
 
-def _label_scores(logits: Tensor, reading: Reading, uniforms: Tensor, hidden: Tensor | None) -> Scores:
-    per_row = 1 + sum(len(ids) - 1 for ids in reading.labels)
+def _uniforms(prompt: Prompt, cache: CacheParams) -> np.ndarray:
+    """The random numbers of a prompt's positions, from its hash; zeros if nothing is drawn."""
+    count = 1 if prompt.answer is None else len(prompt.answer)
+    return np.random.default_rng(int(prompt.prompt_sha[:16], 16)).random(count) if cache.encoding in DRAWN else np.zeros(count)
+
+
+def _label_scores(logits: Tensor, labels: Completions, cache: CacheParams, uniforms: Tensor, hidden: Tensor | None) -> Scores:
+    per_row = 1 + sum(len(ids) - 1 for ids in labels)
     logits = logits.reshape(-1, per_row, logits.shape[-1])
     log_z = logits.logsumexp(-1)  # [N, per_row]
     columns, place = [], 1
-    for ids in reading.labels:
+    for ids in labels:
         total = logits[:, 0, ids[0]] - log_z[:, 0]
         for token in ids[1:]:
             total = total + logits[:, place, token] - log_z[:, place]
@@ -107,7 +94,7 @@ def _label_scores(logits: Tensor, reading: Reading, uniforms: Tensor, hidden: Te
         label_logprobs=torch.stack(columns, -1),
         positions=torch.ones(len(logits), dtype=torch.long),
         completion_logprobs=logits.new_zeros(0),
-        encoded=encode(logits[:, 0], reading.cache, uniforms, at_answers),
+        encoded=encode(logits[:, 0], cache, uniforms, at_answers),
     )
 
 
@@ -122,17 +109,16 @@ ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30
 class Engine:
     """Scores prompts in passes of at most `token_budget` tokens, or one prompt: by the packed pass, or with `packed=None` by the plain one.
 
-    The keys and values of the last shared prefix are kept.
+    The keys and values of the last shared prefix are kept. `reason` says in a sentence why this engine runs.
     """
 
-    def __init__(self, model: PreTrainedModel, packed: PackedModel | None, reading: Reading, token_budget: int, reason: str = "") -> None:
-        self.model = model
-        self.name = "generic" if packed is None else "shared_prefix"
-        self.reason = reason
-        """Why this engine runs, in a sentence."""
-        self.reading = reading
-        self.token_budget = token_budget
-        self._packed = packed
+    def __init__(
+        self, model: PreTrainedModel, packed: PackedModel | None, labels: Completions, cache: CacheParams, token_budget: int
+    ) -> None:
+        """`labels` are token ids of the verbalisers; none if each prompt has an answer of its own."""
+        self.model, self.token_budget = model, token_budget
+        self.name, self.reason = "generic" if packed is None else "shared_prefix", ""
+        self._packed, self._labels, self._cache = packed, labels, cache
         self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
 
     @torch.inference_mode()
@@ -143,22 +129,23 @@ class Engine:
         if a prompt does not begin with them or has nothing after them.
         """
         start = self._share(prompts, shared)
-        rows = [self.reading.row(prompt, start) for prompt in prompts]
+        completions = [self._labels if prompt.answer is None else [prompt.answer] for prompt in prompts]
+        rows = [rows_of([prompt.ids[start:]], own)[0] for prompt, own in zip(prompts, completions, strict=True)]
         batches = plan_batches([row.length for row in rows], self.token_budget)
         parts = []
         for batch in batches:
             logits, hidden = self._logits([rows[number] for number in batch], start)
-            parts.append(read_scores(logits, self.reading, [prompts[number] for number in batch], hidden))
+            parts.append(read_scores(logits, self._labels, self._cache, [prompts[number] for number in batch], hidden))
         order = torch.tensor([number for batch in batches for number in batch])
         return Scores.concatenate(parts, order.argsort())
 
     def distributions(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Tensor:
         """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32."""
-        reading, self.reading = self.reading, replace(self.reading, cache=CacheParams(encoding="full", resolution_nats=None))
+        cache, self._cache = self._cache, CacheParams(encoding="full", resolution_nats=None)
         try:
             return self.score(prompts, shared).encoded.full_logprobs.cpu()
         finally:
-            self.reading = reading
+            self._cache = cache
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -181,7 +168,7 @@ class Engine:
         return len(prefix)
 
     def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:
-        layers = self.reading.cache.hidden_layers
+        layers = self._cache.hidden_layers
         if self._packed is None:
             return plain_logits(self.model, rows, layers)
         return packed_logits(self._packed, rows, self._held[1] if start else (), start, layers)
@@ -196,22 +183,24 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
     if tokens.task.params.completion is not None:  # any text will do to compare
         texts = [prompt.answer or tuple(islice(cycle(prompt.ids), tokens.longest_answer)) for prompt in probe]
         probe = [Prompt(prompt.ids, text) for prompt, text in zip(probe, texts, strict=True)]
-    reading, budget = Reading(tokens.completions, cache), token_budget(model, memory_bytes(model.device))
+    labels, budget = tokens.completions, token_budget(model, memory_bytes(model.device))
     # What is compared depends on no threshold: it is neither rounded, in steps that may be larger than the tolerance, nor kept or drawn as
     # a probability falls on one side of a number or the other.
-    exact = replace(reading, cache=cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None}))
+    exact = cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None})
     longest = max(probe, key=lambda prompt: len(prompt.ids))
 
     def probed(engine: Engine) -> list[Scores]:  # the second call has a prefix even if these prompts share nothing
         return [engine.score(probe), engine.score([longest], longest.ids[:-1])]
 
     def difference(packed: PackedModel) -> float:
-        return max(map(largest_difference, expected, probed(Engine(model, packed, exact, budget))))
+        return max(map(largest_difference, expected, probed(Engine(model, packed, labels, exact, budget))))
 
     with in_float32(model) as tolerance:
-        expected = probed(Engine(model, None, exact, budget))
+        expected = probed(Engine(model, None, labels, exact, budget))
         packed, reason = packed_if_exact(model, difference, tolerance)
-    return Engine(model, packed, reading, budget, reason)
+    engine = Engine(model, packed, labels, cache, budget)
+    engine.reason = reason
+    return engine
 
 
 def largest_difference(one: Scores, other: Scores) -> float:

@@ -177,7 +177,7 @@ def test_a_temperature_that_is_not_stored_is_refused_with_those_that_are():
 def test_a_temperature_that_retains_too_little_is_refused_with_the_figure():
     params = params_of("top_k_tail", top_k=3, temperatures=(8.0,))
     logits = random_logits(vocabulary=400)
-    with pytest.raises(UsageError, match=r"temperature 8 the cache retains \d+\.\d% .*top 3"):
+    with pytest.raises(UsageError, match=r"temperature 8 the cache retains \d+\.\d% .*top_k 3"):
         check_retained(decode(table_of(logits, params), params, 8.0), params, 8.0)
     peaked = random_logits(vocabulary=400, scale=30.0)
     check_retained(decode(table_of(peaked, params), params), params, 1.0)

@@ -15,7 +15,6 @@ from pipeline.schema import Prompt
 from pipeline.teachers import engines
 from pipeline.teachers.engines import (
     Engine,
-    Reading,
     largest_difference,
     open_engine,
     plan_batches,
@@ -94,7 +93,7 @@ def test_the_fast_engine_gives_the_plain_forwards_numbers(tiny_model, architectu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_generic_engine_gives_the_plain_forwards_numbers(tiny_model, architecture):
     model, prompts = tiny_model(architecture), prompts_of(random_ids(30, 1), 4, 9, 4, 2)
-    assert_right(model, labels_of(Engine(model, None, Reading(MULTI, KEPT), 100), prompts), MULTI, prompts)
+    assert_right(model, labels_of(Engine(model, None, MULTI, KEPT, 100), prompts), MULTI, prompts)
 
 
 @torch.no_grad()
@@ -107,7 +106,7 @@ def test_own_answers_are_scored_token_by_token(tiny_model, architecture, name):
     for prompt in prompts:
         log_p = model(torch.tensor([[*prompt.ids, *prompt.answer]])).logits[0].double().log_softmax(-1)
         expected += [float(log_p[len(prompt.ids) - 1 + place, token]) for place, token in enumerate(prompt.answer)]
-    engine = Engine(model, None, Reading((), KEPT), 64) if name == "generic" else open_free(model, prompts)
+    engine = Engine(model, None, (), KEPT, 64) if name == "generic" else open_free(model, prompts)
     assert engine.name == name
     scores = engine.score(prompts)
     assert scores.positions.tolist() == [3, 4, 5]
@@ -278,8 +277,8 @@ def test_a_bfloat16_model_computes_in_float32_inside_the_block_alone(tiny_model,
 
 def read(logits, top_k):
     """Single-token labels 1 and 2, one answer position a row."""
-    reading = Reading([[1], [2]], CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None))
-    return read_scores(logits, reading, [Prompt((0,))] * len(logits))
+    cache = CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None)
+    return read_scores(logits, [[1], [2]], cache, [Prompt((0,))] * len(logits))
 
 
 def test_head_and_tail_make_the_whole_distribution():
