@@ -76,7 +76,7 @@ FLOATS, LISTS = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32()))
 IDS, ID_LISTS = pa.list_(pa.int32()), pa.list_(pa.list_(pa.int32()))
 
 
-def _schema(columns: Mapping[str, pa.DataType], nullable: Collection[str] = ()) -> pa.Schema:
+def _schema(nullable: Collection[str] = (), /, **columns: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in columns.items()])
 
 
@@ -87,53 +87,47 @@ def examples_schema(fields: Sequence[str], slices: Sequence[str] = ()) -> pa.Sch
     """
     own, of_slices = ("example_id", "label", "completion", "source"), [SLICE + name for name in slices]
     columns = {**dict.fromkeys(own, pa.string()), "line": pa.int64(), **dict.fromkeys((*fields, *of_slices), pa.string())}
-    return _schema(columns, {"label", "completion", *of_slices})
+    return _schema({"label", "completion", *of_slices}, **columns)
 
 
 CONTEXTS = _schema(
-    {
-        "context_id": pa.string(),
-        "name": pa.string(),  # "orders/0"
-        "instruction": pa.string(),
-        "demonstrations": pa.string(),  # JSON: [[fields, answer], …] in their order
-    }
+    context_id=pa.string(),
+    name=pa.string(),  # "orders/0"
+    instruction=pa.string(),
+    demonstrations=pa.string(),  # JSON: [[fields, answer], …] in their order
 )
 
 # What a model says of a prompt. Logarithms are in nats, over the whole vocabulary. Labels have one answer position, in front of the
 # verbaliser; free text has one for each of its tokens. Columns from `topk_ids` on have a list for each position; the encoding decides which
 # of them hold something (`cache/encodings.py`).
 STORED = _schema(
-    {
-        "prompt_sha": pa.string(),
-        "prompt_tokens": pa.int32(),
-        "label_logprobs": FLOATS,  # summed over a verbaliser's tokens; sorted labels
-        "completion_ids": IDS,  # tokens of free text; empty for labels
-        "completion_logprobs": FLOATS,  # of each of them
-        "topk_ids": ID_LISTS,  # most probable first
-        "topk_logprobs": LISTS,
-        "sampled_ids": ID_LISTS,  # each stands for tail_mass · count / Σ counts
-        "sampled_logprobs": LISTS,
-        "sampled_counts": ID_LISTS,
-        "full_logprobs": LISTS,  # by token id
-        "log_z": FLOATS,  # log-sum-exp of the logits
-        "tail_mass": FLOATS,  # probability outside the top k; 0 if all is kept
-        "log_norms": LISTS,  # log Σ p^(1/τ) outside the top k, each τ ≠ 1
-        "entropies": LISTS,  # of the whole distribution at each τ
-        "hidden_states": pa.list_(pa.list_(pa.float16())),  # the kept layers, one after the other
-    }
+    prompt_sha=pa.string(),
+    prompt_tokens=pa.int32(),
+    label_logprobs=FLOATS,  # summed over a verbaliser's tokens; sorted labels
+    completion_ids=IDS,  # tokens of free text; empty for labels
+    completion_logprobs=FLOATS,  # of each of them
+    topk_ids=ID_LISTS,  # most probable first
+    topk_logprobs=LISTS,
+    sampled_ids=ID_LISTS,  # each stands for tail_mass · count / Σ counts
+    sampled_logprobs=LISTS,
+    sampled_counts=ID_LISTS,
+    full_logprobs=LISTS,  # by token id
+    log_z=FLOATS,  # log-sum-exp of the logits
+    tail_mass=FLOATS,  # probability outside the top k; 0 if all is kept
+    log_norms=LISTS,  # log Σ p^(1/τ) outside the top k, each τ ≠ 1
+    entropies=LISTS,  # of the whole distribution at each τ
+    hidden_states=pa.list_(pa.list_(pa.float16())),  # the kept layers, one after the other
 )
 """Rows of the store: found by `prompt_sha` alone."""
 
 KEY = ("context_id", "example_id")
-SCORES = pa.schema([*_schema(dict.fromkeys(KEY, pa.string())), *STORED])
+SCORES = pa.schema([*_schema(**dict.fromkeys(KEY, pa.string())), *STORED])
 """Rows of a score cache: each context × each example, in that order."""
 
 TARGETS = _schema(
-    {
-        "example_id": pa.string(),
-        "probabilities": FLOATS,  # over the sorted labels
-        "agreement": pa.float32(),  # share of the contexts' weight whose own answer is the target's
-    }
+    example_id=pa.string(),
+    probabilities=FLOATS,  # over the sorted labels
+    agreement=pa.float32(),  # share of the contexts' weight whose own answer is the target's
 )
 
 ANSWERED = {
@@ -142,8 +136,8 @@ ANSWERED = {
     "example_id": pa.string(),
     "label": pa.string(),  # gold
 }
-PREDICTIONS = _schema({**ANSWERED, "predicted": pa.string(), "probabilities": FLOATS})  # over the sorted labels
-ANSWERS = _schema({**ANSWERED, "answer": pa.string(), "tokens": pa.int32()}, {"label"})  # free text; a set may have no labels
+PREDICTIONS = _schema(**ANSWERED, predicted=pa.string(), probabilities=FLOATS)  # over the sorted labels
+ANSWERS = _schema({"label"}, **ANSWERED, answer=pa.string(), tokens=pa.int32())  # free text; a set may have no labels
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -153,10 +147,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read the columns of `schema` from a Parquet file.
-
-    Raises UsageError if there is no such file, CorruptError if it is damaged or a column is missing or of another type.
-    """
+    """Read the columns of `schema`. Raises UsageError if there is no file, CorruptError if it is damaged or lacks a column of that type."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file. `dvc repro` runs the stage that writes it.")
     try:
@@ -171,10 +162,13 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise CorruptError(f"{path}: not readable as Parquet: {error}. Run the stage that writes it again.") from error
 
 
+ORIGIN = ("label", "completion", "source", "line")
+"""What an example has beside its fields, in the order of its attributes."""
+
+
 def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Path, slices: Sequence[str] = ()) -> None:
     """Write examples as a Parquet file of `examples_schema(fields, slices)`."""
-    own = ("example_id", "label", "completion", "source", "line")
-    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in examples] for name in own}
+    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in examples] for name in ("example_id", *ORIGIN)}
     columns |= {name: [e.fields[name] for e in examples] for name in fields}
     columns |= {SLICE + name: [e.slices[name] for e in examples] for name in slices}
     write_table(pa.table(columns, schema=examples_schema(fields, slices)), path)
@@ -183,14 +177,7 @@ def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Pat
 def read_examples(path: Path, fields: Sequence[str], slices: Sequence[str] = ()) -> list[Example]:
     """Examples of a file that `write_examples` wrote."""
     return [
-        Example(
-            {name: row[name] for name in fields},
-            row["label"],
-            row["completion"],
-            row["source"],
-            row["line"],
-            {name: row[SLICE + name] for name in slices},
-        )
+        Example({name: row[name] for name in fields}, *(row[name] for name in ORIGIN), {name: row[SLICE + name] for name in slices})
         for row in read_table(path, examples_schema(fields, slices)).to_pylist()
     ]
 

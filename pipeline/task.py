@@ -65,11 +65,7 @@ class Task:
 
 
 class TaskTokens:
-    """A task in one tokenizer's ids.
-
-    Raises UsageError if two verbalisers begin with the same token or one has no token: the first token alone must tell labels apart, else
-    their probabilities at the answer position mean nothing.
-    """
+    """A task in one tokenizer's ids. Raises UsageError if first tokens of verbalisers do not tell labels apart, or one has no token."""
 
     def __init__(self, task: Task, tokenizer: Any) -> None:
         self.task = task

@@ -111,10 +111,7 @@ def decode(rows: pa.Table, params: CacheParams, temperature: float = 1.0) -> Dis
 
 
 def check_retained(distributions: Distributions, params: CacheParams, temperature: float) -> None:
-    """Raise UsageError if some of a cache's positions retain too little mass on average: a student would learn what happened to be kept.
-
-    Entries drawn at the temperature they are used at pass: they are an unbiased sample.
-    """
+    """Raise UsageError if positions retain too little mass on average. Entries drawn at their own temperature pass: they are unbiased."""
     mean = float(distributions.retained.mean())
     if mean >= LEAST_RETAINED or (temperature == 1.0 and distributions.tail == "drawn"):
         return

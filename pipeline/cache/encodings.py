@@ -113,10 +113,7 @@ def _rounded(values: Tensor, params: CacheParams) -> Tensor:
 
 
 def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Systematic draws from `tail` [P, V]: about `samples` times its mass, which need not be 1, and one at least.
-
-    Returns ids [P, M] int32 rising, and how often each was drawn [P, M] int32; 0: no entry.
-    """
+    """Systematic draws from `tail` [P, V], about `samples` times its mass: ids [P, M] int32 rising, counts [P, M] int32; 0: no entry."""
     cumulative = tail.double().cumsum(-1)
     total = cumulative[:, -1:]
     draws = (total * samples).round().clamp(1, samples)
@@ -132,10 +129,7 @@ def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]
 
 
 def columns_of(encoded: Encoded, positions: np.ndarray) -> dict[str, pa.Array]:
-    """The columns of `schema.STORED` that have distributions; `positions` [N] are the numbers of positions of N rows.
-
-    Padding (drawn 0 times, or of probability 0 among the top k) is left out, so lists differ in length.
-    """
+    """The columns of `schema.STORED` that have distributions, without padding; `positions` [N] are the numbers of positions of N rows."""
     rows = _offsets(positions)
     kept = {"sampled": (encoded.sampled_counts > 0).cpu().numpy(), "topk": (encoded.topk_logprobs > -math.inf).cpu().numpy()}
     columns: dict[str, pa.Array] = {}

@@ -35,10 +35,7 @@ class Fidelity:
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, full_log_probabilities: Tensor, cached: Distributions, student_logits: Tensor | None = None) -> None:
-        """P positions: the teacher's `full_log_probabilities` [P, V], scored now, and what is `cached` of them, both at one temperature.
-
-        `student_logits` [P, V] are divided by that temperature already.
-        """
+        """P positions at one temperature: the teacher's log-probabilities, what is `cached` of them, a student's logits, [P, V]."""
         for start in range(0, len(full_log_probabilities), POSITIONS_AT_ONCE):
             chunk = slice(start, start + POSITIONS_AT_ONCE)
             log_p = full_log_probabilities[chunk].double()

@@ -1,8 +1,7 @@
 """The score cache as an artifact: a folder of Parquet shards and a `manifest.json`, written last, with the sha256 of each shard.
 
-A cache travels: it is read from a local folder or from a URL (`s3://bucket/few_shot`; s3, gs, abfs and hf through pyarrow, others through
-fsspec); it is written locally. Every shard is compared with its hash before it is used. A damaged one is made again from the store, without
-a model.
+A cache travels: it is written locally, and read from a folder or a URL (`s3://bucket/few_shot`; s3, gs, abfs and hf through pyarrow, others
+through fsspec). Every shard is compared with its hash before it is used. A damaged one is made again from the store, without a model.
 """
 
 import hashlib
@@ -114,10 +113,7 @@ def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, colum
 
 
 def read_cache(folder: Path | str, columns: Sequence[str] | None = None) -> ScoreCache:
-    """All rows of a cache in memory, or some of their columns: for label scores. `CacheReader` is for distributions.
-
-    Raises what `cache_manifest` and `read_shard` raise.
-    """
+    """All rows of a cache in memory, or some of their columns; `CacheReader` is for distributions. Raises as `read_shard` does."""
     manifest = cache_manifest(folder)
     shards = [read_shard(folder, manifest, name, columns) for name in manifest["shards"]]
     return ScoreCache(pa.concat_tables([_schema(columns).empty_table(), *shards]), manifest)
@@ -146,10 +142,9 @@ def _read(folder: Path | str, name: str) -> bytes:
 
 
 class CacheReader:
-    """Rows of a cache by number, as fast as training asks for them.
+    """Rows of a cache by number, as fast as training asks for them. Raises as `read_cache` does.
 
     The shards are decoded once, all columns or some, into an uncompressed Arrow file without a name under `work`, which is memory-mapped.
-    Raises what `read_cache` raises.
     """
 
     def __init__(self, folder: Path | str, work: Path, columns: Sequence[str] | None = None) -> None:

@@ -67,10 +67,7 @@ class Store:
         self._add(path, keys, about)
 
     def read(self, keys: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of some prompts in their order: the columns of `schema.STORED`, or some of them.
-
-        Raises ShotlessError if a row is not there, CorruptError if a part was damaged since it was last read.
-        """
+        """The rows of some prompts in their order, all columns or some. Raises ShotlessError if one is not there or was damaged since."""
         if self.missing(keys):
             with self.lock():  # looks at the files
                 pass

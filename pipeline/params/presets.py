@@ -36,10 +36,7 @@ def merge(base: Any, changes: Any) -> Any:
 
 
 def make_workspace(name: str, project: Path) -> Path:
-    """Write `runs/NAME/` for a preset, or bring it up to date, and return it; what a run made there stays.
-
-    Raises UsageError if there is no such preset, or its params cannot be used.
-    """
+    """Write `runs/NAME/` for a preset, or bring it up to date, and return it. Raises UsageError if the preset cannot be used."""
     presets = {file.stem: file for file in sorted((project / "presets").glob("*.yaml"))}
     if name not in presets:
         raise UsageError(f"presets: no {name!r}; choose one of: {choices(presets)}")

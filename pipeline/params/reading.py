@@ -88,10 +88,7 @@ def resolved_params(path: Path = RESOLVED) -> Params:
 
 
 def checked_params(project: Path = Path()) -> Params:
-    """The project's params, if a run would take them: they are right, the local files are there, the libraries are the pinned ones.
-
-    Raises UsageError with every fault.
-    """
+    """The project's params, with local files there and libraries as pinned. Raises UsageError with every fault."""
     params = load_params(project / "params.yaml")
     faults = [*absent_files(params, project), *other_versions(project / "constraints.txt")]
     if faults:

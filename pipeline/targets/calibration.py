@@ -69,10 +69,7 @@ class Combination:
 
 
 def combination_of(calibration: Mapping[str, Any], source: str) -> Combination:
-    """The combination that a calibration.json describes, for inputs of `source`; its contexts are in the file's order.
-
-    The offsets are those of that source if the file has them (`calibrate_by: source`), else those of the whole transfer set.
-    """
+    """The combination that a calibration.json describes, for inputs of `source`: with the offsets of that source, if the file has them."""
     contexts = calibration["contexts"]
     return Combination(
         kinds=[context["calibration"] for context in contexts],

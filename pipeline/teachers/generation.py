@@ -41,10 +41,7 @@ class Generator:
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Prompt], shared: Sequence[int] = ()) -> list[list[int]]:
-        """Token ids of the answer to each prompt, in order, 1 to `max_tokens` each; all prompts begin with the ids `shared` and have more.
-
-        The token that completes a stop text or ends the model's text belongs to the answer.
-        """
+        """Token ids of the answer to each prompt, in order, 1 to `max_tokens` each. All prompts begin with `shared` and have more."""
         found: list[list[int]] = [[] for _ in prompts]
         attention, habits = self.model.config._attn_implementation or "eager", self.model.generation_config
         self.model.set_attn_implementation("eager" if attention == "eager" else "sdpa")

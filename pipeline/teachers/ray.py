@@ -91,10 +91,7 @@ class RayBackend:
         return {key: self._first[key] for key in ("name", "reason", "token_budget", "device")}
 
     def score(self, jobs: Iterable[Job]) -> Iterator[tuple[pa.Table, float]]:
-        """Each job's rows and seconds as they are done; `jobs` are taken as workers come free.
-
-        Raises ShotlessError naming the job and its end.
-        """
+        """Each job's rows and seconds as they are done; free workers take the next. Raises ShotlessError naming the job and its end."""
         left = iter(jobs)
         while True:
             for worker in self._ready:
@@ -156,10 +153,7 @@ class RayBackend:
 
 
 def connect(workers: int | None) -> Any:
-    """The module `ray`, connected: to the cluster at `$RAY_ADDRESS`, else to a Ray that is started here for the time of the process.
-
-    Raises UsageError if Ray is not installed, or no cluster answers.
-    """
+    """The module `ray`, connected to `$RAY_ADDRESS`, or to a Ray of this process. Raises UsageError if it is missing or does not answer."""
     try:
         import ray
     except ImportError:
@@ -181,10 +175,9 @@ def connect(workers: int | None) -> Any:
 
 
 def shape_of(nodes: Sequence[Mapping[str, Any]], workers: int | None, threads: int | None) -> tuple[int, int, int]:
-    """How `ray.nodes()` are divided: the number of workers, and the threads and GPUs of each.
+    """Number of workers, and threads and GPUs of each: `workers`, or one for each GPU of the `nodes`, or for each node if they have none.
 
-    `workers`, or one for each GPU, or for each machine if there is none. Each has `threads` of one machine, or as many as leave room for
-    all. Raises UsageError if they do not fit.
+    Each has `threads` of one machine, or as many as leave room for all. Raises UsageError if they do not fit.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]  # a head may give none
     free = [int(resources.get("CPU", 0)) for resources in alive]

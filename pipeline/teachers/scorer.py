@@ -1,8 +1,7 @@
 """Scores of (context, example) pairs through the store: what is there is read, what is missing is scored, nothing is scored twice.
 
 The teacher's stage asks here, and so do baselines and the evaluation of students, these without a store. The model is loaded only if a row
-is missing. Contexts are taken one after the other, so that memory has one context's prompts: they are tokenised once to look at the whole
-request and once more to be scored.
+is missing. Contexts are taken one after the other, so that memory has one context's prompts; a request is looked at whole before that.
 """
 
 import time
@@ -59,17 +58,12 @@ class LocalBackend:
         self._longest = 0
 
     def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:
-        """Be ready for work like `probe`, and report the engine: name, reason, token_budget, device.
-
-        The model is loaded at the first call. Its engine is chosen again if prompts are longer than any before.
-        """
+        """Be ready for work like `probe`: the engine's name, reason, token_budget, device. Longer prompts may get another engine."""
         longest = max(len(prompt.ids) + len(prompt.answer or ()) for prompt in probe)
         if self._engine is None or longest > self._longest:
-            if self._engine is None:
-                model = load_model(self._folder, DTYPES[self._dtype], default_device())
-            else:
-                model = self._engine.model
+            if self._engine is not None:
                 self._engine.close()
+            model = self._engine.model if self._engine else load_model(self._folder, DTYPES[self._dtype], default_device())
             self._engine, self._longest = open_engine(model, self._tokens, self._cache, probe), longest
             completion = self._tokens.task.params.completion
             if completion is not None and completion.source == "generated":
