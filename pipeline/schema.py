@@ -18,8 +18,7 @@ from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing, sha256_ids, sha256_json
 
 SCHEMA_VERSION = 3
-SLICE = "slice."
-"""Begins the name of a slice's column. No field's name does, since a field is an identifier."""
+SLICE = "slice."  # begins the name of a slice's column. No field's name does, since a field is an identifier.
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,10 @@ class Example:
 
     fields: Mapping[str, str]
     label: str | None = None
-    completion: str | None = None
-    """Its answer in free text, if the source has one."""
+    completion: str | None = None  # its answer in free text, if the source has one
     source: str = ""
-    line: int = 0
-    """1-based line (row, for Parquet) in the source file."""
-    slices: Mapping[str, str | None] = field(default_factory=dict)
-    """Slice → value, None if the row does not say."""
+    line: int = 0  # 1-based line (row, for Parquet) in the source file
+    slices: Mapping[str, str | None] = field(default_factory=dict)  # slice → value, None if the row does not say
 
     @cached_property
     def example_id(self) -> str:
@@ -162,8 +158,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise CorruptError(f"{path}: not readable as Parquet: {error}. Run the stage that writes it again.") from error
 
 
-ORIGIN = ("label", "completion", "source", "line")
-"""What an example has beside its fields, in the order of its attributes."""
+ORIGIN = ("label", "completion", "source", "line")  # what an example has beside its fields, in the order of its attributes
 
 
 def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Path, slices: Sequence[str] = ()) -> None:

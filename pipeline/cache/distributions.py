@@ -20,10 +20,8 @@ Tail = Literal["none", "bucket", "drawn", "cut"]
 """What represents the entries that are not kept. `none`: all are kept; `bucket`: their total mass; `drawn`: entries drawn from them, each
 with a part of their mass; `cut`: nothing, and the kept entries are scaled up to sum to 1."""
 TAILS: dict[str, Tail] = {"top_k": "cut", "top_k_tail": "bucket", "sampled": "drawn", "hybrid": "drawn", "full": "none"}
-LEAST_RETAINED = 0.5
-"""Least mean mass on kept and drawn entries at a student's temperature."""
-NEGLIGIBLE_MASS = 1e-4
-"""Most mass that a teacher may give to token ids that a student's vocabulary lacks: padding."""
+LEAST_RETAINED = 0.5  # least mean mass on kept and drawn entries at a student's temperature
+NEGLIGIBLE_MASS = 1e-4  # most mass that a teacher may give to token ids that a student's vocabulary lacks: padding
 
 
 @dataclass(frozen=True)

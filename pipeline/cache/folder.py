@@ -25,8 +25,7 @@ from pipeline.files import MANIFEST, difference, one_writer, read_manifest, sha2
 from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
 from pipeline.task import Task
 
-SHARD_LEVEL = 19
-"""zstd level of shards, which are written once and carried about; it saves a tenth over level 3."""
+SHARD_LEVEL = 19  # zstd level of shards, which are written once and carried about; it saves a tenth over level 3
 MOST_ROWS = 2048
 """Rows of each shard but the last. A shard is decoded as a whole: with every entry of a vocabulary of 50,000 it has 400 MB."""
 CACHES = "caches.json"

@@ -26,12 +26,9 @@ from pipeline.errors import CorruptError, ShotlessError
 from pipeline.files import one_writer, read_json, replacing, sha256_json, write_json
 from pipeline.schema import STORED, read_table
 
-ABOUT = b"shotless"
-"""Key of a part's Parquet metadata: JSON with the `seconds` that scoring it took and the `engine` that did it."""
-PART_LEVEL = 3
-"""zstd level of parts, which are written while the teacher waits."""
-SPLIT = (pa.int32(), pa.float32())
-"""Numbers stored as split byte streams. DuckDB cannot read half floats stored that way."""
+ABOUT = b"shotless"  # key of a part's Parquet metadata: JSON with the `seconds` that scoring it took and the `engine` that did it
+PART_LEVEL = 3  # zstd level of parts, which are written while the teacher waits
+SPLIT = (pa.int32(), pa.float32())  # numbers stored as split byte streams. DuckDB cannot read half floats stored that way.
 
 
 class Store:

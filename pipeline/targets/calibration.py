@@ -19,8 +19,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from pipeline.params import Calibration
 
-FLOOR = 1e-3
-"""Least value of a label under `batch` calibration, before normalising."""
+FLOOR = 1e-3  # least value of a label under `batch` calibration, before normalising
 
 
 def normalised(label_logprobs: np.ndarray) -> np.ndarray:

@@ -22,8 +22,7 @@ from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
 FIDELITY_CONTEXTS = 4
-FIDELITY_ROWS = 8
-"""Examples of each of these contexts that are scored once more."""
+FIDELITY_ROWS = 8  # examples of each of these contexts that are scored once more
 DIGITS = 6
 
 

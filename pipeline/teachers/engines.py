@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.cache.encodings import DRAWN, Encoded, encode
+from pipeline.cache.encodings import DRAWN, Encoded, concatenate, encode
 from pipeline.models.forward import in_float32, packed_if_exact, packed_logits, plain_logits
 from pipeline.models.machine import memory_bytes
 from pipeline.models.packed import Completions, LayerKeyValues, PackedModel, Row, rows_of
@@ -37,18 +37,18 @@ class Scores:
     encoded: Encoded  # of all positions, one prompt's after the other's
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self], order: Tensor) -> Self:
+    def join(cls, parts: Sequence[Self], order: Tensor) -> Self:
         """The rows of several scores, in `order` [N]."""
         positions = torch.cat([part.positions for part in parts])
         spans = torch.arange(int(positions.sum())).split(positions.tolist())
         places = torch.cat([spans[row] for row in order])
         logprobs = torch.cat([part.completion_logprobs for part in parts])
-        encoded = Encoded.concatenate([part.encoded for part in parts])
+        encoded = concatenate([part.encoded for part in parts])
         return cls(
             label_logprobs=torch.cat([part.label_logprobs for part in parts])[order],
             positions=positions[order],
             completion_logprobs=logprobs[places] if len(logprobs) else logprobs,
-            encoded=encoded.take(places.to(encoded.log_z.device)),
+            encoded={name: values[places.to(values.device)] for name, values in encoded.items()},
         )
 
 
@@ -67,7 +67,7 @@ def read_scores(logits: Tensor, labels: Completions, cache: CacheParams, prompts
     return Scores(
         label_logprobs=logits.new_zeros(len(answers), 0),
         positions=torch.tensor([len(answer) for answer in answers]),
-        completion_logprobs=logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - encoded.log_z,
+        completion_logprobs=logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - encoded["log_z"],
         encoded=encoded,
     )
 
@@ -98,12 +98,10 @@ def _label_scores(logits: Tensor, labels: Completions, cache: CacheParams, unifo
     )
 
 
-WORTH_SHARING = 8
-"""Tokens from which a prefix is shared: attending to one costs every layer a few passes over memory."""
+WORTH_SHARING = 8  # tokens from which a prefix is shared: attending to one costs every layer a few passes over memory
 LARGEST_BUDGET, LARGEST_GPU_BUDGET = 1024, 4096
 """Tokens a pass: enough for products to run at full rate. With more, results leave a CPU's caches (measured on SmolLM2-135M)."""
-ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30
-"""Bytes that a pass may take for what it computes, at most."""
+ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30  # bytes that a pass may take for what it computes, at most
 
 
 class Engine:
@@ -137,13 +135,13 @@ class Engine:
             logits, hidden = self._logits([rows[number] for number in batch], start)
             parts.append(read_scores(logits, self._labels, self._cache, [prompts[number] for number in batch], hidden))
         order = torch.tensor([number for batch in batches for number in batch])
-        return Scores.concatenate(parts, order.argsort())
+        return Scores.join(parts, order.argsort())
 
     def distributions(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Tensor:
         """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32."""
         cache, self._cache = self._cache, CacheParams(encoding="full", resolution_nats=None)
         try:
-            return self.score(prompts, shared).encoded.full_logprobs.cpu()
+            return self.score(prompts, shared).encoded["full_logprobs"].cpu()
         finally:
             self._cache = cache
 
@@ -206,7 +204,7 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
 def largest_difference(one: Scores, other: Scores) -> float:
     """Largest absolute difference of the log-probabilities of labels, answers and most probable tokens, and of log Z, in nats."""
     pairs = [(one.label_logprobs, other.label_logprobs), (one.completion_logprobs, other.completion_logprobs)]
-    pairs += [(getattr(one.encoded, name), getattr(other.encoded, name)) for name in ("topk_logprobs", "log_z")]
+    pairs += [(one.encoded[name], other.encoded[name]) for name in ("topk_logprobs", "log_z")]
     return max(float((a - b).abs().max()) for a, b in pairs if a.numel())
 
 

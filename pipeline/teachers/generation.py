@@ -21,8 +21,7 @@ from pipeline.params import CompletionParams
 from pipeline.schema import Prompt
 
 LARGEST_BATCH = 32
-CACHE_BYTES = 512 << 20
-"""Keys and values of all rows of a batch, with their copies of the prefix."""
+CACHE_BYTES = 512 << 20  # keys and values of all rows of a batch, with their copies of the prefix
 
 
 class Generator:
@@ -35,8 +34,7 @@ class Generator:
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
         self.end_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self.shares_prefix: bool | None = None
-        """Whether a prefix's keys and values serve the prompts behind it; None before the first one."""
+        self.shares_prefix: bool | None = None  # whether a prefix's keys and values serve the prompts behind it; None before the first one
         self._held: tuple[tuple[int, ...], DynamicCache] | None = None
 
     @torch.inference_mode()

@@ -21,14 +21,10 @@ from pipeline.models.machine import cores
 from pipeline.schema import Prompt
 from pipeline.teachers.scorer import Job, LocalBackend, Scorer
 
-IN_FLIGHT = 2
-"""Jobs that a worker has been sent: the next one is there when one ends."""
-ATTEMPTS = 3
-"""Workers that may die with a job in hand before the job is taken to be the reason."""
-START_SECONDS = 3600.0
-"""In which one worker has to be ready: a large model takes minutes to load, and machines may have to be started."""
-LOCAL_STORE_BYTES = 256 << 20
-"""Ray's shared memory for results on their way, if Ray is started here."""
+IN_FLIGHT = 2  # jobs that a worker has been sent: the next one is there when one ends
+ATTEMPTS = 3  # workers that may die with a job in hand before the job is taken to be the reason
+START_SECONDS = 3600.0  # in which one worker has to be ready: a large model takes minutes to load, and machines may have to be started
+LOCAL_STORE_BYTES = 256 << 20  # Ray's shared memory for results on their way, if Ray is started here
 ALIKE = ("name", "token_budget", "device", "threads")
 """What all workers must agree in, since results depend on it; the identity has the libraries' versions."""
 

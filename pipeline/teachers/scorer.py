@@ -32,10 +32,8 @@ from pipeline.teachers.generation import Generator
 if TYPE_CHECKING:
     from pipeline.teachers.ray import RayBackend
 
-ENGINE_VERSION = 3
-"""Raised when the engines' numbers change by more than rounding: old rows are then scored again."""
-ROWS_PER_PART = 256
-"""Rows between two writes: what a kill costs at most."""
+ENGINE_VERSION = 3  # raised when the engines' numbers change by more than rounding: old rows are then scored again
+ROWS_PER_PART = 256  # rows between two writes: what a kill costs at most
 PROBE_ROWS = 3
 
 
@@ -44,8 +42,7 @@ class Job:
     """Prompts of one context that are scored together."""
 
     prompts: list[Prompt]
-    shared: tuple[int, ...]
-    """What all of the context's prompts begin with."""
+    shared: tuple[int, ...]  # what all of the context's prompts begin with
 
 
 class LocalBackend:
@@ -103,8 +100,7 @@ class _Asked:
 
     context: Context
     keys: list[str]
-    probe: list[Prompt]
-    """A few of its prompts, the longest one last."""
+    probe: list[Prompt]  # a few of its prompts, the longest one last
 
 
 class Scorer:
@@ -135,8 +131,7 @@ class Scorer:
         self.store = None if work is None else Store(work, self.identity)
         self.engine_report: dict[str, Any] | None = None
         """The engine of this process' last work: name, reason, token_budget, device; None if nothing had to be scored."""
-        self.keys: list[str] = []
-        """The `prompt_sha` of each row of the last request, contexts outermost."""
+        self.keys: list[str] = []  # the `prompt_sha` of each row of the last request, contexts outermost
         self.backend: LocalBackend | RayBackend
         if on_ray:
             from pipeline.teachers import ray
