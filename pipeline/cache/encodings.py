@@ -26,8 +26,6 @@ from pipeline.schema import STORED
 
 ENTRIES_AT_ONCE = 2**23  # logits that are worked on together; a few arrays of this size are in memory
 DRAWN = frozenset({"sampled", "hybrid"})  # encodings with entries drawn at random
-
-
 Encoded = dict[str, Tensor]
 """The columns of P positions by name, see `_encode`; a width is 0 if the encoding has no such part. Natural logarithms."""
 

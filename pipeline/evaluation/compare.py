@@ -193,7 +193,9 @@ def _seconds(kind: str, name: str, metrics: Path, missing: list[str]) -> float |
     found = _read(file, f"`dvc repro -f -s {stage}@{name}` writes it", missing)
     if found is None:
         return None
-    if found.get("resumed_at_step"):
+    if untimed := found.get("rows", 0) - found.get("rows_timed", 0):
+        missing.append(f"{file}: the times of {untimed} of {found['rows']} rows are not known")
+    elif found.get("resumed_at_step"):
         missing.append(f"{file}: only the rest of a resumed training was timed")
     else:
         return found["seconds"]

@@ -74,7 +74,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
         sizes = {"positions": positions, "bytes_per_row": size / len(keys), "bytes_per_position": size / positions}
         fidelity = {"rows": len(keys), **_rounded(sizes), **_fidelity(scorer, store, contexts, examples)}
         write_json(fidelity, folders.metrics / "fidelity" / f"{name}.json")
-        runtime = {"seconds": round(store.seconds(keys), 3), "rows": len(keys), "prompt_tokens": tokens}
+        runtime = {"seconds": round(store.seconds(keys), 3), "rows": len(keys), "rows_timed": len(keys), "prompt_tokens": tokens}
         write_json(runtime, folders.metrics / "runtime" / f"teacher-{name}.json")
 
 

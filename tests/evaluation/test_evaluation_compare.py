@@ -190,9 +190,9 @@ def test_with_many_methods_each_is_compared_with_the_reference_alone(params, tmp
 
 def write_times(metrics, **changes):
     files = {
-        "runtime/teacher-few_shot": {"seconds": 50.0, "rows": 10, "prompt_tokens": 1},
-        "runtime/teacher-zero_shot": {"seconds": 10.0, "rows": 10, "prompt_tokens": 1},
-        "runtime/teacher-tuned": {"seconds": 6.0, "rows": 10, "prompt_tokens": 1},
+        "runtime/teacher-few_shot": {"seconds": 50.0, "rows": 10, "rows_timed": 10, "prompt_tokens": 1},
+        "runtime/teacher-zero_shot": {"seconds": 10.0, "rows": 10, "rows_timed": 10, "prompt_tokens": 1},
+        "runtime/teacher-tuned": {"seconds": 6.0, "rows": 10, "rows_timed": 10, "prompt_tokens": 1},
         "runtime/tuned-tuned": {"seconds": 4.0, "resumed_at_step": 0},
         "runtime/student-cd": {"seconds": 30.0, "resumed_at_step": 0},
         "runtime/student-pbft": {"seconds": 5.0, "resumed_at_step": 0},
@@ -234,6 +234,10 @@ def test_a_student_of_labels_pays_for_no_teacher_and_a_slower_one_never_pays(par
     ("changes", "reason"),
     [
         ({"runtime/teacher-few_shot": None}, "teacher-few_shot.json: no such file"),
+        (
+            {"runtime/teacher-zero_shot": {"seconds": 1.0, "rows": 10, "rows_timed": 7}},
+            "teacher-zero_shot.json: the times of 3 of 10 rows are not known",
+        ),
         ({"runtime/student-cd": {"seconds": 1.0, "resumed_at_step": 12}}, "only the rest of a resumed training was timed"),
         ({"cost/teacher": None}, "teacher.json: no such file"),
         ({"eval/cd": {"subject": "another"}}, "cd.json: measured on another model"),

@@ -165,7 +165,7 @@ def _write_rest(params: Params, folders: Folders) -> None:
     for teacher in params.teachers:
         kept = {"rows": 4800, "bytes_per_row": 241.5, "retained_mass": 0.991, "kl_to_live_nats": 0.0012, "scored_again": 32}
         write_json(kept, metrics / "fidelity" / f"{teacher}.json")
-        write_json({"seconds": 70.1, "prompt_tokens": 7010, "rows": 8}, metrics / "runtime" / f"teacher-{teacher}.json")
+        write_json({"seconds": 70.1, "prompt_tokens": 7010, "rows": 8, "rows_timed": 8}, metrics / "runtime" / f"teacher-{teacher}.json")
     never = {"saved_seconds": -0.016, "predictions": None}
     spent = {"capture_seconds": {"few_shot": 70.1}, "training_seconds": 265.7, "missing": ["metrics/cost/x.json: no such file"]}
     spent |= {"one_by_one": {"saved_seconds": 1.734, "predictions": 1987}, "batched": never}
