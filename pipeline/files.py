@@ -122,20 +122,14 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             faults.append(f"{path}: missing")
-        elif fault := difference(entry, sha256_file(path), path.stat().st_size):
-            faults.append(f"{path}: {fault}")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            faults.append(f"{path}: {size:,} bytes, its manifest says {entry['bytes']:,}")
+        elif (found := sha256_file(path)) != entry["sha256"]:
+            faults.append(f"{path}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…")
     if faults:
         remedy = f"{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole."
         raise CorruptError("\n".join([*faults, remedy]))
     return manifest
-
-
-def difference(entry: Mapping[str, Any], sha256: str, size: int) -> str | None:
-    """How a file of this hash and size in bytes differs from its entry in a manifest; None if it does not."""
-    if sha256 == entry["sha256"]:
-        return None
-    sizes = "" if size == entry["bytes"] else f", {size:,} bytes instead of {entry['bytes']:,}"
-    return f"sha256 {sha256[:12]}…, its manifest says {entry['sha256'][:12]}…{sizes}"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pyarrow.fs import FileSystem
 
 from pipeline.cache.store import Store, write_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
-from pipeline.files import MANIFEST, difference, one_writer, read_manifest, sha256_file, write_manifest
+from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_file, write_manifest
 from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
 from pipeline.task import Task
 
@@ -105,9 +105,10 @@ def cache_manifest(folder: Path | str) -> dict[str, Any]:
 
 def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard, or some of their columns. Raises CorruptError if its hash is not that of the manifest."""
-    schema, data = _schema(columns), _read(folder, name)
-    if fault := difference(manifest["files"][name], hashlib.sha256(data).hexdigest(), len(data)):
-        raise CorruptError(f"{folder}/{name}: {fault}. {AGAIN}")
+    entry, schema, data = manifest["files"][name], _schema(columns), _read(folder, name)
+    if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
+        size = "" if len(data) == entry["bytes"] else f", {len(data):,} bytes instead of {entry['bytes']:,}"
+        raise CorruptError(f"{folder}/{name}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…{size}. {AGAIN}")
     return pq.ParquetFile(pa.BufferReader(data)).read(schema.names).cast(schema)
 
 
