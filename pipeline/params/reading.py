@@ -169,7 +169,6 @@ def _without(raw: Any, places: Sequence[tuple[str, ...]]) -> Any:
 
 
 def _explain(path: Path, fault: Any) -> list[str]:
-    """Lines for one fault."""
     where, kind = ".".join(_walk(fault["loc"])[0]), fault["type"]
     if kind == "extra_forbidden":
         _, parent = _walk(fault["loc"][:-1])

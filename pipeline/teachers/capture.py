@@ -5,12 +5,14 @@ measured on a few rows that are scored once more, whole (`cache.fidelity`). The 
 behind no context: what a student starts from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
-from pipeline.cache.distributions import decode
-from pipeline.cache.fidelity import Fidelity
+from torch import Tensor
+
+from pipeline.cache.distributions import Distributions, decode
+from pipeline.cache.fidelity import fidelity
 from pipeline.cache.folder import described_task, write_cache
 from pipeline.cache.store import Store
 from pipeline.errors import CorruptError, UsageError
@@ -72,8 +74,8 @@ def capture(name: str, params: Params, folders: Folders) -> None:
         size = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
         positions, tokens = sum(map(len, rows["tail_mass"])), sum(rows["prompt_tokens"].to_pylist())
         sizes = {"positions": positions, "bytes_per_row": size / len(keys), "bytes_per_position": size / positions}
-        fidelity = {"rows": len(keys), **_rounded(sizes), **_fidelity(scorer, store, contexts, examples)}
-        write_json(fidelity, folders.metrics / "fidelity" / f"{name}.json")
+        measured = {"rows": len(keys), **_rounded(sizes), **_fidelity(scorer, store, contexts, examples)}
+        write_json(measured, folders.metrics / "fidelity" / f"{name}.json")
         runtime = {"seconds": round(store.seconds(keys), 3), "rows": len(keys), "rows_timed": len(keys), "prompt_tokens": tokens}
         write_json(runtime, folders.metrics / "runtime" / f"teacher-{name}.json")
 
@@ -110,14 +112,17 @@ def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], example
     numbers = order[:: max(1, len(examples) // FIDELITY_ROWS)][:FIDELITY_ROWS]
     chosen = [examples[number] for number in numbers]
     has_context = any(context.context_id != NO_CONTEXT.context_id for context in contexts)
-    measured = Fidelity(scorer.cache.resolution_nats)
-    for place, context in enumerate(contexts[:FIDELITY_CONTEXTS]):
-        rows = store.read([keys[place * len(examples) + number] for number in numbers])
-        answers = rows["completion_ids"].to_pylist() if scorer.tokens.task.params.completion is not None else None
-        live = scorer.distributions(context, chosen, answers)
-        students = scorer.distributions(NO_CONTEXT, chosen, answers) if has_context else repeat(None)
-        for number, (distribution, student) in enumerate(zip(live, students, strict=False)):
-            measured.add(distribution, decode(rows.slice(number, 1), scorer.cache), student)
-    figures = {name: value for name, value in measured.figures().items() if name != "positions"}
+
+    def pieces() -> Iterator[tuple[Tensor, Distributions, Tensor | None]]:
+        for place, context in enumerate(contexts[:FIDELITY_CONTEXTS]):
+            rows = store.read([keys[place * len(examples) + number] for number in numbers])
+            answers = rows["completion_ids"].to_pylist() if scorer.tokens.task.params.completion is not None else None
+            live = scorer.distributions(context, chosen, answers)
+            students = scorer.distributions(NO_CONTEXT, chosen, answers) if has_context else repeat(None)
+            for number, (distribution, student) in enumerate(zip(live, students, strict=False)):
+                yield distribution, decode(rows.slice(number, 1), scorer.cache), student
+
+    figures = fidelity(pieces(), scorer.cache.resolution_nats)
+    del figures["positions"]
     write_json({"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **_rounded(figures)}, kept)
     return read_json(kept)

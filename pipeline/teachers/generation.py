@@ -118,8 +118,6 @@ class Generator:
 
 
 class _Ended(StoppingCriteria):
-    """Rows whose answer has ended."""
-
     def __init__(self, generator: Generator, start: int) -> None:
         self.generator, self.start = generator, start
 

@@ -63,7 +63,6 @@ class RayBackend:
     """A pool of workers, each busy with its own jobs: `count` of them, or one for each GPU, or for each machine if there is none."""
 
     def __init__(self, settings: dict[str, Any], identity: Mapping[str, Any], count: int | None, threads: int | None) -> None:
-        """`settings` and `identity` are those of `ScoringWorker`."""
         self._settings, self._identity, self._count, self._threads = settings, identity, count, threads
         self._ray: Any = None
         self._waiting: dict[Any, tuple[Any, Job | None]] = {}  # reference to a call → worker, job; None: its first report

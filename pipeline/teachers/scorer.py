@@ -85,7 +85,6 @@ class LocalBackend:
         """Nothing was started."""
 
     def _rows(self, job: Job) -> pa.Table:
-        """Answers in free text are written first, unless they are there."""
         assert self._engine is not None
         asked = job.prompts
         if self._generator is not None:
@@ -96,8 +95,6 @@ class LocalBackend:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One context of a request."""
-
     context: Context
     keys: list[str]
     probe: list[Prompt]  # a few of its prompts, the longest one last
@@ -173,7 +170,8 @@ class Scorer:
             scored = pa.concat_tables([STORED.empty_table(), *(rows for rows, _ in self._score(asked, examples, keys, title))])
             place = {key: number for number, key in enumerate(scored["prompt_sha"].to_pylist())}
             read = lambda keys: scored.take([place[key] for key in keys])  # noqa: E731
-        return (_with_keys(own.context, examples, read(own.keys)) for own in asked)
+        ids = pa.array([example.example_id for example in examples], pa.string())
+        return (pa.table([pa.repeat(own.context.context_id, len(ids)), ids, *read(own.keys).columns], schema=SCORES) for own in asked)
 
     def distributions(
         self, context: Context, examples: Sequence[Example], answers: Sequence[Sequence[int]] | None = None
@@ -212,7 +210,6 @@ class Scorer:
     def _score(
         self, asked: Sequence[_Asked], examples: Sequence[Example], keys: Sequence[str], title: str
     ) -> Iterator[tuple[pa.Table, float]]:
-        """Score the prompts with these keys, each once, and report progress."""
         missing, count = set(keys), sum(len(own.keys) for own in asked)
         if not missing:
             return
@@ -293,9 +290,3 @@ def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scor
     columns |= columns_of(scores.encoded, scores.positions.numpy())
     arrays = {name: value if isinstance(value, pa.Array) else pa.array(value, STORED.field(name).type) for name, value in columns.items()}
     return pa.table([arrays[name] for name in STORED.names], schema=STORED)
-
-
-def _with_keys(context: Context, examples: Sequence[Example], rows: pa.Table) -> pa.Table:
-    """Stored rows with the keys of `schema.SCORES` in front."""
-    own = [context.context_id] * len(rows), [example.example_id for example in examples]
-    return pa.table([*(pa.array(key, pa.string()) for key in own), *rows.columns], schema=SCORES)
