@@ -158,7 +158,7 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise CorruptError(f"{path}: not readable as Parquet: {error}. Run the stage that writes it again.") from error
 
 
-ORIGIN = ("label", "completion", "source", "line")  # what an example has beside its fields, in the order of its attributes
+ORIGIN = ("label", "completion", "source", "line")  # what an example has beside its fields and slices
 
 
 def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Path, slices: Sequence[str] = ()) -> None:
@@ -172,7 +172,11 @@ def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Pat
 def read_examples(path: Path, fields: Sequence[str], slices: Sequence[str] = ()) -> list[Example]:
     """Examples of a file that `write_examples` wrote."""
     return [
-        Example({name: row[name] for name in fields}, *(row[name] for name in ORIGIN), {name: row[SLICE + name] for name in slices})
+        Example(
+            {name: row[name] for name in fields},
+            slices={name: row[SLICE + name] for name in slices},
+            **{name: row[name] for name in ORIGIN},
+        )
         for row in read_table(path, examples_schema(fields, slices)).to_pylist()
     ]
 
