@@ -28,7 +28,7 @@ from benchmarks.cache_positions import Positions, real_positions
 from benchmarks.machine import about
 from pipeline.cache.distributions import decode
 from pipeline.cache.encodings import columns_of, encode
-from pipeline.cache.fidelity import Fidelity
+from pipeline.cache.fidelity import fidelity
 from pipeline.cache.folder import SHARD_LEVEL
 from pipeline.cache.store import write_rows
 from pipeline.files import sha256_json, write_json
@@ -91,9 +91,7 @@ def _measure(real: Positions, params: CacheParams) -> dict[str, Any]:
         sizes = _column_bytes(file)
         of_keys = file.stat().st_size - sum(size for name, size in sizes.items() if name not in KEYS)
         cached = decode(pq.read_table(file), params)
-    measured = Fidelity(params.resolution_nats)
-    measured.add(real.teacher.log_softmax(-1), cached, real.student)
-    figures = measured.figures()
+    figures = fidelity([(real.teacher.log_softmax(-1), cached, real.student)], params.resolution_nats)
     kept, drawn = (cached.log_probabilities > -torch.inf).sum(-1), (cached.sampled_weights > 0).sum(-1)
     return {
         "bytes_per_position": sum(size for name, size in sizes.items() if name not in KEYS) / count,

@@ -18,7 +18,7 @@ from pipeline.models.machine import DTYPES, default_device, memory_bytes, peak_r
 from pipeline.models.packed import PackedModel
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
-from pipeline.teachers.engines import Engine, Reading, SharedPrefixEngine, token_budget
+from pipeline.teachers.engines import Engine, token_budget
 
 BATCH = 8
 TOP_K = 32
@@ -54,10 +54,8 @@ def answering(name: str, model: PreTrainedModel, completions: Any) -> Callable[[
     if name in {"plain", "plain_batched"}:
         return partial({"plain": plain, "plain_batched": plain_batched}[name], model)
     budget = token_budget(model, memory_bytes(default_device()))
-    reading = Reading(completions, CacheParams(top_k=TOP_K))
-    engine = Engine(model, reading, budget)
-    if name == "shared_prefix":
-        engine = SharedPrefixEngine(PackedModel(model), reading, budget)
+    packed = PackedModel(model) if name == "shared_prefix" else None
+    engine = Engine(model, packed, completions, CacheParams(top_k=TOP_K), budget)
 
     def answer(prompts: Prompts) -> Tensor:
         whole = [Prompt((*prompts["context_ids"], *query)) for query in prompts["query_ids"]]

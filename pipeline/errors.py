@@ -6,7 +6,6 @@ A message says what is wrong, the value found, the place and the next step, for 
 
 import errno
 import io
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -59,7 +58,6 @@ def ending_with_a_message() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes
             stream.reconfigure(errors="backslashreplace")
     try:
-        _check_locale()
         yield
     except ShotlessError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,13 +68,3 @@ def ending_with_a_message() -> Iterator[None]:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"error: {where}{NEXT_STEPS[error.errno]}", file=sys.stderr)
         sys.exit(ShotlessError.exit_code)
-
-
-def _check_locale() -> None:
-    """Raise UsageError if this Python cannot pass the working folder's name, or an argument, to libraries that want UTF-8."""
-    if sys.getfilesystemencoding().lower() in {"utf-8", "utf8"}:
-        return
-    for text in (os.getcwd(), *sys.argv[1:]):  # noqa: PTH109  Path.cwd gives the same text
-        if not text.isascii():
-            encoding = sys.getfilesystemencoding()
-            raise UsageError(f"{text!r} is not ASCII, and this Python reads file names as {encoding}. Set PYTHONUTF8=1 or LC_ALL=C.UTF-8.")

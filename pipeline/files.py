@@ -1,7 +1,7 @@
 """Files that are whole or absent, their hashes, and the manifest of a folder that travels.
 
-A file is written beside its place, synced to disk and renamed, so a reader sees the old file or the new one. Everything is hashed with
-sha256 over canonical bytes, never with Python's `hash()`, so a key means the same in every process and on every machine.
+A file is written beside its place, synced to disk and renamed, so a reader sees the old file or the new one. Hashes are sha256 over
+canonical bytes: a key means the same in every process and on every machine.
 
 A folder that travels (a score cache, a student) has a `manifest.json` with the sha256 of each file. It is written last: its presence means
 that the folder is complete. DVC checks everything else.
@@ -10,7 +10,7 @@ that the folder is complete. DVC checks everything else.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +38,9 @@ class Folders:
         return cls(project / "artifacts", project / "metrics", Path(os.environ.get("SHOTLESS_WORK", project / ".work")))
 
 
-def sha256_bytes(data: bytes | memoryview) -> str:
-    """Hex sha256 of `data`."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def sha256_text(text: str) -> str:
     """Hex sha256 of `text` in UTF-8."""
-    return sha256_bytes(text.encode())
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
@@ -62,7 +57,7 @@ def sha256_json(value: Any) -> str:
 def sha256_ids(*parts: Iterable[int]) -> str:
     """Hex sha256 of one or several lists of token ids, as little-endian 32-bit integers with 0xFFFFFFFF between lists."""
     lists = (b"".join(i.to_bytes(4, "little") for i in ids) for ids in parts)
-    return sha256_bytes(b"\xff\xff\xff\xff".join(lists))
+    return hashlib.sha256(b"\xff\xff\xff\xff".join(lists)).hexdigest()
 
 
 @contextmanager
@@ -98,12 +93,9 @@ def read_json(path: Path) -> Any:
         raise CorruptError(f"{path}: not JSON ({error}). Run the stage that writes it again.") from None
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any], names: Sequence[str] | None = None) -> None:
-    """Write `folder/manifest.json`: the entries of `about`, then `files` with sha256 and bytes of each file.
-
-    `names` are the files to list; by default every file below the folder. `about` must not have the key `files`.
-    """
-    paths = [folder / name for name in names] if names is not None else [path for path in folder.rglob("*") if path.is_file()]
+def write_manifest(folder: Path, about: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """Write `folder/manifest.json`: the entries of `about`, then `files` with sha256 and bytes of each file: of `names`, or of all."""
+    paths = (path for path in folder.rglob("*") if path.is_file()) if names is None else (folder / name for name in names)
     listed = {
         path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         for path in sorted(paths)

@@ -1,7 +1,4 @@
-"""Progress for work of more than a few seconds: a live bar on a terminal, plain lines elsewhere (CI, files).
-
-Both show what is done, the rate, and an estimate of the time left.
-"""
+"""Progress for work of more than a few seconds: a live bar on a terminal, plain lines elsewhere, with the rate and the time left."""
 
 import sys
 import time

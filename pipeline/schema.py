@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,7 @@ from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing, sha256_ids, sha256_json
 
 SCHEMA_VERSION = 3
-SLICE = "slice."
-"""Begins the name of a slice's column. No field's name does, since a field is an identifier."""
+SLICE = "slice."  # begins the name of a slice's column. No field's name does, since a field is an identifier.
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,10 @@ class Example:
 
     fields: Mapping[str, str]
     label: str | None = None
-    completion: str | None = None
-    """Its answer in free text, if the source has one."""
+    completion: str | None = None  # its answer in free text, if the source has one
     source: str = ""
-    line: int = 0
-    """1-based line (row, for Parquet) in the source file."""
-    slices: Mapping[str, str | None] = field(default_factory=dict)
-    """Slice → value, None if the row does not say."""
+    line: int = 0  # 1-based line (row, for Parquet) in the source file
+    slices: Mapping[str, str | None] = field(default_factory=dict)  # slice → value, None if the row does not say
 
     @cached_property
     def example_id(self) -> str:
@@ -72,88 +68,72 @@ class Prompt:
         return sha256_ids(self.ids) if self.answer is None else sha256_ids(self.ids, self.answer)
 
 
+FLOATS, LISTS = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32()))
+IDS, ID_LISTS = pa.list_(pa.int32()), pa.list_(pa.list_(pa.int32()))
+
+
+def _schema(nullable: Collection[str] = (), /, **columns: pa.DataType) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in columns.items()])
+
+
 def examples_schema(fields: Sequence[str], slices: Sequence[str] = ()) -> pa.Schema:
-    """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each."""
-    return pa.schema(
-        [
-            pa.field("example_id", pa.string(), nullable=False),
-            pa.field("label", pa.string()),  # null in the transfer set: gold labels never leave the raw data
-            pa.field("completion", pa.string()),
-            pa.field("source", pa.string(), nullable=False),  # name in data.sources
-            pa.field("line", pa.int64(), nullable=False),
-            *(pa.field(name, pa.string(), nullable=False) for name in fields),
-            *(pa.field(SLICE + name, pa.string()) for name in slices),
-        ]
-    )
+    """Examples: demonstrations, transfer set, evaluation sets. `fields` are the template's input fields, a column each.
+
+    `label` is null in the transfer set: gold labels never leave the raw data. `source` is a name in data.sources.
+    """
+    own, of_slices = ("example_id", "label", "completion", "source"), [SLICE + name for name in slices]
+    columns = {**dict.fromkeys(own, pa.string()), "line": pa.int64(), **dict.fromkeys((*fields, *of_slices), pa.string())}
+    return _schema({"label", "completion", *of_slices}, **columns)
 
 
-CONTEXTS = pa.schema(
-    [
-        pa.field("context_id", pa.string(), nullable=False),
-        pa.field("name", pa.string(), nullable=False),  # "orders/0"
-        pa.field("instruction", pa.string(), nullable=False),
-        pa.field("demonstrations", pa.string(), nullable=False),  # JSON: [[fields, answer], …] in their order
-    ]
+CONTEXTS = _schema(
+    context_id=pa.string(),
+    name=pa.string(),  # "orders/0"
+    instruction=pa.string(),
+    demonstrations=pa.string(),  # JSON: [[fields, answer], …] in their order
 )
 
 # What a model says of a prompt. Logarithms are in nats, over the whole vocabulary. Labels have one answer position, in front of the
 # verbaliser; free text has one for each of its tokens. Columns from `topk_ids` on have a list for each position; the encoding decides which
 # of them hold something (`cache/encodings.py`).
-STORED = pa.schema(
-    [
-        pa.field("prompt_sha", pa.string(), nullable=False),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
-        pa.field("label_logprobs", pa.list_(pa.float32()), nullable=False),  # summed over a verbaliser's tokens; sorted labels
-        pa.field("completion_ids", pa.list_(pa.int32()), nullable=False),  # tokens of free text; empty for labels
-        pa.field("completion_logprobs", pa.list_(pa.float32()), nullable=False),  # of each of them
-        pa.field("topk_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # most probable first
-        pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
-        pa.field("sampled_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # each stands for tail_mass · count / Σ counts
-        pa.field("sampled_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
-        pa.field("sampled_counts", pa.list_(pa.list_(pa.int32())), nullable=False),
-        pa.field("full_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),  # by token id
-        pa.field("log_z", pa.list_(pa.float32()), nullable=False),  # log-sum-exp of the logits
-        pa.field("tail_mass", pa.list_(pa.float32()), nullable=False),  # probability outside the top k; 0 if all is kept
-        pa.field("log_norms", pa.list_(pa.list_(pa.float32())), nullable=False),  # log Σ p^(1/τ) outside the top k, each τ ≠ 1
-        pa.field("entropies", pa.list_(pa.list_(pa.float32())), nullable=False),  # of the whole distribution at each τ
-        pa.field("hidden_states", pa.list_(pa.list_(pa.float16())), nullable=False),  # the kept layers, one after the other
-    ]
+STORED = _schema(
+    prompt_sha=pa.string(),
+    prompt_tokens=pa.int32(),
+    label_logprobs=FLOATS,  # summed over a verbaliser's tokens; sorted labels
+    completion_ids=IDS,  # tokens of free text; empty for labels
+    completion_logprobs=FLOATS,  # of each of them
+    topk_ids=ID_LISTS,  # most probable first
+    topk_logprobs=LISTS,
+    sampled_ids=ID_LISTS,  # each stands for tail_mass · count / Σ counts
+    sampled_logprobs=LISTS,
+    sampled_counts=ID_LISTS,
+    full_logprobs=LISTS,  # by token id
+    log_z=FLOATS,  # log-sum-exp of the logits
+    tail_mass=FLOATS,  # probability outside the top k; 0 if all is kept
+    log_norms=LISTS,  # log Σ p^(1/τ) outside the top k, each τ ≠ 1
+    entropies=LISTS,  # of the whole distribution at each τ
+    hidden_states=pa.list_(pa.list_(pa.float16())),  # the kept layers, one after the other
 )
 """Rows of the store: found by `prompt_sha` alone."""
 
 KEY = ("context_id", "example_id")
-SCORES = pa.schema([*(pa.field(name, pa.string(), nullable=False) for name in KEY), *STORED])
+SCORES = pa.schema([*_schema(**dict.fromkeys(KEY, pa.string())), *STORED])
 """Rows of a score cache: each context × each example, in that order."""
 
-TARGETS = pa.schema(
-    [
-        pa.field("example_id", pa.string(), nullable=False),
-        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the sorted labels
-        pa.field("agreement", pa.float32(), nullable=False),  # share of the contexts' weight whose own answer is the target's
-    ]
+TARGETS = _schema(
+    example_id=pa.string(),
+    probabilities=FLOATS,  # over the sorted labels
+    agreement=pa.float32(),  # share of the contexts' weight whose own answer is the target's
 )
 
-PREDICTIONS = pa.schema(
-    [
-        pa.field("set", pa.string(), nullable=False),  # evaluation set
-        pa.field("run", pa.string(), nullable=False),  # a context's name, "seed N" for a student of several seeds, else ""
-        pa.field("example_id", pa.string(), nullable=False),
-        pa.field("label", pa.string(), nullable=False),  # gold
-        pa.field("predicted", pa.string(), nullable=False),
-        pa.field("probabilities", pa.list_(pa.float32()), nullable=False),  # over the sorted labels
-    ]
-)
-
-ANSWERS = pa.schema(
-    [
-        pa.field("set", pa.string(), nullable=False),
-        pa.field("run", pa.string(), nullable=False),
-        pa.field("example_id", pa.string(), nullable=False),
-        pa.field("label", pa.string()),  # gold, if the set has labels
-        pa.field("answer", pa.string(), nullable=False),  # free text
-        pa.field("tokens", pa.int32(), nullable=False),
-    ]
-)
+ANSWERED = {
+    "set": pa.string(),  # evaluation set
+    "run": pa.string(),  # a context's name, "seed N" for a student of several seeds, else ""
+    "example_id": pa.string(),
+    "label": pa.string(),  # gold
+}
+PREDICTIONS = _schema(**ANSWERED, predicted=pa.string(), probabilities=FLOATS)  # over the sorted labels
+ANSWERS = _schema({"label"}, **ANSWERED, answer=pa.string(), tokens=pa.int32())  # free text; a set may have no labels
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -163,10 +143,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read the columns of `schema` from a Parquet file.
-
-    Raises UsageError if there is no such file, CorruptError if it is damaged or a column is missing or of another type.
-    """
+    """Read the columns of `schema`. Raises UsageError if there is no file, CorruptError if it is damaged or lacks a column of that type."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file. `dvc repro` runs the stage that writes it.")
     try:
@@ -181,10 +158,12 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise CorruptError(f"{path}: not readable as Parquet: {error}. Run the stage that writes it again.") from error
 
 
+ORIGIN = ("label", "completion", "source", "line")  # what an example has beside its fields and slices
+
+
 def write_examples(examples: Sequence[Example], fields: Sequence[str], path: Path, slices: Sequence[str] = ()) -> None:
     """Write examples as a Parquet file of `examples_schema(fields, slices)`."""
-    own = ("example_id", "label", "completion", "source", "line")
-    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in examples] for name in own}
+    columns: dict[str, list[Any]] = {name: [getattr(e, name) for e in examples] for name in ("example_id", *ORIGIN)}
     columns |= {name: [e.fields[name] for e in examples] for name in fields}
     columns |= {SLICE + name: [e.slices[name] for e in examples] for name in slices}
     write_table(pa.table(columns, schema=examples_schema(fields, slices)), path)
@@ -195,11 +174,8 @@ def read_examples(path: Path, fields: Sequence[str], slices: Sequence[str] = ())
     return [
         Example(
             {name: row[name] for name in fields},
-            row["label"],
-            row["completion"],
-            row["source"],
-            row["line"],
-            {name: row[SLICE + name] for name in slices},
+            slices={name: row[SLICE + name] for name in slices},
+            **{name: row[name] for name in ORIGIN},
         )
         for row in read_table(path, examples_schema(fields, slices)).to_pylist()
     ]

@@ -1,10 +1,10 @@
 """How an example becomes a prompt, and a label becomes tokens.
 
-A prompt is a context and a query. The teacher's context has demonstrations, the student's is empty. The whole prompt is tokenised once, so
-a teacher sees the ids that any other program would give it; engines share whatever prompts have in common.
+A prompt is a context and a query. The teacher's context has demonstrations, the student's is empty. The whole prompt is tokenised as one
+text, so a teacher sees the ids that any other program would give it; engines share whatever prompts have in common.
 
 A control token of the model (`<|im_end|>`) in somebody's text is tokenised as the characters it is, so that no input ends its own prompt.
-If the task's author uses control tokens in the template, they stay control tokens, and a text that spells one has a fault.
+If the template has control tokens itself, they stay control tokens, and a text that spells one has a fault.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Task:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The labels, sorted. Every probability vector follows this order; the order in params.yaml does not matter."""
+        """The labels, sorted. Every probability vector follows this order."""
         return self.params.labels
 
     @property
@@ -43,11 +43,6 @@ class Task:
     def answers_are_given(self) -> bool:
         """Whether answers are free text that the data have."""
         return self.params.completion is not None and self.params.completion.source == "given"
-
-    @property
-    def reads_input_tokens(self) -> bool:
-        """Whether the model is asked for the input itself, token by token."""
-        return self.params.completion is not None and self.params.completion.source == "input"
 
     def of_input_tokens(self) -> "Task":
         """The same inputs, with every token after the first as the answer."""
@@ -70,11 +65,7 @@ class Task:
 
 
 class TaskTokens:
-    """A task in one tokenizer's ids.
-
-    Raises UsageError if two verbalisers begin with the same token or one has no token: the first token alone must tell labels apart, else
-    their probabilities at the answer position mean nothing.
-    """
+    """A task in one tokenizer's ids. Raises UsageError if first tokens of verbalisers do not tell labels apart, or one has no token."""
 
     def __init__(self, task: Task, tokenizer: Any) -> None:
         self.task = task
@@ -104,14 +95,14 @@ class TaskTokens:
         """
         if not examples:
             return []
-        before = self.task.context_text(context)
+        before, completion = self.task.context_text(context), self.task.params.completion
         texts = [before + self.task.query(example.fields) for example in examples]
         ids = self._encode(texts, context)
-        if self.task.answers_are_given:
-            return self._with_given_answers(texts, ids, context, examples)
-        if not self.task.reads_input_tokens:
+        if completion is None or completion.source == "generated":
             return [Prompt(own) for own in ids]
-        start = _common_length(self._encode([before], context)[0], ids[0]) if before else len(self._bos)
+        if completion.source == "given":
+            return self._with_given_answers(completion, texts, ids, context, examples)
+        start = common_length(self._encode([before], context)[0], ids[0]) if before else len(self._bos)
         if short := [example for example, own in zip(examples, ids, strict=True) if len(own) < start + 2]:
             raise UsageError(
                 f"an input of {short[0].source or 'this task'} on line {short[0].line} is one token with its template; "
@@ -121,14 +112,10 @@ class TaskTokens:
 
     def fault_of(self, example: Example, context: Context = NO_CONTEXT) -> str | None:
         """Why an input cannot be told from the control tokens of the template or the context's instruction; None if it can."""
-        if not self._uses_control_tokens(context.instruction):
-            return None
-        spelt = next((token for token in self._control_tokens for text in example.fields.values() if token in text), None)
-        return (
-            None
-            if spelt is None
-            else f"holds {spelt}, a control token of this model, and the template or instruction uses such tokens itself"
-        )
+        for token in self._control_tokens if self._uses_control_tokens(context.instruction) else ():
+            if any(token in text for text in example.fields.values()):
+                return f"holds {token}, a control token of this model, and the template or instruction uses such tokens itself"
+        return None
 
     def _uses_control_tokens(self, instruction: str) -> bool:
         return any(token in self._own_text or token in instruction for token in self._control_tokens)
@@ -140,22 +127,25 @@ class TaskTokens:
         return [tuple(ids) if tuple(ids[:1]) == self._bos else (*self._bos, *ids) for ids in found]
 
     def _with_given_answers(
-        self, texts: Sequence[str], ids: Sequence[tuple[int, ...]], context: Context, examples: Sequence[Example]
+        self,
+        completion: CompletionParams,
+        texts: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        context: Context,
+        examples: Sequence[Example],
     ) -> list[Prompt]:
-        completion = self.task.params.completion
-        assert completion is not None
         answers = [example.completion or "" for example in examples]
         ends = [answer if any(stop in answer for stop in completion.stop) else answer + completion.stop[0] for answer in answers]
         whole = self._encode([text + completion.lead + end for text, end in zip(texts, ends, strict=True)], context)
-        starts = [_common_length(own, full) for own, full in zip(ids, whole, strict=True)]
-        prompts = [Prompt(full[:start], full[start:]) for start, full in zip(starts, whole, strict=True)]
-        longest = max(prompts, key=lambda prompt: len(prompt.answer or ()))
-        if (length := len(longest.answer or ())) > completion.max_tokens:
-            shown = answers[prompts.index(longest)][:80]
-            raise UsageError(
-                f"task.completion.max_tokens: {completion.max_tokens}, and an answer has {length} tokens ({shown!r}…). "
-                "Raise it, or shorten the answers."
-            )
+        prompts = []
+        for answer, own, full in zip(answers, ids, whole, strict=True):
+            start = common_length(own, full)
+            if (length := len(full) - start) > completion.max_tokens:
+                raise UsageError(
+                    f"task.completion.max_tokens: {completion.max_tokens}, and an answer has {length} tokens ({answer[:80]!r}…). "
+                    "Raise it, or shorten the answers."
+                )
+            prompts.append(Prompt(full[:start], full[start:]))
         return prompts
 
     def _completion(self, verbaliser: str) -> list[int]:
@@ -177,6 +167,6 @@ class TaskTokens:
                 )
 
 
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Number of ids that both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

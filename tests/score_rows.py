@@ -76,20 +76,22 @@ def about(**changes: Any) -> dict[str, Any]:
     }
 
 
-def divide(missing: list[str]) -> list[list[str]]:
+def divide(wanted: Sequence[str]) -> list[list[str]]:
     """Parts of three, shortest prompts first."""
-    ordered = sorted(missing, key=lambda key: (seed_of(key) % 30, key))
+    ordered = sorted(wanted, key=lambda key: (seed_of(key) % 30, key))
     return [ordered[start : start + 3] for start in range(0, len(ordered), 3)]
 
 
 def score(store: Store, wanted: Sequence[str], before: Callable[[int], None] = lambda _: None) -> list[str]:
-    """Score what a store lacks; `before(n)` is called before the n-th part. Returns the prompts that were scored."""
+    """Score what a store lacks, in the parts of the whole request; `before(n)` is called before the n-th. Returns what was scored."""
     scored: list[str] = []
     with store.lock():
-        for number, part in enumerate(store.parts(store.missing(wanted), divide)):
+        missing = set(store.missing(wanted))
+        lacking = [[key for key in part if key in missing] for part in divide(wanted)]
+        for number, own in enumerate(filter(None, lacking)):
             before(number)
-            store.write(part, stored(part.keys, part.keys), 1.0, ENGINE)
-            scored += part.keys
+            store.write(stored(own, own), 1.0, ENGINE)
+            scored += own
     return scored
 
 

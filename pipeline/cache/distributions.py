@@ -1,7 +1,6 @@
 """Cached rows as distributions that a loss can be taken of, whatever their encoding.
 
-A distribution is a few entries with their own log-probabilities, and one of four things for the others (`Tail`). A loss need not know the
-encoding. Everything is padded batches of tensors.
+A distribution is a few entries with their own log-probabilities, and one of four things for the others (`Tail`).
 """
 
 import math
@@ -21,10 +20,8 @@ Tail = Literal["none", "bucket", "drawn", "cut"]
 """What represents the entries that are not kept. `none`: all are kept; `bucket`: their total mass; `drawn`: entries drawn from them, each
 with a part of their mass; `cut`: nothing, and the kept entries are scaled up to sum to 1."""
 TAILS: dict[str, Tail] = {"top_k": "cut", "top_k_tail": "bucket", "sampled": "drawn", "hybrid": "drawn", "full": "none"}
-LEAST_RETAINED = 0.5
-"""Least mean mass on kept and drawn entries at a student's temperature."""
-NEGLIGIBLE_MASS = 1e-4
-"""Most mass that a teacher may give to token ids that a student's vocabulary lacks: padding."""
+LEAST_RETAINED = 0.5  # least mean mass on kept and drawn entries at a student's temperature
+NEGLIGIBLE_MASS = 1e-4  # most mass that a teacher may give to token ids that a student's vocabulary lacks: padding
 
 
 @dataclass(frozen=True)
@@ -112,26 +109,19 @@ def decode(rows: pa.Table, params: CacheParams, temperature: float = 1.0) -> Dis
 
 
 def check_retained(distributions: Distributions, params: CacheParams, temperature: float) -> None:
-    """Raise UsageError if some of a cache's positions retain too little mass on average: a student would learn what happened to be kept.
-
-    Entries drawn at the temperature they are used at pass: they are an unbiased sample however little mass they have.
-    """
+    """Raise UsageError if positions retain too little mass on average. Entries drawn at their own temperature pass: they are unbiased."""
     mean = float(distributions.retained.mean())
     if mean >= LEAST_RETAINED or (temperature == 1.0 and distributions.tail == "drawn"):
         return
-    kept = {"sampled": f"{params.samples} draws", "hybrid": f"top {params.top_k} and {params.samples} draws"}
     raise UsageError(
         f"at temperature {temperature:g} the cache retains {mean:.1%} of the teacher's mass, the mean of {len(distributions)} positions "
-        f"({kept.get(params.encoding, f'top {params.top_k}')}), and {LEAST_RETAINED:.0%} are needed. Lower the student's `temperature`, "
-        "raise teachers.*.cache.top_k or .samples, or take encoding `full`."
+        f"(encoding {params.encoding}, top_k {params.top_k}, {params.samples} samples), and {LEAST_RETAINED:.0%} are needed. Lower the "
+        "student's `temperature`, raise teachers.*.cache.top_k or .samples, or take encoding `full`."
     )
 
 
 def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
-    """The same without the entries from `size` on, which a student's vocabulary lacks: a teacher's padding.
-
-    Raises MismatchError if they have mass: then the two do not share a vocabulary.
-    """
+    """The same without the entries from `size` on, which a student's vocabulary lacks. Raises MismatchError if they are no mere padding."""
     past, drawn_past = distributions.ids >= size, distributions.sampled_ids >= size
     if not past.any() and not drawn_past.any():
         return distributions
@@ -152,7 +142,7 @@ def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
     )
 
 
-def _positions(rows: pa.Table, name: str) -> pa.Array:
+def _positions(rows: pa.Table, name: str) -> Any:
     """A column's entries for each position, over all rows."""
     column: Any = rows[name].combine_chunks()
     return column.flatten()
@@ -164,8 +154,6 @@ def _padded(rows: pa.Table, name: str, padding: float, least: int = 0) -> Tensor
     lengths = np.diff(lists.offsets.to_numpy())
     values = lists.flatten().to_numpy(zero_copy_only=False)
     width = int(lengths.max(initial=least))
-    if len(values) == len(lengths) * width:  # all of one length
-        return torch.from_numpy(np.array(values.reshape(len(lengths), width)))
     out = np.full((len(lengths), width), padding, dtype=values.dtype)
     out[np.arange(width) < lengths[:, None]] = values
     return torch.from_numpy(out)

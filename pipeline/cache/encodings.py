@@ -6,17 +6,15 @@ Every encoding is the same few columns: entries kept (`topk_*`), entries drawn t
 Draws are systematic: one uniform number a position, equally spaced points on the cumulative distribution of the rest. An entry is drawn in
 proportion to its probability on average, as with independent draws (2503.16870), with less variance. The number comes from the prompt's
 hash, so a row's bytes do not depend on its batch. A draw represents a mass of 1/`samples`. In a hybrid, an entry of that probability or
-more would be drawn for certain, so it is kept instead, and the tail is drawn from `samples` times its mass. A sure position takes a few
-bytes, an unsure one more: for its size that has less error than fixed numbers of entries.
+more would be drawn for certain, so it is kept, and the tail is drawn from `samples` times its mass: a sure position takes few bytes.
 
-Rounding to a resolution keeps float32 columns that any reader understands: if it is a power of two, the low bits are zero and compress
-away. A log-probability is then off by half of it at most, and a divergence by about resolution²/24 nats.
+Rounding keeps float32 columns that any reader understands. With a power of two the low bits are zero and compress away. A log-probability
+is off by half the resolution at most, a divergence by about resolution²/24 nats.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,36 +24,10 @@ from torch import Tensor
 from pipeline.params import CacheParams
 from pipeline.schema import STORED
 
-ENTRIES_AT_ONCE = 2**23
-"""Logits that are worked on together; a few arrays of this size are in memory."""
-DRAWN = frozenset({"sampled", "hybrid"})
-"""Encodings with entries drawn at random."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """P positions as they are stored; a width is 0 if the encoding has no such part. Natural logarithms."""
-
-    topk_ids: Tensor  # [P, K] int32, most probable first
-    topk_logprobs: Tensor  # [P, K] float32; -inf: no entry
-    sampled_ids: Tensor  # [P, M] int32, rising
-    sampled_logprobs: Tensor  # [P, M] float32
-    sampled_counts: Tensor  # [P, M] int32; 0: no entry
-    full_logprobs: Tensor  # [P, V] float32, by token id
-    log_z: Tensor  # [P] float32, log-sum-exp of the logits
-    tail_mass: Tensor  # [P] float32, probability outside the top k; 0 if all is kept
-    log_norms: Tensor  # [P, T - 1] float32, log Σ p^(1/τ) outside the top k, for each τ ≠ 1 of `temperatures(...)`
-    entropies: Tensor  # [P, T] float32, of the whole distribution at each τ of `temperatures(...)`
-    hidden_states: Tensor  # [P, D] float16, the chosen layers' outputs one after the other
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The positions of several, in order."""
-        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
-
-    def take(self, positions: Tensor) -> Self:
-        """Some positions, in the order given."""
-        return type(self)(**{f.name: getattr(self, f.name)[positions] for f in fields(self)})
+ENTRIES_AT_ONCE = 2**23  # logits that are worked on together; a few arrays of this size are in memory
+DRAWN = frozenset({"sampled", "hybrid"})  # encodings with entries drawn at random
+Encoded = dict[str, Tensor]
+"""The columns of P positions by name, see `_encode`; a width is 0 if the encoding has no such part. Natural logarithms."""
 
 
 def temperatures(params: CacheParams) -> tuple[float, ...]:
@@ -70,9 +42,13 @@ def encode(logits: Tensor, params: CacheParams, uniforms: Tensor, hidden_states:
     """
     states = logits.new_zeros(len(logits), 0) if hidden_states is None else hidden_states
     size = max(1, ENTRIES_AT_ONCE // logits.shape[-1])
-    starts = range(0, len(logits), size) or [0]
-    parts = [slice(start, start + size) for start in starts]
-    return Encoded.concatenate([_encode(logits[part], uniforms[part], states[part], params) for part in parts])
+    pieces = zip(logits.split(size), uniforms.split(size), states.split(size), strict=True)
+    return concatenate([_encode(*piece, params) for piece in pieces])
+
+
+def concatenate(parts: Sequence[Encoded]) -> Encoded:
+    """The positions of several, in order."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: CacheParams) -> Encoded:
@@ -95,19 +71,20 @@ def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: Cac
     if params.encoding in DRAWN:
         ids, counts = _draw(tail, params.samples, uniforms.to(logits.device))
     at = temperatures(params)
-    return Encoded(
-        topk_ids=top.indices.to(torch.int32),
-        topk_logprobs=_rounded(kept, params),
-        sampled_ids=ids,
-        sampled_logprobs=_rounded(log_p.gather(-1, ids.long()), params),
-        sampled_counts=counts,
-        full_logprobs=_rounded(log_p, params) if full else log_p.new_zeros(positions, 0),
-        log_z=log_z,
-        tail_mass=tail.sum(-1),
-        log_norms=torch.stack([(log_tail / t).logsumexp(-1) for t in at[1:]], -1) if at[1:] else log_p.new_zeros(positions, 0),
-        entropies=torch.stack([torch.special.entr((log_p / t).softmax(-1)).sum(-1) for t in at], -1),
-        hidden_states=hidden_states.half(),
-    )
+    norms = [(log_tail / t).logsumexp(-1) for t in at[1:]]
+    return {
+        "topk_ids": top.indices.to(torch.int32),  # [P, K] int32, most probable first
+        "topk_logprobs": _rounded(kept, params),  # [P, K] float32; -inf: no entry
+        "sampled_ids": ids,  # [P, M] int32, rising
+        "sampled_logprobs": _rounded(log_p.gather(-1, ids.long()), params),  # [P, M] float32
+        "sampled_counts": counts,  # [P, M] int32; 0: no entry
+        "full_logprobs": _rounded(log_p, params) if full else log_p.new_zeros(positions, 0),  # [P, V] float32, by token id
+        "log_z": log_z,  # [P] float32, log-sum-exp of the logits
+        "tail_mass": tail.sum(-1),  # [P] float32, probability outside the top k; 0 if all is kept
+        "log_norms": torch.stack(norms, -1) if norms else log_p.new_zeros(positions, 0),  # [P, T - 1] float32, of the tail at each τ ≠ 1
+        "entropies": torch.stack([torch.special.entr((log_p / t).softmax(-1)).sum(-1) for t in at], -1),  # [P, T] float32
+        "hidden_states": hidden_states.half(),  # [P, D] float16, the chosen layers' outputs one after the other
+    }
 
 
 def _rounded(values: Tensor, params: CacheParams) -> Tensor:
@@ -115,10 +92,7 @@ def _rounded(values: Tensor, params: CacheParams) -> Tensor:
 
 
 def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Systematic draws from `tail` [P, V]: about `samples` times its mass, which need not be 1, and one at least.
-
-    Returns ids [P, M] int32 rising, and how often each was drawn [P, M] int32; 0: no entry.
-    """
+    """Systematic draws from `tail` [P, V], about `samples` times its mass: ids [P, M] int32 rising, counts [P, M] int32; 0: no entry."""
     cumulative = tail.double().cumsum(-1)
     total = cumulative[:, -1:]
     draws = (total * samples).round().clamp(1, samples)
@@ -134,22 +108,18 @@ def _draw(tail: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]
 
 
 def columns_of(encoded: Encoded, positions: np.ndarray) -> dict[str, pa.Array]:
-    """The columns of `schema.STORED` that have distributions; `positions` [N] are the numbers of positions of N rows.
-
-    Padding (drawn 0 times, or of probability 0 among the top k) is left out, so lists differ in length.
-    """
+    """The columns of `schema.STORED` that have distributions, without padding; `positions` [N] are the numbers of positions of N rows."""
     rows = _offsets(positions)
-    kept = {"sampled": (encoded.sampled_counts > 0).cpu().numpy(), "topk": (encoded.topk_logprobs > -math.inf).cpu().numpy()}
+    kept = {"sampled": (encoded["sampled_counts"] > 0).cpu().numpy(), "topk": (encoded["topk_logprobs"] > -math.inf).cpu().numpy()}
     columns: dict[str, pa.Array] = {}
-    for field in fields(encoded):
-        values = getattr(encoded, field.name).cpu().numpy()
-        value_type: Any = STORED.field(field.name).type.value_type
+    for name, tensor in encoded.items():
+        values, value_type = tensor.cpu().numpy(), cast("Any", STORED.field(name).type).value_type
         if values.ndim == 1:
-            columns[field.name] = pa.ListArray.from_arrays(rows, pa.array(values, type=value_type))
+            columns[name] = pa.ListArray.from_arrays(rows, pa.array(values, type=value_type))
             continue
-        mask = kept.get(field.name.partition("_")[0], np.ones(values.shape, dtype=bool))
+        mask = kept.get(name.partition("_")[0], np.ones(values.shape, dtype=bool))
         inner = pa.ListArray.from_arrays(_offsets(mask.sum(-1)), pa.array(values[mask], type=value_type.value_type))
-        columns[field.name] = pa.ListArray.from_arrays(rows, inner)
+        columns[name] = pa.ListArray.from_arrays(rows, inner)
     return columns
 
 

@@ -1,19 +1,20 @@
 """How little a cache loses of its teacher: cached positions against the teacher's whole distributions at the same positions.
 
-What is lost in training is lost through a student, so it is measured through one: a student q sees KL(p ‖ q) of the teacher p, or of what
-the cache has of p. Without a student, q is uniform.
+What is lost in training is lost through a student q, which sees KL(p ‖ q) of the teacher p, or of what the cache has of p. Without a
+student, q is uniform.
 
 - *retained mass*: the teacher's probability of the kept and drawn entries.
 - *truncation*: KL(p ‖ q) less what the kept entries, unrounded, show of it. With the tail as a bucket that is P(tail) · KL(p ‖ q within the
-  tail), by the chain rule; never less than 0. With a tail that was cut off it may have either sign. With draws it is 0 on average, and a
-  position's miss is noise, so its root mean square over positions is given beside it.
-- *quantisation*: KL of the kept entries, with the tail's mass, to themselves rounded; about resolution²/24.
+  tail), by the chain rule, never less than 0; with a tail that was cut off it may have either sign; with draws it is 0 on average, so the
+  root mean square over positions is given beside it.
+- *quantisation*: KL of the kept entries, with the tail's mass, to themselves rounded.
 - *KL to the live teacher*: the same to what the cache has: rounding, and whatever changed since (a machine, an engine, a batch).
 - *gradient cosine*: of the cached loss's gradient in the student's logits with that of the whole distribution, all positions as one vector;
   also the mean over positions.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -26,43 +27,34 @@ GRADIENTS = ("product", "own_square", "full_square")
 """Of each position: the product of the cached loss's gradient with that of the whole distribution, and the square of each."""
 
 
-class Fidelity:
-    """Figures over positions that are added piece by piece, so that memory never has all of the teacher's distributions."""
+def fidelity(pieces: Iterable[tuple[Tensor, Distributions, Tensor | None]], resolution_nats: float | None = None) -> dict[str, float]:
+    """Figures over positions that come in pieces, so that memory never has all of the teacher's distributions.
 
-    def __init__(self, resolution_nats: float | None = None) -> None:
-        """`resolution_nats` is what the cache was rounded to."""
-        self._resolution = resolution_nats
-        self._parts: list[dict[str, Tensor]] = []
-
-    def add(self, full_log_probabilities: Tensor, cached: Distributions, student_logits: Tensor | None = None) -> None:
-        """P positions: the teacher's `full_log_probabilities` [P, V], scored now, and what is `cached` of them, both at one temperature.
-
-        `student_logits` [P, V] are divided by that temperature already.
-        """
+    A piece has, at one temperature, the teacher's log-probabilities [P, V], scored now, what is cached of them, and a student's logits
+    [P, V], or None. `resolution_nats` is what the cache was rounded to. Masses and cosines are from 0 to 1, all else is in nats a position.
+    """
+    parts = []
+    for full_log_probabilities, cached, student_logits in pieces:
         for start in range(0, len(full_log_probabilities), POSITIONS_AT_ONCE):
             chunk = slice(start, start + POSITIONS_AT_ONCE)
             log_p = full_log_probabilities[chunk].double()
             logits = torch.zeros_like(log_p) if student_logits is None else student_logits[chunk].double()
-            self._parts.append(_measure(log_p, cached.take(chunk), logits.log_softmax(-1), self._resolution))
-
-    def figures(self) -> dict[str, float]:
-        """Of all positions that were added. Masses and cosines are from 0 to 1, all else is in nats a position."""
-        by_position = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        retained, truncation, product, own, full = (by_position[name] for name in ("retained_mass", "truncation_nats", *GRADIENTS))
-        cosine = product / (own * full).sqrt().clamp_min(1e-300)
-        return {
-            "positions": float(len(retained)),
-            **{name: float(values.mean()) for name, values in by_position.items() if name not in GRADIENTS},
-            "retained_mass_worst_percent": float(retained.quantile(0.01)),
-            "retained_mass_least": float(retained.min()),
-            "truncation_rms_nats": float(truncation.square().mean().sqrt()),
-            "gradient_cosine": float(product.sum() / (own.sum() * full.sum()).sqrt().clamp_min(1e-300)),
-            "gradient_cosine_mean": float(cosine.mean()),
-        }
+            parts.append(_measure(log_p, cached.take(chunk), logits.log_softmax(-1), resolution_nats))
+    by_position = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    retained, truncation, product, own, full = (by_position[name] for name in ("retained_mass", "truncation_nats", *GRADIENTS))
+    cosine = product / (own * full).sqrt().clamp_min(1e-300)
+    return {
+        "positions": float(len(retained)),
+        **{name: float(values.mean()) for name, values in by_position.items() if name not in GRADIENTS},
+        "retained_mass_worst_percent": float(retained.quantile(0.01)),
+        "retained_mass_least": float(retained.min()),
+        "truncation_rms_nats": float(truncation.square().mean().sqrt()),
+        "gradient_cosine": float(product.sum() / (own.sum() * full.sum()).sqrt().clamp_min(1e-300)),
+        "gradient_cosine_mean": float(cosine.mean()),
+    }
 
 
 def _measure(log_p: Tensor, cached: Distributions, log_q: Tensor, resolution: float | None) -> dict[str, Tensor]:
-    """Figures of each position; a gradient is of KL in the student's logits."""
     exact = _unrounded(log_p, cached)
     rounded = exact if resolution is None else _rounded(exact, resolution)
     own, full = _gradient(cached, log_q), log_q.exp() - log_p.exp()
@@ -78,7 +70,6 @@ def _measure(log_p: Tensor, cached: Distributions, log_q: Tensor, resolution: fl
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ p (log p - log q) where p > 0."""
     return torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
 
 
@@ -104,7 +95,6 @@ def _unrounded(log_p: Tensor, cached: Distributions) -> Distributions:
 
 
 def _rounded(exact: Distributions, resolution: float) -> Distributions:
-    """As `encode` and `decode` give them."""
     kept = (exact.log_probabilities / resolution).round() * resolution
     scale = exact.log_probabilities.logsumexp(-1, keepdim=True) - kept.logsumexp(-1, keepdim=True) if kept.shape[1] else 0.0
     drawn = (exact.sampled_log_probabilities / resolution).round() * resolution

@@ -1,14 +1,16 @@
 """The score cache as an artifact: a folder of Parquet shards and a `manifest.json`, written last, with the sha256 of each shard.
 
-A cache travels: it is read from a local folder or from a URL (`s3://bucket/few_shot`; s3, gs, abfs and hf through pyarrow, others through
-fsspec); it is written locally. Every shard is compared with its hash before it is used.
+A cache travels: it is written locally, and read from a folder or a URL (`s3://bucket/few_shot`; s3, gs, abfs and hf through pyarrow, others
+through fsspec). Every shard is compared with its hash before it is used. A damaged one is made again from the store, without a model.
 """
 
+import hashlib
 import json
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from pipeline.cache.store import write_rows
+from pipeline.cache.store import Store, write_rows
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
-from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_bytes, write_manifest
-from pipeline.schema import SCHEMA_VERSION, SCORES
+from pipeline.files import MANIFEST, one_writer, read_manifest, sha256_file, write_manifest
+from pipeline.schema import KEY, SCHEMA_VERSION, SCORES
 from pipeline.task import Task
 
-SHARD_LEVEL = 19
-"""zstd level of shards, which are written once and carried about; it saves a tenth over level 3."""
+SHARD_LEVEL = 19  # zstd level of shards, which are written once and carried about; it saves a tenth over level 3
 MOST_ROWS = 2048
 """Rows of each shard but the last. A shard is decoded as a whole: with every entry of a vocabulary of 50,000 it has 400 MB."""
 CACHES = "caches.json"
@@ -41,7 +42,7 @@ class ScoreCache:
 
 
 def described_task(task: Task) -> dict[str, Any]:
-    """What a manifest says of a task under the key `task`: template, verbalisers by label, and how free answers come about."""
+    """What a manifest says of a task: template, verbalisers by label, and how free answers come about."""
     params = task.params
     return {"template": params.template, "verbalisers": dict(sorted(params.verbalisers.items())), "completion": params.answering}
 
@@ -63,10 +64,8 @@ def _differences(name: str, found: Any, wanted: Any) -> list[str]:
 def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, Any]) -> None:
     """Write the rows of `tables` (`schema.SCORES`) in their order as shards, then the manifest. Memory holds one shard.
 
-    The shards' bytes follow from the rows, not from how these are divided into tables. `about` goes into the manifest: `teacher`; `model`
-    ("models/NAME"); `identity` (of the store); `cache` (`CacheParams` as JSON); `task` (`described_task`); `labels`; `contexts` (dicts of
-    `context_id`, `name`, `tokens`); `content_free` (example ids); `engines`. The manifest adds `schema_version`, `shards` (file → rows),
-    and `files` (file → sha256, bytes).
+    The shards' bytes follow from the rows, not from how these are divided into tables. The manifest has `about` (see `teachers.capture`),
+    `schema_version`, `shards` (file → rows) and `files` (file → sha256, bytes).
     """
     with one_writer(folder.with_name(f".{folder.name}.lock")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,10 +75,9 @@ def write_cache(folder: Path, tables: Iterable[pa.Table], about: Mapping[str, An
             name = f"part-{number:05d}.parquet"
             write_rows(rows, folder / name, SHARD_LEVEL)
             shards[name] = len(rows)
-        for other in folder.iterdir():
-            if other.name not in shards:
-                other.unlink()
-        write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards}, list(shards))
+        for other in {path.name for path in folder.iterdir()} - shards.keys():
+            (folder / other).unlink()
+        write_manifest(folder, {"schema_version": SCHEMA_VERSION, **about, "shards": shards})
 
 
 def _in_shards(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -94,10 +92,7 @@ def _in_shards(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def cache_manifest(folder: Path | str) -> dict[str, Any]:
-    """A cache's manifest. Its shards are not looked at.
-
-    Raises ShotlessError if the manifest is missing, CorruptError if this version cannot read it.
-    """
+    """A cache's manifest. Raises ShotlessError if it is missing, CorruptError if this version cannot read it."""
     try:
         manifest = read_manifest(folder) if isinstance(folder, Path) else json.loads(_read(folder, MANIFEST))
     except ValueError as error:
@@ -109,26 +104,16 @@ def cache_manifest(folder: Path | str) -> dict[str, Any]:
 
 
 def read_shard(folder: Path | str, manifest: Mapping[str, Any], name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a shard, or some of their columns. Raises CorruptError naming the shard and what is wrong with it."""
+    """The rows of a shard, or some of their columns. Raises CorruptError if its hash is not that of the manifest."""
     entry, schema, data = manifest["files"][name], _schema(columns), _read(folder, name)
-    if (found := sha256_bytes(data)) != entry["sha256"]:
+    if (found := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
         size = "" if len(data) == entry["bytes"] else f", {len(data):,} bytes instead of {entry['bytes']:,}"
         raise CorruptError(f"{folder}/{name}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…{size}. {AGAIN}")
-    try:
-        with pq.ParquetFile(pa.BufferReader(data)) as file:
-            rows = file.read(schema.names).cast(schema)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise CorruptError(f"{folder}/{name}: not a shard of this version: {error}. {AGAIN}") from error
-    if len(rows) != manifest["shards"][name]:
-        raise CorruptError(f"{folder}/{name}: {len(rows):,} rows, its manifest says {manifest['shards'][name]:,}. {AGAIN}")
-    return rows
+    return pq.ParquetFile(pa.BufferReader(data)).read(schema.names).cast(schema)
 
 
 def read_cache(folder: Path | str, columns: Sequence[str] | None = None) -> ScoreCache:
-    """All rows of a cache in memory, or some of their columns: for label scores. `CacheReader` is for distributions.
-
-    Raises what `cache_manifest` and `read_shard` raise.
-    """
+    """All rows of a cache in memory, or some of their columns; `CacheReader` is for distributions. Raises as `read_shard` does."""
     manifest = cache_manifest(folder)
     shards = [read_shard(folder, manifest, name, columns) for name in manifest["shards"]]
     return ScoreCache(pa.concat_tables([_schema(columns).empty_table(), *shards]), manifest)
@@ -157,10 +142,9 @@ def _read(folder: Path | str, name: str) -> bytes:
 
 
 class CacheReader:
-    """Rows of a cache by number, in the order of `read_cache`, as fast as training asks for them.
+    """Rows of a cache by number, as fast as training asks for them. Raises as `read_cache` does.
 
-    The shards are decoded once, into an uncompressed Arrow file without a name under `work`, which is memory-mapped. `columns` limits what
-    is decoded. Raises what `read_cache` raises.
+    The shards are decoded once, all columns or some, into an uncompressed Arrow file without a name under `work`, which is memory-mapped.
     """
 
     def __init__(self, folder: Path | str, work: Path, columns: Sequence[str] | None = None) -> None:
@@ -184,12 +168,46 @@ class CacheReader:
         wanted = np.asarray(rows, dtype=np.int64)
         if len(outside := wanted[(wanted < 0) | (wanted >= len(self))]):
             raise UsageError(f"{self.folder}: there is no row {outside[0]}; it has {len(self):,} rows, counted from 0.")
-        order = np.argsort(wanted)  # shard by shard: a take of the whole would put its shards together first
-        ends = np.searchsorted(wanted[order], self._starts)
-        batches = [
-            batch.take(pa.array(wanted[order[ends[number] : ends[number + 1]]] - self._starts[number]))
-            for number, batch in enumerate(self._batches)
-            if ends[number] < ends[number + 1]
-        ]
-        found = pa.Table.from_batches(batches, self._schema).combine_chunks()
-        return found.take(pa.array(np.argsort(order))).combine_chunks()
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        found = [self._batches[shard].slice(row - self._starts[shard], 1) for shard, row in zip(shards, wanted, strict=True)]
+        return pa.Table.from_batches(found, self._schema).combine_chunks()
+
+
+def cache_faults(folder: Path | str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """File → what is wrong with it, of a cache in a local folder or at a URL. Nothing is changed."""
+    found = {}
+    for name in manifest["shards"]:
+        try:
+            read_shard(folder, manifest, name, KEY)
+        except CorruptError as error:
+            found[name] = str(error)
+    for name in sorted({file.name for file in folder.iterdir()} - {MANIFEST, *manifest["shards"]}) if isinstance(folder, Path) else ():
+        found[name] = f"{folder}/{name}: its manifest does not list it. Such a file is not read; remove it."
+    return found
+
+
+def repair_cache(
+    folder: Path, manifest: dict[str, Any], damaged: Sequence[str], keys: Sequence[tuple[str, str, str]], store: Store
+) -> None:
+    """Write the damaged shards of a cache again, with the bytes that its manifest says.
+
+    `keys` are context_id, example_id and prompt_sha of all its rows in their order. Raises MismatchError if these are not its rows,
+    ShotlessError if the store lacks some of them or has other numbers for them.
+    """
+    shards = manifest["shards"]
+    again = f"Run `dvc checkout`, or `dvc repro --force --single-item teacher@{folder.name}`, which scores only what the store lacks."
+    if len(keys) != (count := sum(shards.values())):
+        raise MismatchError(f"{folder}: {count:,} rows, and this run's data ask for {len(keys):,}. {again}")
+    ends = dict(zip(shards, accumulate(shards.values()), strict=True))
+    for name in damaged:
+        context_ids, example_ids, prompts = zip(*keys[ends[name] - shards[name] : ends[name]], strict=True)
+        try:
+            rows = store.read(prompts)
+        except ShotlessError as error:
+            raise ShotlessError(f"{folder}/{name}: {error} {again}") from None
+        copy = folder / f".{name}.repaired"
+        write_rows(pa.table([pa.array(context_ids), pa.array(example_ids), *rows.columns], schema=SCORES), copy, SHARD_LEVEL)
+        if sha256_file(copy) != manifest["files"][name]["sha256"]:
+            copy.unlink()
+            raise ShotlessError(f"{folder}/{name}: the store's rows are not those that its manifest has the hash of. {again}")
+        copy.replace(folder / name)

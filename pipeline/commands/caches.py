@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import CorruptError, MismatchError
+from pipeline.errors import CorruptError, MismatchError, ShotlessError
 
 if TYPE_CHECKING:
     from pipeline.files import Folders
@@ -27,8 +27,8 @@ def verify(
     damaged = [cache for cache, (intact, _) in checked.items() if not intact]
     for folder, identity in stores(folders.work).items():
         store = None if identity is None else Store(folders.work, identity)
-        faults = [f"{folder}/identity.json: damaged. The teacher's next run writes it again."] if store is None else store.faults()
-        print("".join(f"store: {fault}\n" for fault in faults), end="")
+        faults = {folder: f"{folder}/identity.json: damaged. The teacher's next run writes it again."} if store is None else store.faults()
+        print("".join(f"store: {fault}\n" for fault in faults.values()), end="")
         if store is not None and faults and repair:
             with store.lock():  # sets damaged files aside
                 pass
@@ -45,9 +45,8 @@ def _verify(cache: str, params: "Params", folders: "Folders", repair: bool) -> t
     """Check one cache and print what was found; returns whether it is intact, and whether it is of this run's params."""
     from pathlib import Path
 
-    from pipeline.cache.folder import check_belongs, described_task
+    from pipeline.cache.folder import cache_faults, cache_manifest, check_belongs, described_task, repair_cache
     from pipeline.cache.store import Store
-    from pipeline.cache.verify import check_cache, repair_cache
     from pipeline.models.folders import load_tokenizer
     from pipeline.params import pick
     from pipeline.schema import read_contexts, read_examples
@@ -59,11 +58,15 @@ def _verify(cache: str, params: "Params", folders: "Folders", repair: bool) -> t
     if teacher.scores == "input_tokens":
         task = task.of_input_tokens()
     folder = cache if "://" in cache else folders.artifacts / "teachers" / name
-    found = check_cache(folder)
-    print("".join(f"{name}: {fault}\n" for fault in found.faults), end="")
-    if (manifest := found.manifest) is None:
+    try:
+        manifest = cache_manifest(folder)
+    except ShotlessError as error:
+        print(f"{name}: {error}")
         return False, True
-    if repair and found.damaged and isinstance(folder, Path):
+    faults = cache_faults(folder, manifest)
+    print("".join(f"{name}: {fault}\n" for fault in faults.values()), end="")
+    damaged = [shard for shard in manifest["shards"] if shard in faults]
+    if repair and damaged and isinstance(folder, Path):
         data, tokens = folders.artifacts / "data", TaskTokens(task, load_tokenizer(folders.artifacts / teacher.model))
         contexts = read_contexts(data / "contexts" / f"{teacher.contexts}.parquet")
         examples = [*content_free(task), *read_examples(data / "transfer.parquet", task.fields)]  # as a capture asks them
@@ -72,10 +75,10 @@ def _verify(cache: str, params: "Params", folders: "Folders", repair: bool) -> t
             for context in contexts
             for example, prompt in zip(examples, tokens.prompts(context, examples), strict=True)
         ]
-        repair_cache(folder, manifest, found.damaged, keys, Store(folders.work, manifest["identity"]))
-        print(f"{name}: written again, with the bytes that the manifest says: {', '.join(found.damaged)}")
-        found = check_cache(folder)
-    if not found.faults:
+        repair_cache(folder, manifest, damaged, keys, Store(folders.work, manifest["identity"]))
+        print(f"{name}: written again, with the bytes that the manifest says: {', '.join(damaged)}")
+        faults = cache_faults(folder, manifest)
+    if not faults:
         size = sum(file["bytes"] for file in manifest["files"].values())
         print(f"{name}: {sum(manifest['shards'].values()):,} rows, {size:,} bytes, all intact")
     try:
@@ -83,5 +86,5 @@ def _verify(cache: str, params: "Params", folders: "Folders", repair: bool) -> t
         check_belongs(manifest, wanted, folder)
     except MismatchError as error:
         print(f"{name}: {error}")
-        return not found.faults, False
-    return not found.faults, True
+        return not faults, False
+    return not faults, True

@@ -145,8 +145,7 @@ def answer(name: str, models: Sequence[Answering], params: Params, sets: Sets) -
     said: dict[str, dict[str, tuple[str, int]]] = {}  # run → example → answer, tokens
     for model in models:
         scorer, names = model.scorer(task, params), {context.context_id: context.name for context in model.contexts}
-        columns = ["context_id", "example_id", "completion_ids"]
-        for row in scorer.score(model.contexts, examples, f"evaluate {name}", columns).to_pylist():
+        for row in scorer.score(model.contexts, examples, f"evaluate {name}").to_pylist():
             run = names[row["context_id"]] if model.run is None else model.run
             text = scorer.tokens.tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
             said.setdefault(run, {})[row["example_id"]] = text, len(row["completion_ids"])

@@ -1,19 +1,16 @@
-"""params.yaml as typed, frozen objects: `task`, `data` and `methods` have the blocks, `root` the checks, `reading` the file."""
+"""params.yaml as typed, frozen objects: `task`, `data` and `methods` have the blocks, `methods` the checks too, `reading` the file."""
 
-from pipeline.params.data import ContextParams, DataParams, Download, HubDownload, LabelRule, ModelParams, PypiDownload, SourceParams
+from pipeline.params.data import ContextParams, DataParams, Download, HubDownload, LabelRule, PypiDownload, SourceParams
 from pipeline.params.methods import (
     DEMONSTRATIONS_FILE,
-    AuxiliaryParams,
-    BaselineParams,
     CacheParams,
     Calibration,
-    EvaluationParams,
     LoraParams,
     MonitorParams,
+    Params,
     RuntimeParams,
     StudentParams,
     TargetParams,
-    TeacherParams,
     TunedParams,
     TuningParams,
 )
@@ -28,43 +25,4 @@ from pipeline.params.reading import (
     write_yaml,
     yaml_text,
 )
-from pipeline.params.root import Params
 from pipeline.params.task import CompletionParams, FormParams, TaskParams
-
-__all__ = [
-    "DEMONSTRATIONS_FILE",
-    "AuxiliaryParams",
-    "BaselineParams",
-    "CacheParams",
-    "Calibration",
-    "CompletionParams",
-    "ContextParams",
-    "DataParams",
-    "Download",
-    "EvaluationParams",
-    "FormParams",
-    "HubDownload",
-    "LabelRule",
-    "LoraParams",
-    "ModelParams",
-    "MonitorParams",
-    "Params",
-    "PypiDownload",
-    "RuntimeParams",
-    "SourceParams",
-    "StudentParams",
-    "TargetParams",
-    "TaskParams",
-    "TeacherParams",
-    "TunedParams",
-    "TuningParams",
-    "checked_params",
-    "load_params",
-    "parse_params",
-    "pick",
-    "read_yaml",
-    "resolve",
-    "resolved_params",
-    "write_yaml",
-    "yaml_text",
-]

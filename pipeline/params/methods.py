@@ -1,12 +1,15 @@
-"""Teachers, target sets, students, baselines, evaluation: what each is made of. And the knobs that no result depends on."""
+"""Teachers, target sets, students, baselines, evaluation: what each is made of. Then all of params.yaml, and what in it cannot work."""
 
 import math
+from collections.abc import Collection, Iterator
+from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.task import Fraction, Frozen
+from pipeline.params.data import DOWNLOADS, ContextParams, DataParams, Download, ModelParams
+from pipeline.params.task import Fraction, Frozen, Name, TaskParams
 
 DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
 Calibration = Literal["none", "contextual", "batch", "batch_log"]
@@ -95,8 +98,7 @@ class TuningParams(Frozen):
     batch_size: PositiveInt = 8
     """Examples in a step."""
     micro_batch: PositiveInt | None = None
-    """Examples in a forward pass; a step adds the gradients of several passes. It needs less memory, and the step is the same up to
-    rounding. Null: the whole batch."""
+    """Examples in a forward pass, to need less memory: a step adds the gradients of several passes. Null: the whole batch."""
     tuning: Literal["full", "lora", "bitfit", "head"] = "full"
     """Which weights are learnt: all, low-rank adapters, biases, or the output layer (docs/students.md)."""
     freeze_embeddings: bool = False
@@ -121,13 +123,9 @@ class TuningParams(Frozen):
     """Of batches, dropout and new weights."""
 
     @model_validator(mode="after")
-    def _frozen_layers_have_a_use(self) -> Self:
+    def _keys_have_a_use(self) -> Self:
         if self.freeze_layers and self.tuning == "head":
             raise ValueError("`freeze_layers` beside `tuning: head`, which learns no layer at all; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_are_lora_s(self) -> Self:
         for key, given in (("lora", self.lora is not None), ("adapters", self.adapters == "kept")):
             if given and self.tuning != "lora":
                 raise ValueError(f"`{key}` is for `tuning: lora`, and tuning is {self.tuning!r}; leave it out, or change the tuning")
@@ -184,16 +182,14 @@ class StudentParams(TuningParams):
     ce_target: Literal["demonstrations", "targets"] = "demonstrations"
     """What the cross-entropy is on: the demonstrations' gold labels, or the targets' most probable label."""
     ce_batch_size: PositiveInt | None = None
-    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one. They are few and
-    come round often; more cost time and add little."""
+    """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
     """Teacher → what is learnt of its cache too. The target set lists the teacher in `auxiliary_caches`, or it is that of `learn_from`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
     """Train once with each of these instead of `seed`; results are means over them. The student's folder is that of the first, the others
     are in its `seeds/`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the transfer set that is not learnt from; the weights that agree best with its targets (mean KL) are kept. 0: those of the
-    last step are kept."""
+    """Share of the transfer set that is not learnt from; the weights that agree best with its targets (mean KL) are kept; 0: the last."""
     evaluate_every: PositiveInt = 10
     """Steps between two validations."""
     patience: PositiveInt | None = None
@@ -202,15 +198,8 @@ class StudentParams(TuningParams):
     @model_validator(mode="after")
     def _targets_are_needed(self) -> Self:
         if self.learn_from == DEMONSTRATIONS_FILE:
-            about = {
-                "loss": self.loss != "kl",
-                "ce_weight": self.ce_weight > 0,
-                "validation_fraction": self.validation_fraction > 0,
-                "auxiliary": bool(self.auxiliary),
-                "ce_target": self.ce_target == "targets",
-            }
-            for key, given in about.items():
-                if given:
+            for key in ("loss", "ce_weight", "validation_fraction", "auxiliary", "ce_target"):
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"`{key}` is about targets, and learn_from is {self.learn_from}; leave it out, or name a target set")
         if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
@@ -313,8 +302,199 @@ class MonitorParams(Frozen):
     def _enough_permutations(self) -> Self:
         needed = math.ceil(MONITOR_TESTS / self.false_alarm_rate) - 1
         if self.permutations < needed:
-            raise ValueError(
-                f"permutations {self.permutations} cannot reach a false_alarm_rate of {self.false_alarm_rate} over {MONITOR_TESTS} tests; "
-                f"set {needed} or more"
-            )
+            reach = f"cannot reach a false_alarm_rate of {self.false_alarm_rate} over {MONITOR_TESTS} tests"
+            raise ValueError(f"permutations {self.permutations} {reach}; set {needed} or more")
         return self
+
+
+class Params(Frozen):
+    """All of params.yaml."""
+
+    task: TaskParams
+    downloads: dict[Name, Download] = Field(default={})
+    models: dict[Name, ModelParams] = Field(min_length=1)
+    data: DataParams
+    contexts: dict[Name, ContextParams] = Field(default={})
+    tuned: dict[Name, TunedParams] = Field(default={})
+    teachers: dict[Name, TeacherParams] = Field(default={})
+    targets: dict[Name, TargetParams] = Field(default={})
+    students: dict[Name, StudentParams] = Field(default={})
+    baselines: dict[Name, BaselineParams]
+    evaluation: EvaluationParams
+    runtime: RuntimeParams = RuntimeParams()
+    monitor: MonitorParams = MonitorParams()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        checks = (self._names, self._roles, self._labels, self._targets, self._learning, self._baselines, self._order)
+        if faults := [fault for check in checks for fault in check()]:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def summary(self) -> str:
+        """How many of each a run makes, in a line."""
+        return ", ".join(f"{len(getattr(self, block))} {block}" for block in ("teachers", "targets", "students", "baselines"))
+
+    def folders(self) -> set[str]:
+        """Every model folder that a run has, as its path under artifacts/."""
+        maps = {"models": self.models, "tuned": self.tuned, "students": self.students}
+        return {f"{kind}/{name}" for kind, entries in maps.items() for name in entries}
+
+    def base_model(self, folder: str) -> str:
+        """The name in `models` of what a model folder was made from: its tokenizer is that model's."""
+        kind, _, name = folder.partition("/")
+        while kind != "models":
+            base = self.tuned[name].base if kind == "tuned" else self.students[name].base
+            kind, _, name = base.partition("/")
+        return name
+
+    def context_models(self) -> dict[str, list[str]]:
+        """Context → names in `models` whose tokenizers it is put to: the teachers that use it."""
+        used: dict[str, set[str]] = {name: set() for name in self.contexts}
+        for teacher in self.teachers.values():
+            used[teacher.contexts].add(self.base_model(teacher.model))
+        return {name: sorted(models) for name, models in used.items()}
+
+    def _names(self) -> Iterator[str]:
+        paths = {f"models.{name}.path": model.path for name, model in self.models.items()}
+        paths |= {f"data.sources.{name}.path": source.path for name, source in self.data.sources.items()}
+        for where, path in paths.items():
+            if path.startswith(f"{DOWNLOADS}/"):
+                yield from _known(where, path.split("/")[1], self.downloads)
+        folders = self.folders()
+        for name, tuned in self.tuned.items():
+            yield from _known(f"tuned.{name}.base", tuned.base, folders)
+        for name, teacher in self.teachers.items():
+            yield from _known(f"teachers.{name}.model", teacher.model, folders)
+            yield from _known(f"teachers.{name}.contexts", teacher.contexts, self.contexts)
+        for name, student in self.students.items():
+            yield from _known(f"students.{name}.base", student.base, folders)
+            if name in self.baselines:
+                yield f"students.{name}, baselines.{name}: a student and a baseline of the same name; rename one"
+
+    def _roles(self) -> Iterator[str]:
+        sources, transfer = self.data.sources, self.data.transfer
+        roles = {"demonstrations": self.data.demonstrations.source, "transfer": transfer.source}
+        roles |= {f"evaluation.{name}": entry.source for name, entry in self.data.evaluation.items()}
+        for role, source in roles.items():
+            yield from _known(f"data.{role}.source", source, sources)
+            if source in sources and role != "transfer" and sources[source].label is None and self.task.labels:
+                yield f"data.{role}: source {source!r} has no labels (`label: null`), and this role needs them"
+        for source in transfer.extra_sources:
+            yield from _known("data.transfer.extra_sources", source, sources)
+            if source == transfer.source:
+                yield f"data.transfer.extra_sources: {source!r} is data.transfer.source itself; set its `limit`"
+        if self.task.completion is not None:
+            needs = list(transfer.limits) if self.task.completion.source == "given" else []
+            needs += [roles["demonstrations"]] if any(context.demonstrations for context in self.contexts.values()) else []
+            for source in dict.fromkeys(needs):
+                if source in sources and sources[source].completion is None:
+                    yield f"data.sources.{source}.completion: not set, and a role takes its answers from this source"
+        held = self.data.demonstrations.per_label * max(1, len(self.task.labels))
+        for name, context in self.contexts.items():
+            if context.demonstrations > held:
+                asked = f"contexts.{name}.demonstrations: {context.demonstrations} asked for"
+                yield f"{asked}, and data.demonstrations.per_label draws only {held}; lower the one or raise the other"
+
+    def _labels(self) -> Iterator[str]:
+        free = self.task.completion is not None
+        for name, source in self.data.sources.items():
+            for field in source.fields or {}:
+                yield from _known(f"data.sources.{name}.fields", field, self.task.fields)
+            rule = source.label
+            produced = set() if rule is None else {value for value in (rule.values or {}).values() if value}
+            if rule is not None and rule.threshold is not None:
+                produced = {rule.positive, rule.negative}
+            if (unknown := produced - set(self.task.labels)) and (self.task.labels or not free):
+                where = "task.completion.form" if free else "task.verbalisers"
+                yield f"data.sources.{name}.label: {choices(unknown)} has no verbaliser; {where} has {choices(self.task.labels)}"
+
+    def _targets(self) -> Iterator[str]:
+        answering = {name for name, teacher in self.teachers.items() if teacher.scores == "answers"}
+        for name, target in self.targets.items():
+            if self.task.completion is not None:
+                yield f"targets.{name}: answers are free text, which has no target set; leave it out (students learn from teachers/NAME)"
+                continue
+            for teacher in target.teachers:
+                yield from _known(f"targets.{name}.teachers", teacher, answering)
+            for teacher in target.auxiliary_caches:
+                yield from _known(f"targets.{name}.auxiliary_caches", teacher, self.teachers)
+
+    def _learning(self) -> Iterator[str]:
+        learnable = {f"targets/{name}" for name in self.targets} | {f"teachers/{name}" for name in self.teachers} | {DEMONSTRATIONS_FILE}
+        for name, student in self.students.items():
+            where = f"students.{name}"
+            if student.learn_from not in learnable:
+                yield from _known(f"{where}.learn_from", student.learn_from, learnable)
+                continue
+            kind, _, source = student.learn_from.partition("/")
+            if self.task.completion is not None and kind != "teachers":
+                yield f"{where}.learn_from: {student.learn_from!r}, and answers are free text; learn from teachers/NAME"
+            if self.task.completion is not None and student.ce_weight and student.ce_target == "demonstrations":
+                yield f"{where}.ce_weight: answers are free text, and demonstrations have no labels to learn; leave it out"
+            if kind == "teachers":
+                if student.loss == "hard":
+                    yield f"{where}.loss: `hard` learns a target set's most probable label, and learn_from is {student.learn_from!r}"
+                else:
+                    own = AuxiliaryParams(loss=student.loss, temperature=student.temperature)
+                    yield from _cache_faults(where, own, self.teachers[source].cache)
+            beside = self.targets[source].auxiliary_caches if kind == "targets" else (source,) if kind == "teachers" else ()
+            for teacher, term in student.auxiliary.items():
+                yield from _known(f"{where}.auxiliary", teacher, beside)
+                if teacher in self.teachers:
+                    yield from _cache_faults(f"{where}.auxiliary.{teacher}", term, self.teachers[teacher].cache)
+
+    def _baselines(self) -> Iterator[str]:
+        free = self.task.completion is not None
+        answering = {f"teachers/{name}" for name, teacher in self.teachers.items() if teacher.scores == "answers"}
+        prompts = answering | self.folders() if free else {f"targets/{name}" for name in self.targets}
+        for name, baseline in self.baselines.items():
+            yield from _known(f"baselines.{name}.prompts", baseline.prompts, prompts)
+            if free and baseline.contexts == "ensemble":
+                yield f"baselines.{name}.contexts: answers are free text, which cannot be averaged; use `each`"
+            if free or baseline.target_set not in self.targets or baseline.contexts != "each":
+                continue
+            asked = [self.teachers[one].contexts for one in self.targets[baseline.target_set].teachers if one in self.teachers]
+            if twice := {context for context in asked if asked.count(context) > 1}:
+                shared = f"teachers of {baseline.prompts!r} share the contexts {choices(twice)}, so predictions could not be told apart"
+                yield f"baselines.{name}.contexts: `each`, and {shared}; use `ensemble`, or a target set for each teacher"
+        reference = self.evaluation.reference
+        yield from _known("evaluation.reference", reference, self.baselines)
+        if not free and reference in self.baselines and self.baselines[reference].contexts == "each":
+            why = "answers once for each context, so agreement with it is not defined"
+            yield f"evaluation.reference: {reference!r} {why}; choose a baseline with `contexts: ensemble`"
+
+    def _order(self) -> Iterator[str]:
+        """A circle of entries that wait for each other. As in dvc.yaml, a target set waits for all teachers."""
+        waits = {f"tuned/{name}": {tuned.base} for name, tuned in self.tuned.items()}
+        waits |= {f"teachers/{name}": {teacher.model} for name, teacher in self.teachers.items()}
+        waits |= {f"targets/{name}": {f"teachers/{teacher}" for teacher in self.teachers} for name in self.targets}
+        waits |= {f"students/{name}": {student.base, student.learn_from} for name, student in self.students.items()}
+        try:
+            TopologicalSorter(waits).prepare()
+        except CycleError as error:
+            circle = [folder.replace("/", ".") for folder in error.args[1][:-1]]
+            start = circle.index(min(circle))
+            yield (
+                f"{', '.join([*circle[start:], *circle[: start + 1]])}: each of them waits for the next (a target set waits for all "
+                "teachers). If a student is to teach others, do that in a run of its own, with the first run's student as a model: "
+                "`models: {first: {path: artifacts/students/NAME}}`"
+            )
+
+
+def _cache_faults(where: str, term: AuxiliaryParams, cache: CacheParams) -> Iterator[str]:
+    """What a loss asks of a cache that the cache will not hold."""
+    if term.temperature not in {1.0, *cache.temperatures}:
+        held = choices(cache.temperatures)
+        yield f"{where}.temperature: {term.temperature:g}, and the teacher's cache.temperatures has {held}; add it there"
+    if term.weight and term.loss == "reverse_kl" and cache.encoding == "top_k":
+        yield f"{where}.loss: `reverse_kl` needs the tail's mass, and the teacher's cache.encoding is `top_k`; use `top_k_tail` or `hybrid`"
+    kept = {layer for layer, _ in term.layers} if term.hidden_weight else set()
+    if lacking := kept - set(cache.hidden_layers):
+        yield f"{where}.layers: the teacher's cache.hidden_layers lacks {choices(lacking)}; it has {choices(cache.hidden_layers)}"
+
+
+def _known(where: str, name: str, names: Collection[str]) -> Iterator[str]:
+    if name not in names:
+        yield f"{where}: no {name!r}; choose one of: {choices(names)}"

@@ -36,10 +36,7 @@ def merge(base: Any, changes: Any) -> Any:
 
 
 def make_workspace(name: str, project: Path) -> Path:
-    """Write `runs/NAME/` for a preset, or bring it up to date, and return it; what a run made there stays.
-
-    Raises UsageError if there is no such preset, or its params cannot be used.
-    """
+    """Write `runs/NAME/` for a preset, or bring it up to date, and return it. Raises UsageError if the preset cannot be used."""
     presets = {file.stem: file for file in sorted((project / "presets").glob("*.yaml"))}
     if name not in presets:
         raise UsageError(f"presets: no {name!r}; choose one of: {choices(presets)}")
@@ -80,7 +77,7 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
 
 
 def reproduce(workspace: Path, project: Path, stages: Sequence[str] = ()) -> bool:
-    """Run `dvc repro` in a workspace, with this Python and the project's `.work`; whether it went well. DVC prints why if not."""
+    """Run `dvc repro` in a workspace, with this Python and the project's `.work`; whether it went well."""
     environment = os.environ | {"SHOTLESS_PYTHON": sys.executable, "SHOTLESS_WORK": str(Folders.here(project).work.resolve())}
     command = [sys.executable, "-m", "dvc", "repro", *stages]
     return subprocess.run(command, cwd=workspace, env=environment, check=False).returncode == 0  # noqa: S603  names of stages

@@ -1,8 +1,8 @@
 """From params.yaml to typed params, with every fault named by its path, the value and the choices; and the resolved params.
 
-YAML is read as DVC reads it (1.2, so that `1e-4` is a float). The first stage of a run writes the resolved params, defaults filled in,
-to artifacts/params.yaml. Every other stage reads that file and tracks its part of it, so a default that changes in code is a change to DVC
-like any other. It also has `versions`, of the libraries that results depend on, and `context_models`, which `prepare` goes by.
+YAML is read as DVC reads it (1.2, so that `1e-4` is a float). The first stage of a run writes the params, defaults filled in, to
+artifacts/params.yaml. Every other stage tracks its part of that file, so a default that changes in code is a change to DVC like any other.
+It also has `versions`, of the libraries that results depend on, and `context_models`, which `prepare` goes by.
 """
 
 import copy
@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.errors import UsageError, choices
 from pipeline.files import write_text
 from pipeline.params.data import DOWNLOADS, HubDownload, PypiDownload
-from pipeline.params.root import CombinationError, Params
+from pipeline.params.methods import Params
 
 RESOLVED = Path("artifacts/params.yaml")
 VERSIONS = {
@@ -30,7 +30,7 @@ VERSIONS = {
     "tables": ("numpy", "polars", "pyarrow", "scipy", "scikit-learn"),
     "charts": ("altair", "vl-convert-python"),
 }
-"""Libraries that results depend on: what computes with models, what computes with tables, what draws."""
+"""Libraries that results depend on."""
 _DOWNLOADS: dict[str, type[BaseModel]] = {"pypi": PypiDownload, "hub": HubDownload}
 Entry = TypeVar("Entry")
 
@@ -84,16 +84,11 @@ def resolved_params(path: Path = RESOLVED) -> Params:
     """
     if faults := other_versions(Path("constraints.txt")):
         raise UsageError("\n".join(faults))
-    raw = read_yaml(path)
-    derived = {"versions", "context_models"}
-    return parse_params({key: value for key, value in raw.items() if key not in derived}, path)
+    return parse_params({key: value for key, value in read_yaml(path).items() if key in Params.model_fields}, path)
 
 
 def checked_params(project: Path = Path()) -> Params:
-    """The project's params, if a run would take them: they are right, the local files are there, the libraries are the pinned ones.
-
-    Raises UsageError with every fault.
-    """
+    """The project's params, with local files there and libraries as pinned. Raises UsageError with every fault."""
     params = load_params(project / "params.yaml")
     faults = [*absent_files(params, project), *other_versions(project / "constraints.txt")]
     if faults:
@@ -141,22 +136,23 @@ def parse_params(raw: Any, path: Path = Path("params.yaml")) -> Params:
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected a mapping of {choices(Params.model_fields)}, found {type(raw).__name__}.")
     faults: list[str] = []
-    rest, pruned_places = raw, set[tuple[str, ...]]()
-    while True:
+    rest, seen = raw, set[tuple[str, ...]]()
+    while rest is not None:
         try:
             params = Params.model_validate(rest)
         except ValidationError as error:
             found = [(tuple(_walk(fault["loc"])[0]), fault) for fault in error.errors()]
-            new = [(place, fault) for place, fault in found if place not in pruned_places]
+            new = [(place, fault) for place, fault in found if place not in seen]
             faults += [line for _, fault in new for line in _explain(path, fault) if line not in faults]
-            rest = _without(rest, [place for place, fault in new if fault["type"] != "missing"])
-            pruned_places.update(place for place, _ in new)
-            if rest is None or len(new) < len(found) or any(fault["type"] == "missing" for _, fault in new):
-                raise UsageError("\n".join(faults)) from None
+            seen.update(place for place, _ in new)
+            # a fault that only a left out key makes is none
+            is_last = len(new) < len(found) or any(fault["type"] == "missing" for _, fault in new)
+            rest = None if is_last else _without(rest, [place for place, _ in new])
         else:
-            if faults:
-                raise UsageError("\n".join(faults))
-            return params
+            if not faults:
+                return params
+            rest = None
+    raise UsageError("\n".join(faults))
 
 
 def _without(raw: Any, places: Sequence[tuple[str, ...]]) -> Any:
@@ -173,17 +169,12 @@ def _without(raw: Any, places: Sequence[tuple[str, ...]]) -> Any:
 
 
 def _explain(path: Path, fault: Any) -> list[str]:
-    """Lines for one fault: file, key path, what is wrong, value, choices."""
-    location, _ = _walk(fault["loc"])
-    where = ".".join(location)
-    kind = fault["type"]
+    where, kind = ".".join(_walk(fault["loc"])[0]), fault["type"]
     if kind == "extra_forbidden":
         _, parent = _walk(fault["loc"][:-1])
         return [f"{path}: {where}: unknown key; there are: {choices(getattr(parent, 'model_fields', ()))}"]
     if kind == "value_error":
-        error = fault["ctx"]["error"]
-        faults = error.faults if isinstance(error, CombinationError) else [str(error)]
-        return [f"{path}: {where}: {line}" if where else f"{path}: {line}" for line in faults]
+        return [f"{path}: {where}: {line}" if where else f"{path}: {line}" for line in str(fault["ctx"]["error"]).splitlines()]
     if kind in {"union_tag_not_found", "union_tag_invalid"}:
         tag = fault.get("ctx", {}).get("tag")
         return [f"{path}: {where}.source: {'missing' if tag is None else f'no {tag!r}'}; choose one of: {choices(_DOWNLOADS)}"]
@@ -201,10 +192,7 @@ def _shown(value: Any) -> str:
 
 
 def _walk(location: tuple[str | int, ...]) -> tuple[list[str], Any]:
-    """A fault's place as a path of keys, and the type declared there.
-
-    pydantic puts the kind of a download into the place as if it were a key; it is left out.
-    """
+    """A fault's place as a path of keys, without the kind of a download that pydantic puts among them, and the type declared there."""
     annotation: Any = Params
     keys: list[str] = []
     for part in map(str, location):
@@ -217,7 +205,7 @@ def _walk(location: tuple[str | int, ...]) -> tuple[list[str], Any]:
         else:
             field = getattr(annotation, "model_fields", {}).get(part)
             annotation = Any if field is None else field.annotation
-        while get_origin(annotation) is not dict and hasattr(annotation, "__metadata__"):
+        while hasattr(annotation, "__metadata__"):
             annotation = annotation.__origin__
         members = [member for member in get_args(annotation) if member is not NoneType]
         if NoneType in get_args(annotation) and len(members) == 1:

@@ -101,13 +101,9 @@ class TaskParams(Frozen):
     @model_validator(mode="after")
     def _one_kind_of_answer(self) -> Self:
         if self.completion is not None and self.completion.source == "input":
-            raise ValueError(
-                "completion.source: `input` is for teachers with `scores: input_tokens`; a task's answers are generated or given"
-            )
-        if self.completion is None and len(self.verbalisers) < 2:
-            raise ValueError(
-                f"verbalisers: {len(self.verbalisers)} given, and a task needs two or more, or `completion` for answers in free text"
-            )
+            raise ValueError("completion.source: `input` is for teachers with `scores: input_tokens`; a task's are generated or given")
+        if (count := len(self.verbalisers)) < 2 and self.completion is None:
+            raise ValueError(f"verbalisers: {count} given, and a task needs two or more, or `completion` for answers in free text")
         if self.completion is not None and self.verbalisers:
             raise ValueError("verbalisers and completion are both given; answers are labels or free text: leave one out")
         return self

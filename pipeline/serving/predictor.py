@@ -125,7 +125,7 @@ class Predictor:
     def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Prediction]:
         scores = self.engine.score(prompts)
         shares = scores.label_logprobs.double().softmax(-1).tolist()  # [N, L]
-        states = scores.encoded.hidden_states.float().clamp(-65504, 65504).cpu().numpy()  # [N, H]; kept in float16, which may overflow
+        states = scores.encoded["hidden_states"].float().clamp(-65504, 65504).cpu().numpy()  # [N, H]; kept in float16, which may overflow
         for prompt, row, state in zip(prompts, shares, states, strict=True):
             if not all(map(math.isfinite, row)):
                 yield Prediction(error="the student's probabilities are not numbers; train it again")

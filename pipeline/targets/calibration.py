@@ -5,9 +5,9 @@ A context shifts every answer towards one label. Each calibration measures the s
 - `contextual` (2102.09690): the mean log-probability of inputs without content is subtracted from log-probabilities.
 - `batch` (2309.17249): the mean probability over unlabelled inputs is subtracted from probabilities. What is left is made a distribution:
   1/L is added, so that each label's mean is 1/L; values under `FLOOR` are raised to it; then all are normalised.
-- `batch_log`: the same in log space: the mean log-probability over unlabelled inputs is subtracted from log-probabilities.
+- `batch_log`: the same with log-probabilities.
 
-Offsets are learnt once, on the transfer set, and saved in calibration.json, so targets, baselines and later inputs share them.
+Offsets are learnt once and saved in calibration.json, so targets, baselines and later inputs share them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from pipeline.params import Calibration
 
-FLOOR = 1e-3
-"""Least value of a label under `batch` calibration, before normalising."""
+FLOOR = 1e-3  # least value of a label under `batch` calibration, before normalising
 
 
 def normalised(label_logprobs: np.ndarray) -> np.ndarray:
@@ -69,10 +68,7 @@ class Combination:
 
 
 def combination_of(calibration: Mapping[str, Any], source: str) -> Combination:
-    """The combination that a calibration.json describes, for inputs of `source`; its contexts are in the file's order.
-
-    The offsets are those of that source if the file has them (`calibrate_by: source`), else those of the whole transfer set.
-    """
+    """The combination that a calibration.json describes, for inputs of `source`: with the offsets of that source, if the file has them."""
     contexts = calibration["contexts"]
     return Combination(
         kinds=[context["calibration"] for context in contexts],

@@ -1,18 +1,20 @@
 """A teacher answers every transfer example in each of its contexts, once, and the answers become a score cache.
 
-Inputs without content are scored along with the transfer set, a row for each context: contextual calibration needs them, and they cost next
-to nothing. How much of the live teacher the cache has is measured on a few rows that are scored once more, whole (`cache.fidelity`). The
-student through which losses are seen is the same model behind no context: what a student starts from.
+Inputs without content are scored along with the transfer set, for contextual calibration. How much of the live teacher the cache has is
+measured on a few rows that are scored once more, whole (`cache.fidelity`). The student through which losses are seen is the same model
+behind no context: what a student starts from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
-from pipeline.cache.distributions import decode
-from pipeline.cache.fidelity import Fidelity
+from torch import Tensor
+
+from pipeline.cache.distributions import Distributions, decode
+from pipeline.cache.fidelity import fidelity
 from pipeline.cache.folder import described_task, write_cache
+from pipeline.cache.store import Store
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json, read_manifest, sha256_json, write_json
 from pipeline.models.folders import tokenizer_sha256
@@ -22,8 +24,7 @@ from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
 FIDELITY_CONTEXTS = 4
-FIDELITY_ROWS = 8
-"""Examples of each of these contexts that are scored once more."""
+FIDELITY_ROWS = 8  # examples of each of these contexts that are scored once more
 DIGITS = 6
 
 
@@ -54,7 +55,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
     ) as scorer:
         assert scorer.store is not None
         tables = scorer.tables(contexts, examples, f"teacher {name}")
-        keys = scorer.keys
+        keys, store = scorer.keys, scorer.store
         about = {
             "teacher": name,
             "model": teacher.model,
@@ -65,15 +66,17 @@ def capture(name: str, params: Params, folders: Folders) -> None:
             "labels": list(task.labels),
             "contexts": [_described(context, scorer) for context in contexts],
             "content_free": [example.example_id for example in free],
-            "engines": scorer.store.engines(keys),
+            "engines": store.engines(keys),
         }
         folder = folders.artifacts / "teachers" / name
         write_cache(folder, tables, about)
-        fidelity = {"rows": len(keys), **_sizes(folder, scorer, keys), **_fidelity(scorer, contexts, examples, keys)}
-        write_json(fidelity, folders.metrics / "fidelity" / f"{name}.json")
-        seconds, timed = scorer.store.seconds(keys)
-        tokens = sum(scorer.store.read(keys, ["prompt_tokens"])["prompt_tokens"].to_pylist())
-        runtime = {"seconds": round(seconds, 3), "rows": len(keys), "rows_timed": timed, "prompt_tokens": tokens}
+        rows = store.read(keys, ["prompt_tokens", "tail_mass"])
+        size = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
+        positions, tokens = sum(map(len, rows["tail_mass"])), sum(rows["prompt_tokens"].to_pylist())
+        sizes = {"positions": positions, "bytes_per_row": size / len(keys), "bytes_per_position": size / positions}
+        measured = {"rows": len(keys), **_rounded(sizes), **_fidelity(scorer, store, contexts, examples)}
+        write_json(measured, folders.metrics / "fidelity" / f"{name}.json")
+        runtime = {"seconds": round(store.seconds(keys), 3), "rows": len(keys), "rows_timed": len(keys), "prompt_tokens": tokens}
         write_json(runtime, folders.metrics / "runtime" / f"teacher-{name}.json")
 
 
@@ -90,21 +93,17 @@ def _described(context: Context, scorer: Scorer) -> dict[str, Any]:
     return {"context_id": context.context_id, "name": context.name, "tokens": len(behind.ids) - len(alone.ids)}
 
 
-def _sizes(folder: Path, scorer: Scorer, keys: Sequence[str]) -> dict[str, Any]:
-    assert scorer.store is not None
-    total = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
-    positions = sum(len(row) for row in scorer.store.read(keys, ["tail_mass"])["tail_mass"])
-    figures = {"positions": positions, "bytes_per_row": total / len(keys), "bytes_per_position": total / positions}
+def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, DIGITS) for name, value in figures.items()}
 
 
-def _fidelity(scorer: Scorer, contexts: Sequence[Context], examples: Sequence[Example], keys: Sequence[str]) -> dict[str, Any]:
+def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, Any]:
     """Figures of `cache.fidelity`, measured once for a request and kept beside the store's rows: measuring them loads the model.
 
     Examples are taken one after the other, so that memory has the whole distributions of one.
     """
-    assert scorer.store is not None
-    kept = scorer.store.folder / f"fidelity-{sha256_json(list(keys))[:32]}.json"
+    keys = scorer.keys
+    kept = store.folder / f"fidelity-{sha256_json(list(keys))[:32]}.json"
     try:
         return read_json(kept)
     except (FileNotFoundError, CorruptError):
@@ -113,14 +112,17 @@ def _fidelity(scorer: Scorer, contexts: Sequence[Context], examples: Sequence[Ex
     numbers = order[:: max(1, len(examples) // FIDELITY_ROWS)][:FIDELITY_ROWS]
     chosen = [examples[number] for number in numbers]
     has_context = any(context.context_id != NO_CONTEXT.context_id for context in contexts)
-    measured = Fidelity(scorer.cache.resolution_nats)
-    for place, context in enumerate(contexts[:FIDELITY_CONTEXTS]):
-        rows = scorer.store.read([keys[place * len(examples) + number] for number in numbers])
-        answers = rows["completion_ids"].to_pylist() if scorer.tokens.task.params.completion is not None else None
-        live = scorer.distributions(context, chosen, answers)
-        students = scorer.distributions(NO_CONTEXT, chosen, answers) if has_context else repeat(None)
-        for number, (distribution, student) in enumerate(zip(live, students, strict=False)):
-            measured.add(distribution, decode(rows.slice(number, 1), scorer.cache), student)
-    figures = {name: round(value, DIGITS) for name, value in measured.figures().items() if name != "positions"}
-    write_json({"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **figures}, kept)
+
+    def pieces() -> Iterator[tuple[Tensor, Distributions, Tensor | None]]:
+        for place, context in enumerate(contexts[:FIDELITY_CONTEXTS]):
+            rows = store.read([keys[place * len(examples) + number] for number in numbers])
+            answers = rows["completion_ids"].to_pylist() if scorer.tokens.task.params.completion is not None else None
+            live = scorer.distributions(context, chosen, answers)
+            students = scorer.distributions(NO_CONTEXT, chosen, answers) if has_context else repeat(None)
+            for number, (distribution, student) in enumerate(zip(live, students, strict=False)):
+                yield distribution, decode(rows.slice(number, 1), scorer.cache), student
+
+    figures = fidelity(pieces(), scorer.cache.resolution_nats)
+    del figures["positions"]
+    write_json({"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **_rounded(figures)}, kept)
     return read_json(kept)

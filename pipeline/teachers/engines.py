@@ -1,15 +1,13 @@
 """How a model scores prompts: the fast engine if it gives the plain forward's numbers on a probe, else the generic one.
 
 The fast engine reads what all prompts begin with (a context, a template's head) once, and all prompts attend to that one copy. For a shared
-prefix of P tokens and N prompts of Q further tokens that is P + N·Q tokens of model work instead of N·(P + Q). See `models.packed`.
-
-The generic engine runs full prompts, as plain transformers does. It holds for sliding windows, state-space layers and any other
-architecture, and is what the fast engine is compared with.
+prefix of P tokens and N prompts of Q further tokens that is P + N·Q tokens of model work instead of N·(P + Q). See `models.packed`. The
+generic engine runs full prompts, as plain transformers does, whatever the architecture. The fast one is compared with it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, cycle, islice, takewhile
+from dataclasses import dataclass
+from itertools import accumulate, cycle, islice
 from typing import Self
 
 import numpy as np
@@ -17,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.cache.encodings import DRAWN, Encoded, encode
+from pipeline.cache.encodings import DRAWN, Encoded, concatenate, encode
 from pipeline.models.forward import in_float32, packed_if_exact, packed_logits, plain_logits
 from pipeline.models.machine import memory_bytes
 from pipeline.models.packed import Completions, LayerKeyValues, PackedModel, Row, rows_of
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
-from pipeline.task import TaskTokens
+from pipeline.task import TaskTokens, common_length
 
 LABELS_ONLY = CacheParams(encoding="top_k", top_k=1)
 """The least that is kept: for callers who want the labels' log-probabilities and no more."""
@@ -39,72 +37,53 @@ class Scores:
     encoded: Encoded  # of all positions, one prompt's after the other's
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The rows of several scores, in order."""
+    def join(cls, parts: Sequence[Self], order: Tensor) -> Self:
+        """The rows of several scores, in `order` [N]."""
+        positions = torch.cat([part.positions for part in parts])
+        spans = torch.arange(int(positions.sum())).split(positions.tolist())
+        places = torch.cat([spans[row] for row in order])
+        logprobs = torch.cat([part.completion_logprobs for part in parts])
+        encoded = concatenate([part.encoded for part in parts])
         return cls(
-            label_logprobs=torch.cat([part.label_logprobs for part in parts]),
-            positions=torch.cat([part.positions for part in parts]),
-            completion_logprobs=torch.cat([part.completion_logprobs for part in parts]),
-            encoded=Encoded.concatenate([part.encoded for part in parts]),
-        )
-
-    def take(self, rows: Tensor) -> Self:
-        """Some rows, in the order given."""
-        starts = self.positions.cumsum(0) - self.positions
-        places = torch.cat([torch.arange(int(starts[row]), int(starts[row] + self.positions[row])) for row in rows])
-        return type(self)(
-            label_logprobs=self.label_logprobs[rows],
-            positions=self.positions[rows],
-            completion_logprobs=self.completion_logprobs[places] if len(self.completion_logprobs) else self.completion_logprobs,
-            encoded=self.encoded.take(places.to(self.encoded.log_z.device)),
+            label_logprobs=torch.cat([part.label_logprobs for part in parts])[order],
+            positions=positions[order],
+            completion_logprobs=logprobs[places] if len(logprobs) else logprobs,
+            encoded={name: values[places.to(values.device)] for name, values in encoded.items()},
         )
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What is read of each prompt: log-probabilities of all labels, or of the prompt's own answer; and what is kept of distributions."""
-
-    labels: Completions = ()
-    """Token ids of the verbalisers; empty if each prompt has an answer of its own."""
-    cache: CacheParams = LABELS_ONLY
-
-    def row(self, prompt: Prompt, start: int = 0) -> Row:
-        """A prompt without its first `start` tokens, with the branches that continue it."""
-        return rows_of([prompt.ids[start:]], self.labels if prompt.answer is None else [prompt.answer])[0]
-
-    def uniforms(self, prompt: Prompt) -> np.ndarray:
-        """The random numbers of a prompt's positions, from its hash; zeros if nothing is drawn."""
-        count = 1 if prompt.answer is None else len(prompt.answer)
-        return np.random.default_rng(int(prompt.prompt_sha[:16], 16)).random(count) if self.cache.encoding in DRAWN else np.zeros(count)
-
-
-def read_scores(logits: Tensor, reading: Reading, prompts: Sequence[Prompt], hidden: Tensor | None = None) -> Scores:
+def read_scores(logits: Tensor, labels: Completions, cache: CacheParams, prompts: Sequence[Prompt], hidden: Tensor | None = None) -> Scores:
     """Scores from the logits of the prompts' rows: for each its answer position, then every branch token, [Σ(1 + branch tokens), V].
 
-    `hidden` [the same, D] are the kept layers' outputs there. For labels the answer position alone is kept; for own answers all are. Either
-    all prompts have an answer, or none has.
+    `hidden` [the same, D] are the kept layers' outputs there. `labels` are token ids of the verbalisers. Either all prompts have an answer,
+    and all positions are kept, or none has, and the answer position alone is kept.
     """
     logits = logits.float()
-    uniforms = torch.from_numpy(np.concatenate([reading.uniforms(prompt) for prompt in prompts]))
-    answers = [prompt.answer for prompt in prompts if prompt.answer is not None]
-    if not answers:
-        return _label_scores(logits, reading, uniforms, hidden)
-    encoded = encode(logits, reading.cache, uniforms, hidden)
+    uniforms = torch.from_numpy(np.concatenate([_uniforms(prompt, cache) for prompt in prompts]))
+    if not (answers := [prompt.answer for prompt in prompts if prompt.answer is not None]):
+        return _label_scores(logits, labels, cache, uniforms, hidden)
+    encoded = encode(logits, cache, uniforms, hidden)
     tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)
     return Scores(
         label_logprobs=logits.new_zeros(len(answers), 0),
         positions=torch.tensor([len(answer) for answer in answers]),
-        completion_logprobs=logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - encoded.log_z,
+        completion_logprobs=logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - encoded["log_z"],
         encoded=encoded,
     )
 
 
-def _label_scores(logits: Tensor, reading: Reading, uniforms: Tensor, hidden: Tensor | None) -> Scores:
-    per_row = 1 + sum(len(ids) - 1 for ids in reading.labels)
+def _uniforms(prompt: Prompt, cache: CacheParams) -> np.ndarray:
+    """The random numbers of a prompt's positions, from its hash; zeros if nothing is drawn."""
+    count = 1 if prompt.answer is None else len(prompt.answer)
+    return np.random.default_rng(int(prompt.prompt_sha[:16], 16)).random(count) if cache.encoding in DRAWN else np.zeros(count)
+
+
+def _label_scores(logits: Tensor, labels: Completions, cache: CacheParams, uniforms: Tensor, hidden: Tensor | None) -> Scores:
+    per_row = 1 + sum(len(ids) - 1 for ids in labels)
     logits = logits.reshape(-1, per_row, logits.shape[-1])
     log_z = logits.logsumexp(-1)  # [N, per_row]
     columns, place = [], 1
-    for ids in reading.labels:
+    for ids in labels:
         total = logits[:, 0, ids[0]] - log_z[:, 0]
         for token in ids[1:]:
             total = total + logits[:, place, token] - log_z[:, place]
@@ -115,29 +94,30 @@ def _label_scores(logits: Tensor, reading: Reading, uniforms: Tensor, hidden: Te
         label_logprobs=torch.stack(columns, -1),
         positions=torch.ones(len(logits), dtype=torch.long),
         completion_logprobs=logits.new_zeros(0),
-        encoded=encode(logits[:, 0], reading.cache, uniforms, at_answers),
+        encoded=encode(logits[:, 0], cache, uniforms, at_answers),
     )
 
 
-WORTH_SHARING = 8
-"""Tokens from which a prefix is shared: attending to one costs every layer a few passes over memory."""
+WORTH_SHARING = 8  # tokens from which a prefix is shared: attending to one costs every layer a few passes over memory
 LARGEST_BUDGET, LARGEST_GPU_BUDGET = 1024, 4096
 """Tokens a pass: enough for products to run at full rate. With more, results leave a CPU's caches (measured on SmolLM2-135M)."""
-ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30
-"""Bytes that a pass may take for what it computes, at most."""
+ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30  # bytes that a pass may take for what it computes, at most
 
 
 class Engine:
-    """Scores prompts in passes of at most `token_budget` tokens, or one prompt."""
+    """Scores prompts in passes of at most `token_budget` tokens, or one prompt: by the packed pass, or with `packed=None` by the plain one.
 
-    name = "generic"
-    reason = ""
-    """Why this engine runs, in a sentence."""
+    The keys and values of the last shared prefix are kept. `reason` says in a sentence why this engine runs.
+    """
 
-    def __init__(self, model: PreTrainedModel, reading: Reading, token_budget: int) -> None:
-        self.model = model
-        self.reading = reading
-        self.token_budget = token_budget
+    def __init__(
+        self, model: PreTrainedModel, packed: PackedModel | None, labels: Completions, cache: CacheParams, token_budget: int
+    ) -> None:
+        """`labels` are token ids of the verbalisers; none if each prompt has an answer of its own."""
+        self.model, self.token_budget = model, token_budget
+        self.name, self.reason = "generic" if packed is None else "shared_prefix", ""
+        self._packed, self._labels, self._cache = packed, labels, cache
+        self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Scores:
@@ -147,50 +127,34 @@ class Engine:
         if a prompt does not begin with them or has nothing after them.
         """
         start = self._share(prompts, shared)
-        rows = [self.reading.row(prompt, start) for prompt in prompts]
+        completions = [self._labels if prompt.answer is None else [prompt.answer] for prompt in prompts]
+        rows = [rows_of([prompt.ids[start:]], own)[0] for prompt, own in zip(prompts, completions, strict=True)]
         batches = plan_batches([row.length for row in rows], self.token_budget)
         parts = []
         for batch in batches:
             logits, hidden = self._logits([rows[number] for number in batch], start)
-            parts.append(read_scores(logits, self.reading, [prompts[number] for number in batch], hidden))
+            parts.append(read_scores(logits, self._labels, self._cache, [prompts[number] for number in batch], hidden))
         order = torch.tensor([number for batch in batches for number in batch])
-        return Scores.concatenate(parts).take(order.argsort())
+        return Scores.join(parts, order.argsort())
 
     def distributions(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Tensor:
         """Log-probabilities of the whole vocabulary at every answer position, [P, V] float32."""
-        reading, self.reading = self.reading, replace(self.reading, cache=CacheParams(encoding="full", resolution_nats=None))
+        cache, self._cache = self._cache, CacheParams(encoding="full", resolution_nats=None)
         try:
-            return self.score(prompts, shared).encoded.full_logprobs.cpu()
+            return self.score(prompts, shared).encoded["full_logprobs"].cpu()
         finally:
-            self.reading = reading
-
-    def close(self) -> None:
-        """Give the model back as it was."""
-
-    def _share(self, prompts: Sequence[Prompt], shared: Sequence[int] | None) -> int:  # noqa: ARG002
-        """Make what prompts share ready; returns how many tokens that is."""
-        return 0
-
-    def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
-        return plain_logits(self.model, rows, self.reading.cache.hidden_layers)
-
-
-class SharedPrefixEngine(Engine):
-    """The fast engine. It keeps the keys and values of the last prefix."""
-
-    name = "shared_prefix"
-
-    def __init__(self, packed: PackedModel, reading: Reading, token_budget: int) -> None:
-        super().__init__(packed.model, reading, token_budget)
-        self.packed = packed
-        self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
+            self._cache = cache
 
     def close(self) -> None:
         """Give the model back as it was."""
         self._held = ((), [])
-        self.packed.detach()
+        if self._packed is not None:
+            self._packed.detach()
 
     def _share(self, prompts: Sequence[Prompt], shared: Sequence[int] | None) -> int:
+        """Make what prompts share ready; returns how many tokens that is."""
+        if self._packed is None:
+            return 0
         if shared is None:
             shared = shared_prefix(prompts) if len(prompts) > 1 else ()
         prefix = tuple(shared) if len(shared) >= WORTH_SHARING else ()
@@ -198,39 +162,41 @@ class SharedPrefixEngine(Engine):
             raise ValueError(f"a prompt does not begin with the {len(prefix)} shared tokens, or has nothing after them")
         if prefix and self._held[0] != prefix:
             self._held = ((), [])  # frees the old one before the new one is made
-            self._held = (prefix, self.packed.read_context(prefix))
+            self._held = (prefix, self._packed.read_context(prefix))
         return len(prefix)
 
     def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:
-        return packed_logits(self.packed, rows, self._held[1] if start else (), start, self.reading.cache.hidden_layers)
+        layers = self._cache.hidden_layers
+        if self._packed is None:
+            return plain_logits(self.model, rows, layers)
+        return packed_logits(self._packed, rows, self._held[1] if start else (), start, layers)
 
 
 def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, probe: Sequence[Prompt]) -> Engine:
-    """The engine for a model. `probe` are a few prompts of the work ahead, the longest among them.
+    """The engine for a model. `probe` are a few prompts of the work ahead, the longest among them, so that what depends on length shows.
 
     Nothing is assumed from an architecture's name: a model that the fast engine does not reproduce differs on the probe, or refuses, and
-    gets the generic one. What depends on length (a sliding window) shows there, and not in the middle of the work. The two are compared in
-    float32, whatever the model's format (`models.forward.in_float32`).
+    gets the generic one. The two are compared in float32, whatever the model's format (`models.forward.in_float32`).
     """
     if tokens.task.params.completion is not None:  # any text will do to compare
         texts = [prompt.answer or tuple(islice(cycle(prompt.ids), tokens.longest_answer)) for prompt in probe]
         probe = [Prompt(prompt.ids, text) for prompt, text in zip(probe, texts, strict=True)]
-    reading, budget = Reading(tokens.completions, cache), token_budget(model, memory_bytes(model.device))
+    labels, budget = tokens.completions, token_budget(model, memory_bytes(model.device))
     # What is compared depends on no threshold: it is neither rounded, in steps that may be larger than the tolerance, nor kept or drawn as
     # a probability falls on one side of a number or the other.
-    exact = replace(reading, cache=cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None}))
+    exact = cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None})
     longest = max(probe, key=lambda prompt: len(prompt.ids))
 
-    def probed(engine: Engine) -> Scores:  # the second call has a prefix even if these prompts share nothing
-        return Scores.concatenate([engine.score(probe), engine.score([longest], longest.ids[:-1])])
+    def probed(engine: Engine) -> list[Scores]:  # the second call has a prefix even if these prompts share nothing
+        return [engine.score(probe), engine.score([longest], longest.ids[:-1])]
 
     def difference(packed: PackedModel) -> float:
-        return largest_difference(expected, probed(SharedPrefixEngine(packed, exact, budget)))
+        return max(map(largest_difference, expected, probed(Engine(model, packed, labels, exact, budget))))
 
     with in_float32(model) as tolerance:
-        expected = probed(Engine(model, exact, budget))
+        expected = probed(Engine(model, None, labels, exact, budget))
         packed, reason = packed_if_exact(model, difference, tolerance)
-    engine = Engine(model, reading, budget) if packed is None else SharedPrefixEngine(packed, reading, budget)
+    engine = Engine(model, packed, labels, cache, budget)
     engine.reason = reason
     return engine
 
@@ -238,24 +204,22 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
 def largest_difference(one: Scores, other: Scores) -> float:
     """Largest absolute difference of the log-probabilities of labels, answers and most probable tokens, and of log Z, in nats."""
     pairs = [(one.label_logprobs, other.label_logprobs), (one.completion_logprobs, other.completion_logprobs)]
-    pairs += [(getattr(one.encoded, name), getattr(other.encoded, name)) for name in ("topk_logprobs", "log_z")]
+    pairs += [(one.encoded[name], other.encoded[name]) for name in ("topk_logprobs", "log_z")]
     return max(float((a - b).abs().max()) for a, b in pairs if a.numel())
 
 
 def shared_prefix(prompts: Sequence[Prompt]) -> tuple[int, ...]:
     """The ids that all prompts begin with; each keeps one of its own, for its answer position."""
     ids = [prompt.ids for prompt in prompts]
-    first, last = min(ids), max(ids)  # what the first and the last in order share, all share
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return first[: min(alike, min(map(len, ids)) - 1)]
+    first = min(ids)  # what the first and the last in order share, all share
+    return first[: min(common_length(first, max(ids)), min(map(len, ids)) - 1)]
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Row numbers of each batch: rows in rising order of length, as many as fit `token_budget` tokens and at least one.
 
     Rows of like length are together, so that the small padded part of the attention has next to no padding. The last two batches share
-    their rows evenly: a last one of a few tokens would read all weights for little. The plan follows from the lengths alone, so that a
-    resumed run scores what an unbroken one would.
+    their rows evenly: a last one of a few tokens would read all weights for little. The plan follows from the lengths alone.
     """
     batches: list[list[int]] = []
     tokens = 0
@@ -275,11 +239,10 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 def token_budget(model: PreTrainedModel, memory_bytes: int) -> int:
     """Tokens that a pass may have for its activations to stay within an eighth of `memory_bytes`, half of what the weights leave, and
-    512 MB (4 GB on a GPU).
+    `ACTIVATIONS`.
 
-    It follows from the device and the model alone, not from what else runs there: batches, and so a row's last bits, follow from it.
-    Counted for each token: about ten vectors of the hidden size and four of the inner size, and the logits of one answer position in 16
-    tokens, twice.
+    It follows from the device and the model alone, since batches, and so a row's last bits, follow from it. Counted for each token: ten
+    vectors of the hidden size, four of the inner size, and the logits of one answer position in 16 tokens, twice.
     """
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)

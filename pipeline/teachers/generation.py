@@ -1,14 +1,13 @@
-"""Answers in free text, written by a model: transformers' own `generate`, on prompts of one length at a time.
+"""Answers in free text, written by a model: transformers' own `generate`, on prompts of one length at a time, so that nothing is padded.
 
-Nothing is padded, so that any architecture is asked as its authors meant it. The keys and values of what all prompts begin with are
-computed once and copied for the rows of a batch; a model that does not give the same answer that way (probed on the first prompt) reads
-whole prompts. Sampling is by the Gumbel-max trick with noise from each prompt's hash: an answer depends neither on its batch nor on a
-generator's state.
+The keys and values of what all prompts begin with are computed once and copied for the rows of a batch; a model that does not give the same
+answer that way (probed on the first prompt) reads whole prompts. Sampling is by the Gumbel-max trick with noise from each prompt's hash: an
+answer depends neither on its batch nor on a generator's state.
 """
 
 import copy
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,7 @@ from pipeline.params import CompletionParams
 from pipeline.schema import Prompt
 
 LARGEST_BATCH = 32
-CACHE_BYTES = 512 << 20
-"""Keys and values of all rows of a batch, with their copies of the prefix."""
+CACHE_BYTES = 512 << 20  # keys and values of all rows of a batch, with their copies of the prefix
 
 
 class Generator:
@@ -33,20 +31,15 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.params = params
-        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
         self.end_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self.shares_prefix: bool | None = None
-        """Whether a prefix's keys and values serve the prompts behind it; None before the first one."""
+        self.shares_prefix: bool | None = None  # whether a prefix's keys and values serve the prompts behind it; None before the first one
         self._held: tuple[tuple[int, ...], DynamicCache] | None = None
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Prompt], shared: Sequence[int] = ()) -> list[list[int]]:
-        """Token ids of the answer to each prompt, in order; at least one token each, at most `max_tokens`.
-
-        All prompts begin with the ids `shared` and have more. An answer ends with the token that completes a stop text or ends the model's
-        text, which belongs to it.
-        """
+        """Token ids of the answer to each prompt, in order, 1 to `max_tokens` each. All prompts begin with `shared` and have more."""
         found: list[list[int]] = [[] for _ in prompts]
         attention, habits = self.model.config._attn_implementation or "eager", self.model.generation_config
         self.model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
@@ -54,11 +47,9 @@ class Generator:
         try:
             prefix = self._prefix(tuple(shared), prompts[0]) if shared and prompts else None
             order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), prompts[number].ids))
-            for length, group in groupby(order, key=lambda number: len(prompts[number].ids)):
-                numbers = list(group)
+            for length, numbers in groupby(order, key=lambda number: len(prompts[number].ids)):
                 size = self._batch_size(length + self.params.max_tokens)
-                for start in range(0, len(numbers), size):
-                    batch = numbers[start : start + size]
+                while batch := list(islice(numbers, size)):
                     for number, answer in zip(batch, self._write([prompts[number] for number in batch], prefix), strict=True):
                         found[number] = answer
         finally:
@@ -102,9 +93,7 @@ class Generator:
         cache = copy.deepcopy(prefix)
         if cache is not None:
             cache.batch_repeat_interleave(len(prompts))
-        processors = LogitsProcessorList()
-        if self.params.temperature > 0:
-            processors.append(_Gumbel(prompts, self.params))
+        processors = LogitsProcessorList([_Gumbel(prompts, self.params)] if self.params.temperature > 0 else [])
         model: Any = self.model
         out = model.generate(
             input_ids=tokens,
@@ -118,10 +107,7 @@ class Generator:
 
     def _cut(self, written: list[int]) -> list[int]:
         """What was written up to its end: a row that ended before others of its batch was padded."""
-        for count in range(1, len(written) + 1):
-            if self.has_ended(written[:count]):
-                return written[:count]
-        return written
+        return next((written[:count] for count in range(1, len(written)) if self.has_ended(written[:count])), written)
 
     def has_ended(self, written: Sequence[int]) -> bool:
         """Whether the last token ends the model's text or completes a stop text."""
@@ -132,8 +118,6 @@ class Generator:
 
 
 class _Ended(StoppingCriteria):
-    """Rows whose answer has ended."""
-
     def __init__(self, generator: Generator, start: int) -> None:
         self.generator, self.start = generator, start
 

@@ -1,8 +1,8 @@
 """The teacher on Ray's workers: an actor each, which loads the model once. Rows have the bytes that one process would give them.
 
-What is planned, and what is written, stays with the process that asks: workers are sent token ids and send rows back, so the store has one
-writer. Ray starts a worker that dies again and gives it its jobs again; an error of the code ends the run, with what is written kept. Each
-worker needs the model's folder under the same path.
+The process that asks plans and writes: workers are sent token ids and send rows back, so the store has one writer. Ray starts a worker that
+dies again and gives it its jobs again; an error of the code ends the run, with what is written kept. Each worker needs the model's folder
+under the same path.
 """
 
 import logging
@@ -10,74 +10,47 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from pipeline.errors import MismatchError, ShotlessError, UsageError
 from pipeline.models.machine import cores
-from pipeline.params import CacheParams
 from pipeline.schema import Prompt
-from pipeline.task import Task
-from pipeline.teachers.scorer import Job, LocalBackend, Scored, Scorer
+from pipeline.teachers.scorer import Job, LocalBackend, Scorer
 
-IN_FLIGHT = 2
-"""Jobs that a worker has been sent: the next one is there when one ends."""
-ATTEMPTS = 3
-"""Workers that may die with a job in hand before the job is taken to be the reason."""
-START_SECONDS = 3600.0
-"""In which one worker has to be ready: a large model takes minutes to load, and machines may have to be started."""
-LOCAL_STORE_BYTES = 256 << 20
-"""Ray's shared memory for results on their way, if Ray is started here."""
+IN_FLIGHT = 2  # jobs that a worker has been sent: the next one is there when one ends
+ATTEMPTS = 3  # workers that may die with a job in hand before the job is taken to be the reason
+START_SECONDS = 3600.0  # in which one worker has to be ready: a large model takes minutes to load, and machines may have to be started
+LOCAL_STORE_BYTES = 256 << 20  # Ray's shared memory for results on their way, if Ray is started here
 ALIKE = ("name", "token_budget", "device", "threads")
 """What all workers must agree in, since results depend on it; the identity has the libraries' versions."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a worker needs to score a job as any other process would."""
-
-    model_folder: Path
-    task: Task
-    cache: CacheParams
-    identity: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How many workers, and what each has of its machine."""
-
-    workers: int
-    threads: int
-    gpus: int
 
 
 class ScoringWorker:
     """The actor. Its constructor loads nothing, so that what goes wrong comes back as the error of a call."""
 
-    def __init__(self, threads: int, setup: Setup, probe: Sequence[Prompt]) -> None:
-        self._threads, self._setup, self._probe = threads, setup, probe
+    def __init__(self, settings: dict[str, Any], identity: Mapping[str, Any], probe: Sequence[Prompt], threads: int) -> None:
+        """`settings` are arguments of `Scorer`, `identity` is what its own has to be."""
+        self._settings, self._identity, self._probe, self._threads = settings, identity, probe, threads
 
     @cached_property
     def _loaded(self) -> tuple[LocalBackend, dict[str, Any]]:
-        setup = self._setup
-        scorer = Scorer(setup.model_folder, setup.task, setup.cache, work=None, threads=self._threads, dtype=setup.identity["dtype"])
-        if different := [key for key, value in setup.identity.items() if scorer.identity.get(key) != value]:
-            found = ", ".join(f"{key} {scorer.identity.get(key)!r} instead of {setup.identity[key]!r}" for key in different)
-            raise MismatchError(f"{setup.model_folder} on {socket.gethostname()}: {found}. Give all machines the same model and libraries.")
+        scorer, who = Scorer(**self._settings, work=None, threads=self._threads), f"worker {os.getpid()} on {socket.gethostname()}"
+        if different := [key for key, value in self._identity.items() if scorer.identity.get(key) != value]:
+            found = ", ".join(f"{key} {scorer.identity.get(key)!r} instead of {self._identity[key]!r}" for key in different)
+            raise MismatchError(f"{scorer.model_folder} of {who}: {found}. Give all machines the same model and libraries.")
         assert isinstance(scorer.backend, LocalBackend)
-        report = scorer.backend.open(self._probe)
-        return scorer.backend, {**report, "threads": self._threads, "who": f"worker {os.getpid()} on {socket.gethostname()}"}
+        return scorer.backend, {**scorer.backend.open(self._probe), "threads": self._threads, "who": who}
 
-    def report(self) -> dict[str, Any]:
-        """The engine's report, and who reports. Raises MismatchError if the identity differs here."""
-        return self._loaded[1]
+    def report(self) -> tuple[dict[str, Any], None]:
+        """The engine's report and who reports; no rows. Raises MismatchError if the identity differs here."""
+        return self._loaded[1], None
 
-    def score(self, job: Job) -> tuple[dict[str, Any], Scored]:
-        """The report, the rows of a job, and the seconds that they took."""
+    def score(self, job: Job) -> tuple[dict[str, Any], tuple[pa.Table, float]]:
+        """The report; the rows of a job and the seconds that they took."""
         backend, report = self._loaded
         return report, next(backend.score([job]))
 
@@ -89,10 +62,10 @@ class ScoringWorker:
 class RayBackend:
     """A pool of workers, each busy with its own jobs: `count` of them, or one for each GPU, or for each machine if there is none."""
 
-    def __init__(self, setup: Setup, count: int | None, threads: int | None) -> None:
-        self._setup, self._count, self._threads = setup, count, threads
+    def __init__(self, settings: dict[str, Any], identity: Mapping[str, Any], count: int | None, threads: int | None) -> None:
+        self._settings, self._identity, self._count, self._threads = settings, identity, count, threads
         self._ray: Any = None
-        self._starting: dict[Any, Any] = {}  # reference to a report → worker
+        self._waiting: dict[Any, tuple[Any, Job | None]] = {}  # reference to a call → worker, job; None: its first report
         self._ready: dict[Any, str] = {}  # worker → who it is
         self._first: dict[str, Any] = {}
 
@@ -103,35 +76,25 @@ class RayBackend:
         """
         if self._ray is None:
             self._ray = connect(self._count)
-            shape = shape_of(self._ray.nodes(), self._count, self._threads)
-            options = {"num_cpus": shape.threads, "num_gpus": shape.gpus, "max_restarts": -1, "max_task_retries": ATTEMPTS - 1}
+            count, threads, gpus = shape_of(self._ray.nodes(), self._count, self._threads)
+            options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": ATTEMPTS - 1}
             actor = self._ray.remote(ScoringWorker).options(**options)
-            self._given = self._ray.put(self._setup), self._ray.put(list(probe))  # a worker that starts again reads them again
-            workers = [actor.remote(shape.threads, *self._given) for _ in range(shape.workers)]
-            self._starting = {worker.report.remote(): worker for worker in workers}
-            done, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=START_SECONDS)
-            if not done:
-                raise ShotlessError(f"no worker of Ray was ready after {START_SECONDS:.0f} s. `ray status` says what it waits for.")
-            self._note_ready(done[0])
+            self._given = [self._ray.put(value) for value in (self._settings, self._identity, probe)]  # for workers that start again
+            for worker in [actor.remote(*self._given, threads) for _ in range(count)]:
+                self._waiting[worker.report.remote()] = worker, None
+            self._next(START_SECONDS)
         return {key: self._first[key] for key in ("name", "reason", "token_budget", "device")}
 
-    def score(self, jobs: Iterable[Job]) -> Iterator[Scored]:
-        """Each job's rows as they are done; `jobs` are taken as workers come free. Raises ShotlessError naming the job and its end."""
-        left, waiting = iter(jobs), dict[Any, tuple[Any, Job]]()
+    def score(self, jobs: Iterable[Job]) -> Iterator[tuple[pa.Table, float]]:
+        """Each job's rows and seconds as they are done; free workers take the next. Raises ShotlessError naming the job and its end."""
+        left = iter(jobs)
         while True:
             for worker in self._ready:
-                while sum(other is worker for other, _ in waiting.values()) < IN_FLIGHT and (job := next(left, None)) is not None:
-                    waiting[worker.score.remote(job)] = worker, job
-            if not waiting:
+                while sum(other is worker for other, _ in self._waiting.values()) < IN_FLIGHT and (job := next(left, None)) is not None:
+                    self._waiting[worker.score.remote(job)] = worker, job
+            if all(job is None for _, job in self._waiting.values()):
                 return
-            done, _ = self._ray.wait([*waiting, *self._starting], num_returns=1)
-            for reference in done:
-                if reference in self._starting:
-                    self._note_ready(reference)
-                    continue
-                worker, job = waiting.pop(reference)
-                report, scored = self._get(reference, f"{job.part.name} ({len(job.prompts)} rows): {self._ready[worker]}")
-                self._note(worker, report)
+            if (scored := self._next()) is not None:
                 yield scored
 
     def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
@@ -141,13 +104,23 @@ class RayBackend:
 
     def close(self) -> None:
         """End the workers. A Ray that was started here ends with the process."""
-        for worker in [*self._ready, *self._starting.values()]:
+        for worker in {**self._ready, **dict(self._waiting.values())}:
             self._ray.kill(worker)
-        self._ready, self._starting = {}, {}
+        self._ready, self._waiting = {}, {}
 
-    def _note_ready(self, reference: Any) -> None:
-        worker = self._starting.pop(reference)
-        self._note(worker, self._get(reference, "no part was begun: a worker of Ray"))
+    def _next(self, timeout: float | None = None) -> tuple[pa.Table, float] | None:
+        """What the next call that is done gives; None if it was a worker's first report."""
+        done, _ = self._ray.wait(list(self._waiting), num_returns=1, timeout=timeout)
+        if not done:
+            raise ShotlessError(f"no worker of Ray was ready after {timeout:.0f} s. `ray status` says what it waits for.")
+        worker, job = self._waiting.pop(done[0])
+        if job is None:
+            what = "nothing was scored: a worker of Ray"
+        else:
+            what = f"{len(job.prompts)} prompts from {job.prompts[0].prompt_sha[:12]} on: {self._ready[worker]}"
+        report, scored = self._get(done[0], what)
+        self._note(worker, report)
+        return scored
 
     def _note(self, worker: Any, report: dict[str, Any]) -> None:
         """Note who a worker is, which changes when it dies. Raises ShotlessError if its results would be other than the first one's."""
@@ -175,10 +148,7 @@ class RayBackend:
 
 
 def connect(workers: int | None) -> Any:
-    """The module `ray`, connected: to the cluster at `$RAY_ADDRESS`, else to a Ray that is started here for the time of the process.
-
-    Raises UsageError if Ray is not installed, or no cluster answers.
-    """
+    """The module `ray`, connected to `$RAY_ADDRESS`, or to a Ray of this process. Raises UsageError if it is missing or does not answer."""
     try:
         import ray
     except ImportError:
@@ -199,8 +169,8 @@ def connect(workers: int | None) -> Any:
     return ray
 
 
-def shape_of(nodes: Sequence[Mapping[str, Any]], workers: int | None, threads: int | None) -> Shape:
-    """The division of `ray.nodes()`: `workers`, or one for each GPU, or for each machine if there is none.
+def shape_of(nodes: Sequence[Mapping[str, Any]], workers: int | None, threads: int | None) -> tuple[int, int, int]:
+    """Number of workers, and threads and GPUs of each: `workers`, or one for each GPU of the `nodes`, or for each node if they have none.
 
     Each has `threads` of one machine, or as many as leave room for all. Raises UsageError if they do not fit.
     """
@@ -214,4 +184,4 @@ def shape_of(nodes: Sequence[Mapping[str, Any]], workers: int | None, threads: i
         raise UsageError(f"runtime.workers: {asked} do not fit Ray's machines, which have {free} cores. Lower it, or add machines.")
     if gpus and workers > gpus:
         raise UsageError(f"runtime.workers: {workers} workers need a GPU each, and Ray's machines have {gpus}. Lower it to {gpus}.")
-    return Shape(workers, threads or fitting[-1], 1 if gpus else 0)
+    return workers, threads or fitting[-1], 1 if gpus else 0

@@ -1,11 +1,11 @@
 """Scores of (context, example) pairs through the store: what is there is read, what is missing is scored, nothing is scored twice.
 
 The teacher's stage asks here, and so do baselines and the evaluation of students, these without a store. The model is loaded only if a row
-is missing. Contexts are taken one after the other, so that memory has one context's prompts.
+is missing. Contexts are taken one after the other, so that memory has one context's prompts; a request is looked at whole before that.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from pipeline.cache.encodings import columns_of
-from pipeline.cache.store import Part, Store
+from pipeline.cache.store import Store
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
 from pipeline.models.folders import context_limit, load_model, load_tokenizer, tokenizer_sha256, weights_sha256
@@ -32,44 +32,17 @@ from pipeline.teachers.generation import Generator
 if TYPE_CHECKING:
     from pipeline.teachers.ray import RayBackend
 
-ENGINE_VERSION = 3
-"""Raised when the engines' numbers change by more than rounding: old rows are then scored again."""
-ROWS_PER_PART = 256
-"""Rows between two writes: what a kill costs at most."""
+ENGINE_VERSION = 3  # raised when the engines' numbers change by more than rounding: old rows are then scored again
+ROWS_PER_PART = 256  # rows between two writes: what a kill costs at most
 PROBE_ROWS = 3
-KEPT_IDS = 4 << 20
-"""Token ids that are kept from looking at a request until it is scored, 36 bytes each; contexts beyond are tokenised twice."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One context of a request."""
-
-    context: Context
-    keys: list[str]
-    longest: int
-    """Tokens of its longest prompt."""
-    prompts: list[Prompt] | None
-    """None: to be made again."""
 
 
 @dataclass(frozen=True)
 class Job:
     """Prompts of one context that are scored together."""
 
-    part: Part
     prompts: list[Prompt]
-    shared: tuple[int, ...]
-    """What all of the context's prompts begin with."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The rows of a job (`schema.STORED`), and the seconds that they took."""
-
-    part: Part
-    rows: pa.Table
-    seconds: float
+    shared: tuple[int, ...]  # what all of the context's prompts begin with
 
 
 class LocalBackend:
@@ -82,17 +55,12 @@ class LocalBackend:
         self._longest = 0
 
     def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:
-        """Be ready for work like `probe`, and report the engine: name, reason, token_budget, device.
-
-        The model is loaded at the first call. Its engine is chosen again if prompts are longer than any before.
-        """
+        """Be ready for work like `probe`: the engine's name, reason, token_budget, device. Longer prompts may get another engine."""
         longest = max(len(prompt.ids) + len(prompt.answer or ()) for prompt in probe)
         if self._engine is None or longest > self._longest:
-            if self._engine is None:
-                model = load_model(self._folder, DTYPES[self._dtype], default_device())
-            else:
-                model = self._engine.model
+            if self._engine is not None:
                 self._engine.close()
+            model = self._engine.model if self._engine else load_model(self._folder, DTYPES[self._dtype], default_device())
             self._engine, self._longest = open_engine(model, self._tokens, self._cache, probe), longest
             completion = self._tokens.task.params.completion
             if completion is not None and completion.source == "generated":
@@ -100,12 +68,12 @@ class LocalBackend:
         engine = self._engine
         return {"name": engine.name, "reason": engine.reason, "token_budget": engine.token_budget, "device": str(engine.model.device)}
 
-    def score(self, jobs: Iterable[Job]) -> Iterator[Scored]:
-        """Each job's rows, one job after the other."""
+    def score(self, jobs: Iterable[Job]) -> Iterator[tuple[pa.Table, float]]:
+        """Each job's rows (`schema.STORED`), one job after the other, and the seconds that they took."""
         for job in jobs:
             began = time.perf_counter()
             rows = self._rows(job)
-            yield Scored(job.part, rows, time.perf_counter() - began)
+            yield rows, time.perf_counter() - began
             give_back_memory()
 
     def distributions(self, prompt: Prompt, shared: tuple[int, ...]) -> torch.Tensor:
@@ -117,13 +85,19 @@ class LocalBackend:
         """Nothing was started."""
 
     def _rows(self, job: Job) -> pa.Table:
-        """Answers in free text are written first, unless they are there."""
         assert self._engine is not None
         asked = job.prompts
         if self._generator is not None:
             answers = self._generator.answers(job.prompts, job.shared)
             asked = [Prompt(prompt.ids, tuple(answer)) for prompt, answer in zip(job.prompts, answers, strict=True)]
         return stored_rows(job.prompts, asked, self._engine.score(asked, job.shared))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    context: Context
+    keys: list[str]
+    probe: list[Prompt]  # a few of its prompts, the longest one last
 
 
 class Scorer:
@@ -154,13 +128,13 @@ class Scorer:
         self.store = None if work is None else Store(work, self.identity)
         self.engine_report: dict[str, Any] | None = None
         """The engine of this process' last work: name, reason, token_budget, device; None if nothing had to be scored."""
-        self.keys: list[str] = []
-        """The `prompt_sha` of each row of the last request, contexts outermost."""
+        self.keys: list[str] = []  # the `prompt_sha` of each row of the last request, contexts outermost
         self.backend: LocalBackend | RayBackend
         if on_ray:
             from pipeline.teachers import ray
 
-            self.backend = ray.RayBackend(ray.Setup(model_folder.resolve(), task, cache, self.identity), workers, threads)
+            settings = {"model_folder": model_folder.resolve(), "task": task, "cache": cache, "dtype": self.dtype}
+            self.backend = ray.RayBackend(settings, self.identity, workers, threads)
         else:
             self.backend = LocalBackend(model_folder, self.tokens, cache, self.dtype)
 
@@ -170,37 +144,34 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.backend.close()
 
-    def score(self, contexts: Sequence[Context], examples: Sequence[Example], title: str, columns: Sequence[str] | None = None) -> pa.Table:
+    def score(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> pa.Table:
         """The rows of `tables` as one table."""
-        return pa.concat_tables(self.tables(contexts, examples, title, columns))
+        return pa.concat_tables(self.tables(contexts, examples, title))
 
     def label_scores(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> np.ndarray:
         """Log-probabilities of the sorted labels, [C, N, L] float64 nats: not normalised over the labels."""
-        rows = self.score(contexts, examples, title, ["label_logprobs"])
+        rows = self.score(contexts, examples, title)
         return np.array(rows["label_logprobs"].to_pylist(), dtype=np.float64).reshape(len(contexts), len(examples), -1)
 
-    def tables(
-        self, contexts: Sequence[Context], examples: Sequence[Example], title: str, columns: Sequence[str] | None = None
-    ) -> Iterator[pa.Table]:
-        """Rows of `schema.SCORES`, or some of their columns, of every example behind every context: a table for each context.
+    def tables(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> Iterator[pa.Table]:
+        """Rows of `schema.SCORES` of every example behind every context: a table for each context.
 
         What is missing is scored at the call. Raises UsageError if a prompt is longer than the model takes, or an example cannot be told
         from the template's control tokens.
         """
-        names = list(SCORES.names if columns is None else columns)
         asked = self._asked(contexts, examples)
         keys = self.keys = [key for own in asked for key in own.keys]
         if self.store is not None:
             with self.store.lock():
-                for scored in self._score(asked, examples, self.store.missing(keys), title):
-                    self.store.write(scored.part, scored.rows, scored.seconds, self.engine_report or {})
+                for rows, seconds in self._score(asked, examples, self.store.missing(keys), title):
+                    self.store.write(rows, seconds, self.engine_report or {})
             read = self.store.read
         else:
-            rows = pa.concat_tables([STORED.empty_table(), *(one.rows for one in self._score(asked, examples, keys, title))])
-            place = {key: number for number, key in enumerate(rows["prompt_sha"].to_pylist())}
-            read = lambda keys, columns: rows.select(columns).take([place[key] for key in keys])  # noqa: E731
-        stored = [name for name in names if name in STORED.names]
-        return (_with_keys(own.context, examples, read(own.keys, stored), names) for own in asked)
+            scored = pa.concat_tables([STORED.empty_table(), *(rows for rows, _ in self._score(asked, examples, keys, title))])
+            place = {key: number for number, key in enumerate(scored["prompt_sha"].to_pylist())}
+            read = lambda keys: scored.take([place[key] for key in keys])  # noqa: E731
+        ids = pa.array([example.example_id for example in examples], pa.string())
+        return (pa.table([pa.repeat(own.context.context_id, len(ids)), ids, *read(own.keys).columns], schema=SCORES) for own in asked)
 
     def distributions(
         self, context: Context, examples: Sequence[Example], answers: Sequence[Sequence[int]] | None = None
@@ -222,7 +193,7 @@ class Scorer:
         for example in examples:
             if fault := self.tokens.fault_of(example):
                 raise UsageError(f"{_origin(example)} {fault}. Leave it out, or write the template without them.")
-        limit, room, asked = context_limit(self.model_folder), KEPT_IDS, []
+        limit, asked = context_limit(self.model_folder), []
         for context in contexts:
             prompts = self.tokens.prompts(context, examples)
             for example, prompt in zip(examples, prompts, strict=True):
@@ -233,53 +204,53 @@ class Scorer:
                         f"the answer, and {self.model_folder} takes {limit:,}. Use fewer or shorter demonstrations "
                         "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                     )
-            room -= sum(map(self.tokens_of, prompts))
-            longest = max(map(self.tokens_of, prompts), default=0)
-            asked.append(_Asked(context, [prompt.prompt_sha for prompt in prompts], longest, prompts if room >= 0 else None))
+            asked.append(_Asked(context, [prompt.prompt_sha for prompt in prompts], self._spread(prompts)))
         return asked
 
-    def _score(self, asked: Sequence[_Asked], examples: Sequence[Example], keys: Sequence[str], title: str) -> Iterator[Scored]:
-        """Score the prompts with these keys, each once, and report progress."""
+    def _score(
+        self, asked: Sequence[_Asked], examples: Sequence[Example], keys: Sequence[str], title: str
+    ) -> Iterator[tuple[pa.Table, float]]:
         missing, count = set(keys), sum(len(own.keys) for own in asked)
         if not missing:
             return
-        longest = max(asked, key=lambda own: own.longest)
-        self.engine_report = self.backend.open(self._spread(longest.prompts or self.tokens.prompts(longest.context, examples)))
+        self.engine_report = self.backend.open(max((own.probe for own in asked), key=lambda probe: self.tokens_of(probe[-1])))
         cached = f", {count - len(missing):,} of {count:,} rows were in the store" if count > len(missing) else ""
         tokens, started = 0, time.monotonic()
         with progress(title, len(missing), "rows") as meter:
-            for scored in self.backend.score(self._jobs(asked, examples, missing, self.engine_report["token_budget"])):
-                yield scored
-                tokens += sum(scored.rows["prompt_tokens"].to_pylist())
-                meter.advance(len(scored.rows), f"{rate(tokens, time.monotonic() - started):,.0f} prompt tokens/s{cached}")
+            for rows, seconds in self.backend.score(self._jobs(asked, examples, missing, self.engine_report["token_budget"])):
+                yield rows, seconds
+                tokens += sum(rows["prompt_tokens"].to_pylist())
+                meter.advance(len(rows), f"{rate(tokens, time.monotonic() - started):,.0f} prompt tokens/s{cached}")
 
     def _jobs(self, asked: Sequence[_Asked], examples: Sequence[Example], missing: set[str], token_budget: int) -> Iterator[Job]:
-        left = set(missing)
+        """The missing prompts of each part. Parts follow from the whole request, so that a killed run goes on in the same batches."""
+        seen: set[str] = set()
         for own in asked:
-            if left.isdisjoint(own.keys):
+            new = set(own.keys) - seen
+            seen |= new
+            if missing.isdisjoint(new):
                 continue
-            prompts = own.prompts or self.tokens.prompts(own.context, examples)
-            by_key = {prompt.prompt_sha: prompt for prompt in prompts if prompt.prompt_sha in left}
-            left.difference_update(by_key)
+            prompts = self.tokens.prompts(own.context, examples)
             shared = shared_prefix(prompts)
-
-            def divide(keys: list[str], by_key: Mapping[str, Prompt] = by_key, start: int = len(shared)) -> list[list[str]]:
-                rows = sorted((self.tokens_of(by_key[key]) - start, key) for key in keys)
-                return _divide([key for _, key in rows], [length for length, _ in rows], token_budget)
-
-            keys = list(by_key)
-            parts = (Part("", tuple(part)) for part in divide(keys)) if self.store is None else self.store.parts(keys, divide)
-            for part in parts:
-                yield Job(part, [by_key[key] for key in part.keys], shared)
+            by_key = {prompt.prompt_sha: prompt for prompt in prompts if prompt.prompt_sha in new}
+            ordered = sorted(by_key.values(), key=lambda prompt: (self.tokens_of(prompt), prompt.prompt_sha))
+            part: list[Prompt] = []
+            batches = plan_batches([self.tokens_of(prompt) - len(shared) for prompt in ordered], token_budget)
+            for number, batch in enumerate(batches, 1):
+                part += [ordered[row] for row in batch]
+                if len(part) >= ROWS_PER_PART or number == len(batches):
+                    if lacking := [prompt for prompt in part if prompt.prompt_sha in missing]:
+                        yield Job(lacking, shared)
+                    part = []
 
     def tokens_of(self, prompt: Prompt) -> int:
         """Tokens of a prompt with its answer, or with the longest one that it may get."""
         return len(prompt.ids) + (self.tokens.longest_answer if prompt.answer is None else len(prompt.answer))
 
     def _spread(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """A few prompts, from the shortest to the longest, whatever their order."""
+        """A few prompts, from the shortest to the longest, whatever their order; none of none."""
         order = sorted(prompts, key=lambda prompt: (self.tokens_of(prompt), prompt.prompt_sha))
-        return [order[round(number * (len(order) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS)]
+        return [order[round(number * (len(order) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS) if order]
 
 
 def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str) -> dict[str, Any]:
@@ -305,16 +276,6 @@ def _origin(example: Example) -> str:
     return f"the input on line {example.line} of {example.source}" if example.source else f"example {example.example_id[:12]}"
 
 
-def _divide(keys: list[str], lengths: list[int], token_budget: int) -> list[list[str]]:
-    """Keys of one context in rising order of length as parts: whole batches."""
-    parts: list[list[str]] = [[]]
-    for batch in plan_batches(lengths, token_budget):
-        if len(parts[-1]) >= ROWS_PER_PART:
-            parts.append([])
-        parts[-1] += [keys[row] for row in batch]
-    return parts
-
-
 def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scores) -> pa.Table:
     """Scores as rows of `schema.STORED`; `asked` are the prompts with the answers that were scored, their own or written ones."""
     ends = np.concatenate([[0], scores.positions.cumsum(0).numpy()])
@@ -329,10 +290,3 @@ def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scor
     columns |= columns_of(scores.encoded, scores.positions.numpy())
     arrays = {name: value if isinstance(value, pa.Array) else pa.array(value, STORED.field(name).type) for name, value in columns.items()}
     return pa.table([arrays[name] for name in STORED.names], schema=STORED)
-
-
-def _with_keys(context: Context, examples: Sequence[Example], rows: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Stored rows with the keys of `schema.SCORES` in front."""
-    own = {"context_id": [context.context_id] * len(rows), "example_id": [example.example_id for example in examples]}
-    schema = pa.schema([SCORES.field(name) for name in names])
-    return pa.table([pa.array(own[name], pa.string()) if name in own else rows[name] for name in names], schema=schema)

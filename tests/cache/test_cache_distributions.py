@@ -1,7 +1,5 @@
 """What is encoded and read back, against the distribution it came from."""
 
-import dataclasses
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -155,8 +153,8 @@ def test_an_encoding_of_many_positions_is_that_of_each(monkeypatch):
     whole = encode(logits, params, uniforms, logits[:, :4])
     monkeypatch.setattr("pipeline.cache.encodings.ENTRIES_AT_ONCE", 100)
     chunked = encode(logits, params, uniforms, logits[:, :4])
-    for field in dataclasses.fields(whole):
-        assert torch.equal(getattr(whole, field.name), getattr(chunked, field.name)), field.name
+    for name in whole:
+        assert torch.equal(whole[name], chunked[name]), name
 
 
 def test_hidden_states_are_kept_in_half_precision():
@@ -177,7 +175,7 @@ def test_a_temperature_that_is_not_stored_is_refused_with_those_that_are():
 def test_a_temperature_that_retains_too_little_is_refused_with_the_figure():
     params = params_of("top_k_tail", top_k=3, temperatures=(8.0,))
     logits = random_logits(vocabulary=400)
-    with pytest.raises(UsageError, match=r"temperature 8 the cache retains \d+\.\d% .*top 3"):
+    with pytest.raises(UsageError, match=r"temperature 8 the cache retains \d+\.\d% .*top_k 3"):
         check_retained(decode(table_of(logits, params), params, 8.0), params, 8.0)
     peaked = random_logits(vocabulary=400, scale=30.0)
     check_retained(decode(table_of(peaked, params), params), params, 1.0)

@@ -5,14 +5,7 @@ import torch
 from score_rows import ENCODINGS, params_of, random_logits, table_of
 
 from pipeline.cache.distributions import decode
-from pipeline.cache.fidelity import Fidelity
-
-
-def fidelity(full, cached, student=None, resolution=None):
-    """The figures of positions that are added at once."""
-    whole = Fidelity(resolution)
-    whole.add(full, cached, student)
-    return whole.figures()
+from pipeline.cache.fidelity import fidelity
 
 
 def cached_kl(cached, logits):
@@ -44,7 +37,7 @@ def measured(encoding, resolution=None, positions=200, student=True, **changes):
     params = params_of(encoding, resolution_nats=resolution, **changes)
     uniforms = torch.rand(positions, generator=torch.Generator().manual_seed(5))
     cached = decode(table_of(teacher, params, uniforms), params)
-    return fidelity(teacher.log_softmax(-1), cached, logits if student else None, resolution), teacher, cached, logits
+    return fidelity([(teacher.log_softmax(-1), cached, logits if student else None)], resolution), teacher, cached, logits
 
 
 @pytest.mark.parametrize("student", [True, False])
@@ -97,7 +90,7 @@ def test_rounding_costs_about_its_square_over_24_at_most(encoding):
 def test_a_teacher_that_changed_is_far_from_its_cache():
     _, teacher, cached, logits = measured("top_k_tail")
     changed = (teacher + torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1)) * 0.3).log_softmax(-1)
-    assert fidelity(changed, cached, logits)["kl_to_live_nats"] > 0.01
+    assert fidelity([(changed, cached, logits)])["kl_to_live_nats"] > 0.01
 
 
 @pytest.mark.parametrize("encoding", ["sampled", "hybrid"])
@@ -116,8 +109,6 @@ def test_retained_mass_is_that_of_the_kept_entries():
 
 def test_figures_of_pieces_are_those_of_the_whole():
     figures, teacher, cached, logits = measured("hybrid", 1 / 4)
-    measured_in_pieces = Fidelity(1 / 4)
-    for start, end in ((0, 1), (1, 130), (130, 200)):
-        part = slice(start, end)
-        measured_in_pieces.add(teacher.log_softmax(-1)[part], cached.take(part), logits[part])
-    assert measured_in_pieces.figures() == pytest.approx(figures, rel=1e-9)
+    parts = [slice(0, 1), slice(1, 130), slice(130, 200)]
+    in_pieces = fidelity(((teacher.log_softmax(-1)[part], cached.take(part), logits[part]) for part in parts), 1 / 4)
+    assert in_pieces == pytest.approx(figures, rel=1e-9)

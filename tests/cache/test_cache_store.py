@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from score_rows import IDENTITY, bytes_of, capture, divide, flip, keys, score, stored
 
-from pipeline.cache.store import Part, Store, stores
+from pipeline.cache.store import Store, stores
 from pipeline.errors import ShotlessError
 from pipeline.schema import STORED
 
@@ -76,20 +76,13 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(tmp
     assert bytes_of(folder / "cache") == bytes_of(folder / "unbroken")
 
 
-def test_a_request_that_grew_takes_the_old_plan_s_open_parts_first_and_as_planned(tmp_path):
+def test_a_request_that_grew_scores_what_is_new_of_each_part(tmp_path):
+    score(Store(tmp_path, IDENTITY), keys(5))
+    new = keys(4, first=5)
+    parts = [own for part in divide(keys(9)) if (own := [key for key in part if key in new])]
     with pytest.raises(Killed):
         score(Store(tmp_path, IDENTITY), keys(9), dying(1))
-    store = Store(tmp_path, IDENTITY)
-    with store.lock():
-        parts = [part.keys for part in store.parts(store.missing(keys(12)), divide)]
-    assert parts == [*map(tuple, divide(keys(9))[1:]), tuple(divide(keys(3, first=9))[0])]
-
-
-def test_a_planned_part_of_which_a_prompt_is_not_asked_for_waits(tmp_path):
-    with pytest.raises(Killed):
-        score(Store(tmp_path, IDENTITY), keys(3), dying(0))
-    assert sorted(score(Store(tmp_path, IDENTITY), keys(2))) == sorted(keys(2))
-    assert score(Store(tmp_path, IDENTITY), keys(3)) == keys(1, first=2)
+    assert score(Store(tmp_path, IDENTITY), keys(9)) == [key for own in parts[1:] for key in own]
 
 
 @pytest.mark.parametrize("column", range(len(STORED)))
@@ -97,17 +90,17 @@ def test_a_part_with_a_damaged_page_is_set_aside_with_a_message_and_scored_again
     capture(tmp_path / "work", tmp_path / "cache", 10)
     before = bytes_of(tmp_path / "cache")
     store = Store(tmp_path / "work", IDENTITY)
-    part = sorted(store.folder.glob("part-*"))[1]
+    second = divide(keys(10))[1]
+    (part,) = (path for path in store.folder.glob("part-*") if pq.read_table(path)["prompt_sha"].to_pylist() == second)
     whole = part.read_bytes()
     chunk = pq.read_metadata(part).row_group(0).column(column)
     flip(part, (chunk.data_page_offset + chunk.total_compressed_size - 2) / len(whole))
     scored = capture(tmp_path / "work", tmp_path / "cache", 10)
     assert bytes_of(tmp_path / "cache") == before
-    assert scored == divide(keys(10))[1]
+    assert scored == second
     assert f"{part.name}" in (said := capsys.readouterr().err)
     assert "Its rows are scored again" in said
     assert part.read_bytes() == whole
-    assert not list(store.folder.glob("*.damaged"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -132,34 +125,6 @@ def test_damage_anywhere_in_a_part_changes_no_number(tmp_path_factory, place, bi
     assert again.read(keys(6)).equals(before)
 
 
-def test_damaged_parts_come_before_others_so_that_a_stale_plan_does_not_take_their_prompts(tmp_path):
-    with pytest.raises(Killed):
-        score(Store(tmp_path, IDENTITY), keys(3), dying(0))  # plans the three together
-    score(Store(tmp_path, IDENTITY), keys(2))
-    score(Store(tmp_path, IDENTITY), keys(3))  # in two parts
-    store = Store(tmp_path, IDENTITY)
-    before = store.read(keys(3))
-    for part in store.folder.glob("part-*"):
-        flip(part)
-    again = Store(tmp_path, IDENTITY)
-    score(again, keys(3))
-    assert again.read(keys(3)).equals(before)
-
-
-def test_a_damaged_plan_costs_nothing_that_was_scored(tmp_path, capsys):
-    store = Store(tmp_path, IDENTITY)
-    score(store, keys(6))
-    before = store.read(keys(6))
-    flip(store.folder / "plan-00000.parquet", 0.1)
-    again = Store(tmp_path, IDENTITY)
-    assert again.faults()
-    assert sorted(score(again, keys(8))) == sorted(keys(2, first=6))
-    assert "plan-00000.parquet" in capsys.readouterr().err
-    assert again.read(keys(6)).equals(before)
-    assert sorted(path.name for path in again.folder.glob("plan-*.parquet")) == ["plan-00001.parquet"]
-    assert again.faults() == []
-
-
 def test_a_damaged_identity_is_written_again(tmp_path):
     store = Store(tmp_path, IDENTITY)
     score(store, keys(3))
@@ -172,16 +137,10 @@ def test_a_damaged_identity_is_written_again(tmp_path):
 def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
     store = Store(tmp_path, IDENTITY)
     score(store, keys(1))
-    for name in ("identity.json", "plan-00001.parquet", "part-00001-000000.parquet"):
+    for name in ("identity.json", "part-0f.parquet"):
         (store.folder / f".{name}.123.tmp").write_bytes(b"half")
     assert score(Store(tmp_path, IDENTITY), keys(1)) == []
     assert not list(store.folder.glob(".*.tmp"))
-
-
-def test_rows_that_are_not_a_part_s_are_not_written(tmp_path):
-    store = Store(tmp_path, IDENTITY)
-    with store.lock(), pytest.raises(ValueError, match="2 rows that are not those of its 3 prompts"):
-        store.write(Part("part-00000-000000", tuple(keys(3))), stored(keys(2)), 1.0, {})
 
 
 def test_a_missing_row_is_an_error_not_a_hole(tmp_path):
@@ -196,12 +155,10 @@ def test_seconds_and_engines_are_those_of_the_parts_that_hold_the_rows(tmp_path)
     store = Store(tmp_path, IDENTITY)
     score(store, keys(6))
     with store.lock():
-        for part in store.parts(keys(3, first=6), lambda missing: [missing]):
-            store.write(part, stored(part.keys), 4.5, {"name": "another"})
+        store.write(stored(keys(3, first=6)), 4.5, {"name": "another"})
     later = Store(tmp_path, IDENTITY)
-    seconds, covered = later.seconds([*keys(2), keys(1)[0], *keys(2, first=6), *keys(1, first=99)])
-    assert covered == 4
-    assert seconds == pytest.approx(2 / 3 + 2 * 4.5 / 3)
+    later.read(keys(9))
+    assert later.seconds([*keys(2), keys(1)[0], *keys(2, first=6)]) == pytest.approx(2 / 3 + 2 * 4.5 / 3)
     assert later.engines(keys(2)) == [{"name": "made up"}]
     assert later.engines(keys(9)) == later.engines(list(reversed(keys(9)))) == [{"name": "another"}, {"name": "made up"}]
 

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DVC, PROJECT
+from conftest import PROJECT
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
@@ -72,7 +71,6 @@ def test_a_block_of_a_document_is_taken_by_check_and_by_dvc(project, block):
     write_yaml(raw, project / "params.yaml")
     make_files(raw, project)
     assert checked_params(project)
-    subprocess.run([*DVC, "stage", "list", "--name-only"], cwd=project, check=True, capture_output=True)
     assert untracked(project) == {}
 
 

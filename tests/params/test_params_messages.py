@@ -263,7 +263,7 @@ def free(raw: Raw) -> Raw:
         ("baselines.teacher.contexts", "ensemble", "answers are free text, which cannot be averaged; use `each`"),
         ("baselines.teacher.prompts", "targets/x", "baselines.teacher.prompts: no 'targets/x'"),
         ("contexts.none.demonstrations", 2, "data.sources.movie.completion: not set"),
-        ("task.completion.source", "input", "a task's answers are generated or given"),
+        ("task.completion.source", "input", "a task's are generated or given"),
         ("task.completion.form.label", "x", "label: 'x' is not a key with listed values; `keys` has s"),
         ("task.completion.stop", [], "task.completion.stop"),
     ],

@@ -15,8 +15,6 @@ from pipeline.schema import Prompt
 from pipeline.teachers import engines
 from pipeline.teachers.engines import (
     Engine,
-    Reading,
-    SharedPrefixEngine,
     largest_difference,
     open_engine,
     plan_batches,
@@ -95,7 +93,7 @@ def test_the_fast_engine_gives_the_plain_forwards_numbers(tiny_model, architectu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_generic_engine_gives_the_plain_forwards_numbers(tiny_model, architecture):
     model, prompts = tiny_model(architecture), prompts_of(random_ids(30, 1), 4, 9, 4, 2)
-    assert_right(model, labels_of(Engine(model, Reading(MULTI, KEPT), 100), prompts), MULTI, prompts)
+    assert_right(model, labels_of(Engine(model, None, MULTI, KEPT, 100), prompts), MULTI, prompts)
 
 
 @torch.no_grad()
@@ -108,7 +106,7 @@ def test_own_answers_are_scored_token_by_token(tiny_model, architecture, name):
     for prompt in prompts:
         log_p = model(torch.tensor([[*prompt.ids, *prompt.answer]])).logits[0].double().log_softmax(-1)
         expected += [float(log_p[len(prompt.ids) - 1 + place, token]) for place, token in enumerate(prompt.answer)]
-    engine = Engine(model, Reading((), KEPT), 64) if name == "generic" else open_free(model, prompts)
+    engine = Engine(model, None, (), KEPT, 64) if name == "generic" else open_free(model, prompts)
     assert engine.name == name
     scores = engine.score(prompts)
     assert scores.positions.tolist() == [3, 4, 5]
@@ -250,14 +248,14 @@ def test_low_precision_is_compared_in_float32_and_then_runs_as_it_is(tiny_model,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_pass_that_is_wrong_by_a_hundredth_of_a_nat_is_refused(tiny_model, monkeypatch, dtype):
     """Once 0.25 nats of label log-odds passed in bfloat16."""
-    original = SharedPrefixEngine._logits
+    original = engines.packed_logits
 
-    def slightly_wrong(self, rows, start):
-        logits, hidden = original(self, rows, start)
+    def slightly_wrong(*args):
+        logits, hidden = original(*args)
         logits[:, 5] += 0.01
         return logits, hidden
 
-    monkeypatch.setattr(SharedPrefixEngine, "_logits", slightly_wrong)
+    monkeypatch.setattr(engines, "packed_logits", slightly_wrong)
     engine = open_for(tiny_model("llama").to(dtype), prompts_of(random_ids(40, 5), 20, 31))
     assert engine.name == "generic"
     assert "nats from the plain forward" in engine.reason
@@ -279,24 +277,24 @@ def test_a_bfloat16_model_computes_in_float32_inside_the_block_alone(tiny_model,
 
 def read(logits, top_k):
     """Single-token labels 1 and 2, one answer position a row."""
-    reading = Reading([[1], [2]], CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None))
-    return read_scores(logits, reading, [Prompt((0,))] * len(logits))
+    cache = CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None)
+    return read_scores(logits, [[1], [2]], cache, [Prompt((0,))] * len(logits))
 
 
 def test_head_and_tail_make_the_whole_distribution():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 4
     scores = read(logits, 7)
     full = logits.double().log_softmax(-1)
-    assert torch.allclose(scores.encoded.topk_logprobs.double(), full.topk(7).values, atol=1e-5)
-    assert torch.allclose(scores.encoded.topk_logprobs.exp().sum(-1) + scores.encoded.tail_mass, torch.ones(6), atol=1e-5)
-    assert torch.allclose(scores.encoded.log_z, logits.logsumexp(-1))
+    assert torch.allclose(scores.encoded["topk_logprobs"].double(), full.topk(7).values, atol=1e-5)
+    assert torch.allclose(scores.encoded["topk_logprobs"].exp().sum(-1) + scores.encoded["tail_mass"], torch.ones(6), atol=1e-5)
+    assert torch.allclose(scores.encoded["log_z"], logits.logsumexp(-1))
     assert torch.allclose(scores.label_logprobs.double(), full[:, [1, 2]], atol=1e-5)
 
 
 def test_top_k_past_the_vocabulary_keeps_everything():
     scores = read(torch.randn(2, 5), 50)
-    assert scores.encoded.topk_ids.shape == (2, 5)
-    assert torch.equal(scores.encoded.tail_mass, torch.zeros(2))
+    assert scores.encoded["topk_ids"].shape == (2, 5)
+    assert torch.equal(scores.encoded["tail_mass"], torch.zeros(2))
 
 
 def test_minus_infinity_logits_stay_finite_where_they_are_not_asked_for():
@@ -304,7 +302,7 @@ def test_minus_infinity_logits_stay_finite_where_they_are_not_asked_for():
     logits[:, 7:] = -torch.inf
     scores = read(logits, 4)
     assert torch.isfinite(scores.label_logprobs).all()
-    assert torch.isfinite(scores.encoded.tail_mass).all()
+    assert torch.isfinite(scores.encoded["tail_mass"]).all()
 
 
 def test_batches_hold_every_row_once_within_the_budget():

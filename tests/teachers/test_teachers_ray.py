@@ -15,7 +15,7 @@ from pipeline.errors import ShotlessError, UsageError
 from pipeline.params import RuntimeParams
 from pipeline.schema import Context
 from pipeline.teachers import scorer
-from pipeline.teachers.ray import RayBackend, Setup, Shape, connect, shape_of
+from pipeline.teachers.ray import RayBackend, connect, shape_of
 
 RAY = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 every = pytest.mark.skipif(not os.environ.get("SHOTLESS_RAY"), reason="a minute of starting workers; `make test-ray` runs it")
@@ -83,7 +83,7 @@ def test_a_part_in_whose_hands_worker_after_worker_dies_is_named(worlds, monkeyp
     from pipeline.teachers.ray import ScoringWorker
 
     monkeypatch.setattr(ScoringWorker, "score", lambda self, job: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ShotlessError, match=r"part-\d+-\d+ \(\d+ rows\): worker \d+ on \S+: died 3 times"):
+    with pytest.raises(ShotlessError, match=r"\d+ prompts from \w{12} on: worker \d+ on \S+: died 3 times"):
         worlds[1].capture()
 
 
@@ -93,7 +93,7 @@ def test_an_error_of_a_worker_names_the_part_and_what_happened(worlds, monkeypat
     from pipeline.teachers.ray import ScoringWorker
 
     monkeypatch.setattr(ScoringWorker, "score", lambda self, job: [][0])
-    with pytest.raises(ShotlessError, match=r"part-\d+-\d+ \(\d+ rows\): worker \d+ on \S+: IndexError: list index out of range"):
+    with pytest.raises(ShotlessError, match=r"\d+ prompts from \w{12} on: worker \d+ on \S+: IndexError: list index out of range"):
         worlds[1].capture()
 
 
@@ -109,7 +109,7 @@ def test_a_worker_with_other_weights_is_refused(worlds, monkeypatch, model_folde
         return original(self, probe)
 
     monkeypatch.setattr(RayBackend, "open", change_and_open)
-    with pytest.raises(ShotlessError, match=r"no part was begun: a worker of Ray: MismatchError: (?s:.*)weights"):
+    with pytest.raises(ShotlessError, match=r"nothing was scored: a worker of Ray: MismatchError: (?s:.*)weights"):
         world.capture()
 
 
@@ -120,13 +120,13 @@ def node(cores, gpus=0, alive=True):
 @pytest.mark.parametrize(
     ("nodes", "workers", "threads", "expected"),
     [
-        ([node(2)], 2, None, Shape(2, 1, 0)),
-        ([node(16)], None, None, Shape(1, 16, 0)),
-        ([node(16), node(16)], 3, None, Shape(3, 8, 0)),
-        ([node(16), node(16)], None, 4, Shape(2, 4, 0)),
-        ([node(64, 8), node(64, 8), node(4)], None, None, Shape(16, 8, 1)),
-        ([node(8), node(8, alive=False)], None, None, Shape(1, 8, 0)),
-        ([node(0), node(8), node(8)], None, None, Shape(2, 8, 0)),
+        ([node(2)], 2, None, (2, 1, 0)),
+        ([node(16)], None, None, (1, 16, 0)),
+        ([node(16), node(16)], 3, None, (3, 8, 0)),
+        ([node(16), node(16)], None, 4, (2, 4, 0)),
+        ([node(64, 8), node(64, 8), node(4)], None, None, (16, 8, 1)),
+        ([node(8), node(8, alive=False)], None, None, (1, 8, 0)),
+        ([node(0), node(8), node(8)], None, None, (2, 8, 0)),
     ],
 )
 def test_workers_share_the_cores_of_their_machines(nodes, workers, threads, expected):
@@ -140,7 +140,7 @@ def test_all_workers_fit_and_with_one_thread_more_they_would_not(cores, workers)
         with pytest.raises(UsageError, match=f"runtime.workers: {workers} workers do not fit"):
             shape_of(nodes, workers, None)
         return
-    threads = shape_of(nodes, workers, None).threads
+    threads = shape_of(nodes, workers, None)[1]
     assert sum(count // threads for count in cores) >= workers > sum(count // (threads + 1) for count in cores)
 
 
@@ -150,10 +150,10 @@ def test_more_workers_than_gpus_are_refused():
 
 
 @pytest.mark.parametrize(("key", "other"), [("token_budget", 64), ("threads", 7), ("name", "generic"), ("device", "cuda:0")])
-def test_a_worker_unlike_the_first_is_refused(key, other, tmp_path):
+def test_a_worker_unlike_the_first_is_refused(key, other):
     """On machines that differ, which no test here has: what the pool does with their reports."""
     first = {"name": "shared_prefix", "reason": "", "token_budget": 1024, "device": "cpu", "threads": 1}
-    pool = RayBackend(Setup(tmp_path, None, None, {}), None, None)
+    pool = RayBackend({}, {}, None, None)
     pool._note("a", {**first, "who": "worker 1 on one"})
     pool._note("b", {**first, "who": "worker 2 on two"})
     with pytest.raises(ShotlessError, match=f"worker 3 on three has {key} {other!r}, and the first one {first[key]!r}"):

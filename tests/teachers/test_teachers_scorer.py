@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.models.folders import load_model, save_model
 from pipeline.params import TaskParams
-from pipeline.schema import NO_CONTEXT, STORED
+from pipeline.schema import NO_CONTEXT, SCORES
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers import scorer as module
-from pipeline.teachers.engines import SharedPrefixEngine
+from pipeline.teachers.engines import Engine
 from pipeline.teachers.scorer import Scorer
 
 LABELS = Task(TaskParams.model_validate(TASK))
@@ -48,7 +48,7 @@ def test_a_metaspace_tokenizer_sees_context_and_query_as_one_text(metaspace):
     """Tokenised alone, the query would begin with "▁Review" behind a line end, unlike the demonstrations before it."""
     scorer = Scorer(metaspace, LABELS, work=None, threads=1)
     tokenizer, examples = scorer.tokens.tokenizer, [example("a warm film"), example("a film")]
-    table = scorer.score([TWO], examples, "t", ["label_logprobs", "prompt_sha"])
+    table = scorer.score([TWO], examples, "t")
     model = load_model(metaspace)
     prompts = scorer.tokens.prompts(TWO, examples)
     for one, prompt, row in zip(examples, prompts, table.to_pylist(), strict=True):
@@ -64,6 +64,7 @@ def test_scores_without_a_store_are_those_of_a_store(model_folder, tmp_path, mon
     kept = Scorer(model_folder("llama"), LABELS, work=tmp_path, threads=1).score(CONTEXTS, EXAMPLES, "t")
     free = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t")
     assert kept.equals(free)
+    assert kept.schema.equals(SCORES)
     assert kept["prompt_sha"].to_pylist() == [
         prompt.prompt_sha
         for context in CONTEXTS
@@ -83,16 +84,9 @@ def test_label_scores_have_contexts_examples_and_sorted_labels(model_folder):
     assert scorer.engine_report["name"] == "shared_prefix"
 
 
-@pytest.mark.parametrize("columns", [["label_logprobs"], ["example_id", "prompt_tokens"], ["completion_ids", "context_id"]])
-def test_columns_come_in_the_order_asked_for(model_folder, columns):
-    table = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t", columns)
-    assert table.column_names == columns
-    assert len(table) == len(CONTEXTS) * len(EXAMPLES)
-
-
 def test_a_context_is_read_once_for_all_its_parts(model_folder, monkeypatch):
     shared = []
-    original = SharedPrefixEngine.score
+    original = Engine.score
     monkeypatch.setattr(module, "ROWS_PER_PART", 1)
     monkeypatch.setattr("pipeline.teachers.engines.LARGEST_BUDGET", 32)
     scorer = Scorer(model_folder("llama"), LABELS, work=None, threads=1)
@@ -102,7 +96,7 @@ def test_a_context_is_read_once_for_all_its_parts(model_folder, monkeypatch):
         shared.append(prefix)
         return original(self, prompts, prefix)
 
-    monkeypatch.setattr(SharedPrefixEngine, "score", noted)
+    monkeypatch.setattr(Engine, "score", noted)
     scorer.label_scores([TWO], EXAMPLES, "t")
     whole = module.shared_prefix(scorer.tokens.prompts(TWO, EXAMPLES))
     parts = [prefix for prefix in shared if prefix == whole]
@@ -127,17 +121,6 @@ def test_a_request_of_nothing_has_no_rows(model_folder, tmp_path):
     scorer = Scorer(model_folder("llama"), LABELS, work=tmp_path, threads=1)
     assert len(scorer.score(CONTEXTS, [], "t")) == 0
     assert scorer.engine_report is None
-
-
-def test_contexts_past_what_is_kept_are_tokenised_again_and_give_the_same(model_folder, monkeypatch):
-    expected = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t")
-    monkeypatch.setattr(module, "KEPT_IDS", 100)
-    assert Scorer(model_folder("llama"), LABELS, work=None, threads=1).score(CONTEXTS, EXAMPLES, "t").equals(expected)
-
-
-def test_stored_rows_have_the_schema(model_folder):
-    table = Scorer(model_folder("llama"), LABELS, work=None, threads=1).score([TWO], EXAMPLES, "t", STORED.names)
-    assert table.schema.equals(STORED)
 
 
 @pytest.mark.parametrize("text", ["a<|end|>b", "<|end|>", "<|end|><|end|> good", "end<|end|>Review: bad"])
