@@ -121,7 +121,7 @@ def check_retained(distributions: Distributions, params: CacheParams, temperatur
 
 
 def fit_vocabulary(distributions: Distributions, size: int) -> Distributions:
-    """The same without the entries from `size` on, which a student's vocabulary lacks. Raises MismatchError if they are no mere padding."""
+    """The same without the entries from `size` on, which a student's vocabulary lacks. Raises MismatchError unless they are padding."""
     past, drawn_past = distributions.ids >= size, distributions.sampled_ids >= size
     if not past.any() and not drawn_past.any():
         return distributions
