@@ -135,7 +135,7 @@ WRONG = [  # a value for a key, and what the message has to say
     ("data.sources.movie.path", "downloads/x/a.csv", "data.sources.movie.path: no 'x'; choose one of: reviews, smollm2"),
     ("data.sources.movie.format", "pickle", "data.sources.movie.format"),
     ("data.sources.movie.format", None, "format: missing, and 'downloads/reviews/"),
-    ("data.sources.movie.format", "jsonl", "`columns` is for a csv or tsv file without a header line"),
+    ("data.sources.movie.format", "jsonl", "`columns` is for a csv or tsv file, and format is 'jsonl'"),
     ("data.sources.movie.fields", {"txt": "text"}, "data.sources.movie.fields: no 'txt'; choose one of: text"),
     ("data.sources.movie.label", None, "has no labels (`label: null`), and this role needs them"),
     ("data.sources.movie.label", {"threshold": 1.0, "values": {"a": "positive"}}, "not both"),
