@@ -19,7 +19,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from pipeline.data.readers import MISSING, BadRow, MissingColumnError, Row, json_keys, read_rows
+from pipeline.data.readers import MISSING, BadRow, MissingColumnError, Row, json_keys, source_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import Folders, read_json, write_json, write_text
 from pipeline.params import LabelRule, Params, SourceParams, pick
@@ -32,7 +32,7 @@ NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 """Characters that a text has only by mistake; tabs, line ends and form feeds are white space."""
 WHOLE_FLOAT = re.compile(r"\+?(-?\d+)(\.0+|,00?)?")
 """A whole number, with the decimal point or comma of a table that holds such numbers as floats."""
-LISTED = re.compile(r"[\[({].*['\",].*[\])}]", re.DOTALL)
+LISTED = re.compile(r"\[.*['\",].*\]|\{.*['\",].*\}", re.DOTALL)
 """A list or an object written as text."""
 
 
@@ -107,8 +107,7 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     def set_aside(row: Row | BadRow, column: str, reason: str, value: object) -> None:
         quarantine.append(Quarantined(name, row.file or path.name, row.line, column, reason, shorten(str(value))))
 
-    said = {"files": params.files, "delimiter": params.delimiter, "encoding": params.encoding}
-    for rows, read in enumerate(read_rows(path, params.form, asked, params.columns, **said), start=1):  # noqa: B007  their number
+    for rows, read in enumerate(source_rows(path, params, asked), start=1):  # noqa: B007  their number
         last = starts.setdefault(read.file, last) + read.line
         if isinstance(read, BadRow):
             set_aside(read, read.field, read.reason, read.value)
@@ -246,7 +245,7 @@ def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
     `"True"`; a label that params.yaml spells exactly as the file does comes first.
     """
     exact = {label: label for label in task.labels} if rule.values is None else rule.values
-    respelt = {label_text(rule.column, key): label for key, label in exact.items()}
+    respelt = {_spelling(key): label for key, label in exact.items()}
 
     def by_sign(value: Any, threshold: float) -> str | None:
         try:
@@ -277,13 +276,19 @@ def label_text(column: str, value: Any, what: str = "label") -> str:
 
     Slices are spelt alike. Raises BadValueError for a list or an object: one row has one label.
     """
-    text = "" if value is None or value is MISSING else unicodedata.normalize("NFC", str(value)).strip()
+    text = "" if value is None or value is MISSING else str(value).strip()
     if isinstance(value, (list, dict)) or (isinstance(value, str) and LISTED.fullmatch(text)):
         raise BadValueError(column, f"several {what}s in a row are not supported", value)
     if not isinstance(value, (str, int, float, Decimal, NoneType)) and value is not MISSING:
         raise BadValueError(column, f"not a {what}", value)
-    if text.lower() in {"nan", "<na>"}:  # as Python and pandas write a missing one
-        return ""
+    return _spelling(text)
+
+
+def _spelling(text: str) -> str:
+    text = unicodedata.normalize("NFC", text).strip()
     if text.lower() in {"true", "false"}:
         return text.lower()
-    return whole[1].replace("-0", "0") if (whole := WHOLE_FLOAT.fullmatch(text)) else text
+    if text.lower() in {"nan", "<na>"}:  # as Python and pandas write a missing one
+        return ""
+    whole = WHOLE_FLOAT.fullmatch(text)
+    return text if whole is None else "0" if whole[1] == "-0" else whole[1]

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError, choices
-from pipeline.params.data import FORMATS, form_of
+from pipeline.params.data import FORMATS, SourceParams, form_of
 
 MISSING = object()
 """The value of a key that a JSON object does not have."""
@@ -106,6 +106,12 @@ def read_rows(
                 for read in _objects(file, kind, encoding)
             )
         yield from (replace(row, file=name) for row in rows) if name else rows
+
+
+def source_rows(path: Path, source: SourceParams, asked: Sequence[str]) -> Iterator[Row | BadRow]:
+    """The rows of a source, read as its params say."""
+    said = {"files": source.files, "delimiter": source.delimiter, "encoding": source.encoding}
+    return read_rows(path, source.form, asked, source.columns, **said)
 
 
 def data_files(path: Path, files: str | None = None, form: str | None = None) -> list[tuple[str, Path, str]]:

@@ -1,6 +1,5 @@
 """Where models and examples come from, and which role each example gets."""
 
-import codecs
 import re
 from pathlib import PurePath, PurePosixPath
 from typing import Annotated, Literal, Self
@@ -8,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.task import Fraction, Frozen, Name
+from pipeline.params.task import Fraction, Frozen, Key, Name
 
 RESERVED_SLICES = frozenset({"domain", "label", "length", "words", "score", "example_id"})
 DOWNLOADS = "downloads"
@@ -34,9 +33,8 @@ def folder_and_files(path: str) -> dict[str, str]:
 
 def _codec(name: str) -> str:
     try:
-        codecs.lookup(name).incrementaldecoder(errors="surrogateescape")
         "".encode(name)
-    except (LookupError, TypeError):
+    except LookupError:
         raise ValueError(f"no encoding {name!r}; write Python's name of it, as utf-8, utf-16, cp1252 or shift_jis") from None
     return name
 
@@ -121,7 +119,7 @@ class LabelRule(Frozen):
     """The label above the threshold."""
     negative: str = "negative"
     """The label below the negative threshold."""
-    values: dict[str, str] | None = None
+    values: dict[Key, str] | None = None
     """Value in the file → label; an empty value, or one mapped to '', is no label."""
 
     @model_validator(mode="after")
@@ -146,7 +144,7 @@ class SourceParams(Frozen):
     """What separates the columns of a csv or tsv file. Null: found."""
     encoding: Annotated[str, AfterValidator(_codec)] | None = None
     """Of a text file, by Python's name (`cp1250`, `shift_jis`). Null: found among UTF-8, UTF-16 and Windows-1252."""
-    fields: dict[str, str] | None = None
+    fields: dict[Key, str] | None = None
     """Template field → column, if they differ."""
     label: LabelRule | None = LabelRule()
     """How a row gets its label; null for a file without labels."""

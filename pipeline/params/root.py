@@ -27,10 +27,6 @@ MAKERS = {"models": "models", "tuned": "tuned", "students": "students", "teacher
 """First part of a path under artifacts/ → the map of params.yaml whose entry makes it."""
 
 
-RUN_CACHE_LEAVES_OUT = frozenset({"size", "nfiles"})
-"""Keys that `dvc.stage.cache` takes out of params before it hashes them, at any depth."""
-
-
 class CombinationError(ValueError):
     """Params that are right one by one and cannot work together; `faults` has a line for each."""
 
@@ -58,17 +54,7 @@ class Params(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        checks = (
-            self._names,
-            self._files,
-            self._roles,
-            self._labels,
-            self._folders,
-            self._targets,
-            self._learning,
-            self._baselines,
-            self._order,
-        )
+        checks = (self._files, self._roles, self._labels, self._folders, self._targets, self._learning, self._baselines, self._order)
         if faults := [fault for check in checks for fault in check()]:
             raise CombinationError(faults)
         return self
@@ -105,12 +91,6 @@ class Params(Frozen):
         bases |= self.folders().intersection(entry.prompts for entry in self.baselines.values())
         alone = {self.base_model(folder) for folder in bases}.difference(*used.values())
         return {name: sorted(models) for name, models in {**used, "": alone}.items()}
-
-    def _names(self) -> Iterator[str]:
-        """Two runs that differ only below such a name have one key in DVC's run cache, which would bring back the first one's output."""
-        for where, name in _keys(self.model_dump()):
-            if name in RUN_CACHE_LEAVES_OUT:
-                yield f"{where}{name}: DVC's run cache overlooks what is called {name!r}, and would take an old run for this one; rename it"
 
     def _files(self) -> Iterator[str]:
         paths = {f"models.{name}.path": model.path for name, model in self.models.items()}
@@ -246,13 +226,6 @@ class Params(Frozen):
                 "teachers). If a student is to teach others, do that in a run of its own, with the first run's student as a model: "
                 "`models: {first: {path: artifacts/students/NAME}}`"
             )
-
-
-def _keys(value: object, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of nested maps, with the path before it."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield where, key
-        yield from _keys(inner, f"{where}{key}.")
 
 
 def _makers(*folders: str) -> set[str]:
