@@ -281,45 +281,40 @@ def _layout(
 def _quoting(path: Path, form: str, first: int, settings: dict[str, Any], encoding: str) -> tuple[dict[str, Any], bool]:
     """The csv module's settings, with backslashes as escapes if fewer records are broken so; and whether quotes are more than text.
 
-    In a tsv file they are if more fields are quoted that have to be (they hold a quote, a tab or a line end) than hold a quote without
-    being quoted. If there are neither, a line must end within a quoted field, or some field must be quoted and no record broken.
+    In a tsv file they are if more fields are quoted that have to be than hold a quote and are not. If there are neither, a line must end
+    within a quoted field, or more fields must be quoted than lines are broken.
     """
-    delimiter = settings["delimiter"]
-    escapes = opens = is_cut = False
-    width = 0
     with _opened(path, "", encoding) as file:
-        for number, line in enumerate(file, start=1):
-            width = line.count(delimiter) if number <= first else width
-            escapes = escapes or '\\"' in line or f"\\{delimiter}" in line
-            if f'{delimiter}"' in delimiter + line:
-                opens, is_cut = True, is_cut or line.count(delimiter) < width
-    counts = _count_fields(path, first, settings, encoding) if escapes or (opens and form == "tsv") else Counter[str]()
-    if escapes:
-        other = settings | {"escapechar": "\\"}
-        of_other = _count_fields(path, first, other, encoding)
-        if of_other["broken"] < counts["broken"]:
-            settings, counts = other, of_other
+        is_plain = form == "csv" and not any("\\" in line for line in file)
+    counts = Counter[str]() if is_plain else _count(path, first, settings, encoding)
+    if counts["escapes"]:
+        escaping = settings | {"escapechar": "\\"}
+        if (others := _count(path, first, escaping, encoding))["broken"] < counts["broken"]:
+            settings, counts = escaping, others
     if form == "tsv" and not (counts["needed"] or counts["bare"]):
-        return settings, is_cut or counts["quoted"] > 0 == counts["broken"]
+        return settings, counts["cut"] > 0 or counts["quoted"] > counts["broken"]
     return settings, form == "csv" or counts["needed"] > counts["bare"]
 
 
-def _count_fields(path: Path, first: int, settings: dict[str, Any], encoding: str) -> Counter[str]:
-    """Lines of broken records, and fields that hold a quote bare, that are quoted and have to be, that are quoted for nothing."""
+def _count(path: Path, first: int, settings: dict[str, Any], encoding: str) -> Counter[str]:
+    """How many lines of broken records, lines that end in a quoted field, records with an escape, and fields of each kind there are.
+
+    Fields are `bare` (they hold a quote and are not quoted), `needed` (they are, and have to be) or `quoted` for nothing.
+    """
     counts, delimiter, width = Counter[str](), settings["delimiter"], 0
     with _opened(path, "", encoding) as file:
         for lines, values in _records(islice(file, first - 1, None), settings):
-            width = width or (0 if isinstance(values, csv.Error) else len(values))
-            if isinstance(values, csv.Error) or len(values) not in {0, width}:
-                counts["broken"] += len(lines)
-                continue
-            text = "".join(lines)
-            for value in values if '"' in text or "\\" in text else ():
+            text, fields = "".join(lines), [] if isinstance(values, csv.Error) else values
+            width = width or len(fields)
+            counts["escapes"] += '\\"' in text or f"\\{delimiter}" in text
+            counts["broken"] += len(lines) * (isinstance(values, csv.Error) or len(fields) not in {0, width})
+            if '"' in text:
+                counts["cut"] += any(f'{delimiter}"' in delimiter + line and line.count(delimiter) < width - 1 for line in lines)
+            for value in fields if '"' in text else ():
                 is_bare = _is_bare(value, text, settings)
-                if '"' in value or delimiter in value or "\n" in value:
-                    counts["bare" if is_bare else "needed"] += 1
-                elif not is_bare:
-                    counts["quoted"] += 1
+                if '"' in value or not is_bare:
+                    is_needed = any(mark in value for mark in ('"', "\n", delimiter))
+                    counts["bare" if is_bare else "needed" if is_needed else "quoted"] += 1
     return counts
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import random
 import sys
 import threading
 from pathlib import Path
@@ -87,6 +88,39 @@ def test_no_part_of_a_broken_csv_record_becomes_a_row(tmp_path: Path, content: s
     found = read(tmp_path, "csv", "text,label\n" + content, ["text", "label"])
     assert [row for row in found if row[1] == "not CSV"] == [(line, "not CSV") for line in bad]
     assert [row for row in found if row[1] != "not CSV"] == good
+
+
+def with_stray_quotes(draw: random.Random, delimiter: str) -> tuple[str, list[str | None]]:
+    """A table as a csv writer writes it, but for one record whose text has quotes that nobody doubled; and the texts, None for that one."""
+    rows, content, broken = draw.randint(2, 12), io.StringIO(), draw.randrange(2)
+    writer = csv.writer(content, delimiter=delimiter, quoting=draw.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]), lineterminator="\n")
+    writer.writerows([("text", "label"), ('a ""quoted"" text', "good")])
+    texts: list[str | None] = ['a ""quoted"" text']
+    for row in range(rows):
+        words = [f"r{row}w{at}" for at in range(draw.randint(3, 12))]
+        text = "".join(word + draw.choice([" ", " ", ". ", "\n", f"{delimiter} "]) for word in words)
+        if row == broken:
+            for word in draw.sample(words[1:-1], min(len(words) - 2, draw.randint(1, 3))):
+                text = text.replace(f" {word} ", draw.choice([' "{}" ', ' {}" ', ' "{} ']).format(word))
+            content.write(f'"{text}"{delimiter}bad\n' if '"' in text else "")
+            texts.append(None)
+        else:
+            writer.writerow((text, draw.choice(["good", "bad"])))
+            texts.append(text)
+    return content.getvalue(), texts
+
+
+@pytest.mark.parametrize(("form", "delimiter"), [("csv", ","), ("csv", ";"), ("tsv", "\t")])
+def test_half_a_text_never_has_a_label_and_the_texts_around_it_are_read(tmp_path: Path, form: str, delimiter: str) -> None:
+    lost = held = 0
+    for seed in range(400):
+        content, texts = with_stray_quotes(random.Random(seed), delimiter)
+        found = [row[1] for row in read(tmp_path, form, content, ["text", "label"]) if row[2:] and row[2] in {"good", "bad"}]
+        whole = [text for text in texts if text]
+        half = [text for text in found if text not in whole and text.count("w") < content.count(f"r{texts.index(None) - 1}w")]
+        assert not half, content
+        lost, held = lost + len(whole) - sum(text in whole for text in found), held + len(whole)
+    assert lost / held < 0.01
 
 
 TABLES: dict[str, tuple[str, str | bytes, dict[str, str], list[Any]]] = {
