@@ -228,13 +228,13 @@ def field_text(column: str, value: Any, max_chars: int | None) -> str:
     if not isinstance(value, str):
         raise BadValueError(column, "not a text", value)
     text = value.strip()
-    if not text:
-        raise BadValueError(column, "empty", value)
     if max_chars is not None and len(text) > max_chars:
         raise BadValueError(column, "too long", f"{len(text):,} characters: {text}")
     if found := NOT_TEXT.search(text):
         reason = "lone surrogate" if found[0] >= "\ud800" else "control character"
         raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
+    if not any(map(str.isprintable, text)):  # zero-width characters are not printable
+        raise BadValueError(column, "empty", value)
     return text
 
 

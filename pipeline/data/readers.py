@@ -94,6 +94,13 @@ def read_rows(
     rest by its content. Raises UsageError if a file lacks a column, has it twice, or is not of its format at all.
     """
     for name, file, kind in data_files(path, files, form):
+        if kind != "jsonl" and not file.is_file():  # a pipe is read once, and only JSON lines need no more
+            with tempfile.NamedTemporaryFile() as copy:
+                with file.open("rb") as pipe:
+                    shutil.copyfileobj(pipe, copy)
+                copy.flush()
+                yield from read_rows(Path(copy.name), kind, asked, columns, delimiter=delimiter, encoding=encoding)
+            continue
         if kind == "parquet":
             rows = _parquet(file, asked)
         elif kind == "xlsx":
@@ -170,7 +177,7 @@ def _opened(path: Path, newline: str, encoding: str | None) -> Iterator[TextIO]:
 
 def _encoding(path: Path) -> str:
     """UTF-16 by its mark or its first character; Windows-1252 if some lines are not ASCII and none of them is UTF-8; else UTF-8."""
-    if not path.is_file():  # a pipe is read once
+    if not path.is_file():  # a pipe
         return "utf-8-sig"
     with _unpacked(path) as file:
         if (first := file.peek(2)[:2]) in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}:
@@ -241,13 +248,6 @@ def _list(path: Path, encoding: str | None) -> list[Any] | None:
 def _table(
     path: Path, form: str, asked: Sequence[str], columns: Sequence[str] | None, delimiter: str | None, encoding: str | None
 ) -> Iterator[Row | BadRow]:
-    if not path.is_file():  # a pipe is read once, a table several times
-        with tempfile.NamedTemporaryFile() as copy:
-            with path.open("rb") as pipe:
-                shutil.copyfileobj(pipe, copy)
-            copy.flush()
-            yield from _table(Path(copy.name), form, asked, columns, delimiter, encoding)
-        return
     encoding = encoding or _encoding(path)
     first, settings = _layout(path, form, asked, columns, delimiter, encoding)
     settings, is_quoted = _quoting(path, form, first, settings, encoding)

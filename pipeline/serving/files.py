@@ -88,8 +88,6 @@ def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], f
     file = Path("/dev/stdin" if path == "-" else path)
     if not file.exists() or file.is_dir():
         raise UsageError(f"{path}: no such file.")
-    if form in {"parquet", "xlsx"} and not file.is_file():
-        raise UsageError(f"{file}: {form} is read from its end; write it to a file first.")
     log_keys = LOG_KEYS if form == "jsonl" else ()
     try:
         for read in read_rows(file, form, [*columns.values(), *kept.values(), *log_keys]):

@@ -49,6 +49,7 @@ def test_each_bad_value_has_its_line_field_and_reason(tmp_path: Path) -> None:
         {"text": "\ud800", "label": "positive"},
         "not json",
         {"text": "a\tb\nc\x0cd\u2028e", "label": "positive"},
+        {"text": "\u200b \ufeff", "label": "positive"},
     ]
     source = read(tmp_path, rows)
     assert reasons(source) == [
@@ -60,6 +61,7 @@ def test_each_bad_value_has_its_line_field_and_reason(tmp_path: Path) -> None:
         (7, "text", "control character"),
         (8, "text", "lone surrogate"),
         (9, "", "not JSON"),
+        (11, "text", "empty"),
     ]
     assert json.loads(source.quarantine[6].json_line())["value"] == "U+D800 in '\\ud800'"
     first, last = source.examples

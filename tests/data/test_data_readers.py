@@ -198,12 +198,20 @@ def test_a_table_is_read_however_a_program_wrote_it(tmp_path: Path, name: str) -
     assert read(tmp_path, form, content, ["text", "label"], **said) == expected
 
 
-def test_a_pipe_is_read_as_a_file_is(tmp_path: Path) -> None:
-    form, content, _, expected = TABLES["a tsv of pandas"]
+@pytest.mark.parametrize(
+    ("form", "content", "expected"),
+    [
+        ("tsv", b'text\tlabel\n"He said ""fine"""\tgood\n"two\nlines"\tbad\n', [(2, 'He said "fine"'), (3, "two\nlines")]),
+        ("csv", gzip.compress("text;x\né;1\n".encode("cp1252")), [(2, "é")]),
+        ("json", b'{"text": "a"}\n{"text": "b"}', [(1, "a"), (2, "b")]),
+        ("jsonl", gzip.compress(b'{"text": "a"}\n'), [(1, "a")]),
+    ],
+)
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path, form: str, content: bytes, expected: list[Any]) -> None:
     os.mkfifo(tmp_path / "pipe")
-    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(content,))
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
     writer.start()
-    found = list(read_rows(tmp_path / "pipe", form, ["text", "label"]))
+    found = list(read_rows(tmp_path / "pipe", form, ["text"]))
     writer.join()
     assert [(row.line, *row.values) for row in found if isinstance(row, Row)] == expected
 
@@ -385,6 +393,7 @@ def test_a_workbooks_first_sheet_is_read_with_its_types(tmp_path: Path) -> None:
 
 def test_without_openpyxl_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "book.xlsx").touch()
     with pytest.raises(UsageError, match=r"openpyxl, which is not installed.*the extra `xlsx`"):
         list(read_rows(tmp_path / "book.xlsx", None, ["x"]))
 
