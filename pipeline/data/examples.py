@@ -233,7 +233,7 @@ def field_text(column: str, value: Any, max_chars: int | None) -> str:
     if found := NOT_TEXT.search(text):
         reason = "lone surrogate" if found[0] >= "\ud800" else "control character"
         raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
-    if not any(map(str.isprintable, text)):  # zero-width characters are not printable
+    if not any(character.isprintable() and character != " " for character in text):  # zero-width ones are not printable
         raise BadValueError(column, "empty", value)
     return text
 
