@@ -21,7 +21,7 @@ COMMON_SHARE, COMMON_ROWS = 0.2, 10
 """A 5-gram is common if, in either of the two sets of texts, it is in more than this share of the rows and in at least this many."""
 SAMPLE = 400
 """Rows of each side, about, in which common 5-grams are counted."""
-PASSAGE, PASSAGE_ORIGINALS, PASSAGE_SAMPLE, LEAST_REST = 8, 3, 2000, 20
+PASSAGE, PASSAGE_ORIGINALS, PASSAGE_SAMPLE, LEAST_REST = 8, 3, 1000, 20
 """A passage is a run of this many words that COMMON_ROWS of the rows and this many originals have, counted in samples of this many texts.
 Characters that a text must have besides its passages."""
 BLOCK = 1024
@@ -49,7 +49,7 @@ class Originals:
         self._threshold = threshold
         self._common = _common(rows).intersection(set[str]().union(*(_common(texts) for texts in groups.values())))
         originals = [text for texts in groups.values() for text in texts]
-        self._passages = _passages(rows, COMMON_ROWS) & _passages(originals, PASSAGE_ORIGINALS)
+        self._passages = _passages(rows, COMMON_ROWS, _passages(originals, PASSAGE_ORIGINALS))
         grams = [self._grams(text) for text in originals]
         self._sizes = np.array([len(own) for own in grams])
         self._counter = CountVectorizer(analyzer=cast("Any", list))  # of sets of 5-grams
@@ -70,22 +70,12 @@ class Originals:
         return found
 
     def _grams(self, text: str) -> frozenset[str]:
-        words = normalise(text).split()
-        runs = [at for at, run in enumerate(_runs(words)) if run in self._passages] if self._passages else []
-        covered = {at + i for at in runs for i in range(PASSAGE)}
-        rest = " ".join(word for at, word in enumerate(words) if at not in covered)
-        return (grams(rest if len(rest) >= LEAST_REST else text) - self._common) or frozenset([normalise(text)])
-
-
-def _runs(words: Sequence[str]) -> list[str]:
-    return [" ".join(words[at : at + PASSAGE]) for at in range(len(words) - PASSAGE + 1)]
-
-
-def _passages(texts: Sequence[str], least: int) -> frozenset[str]:
-    """The runs of words that at least so many of the texts have, counted in every n-th of them."""
-    sample = texts[:: max(1, len(texts) // PASSAGE_SAMPLE)]
-    counts = Counter(run for text in sample for run in set(_runs(normalise(text).split())))
-    return frozenset(run for run, count in counts.items() if count >= least)
+        if self._passages:
+            words = normalise(text).split()
+            covered = {at + i for at, run in enumerate(_runs(words)) if run in self._passages for i in range(PASSAGE)}
+            rest = " ".join(word for at, word in enumerate(words) if at not in covered)
+            text = rest if len(rest) >= LEAST_REST else text
+        return (grams(text) - self._common) or frozenset([normalise(text)])
 
 
 def normalise(text: str) -> str:
@@ -105,3 +95,16 @@ def _common(texts: Sequence[str]) -> frozenset[str]:
     sample = texts[:: max(1, len(texts) // SAMPLE)]
     counts = Counter(gram for text in sample for gram in grams(text))
     return frozenset(gram for gram, count in counts.items() if count >= COMMON_ROWS and count > COMMON_SHARE * len(sample))
+
+
+def _runs(words: Sequence[str]) -> list[str]:
+    return [" ".join(words[at : at + PASSAGE]) for at in range(len(words) - PASSAGE + 1)]
+
+
+def _passages(texts: Sequence[str], least: int, known: frozenset[str] | None = None) -> frozenset[str]:
+    """The runs of words (of those that are `known`) that at least so many of the texts have, counted in every n-th of them."""
+    if known == frozenset():
+        return frozenset()
+    runs = (set(_runs(normalise(text).split())) for text in texts[:: max(1, len(texts) // PASSAGE_SAMPLE)])
+    counts = Counter(run for own in runs for run in (own if known is None else own & known))
+    return frozenset(run for run, count in counts.items() if count >= least)

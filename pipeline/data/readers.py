@@ -140,7 +140,7 @@ def data_files(path: Path, files: str | None = None, form: str | None = None) ->
     return found
 
 
-def json_keys(path: Path, form: str | None, files: str | None = None, encoding: str | None = None) -> set[str]:
+def json_keys(path: Path, form: str | None = None, files: str | None = None, encoding: str | None = None) -> set[str]:
     """Every key of the objects of jsonl or json files, for a message that lists them; none for other formats."""
     own = [(file, kind) for _, file, kind in data_files(path, files, form) if kind in {"jsonl", "json"}]
     return {key for file, kind in own for read in _objects(file, kind, encoding) if isinstance(read, tuple) for key in read[1]}
@@ -344,7 +344,7 @@ def _records(lines: Iterator[str], settings: dict[str, Any]) -> Iterator[tuple[l
             record.append(line)
             yield line
 
-    reader = csv.reader(taken(), **settings)
+    reader, width = csv.reader(taken(), **settings), 0
     while True:
         record.clear()
         try:
@@ -352,11 +352,13 @@ def _records(lines: Iterator[str], settings: dict[str, Any]) -> Iterator[tuple[l
         except StopIteration:
             return
         except csv.Error as error:
+            values = error
+        else:
+            width = width or len(values)
+        if isinstance(values, csv.Error) or len(values) not in {0, width}:
             waiting.extend(islice(lines, LONGEST_TAIL - len(waiting)))
             record += [waiting.popleft() for _ in range(_tail(list(waiting), settings))]
-            yield record, error
-        else:
-            yield record, values
+        yield record, values
 
 
 def _tail(ahead: Sequence[str], settings: dict[str, Any]) -> int:

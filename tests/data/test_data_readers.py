@@ -183,6 +183,12 @@ TABLES: dict[str, tuple[str, str | bytes, dict[str, str], list[Any]]] = {
         {},
         [(2, "wrong number of columns"), (3, "wrong number of columns"), (4, "fine", "good")],
     ),
+    "a record whose rest looks like a row": (
+        "csv",
+        'text,label\n"a 5", b, c\nd",good\nfine,good\n',
+        {},
+        [(2, "wrong number of columns"), (3, "wrong number of columns"), (4, "fine", "good")],
+    ),
     "a record of two lines that is not UTF-8": (
         "csv",
         b'text,label\n"caf\xe9\nb",good\ncaf\xc3\xa9,good\n',
