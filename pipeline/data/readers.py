@@ -188,7 +188,7 @@ def _encoding(path: Path) -> str:
         one = next(beyond_ascii, None)
         if one is None or any(line.decode(errors="ignore").encode() == line for line in chain([one], beyond_ascii)):
             return "utf-8-sig"
-    print(f"{path}: not UTF-8; read as Windows-1252", file=sys.stderr)
+    print(f"{path}: not UTF-8; read as Windows-1252, since no `encoding` is said", file=sys.stderr)
     return "cp1252"
 
 

@@ -134,7 +134,7 @@ class SourceParams(Frozen):
 
     path: str
     """From the project's folder, or absolute."""
-    files: str | None = None
+    files: InnerPath | None = None
     """If `path` is a folder: which of its files (`part-*.parquet`, `**/*.jsonl`). Null: all that end like a format."""
     format: Literal["jsonl", "json", "csv", "tsv", "parquet", "xlsx"] | None = None
     """Null: what the file's name ends with."""

@@ -269,7 +269,7 @@ def test_what_a_csv_writer_writes_is_read(
 def test_a_file_of_another_encoding_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = "text;label\n" + '"Café, très bon";ja\nnaja;nein\n' * 20
     assert read(tmp_path, "csv", content.encode("cp1252"), ["label", "text"])[:2] == [(2, "ja", "Café, très bon"), (3, "nein", "naja")]
-    assert capsys.readouterr().err == f"{tmp_path / 'file'}: not UTF-8; read as Windows-1252\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'file'}: not UTF-8; read as Windows-1252, since no `encoding` is said\n"
     read(tmp_path, "csv", content, ["label", "text"])
     assert capsys.readouterr().err == ""
 
