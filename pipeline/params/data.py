@@ -24,11 +24,13 @@ def form_of(path: str | PurePath) -> str | None:
     return None if name.suffix == ".gz" and form in {"parquet", "xlsx"} else form
 
 
-def folder_and_files(path: str) -> dict[str, str]:
-    """The params `path` and `files` of a path with a pattern in it (`my/part-*.parquet`), since DVC needs a path that exists."""
-    parts = PurePosixPath(path).parts
+def source_entry(path: str, delimiter: str | None = None, encoding: str | None = None) -> dict[str, str]:
+    """Params of a source: `path`, `files` for a pattern (`my/part-*.csv`), as DVC needs a path that exists, and what suits the format."""
+    parts, form = PurePosixPath(path).parts, form_of(path)
     at = next((at for at, part in enumerate(parts) if "*" in part or "?" in part), None)
-    return {"path": path} if at is None else {"path": str(PurePosixPath(*parts[:at])), "files": str(PurePosixPath(*parts[at:]))}
+    entry = {"path": path} if at is None else {"path": str(PurePosixPath(*parts[:at])), "files": str(PurePosixPath(*parts[at:]))}
+    said = {"delimiter": delimiter if form in {"csv", "tsv", None} else None, "encoding": None if form in {"parquet", "xlsx"} else encoding}
+    return entry | {key: value for key, value in said.items() if value is not None}
 
 
 def _codec(name: str) -> str:
@@ -162,8 +164,8 @@ class SourceParams(Frozen):
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
-        if len(split := folder_and_files(self.path)) > 1:
-            raise ValueError(f"path: {self.path!r} is a pattern, and DVC needs a path that exists; write {split}")
+        if "files" in (entry := source_entry(self.path)):
+            raise ValueError(f"path: {self.path!r} is a pattern, and DVC needs a path that exists; write {entry}")
         if self.form is None and PurePosixPath(self.path).suffix and self.files is None:
             raise ValueError(f"format: missing, and {self.path!r} does not end with one of {choices(FORMATS)}; say which it is")
         if self.form not in {"csv", "tsv", None}:

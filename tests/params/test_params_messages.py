@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
 from pipeline.params import parse_params
-from pipeline.params.data import folder_and_files
+from pipeline.params.data import SourceParams, source_entry
 
 Raw = dict[str, Any]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -55,7 +55,23 @@ def test_the_shipped_file_is_valid_and_frozen(raw_params: Raw) -> None:
     ],
 )
 def test_a_pattern_is_a_folder_and_its_files(path: str, expected: Raw) -> None:
-    assert folder_and_files(path) == expected
+    assert source_entry(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        ("a.csv", {"delimiter", "encoding"}),
+        ("my/*.TSV.gz", {"delimiter", "encoding"}),
+        ("a.json", {"encoding"}),
+        ("a.xlsx", set()),
+        ("my", {"delimiter", "encoding"}),
+    ],
+)
+def test_a_source_is_told_what_suits_its_format(path: str, kept: set[str]) -> None:
+    entry = source_entry(path, ";", "cp1250")
+    assert set(entry) - {"path", "files"} == kept
+    assert SourceParams.model_validate(entry).path == entry["path"]
 
 
 def test_labels_are_sorted_whatever_their_order_in_the_file(raw_params: Raw) -> None:
