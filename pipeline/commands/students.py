@@ -47,9 +47,11 @@ def open_student(student: str | None) -> "Trained":
 
 def predict(
     student: Student = None,
-    source: Annotated[str, typer.Option("--input", "-i", help="jsonl, csv, tsv or parquet; - is standard input.")] = "-",
+    source: Annotated[str, typer.Option("--input", "-i", help="A file of examples (docs/data.md); - is standard input.")] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="jsonl, csv or parquet; - is standard output.")] = "-",
-    input_format: Annotated[Literal["jsonl", "csv", "tsv", "parquet"] | None, typer.Option(help="If its name does not say it.")] = None,
+    input_format: Annotated[
+        Literal["jsonl", "json", "csv", "tsv", "xlsx", "parquet"] | None, typer.Option(help="If its name does not say it.")
+    ] = None,
     output_format: Annotated[Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="If its name does not say it.")] = None,
     field: Fields = None,
     keep: Annotated[list[str] | None, typer.Option(help="A column to pass through; NAME=COLUMN gives it another name.")] = None,

@@ -53,7 +53,7 @@ def build_contexts(name: str, params: ContextParams, task: Task, demonstrations:
 
 
 def check_fit(
-    name: str, params: ContextParams, contexts: Sequence[Context], tokens: TaskTokens, limit: int | None, examples: Sequence[Example]
+    where: str, params: ContextParams, contexts: Sequence[Context], tokens: TaskTokens, limit: int | None, examples: Sequence[Example]
 ) -> list[int]:
     """Tokens that each context adds to a prompt. `limit` is the model's, in tokens; `examples` are all inputs that may follow.
 
@@ -68,12 +68,12 @@ def check_fit(
         added.append(length := whole[0] - alone[longest[0]])
         if params.max_tokens is not None and length > params.max_tokens:
             raise UsageError(
-                f"contexts.{name}: context {context.name} of {len(context.demonstrations)} demonstrations has {length} tokens, max_tokens "
+                f"{where}: context {context.name} of {len(context.demonstrations)} demonstrations has {length} tokens, max_tokens "
                 f"is {params.max_tokens}. Raise max_tokens, or lower `demonstrations` or data.demonstrations.max_words."
             )
         if limit is not None and max(whole) + answer > limit:
             raise UsageError(
-                f"contexts.{name}: the longest prompt of context {context.name} has {max(whole):,} tokens, {length:,} of the context. "
+                f"{where}: the longest prompt of context {context.name} has {max(whole):,} tokens, {length:,} of the context. "
                 f"With {answer:,} of the longest answer it does not fit the {limit:,} that {tokens.tokenizer.name_or_path} takes. Lower "
                 "`demonstrations`, task.max_chars or data.demonstrations.max_words, or choose a model with a longer limit."
             )

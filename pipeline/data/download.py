@@ -33,7 +33,7 @@ from huggingface_hub import errors
 
 from pipeline.errors import UsageError, choices
 from pipeline.params import Download, HubDownload, PypiDownload
-from pipeline.params.data import MODEL_FILES
+from pipeline.params.data import FORMATS, MODEL_FILES, form_of
 
 MAX_EXPANSION = 200
 """Bytes unpacked for each byte of an archive: text shrinks 3 to 20 times, a bomb hundreds of times."""
@@ -150,12 +150,16 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], Any] | None
 
 
 def _take_repository(about: str, params: HubDownload, built: Path) -> None:
-    """Download the listed files, or a model's files at the top of its repository."""
+    """Download the listed files, or a model's files at the top of its repository, or all files of a data set that can be read."""
     with _hub_errors(about):
         names = huggingface_hub.list_repo_files(params.repo, repo_type=params.kind, revision=params.revision)
-    if absent := sorted(set(params.files) - set(names)):
+    listed = {wanted: [name for name in names if name == wanted or fnmatch(name, wanted)] for wanted in params.files}
+    if absent := [wanted for wanted, own in listed.items() if not own]:
         raise UsageError(f"{about}: no file {choices(absent)} in this commit. Check `files` on the repository's page.")
-    taken = params.files or [name for name in names if "/" not in name and any(fnmatch(name, good) for good in MODEL_FILES)]
+    taken = list(dict.fromkeys(name for own in listed.values() for name in own))
+    if params.kind == "dataset" and not taken and not (taken := [name for name in names if form_of(name)]):
+        raise UsageError(f"{about}: no file that ends with one of {choices(FORMATS)}; it has {choices(names[:8])}. Say which with `files`.")
+    taken = taken or [name for name in names if "/" not in name and any(fnmatch(name, good) for good in MODEL_FILES)]
     if params.kind == "model":
         if refused := [name for name in taken if not any(fnmatch(name, good) for good in (*MODEL_FILES, "*.gguf"))]:
             raise UsageError(

@@ -9,13 +9,17 @@ import json
 import math
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from pipeline.data.readers import MISSING, BadRow, MissingColumnError, json_keys, read_rows
+from pipeline.data.readers import MISSING, BadRow, MissingColumnError, Row, json_keys, source_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import Folders, read_json, write_json, write_text
 from pipeline.params import LabelRule, Params, SourceParams, pick
@@ -26,7 +30,10 @@ SHOWN_CHARS = 80
 BAD_ROWS_SHOWN = 5
 NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 """Characters that a text has only by mistake; tabs, line ends and form feeds are white space."""
-WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0+")
+WHOLE_FLOAT = re.compile(r"\+?(-?\d+)(\.0+|,00?)?")
+"""A whole number, with the decimal point or comma of a table that holds such numbers as floats."""
+LISTED = re.compile(r"\[.*['\",].*\]|\{.*['\",].*\}", re.DOTALL)
+"""A list or an object written as text."""
 
 
 class BadValueError(Exception):
@@ -61,7 +68,8 @@ class Quarantined:
 class SourceExamples:
     """A source as read: its examples in file order, what was set aside, and counts of rows for metrics/prepare.json.
 
-    `quarantined` in the counts has the reasons of bad rows: fields that cannot be used, and labels that cannot be read.
+    `quarantined` in the counts has the reasons of bad rows: fields that cannot be used, and labels that cannot be read. The lines of a
+    folder's files are counted on from one to the next; `files` in the counts has the number before the first line of each.
     """
 
     name: str
@@ -75,28 +83,34 @@ class SourceExamples:
         """Rows that are wrong in the file."""
         return sum(self.counts["quarantined"].values())
 
+    def place(self, line: int) -> tuple[str, int]:
+        """The file that an example's line is in, and the line there."""
+        return _place(self.file, self.counts.get("files", {}), line)
+
 
 def read_source(name: str, params: SourceParams, path: Path, task: Task) -> SourceExamples:
     """Read and check one source file.
 
     Raises UsageError if the file is absent, lacks a column or has no row. Bad rows are in the result; `check_limit` weighs them.
     """
-    if not path.is_file():
-        raise UsageError(f"data.sources.{name}.path: {str(path)!r} is not a file. Correct it, or run the download it comes from.")
+    if not path.exists():
+        raise UsageError(f"data.sources.{name}.path: {str(path)!r} is not a file or folder. Correct it, or run the download it comes from.")
     columns = {field: (params.fields or {}).get(field, field) for field in task.fields}
     rule, answers, max_chars = params.label, params.completion, task.params.max_chars
     label_of = None if rule is None else label_reader(rule, task)
     asked = [*columns.values(), *params.slices.values(), *(column for column in (rule and rule.column, answers) if column)]
-    rows = left_out = 0
+    rows = left_out = last = 0
     quarantine: list[Quarantined] = []
     checked: list[Example] = []
+    starts: dict[str, int] = {}
 
-    def set_aside(line: int, column: str, reason: str, value: object) -> None:
-        quarantine.append(Quarantined(name, path.name, line, column, reason, shorten(str(value))))
+    def set_aside(row: Row | BadRow, column: str, reason: str, value: object) -> None:
+        quarantine.append(Quarantined(name, row.file or path.name, row.line, column, reason, shorten(str(value))))
 
-    for rows, read in enumerate(read_rows(path, params.form, asked, params.columns), start=1):  # noqa: B007  their number
+    for rows, read in enumerate(source_rows(path, params, asked), start=1):  # noqa: B007  their number
+        last = starts.setdefault(read.file, last) + read.line
         if isinstance(read, BadRow):
-            set_aside(read.line, read.field, read.reason, read.value)
+            set_aside(read, read.field, read.reason, read.value)
             continue
         values, label = dict(zip(asked, read.values, strict=True)), None
         try:
@@ -104,23 +118,24 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
             slices = {known: label_text(column, values[column], "slice") or None for known, column in params.slices.items()}
             answer = None if answers is None else field_text(answers, values[answers], max_chars)
         except BadValueError as bad:
-            set_aside(read.line, bad.field_name, bad.reason, bad.value)
+            set_aside(read, bad.field_name, bad.reason, bad.value)
             continue
         if rule is not None and label_of is not None:
             try:
                 label = label_of(values[rule.column])
                 left_out += label is None
             except BadValueError as bad:
-                set_aside(read.line, bad.field_name, bad.reason, bad.value)
-        checked.append(Example(fields, label, answer, name, read.line, slices))
+                set_aside(read, bad.field_name, bad.reason, bad.value)
+        checked.append(Example(fields, label, answer, name, last, slices))
 
     if not rows:
         raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
     needed = asked if len(quarantine) == rows else list(params.slices.values())
-    if params.form == "jsonl" and needed and (absent := set(needed) - (keys := json_keys(path))) and keys:
+    if needed and (keys := json_keys(path, params.form, params.files, params.encoding)) and (absent := set(needed) - keys):
         raise MissingColumnError(path, min(absent), keys)
 
-    examples, conflicts = _one_of_each(checked, name, path.name)
+    files = starts if set(starts) != {""} else {}
+    examples, conflicts = _one_of_each(checked, name, partial(_place, path.name, files))
     labels = Counter(example.label for example in examples if example.label is not None)
     counts = {
         "rows": rows,
@@ -131,11 +146,16 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
         "examples": len(examples),
         "labelled": labels.total(),
         "label_shares": {label: round(n / labels.total(), 4) for label, n in sorted(labels.items())},
-    }
+    } | ({"files": files} if files else {})
     return SourceExamples(name, path.name, examples, quarantine + conflicts, counts)
 
 
-def _one_of_each(checked: list[Example], name: str, file: str) -> tuple[list[Example], list[Quarantined]]:
+def _place(file: str, starts: dict[str, int], line: int) -> tuple[str, int]:
+    own, start = next(((own, start) for own, start in reversed(starts.items()) if start < line), (file, 0))
+    return own, line - start
+
+
+def _one_of_each(checked: list[Example], name: str, place: Callable[[int], tuple[str, int]]) -> tuple[list[Example], list[Quarantined]]:
     """Each text once, with the label on which its rows agree; and an entry for each row of a text whose rows do not agree."""
     by_text: dict[str, list[Example]] = {}
     for example in checked:
@@ -147,7 +167,7 @@ def _one_of_each(checked: list[Example], name: str, file: str) -> tuple[list[Exa
         labels = {row.label for row in labelled}
         if len(labels) > 1:
             value = shorten(", ".join(f"{row.label} on line {row.line}" for row in labelled) + f": {' | '.join(rows[0].fields.values())}")
-            conflicts += [Quarantined(name, file, row.line, "", "conflicting labels", value) for row in labelled]
+            conflicts += [Quarantined(name, *place(row.line), "", "conflicting labels", value) for row in labelled]
         examples.append(replace(rows[0], label=labels.pop() if len(labels) == 1 else None))
     return examples, sorted(conflicts, key=lambda entry: entry.line)
 
@@ -208,13 +228,13 @@ def field_text(column: str, value: Any, max_chars: int | None) -> str:
     if not isinstance(value, str):
         raise BadValueError(column, "not a text", value)
     text = value.strip()
-    if not text:
-        raise BadValueError(column, "empty", value)
     if max_chars is not None and len(text) > max_chars:
         raise BadValueError(column, "too long", f"{len(text):,} characters: {text}")
     if found := NOT_TEXT.search(text):
         reason = "lone surrogate" if found[0] >= "\ud800" else "control character"
         raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
+    if not any(character.isprintable() and character != " " for character in text):  # zero-width ones are not printable
+        raise BadValueError(column, "empty", value)
     return text
 
 
@@ -225,7 +245,7 @@ def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
     `"True"`; a label that params.yaml spells exactly as the file does comes first.
     """
     exact = {label: label for label in task.labels} if rule.values is None else rule.values
-    respelt = {label_text(rule.column, key): label for key, label in exact.items()}
+    respelt = {_spelling(key): label for key, label in exact.items()}
 
     def by_sign(value: Any, threshold: float) -> str | None:
         try:
@@ -252,17 +272,23 @@ def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
 
 
 def label_text(column: str, value: Any, what: str = "label") -> str:
-    """A label's one spelling: `true`, `1`, `positive`; empty for a null, a NaN, an empty text or a missing key. Slices are spelt alike.
+    """A label's one spelling: `true`, `1`, `positive`; empty for a null, a NaN, an empty text or a missing key.
 
-    Raises BadValueError for a list or an object: one row has one label.
+    Slices are spelt alike. Raises BadValueError for a list or an object: one row has one label.
     """
-    if value is None or value is MISSING or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, (list, dict)):
+    text = "" if value is None or value is MISSING else str(value).strip()
+    if isinstance(value, (list, dict)) or (isinstance(value, str) and LISTED.fullmatch(text)):
         raise BadValueError(column, f"several {what}s in a row are not supported", value)
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, (str, int, float, Decimal, NoneType)) and value is not MISSING:
         raise BadValueError(column, f"not a {what}", value)
-    text = str(value).strip()
+    return _spelling(text)
+
+
+def _spelling(text: str) -> str:
+    text = unicodedata.normalize("NFC", text).strip()
     if text.lower() in {"true", "false"}:
         return text.lower()
-    return whole[1] if (whole := WHOLE_FLOAT.fullmatch(text)) else text
+    if text.lower() in {"nan", "<na>"}:  # as Python and pandas write a missing one
+        return ""
+    whole = WHOLE_FLOAT.fullmatch(text)
+    return text if whole is None else "0" if whole[1] == "-0" else whole[1]

@@ -1,8 +1,9 @@
 """Near copies of some texts among others: every pair is compared, so none is missed.
 
 Two texts are compared as sets of character 5-grams, without case, punctuation and runs of white space. They are copies if the Jaccard
-similarity |A ∩ B| / |A ∪ B| reaches a threshold. What the rows of both sides have in common (a footer, the headings of a form) says nothing
-about one of them, so its 5-grams are left out. A text that has no others is a single gram, so that equal texts are always copies.
+similarity |A ∩ B| / |A ∪ B| reaches a threshold. What the rows of both sides have in common says nothing about one of them, and is left
+out: 5-grams that many rows have (the headings of a form, everybody's footer), and passages of words that some rows have (one sender's
+signature). A text that has nothing else is compared as a whole, so that equal texts are always copies.
 """
 
 import re
@@ -20,6 +21,9 @@ COMMON_SHARE, COMMON_ROWS = 0.2, 10
 """A 5-gram is common if, in either of the two sets of texts, it is in more than this share of the rows and in at least this many."""
 SAMPLE = 400
 """Rows of each side, about, in which common 5-grams are counted."""
+PASSAGE, PASSAGE_ORIGINALS, PASSAGE_SAMPLE, LEAST_REST = 8, 3, 1000, 20
+"""A passage is a run of this many words that COMMON_ROWS of the rows and this many originals have, counted in samples of this many texts.
+Characters that a text must have besides its passages."""
 BLOCK = 1024
 """Candidates compared at once; 1,000 originals then take about 10 MB."""
 _NOT_WORD = re.compile(r"[^\w\s]|_")
@@ -44,7 +48,9 @@ class Originals:
         self._places = [(group, at) for group, texts in groups.items() for at in range(len(texts))]
         self._threshold = threshold
         self._common = _common(rows).intersection(set[str]().union(*(_common(texts) for texts in groups.values())))
-        grams = [self._grams(text) for texts in groups.values() for text in texts]
+        originals = [text for texts in groups.values() for text in texts]
+        self._passages = _passages(rows, COMMON_ROWS, _passages(originals, PASSAGE_ORIGINALS))
+        grams = [self._grams(text) for text in originals]
         self._sizes = np.array([len(own) for own in grams])
         self._counter = CountVectorizer(analyzer=cast("Any", list))  # of sets of 5-grams
         self._having = csr_array(self._counter.fit_transform(grams or [[""]])).T.tocsr()  # (5-grams, originals): 1 for each that one has
@@ -64,6 +70,11 @@ class Originals:
         return found
 
     def _grams(self, text: str) -> frozenset[str]:
+        if self._passages:
+            words = normalise(text).split()
+            covered = {at + i for at, run in enumerate(_runs(words)) if run in self._passages for i in range(PASSAGE)}
+            rest = " ".join(word for at, word in enumerate(words) if at not in covered)
+            text = rest if len(rest) >= LEAST_REST else text
         return (grams(text) - self._common) or frozenset([normalise(text)])
 
 
@@ -84,3 +95,16 @@ def _common(texts: Sequence[str]) -> frozenset[str]:
     sample = texts[:: max(1, len(texts) // SAMPLE)]
     counts = Counter(gram for text in sample for gram in grams(text))
     return frozenset(gram for gram, count in counts.items() if count >= COMMON_ROWS and count > COMMON_SHARE * len(sample))
+
+
+def _runs(words: Sequence[str]) -> list[str]:
+    return [" ".join(words[at : at + PASSAGE]) for at in range(len(words) - PASSAGE + 1)]
+
+
+def _passages(texts: Sequence[str], least: int, known: frozenset[str] | None = None) -> frozenset[str]:
+    """The runs of words (of those that are `known`) that at least so many of the texts have, counted in every n-th of them."""
+    if known == frozenset():
+        return frozenset()
+    runs = (set(_runs(normalise(text).split())) for text in texts[:: max(1, len(texts) // PASSAGE_SAMPLE)])
+    counts = Counter(run for own in runs for run in (own if known is None else own & known))
+    return frozenset(run for run, count in counts.items() if count >= least)

@@ -15,8 +15,8 @@ from pipeline.data.examples import Quarantined, SourceExamples, read_written_sou
 from pipeline.data.roles import assign, text_of
 from pipeline.files import Folders, write_json, write_text
 from pipeline.models.folders import check_folder, context_limit, load_tokenizer
-from pipeline.params import Params
-from pipeline.schema import Context, Example, write_contexts, write_examples
+from pipeline.params import ContextParams, Params
+from pipeline.schema import NO_CONTEXT, Context, Example, write_contexts, write_examples
 from pipeline.task import Task, TaskTokens
 
 
@@ -35,6 +35,7 @@ def prepare(params: Params, folders: Folders) -> None:
     sources = {name: read_written_source(name, entry, task, folders) for name, entry in data.sources.items()}
     quarantine = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
     reading = {(model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
+    reading |= {(model, "") for model in context_models[""]}
     readers = [(models[model][0], Context("", instruction)) for model, instruction in sorted(reading)]
     quarantine += "".join(entry.json_line() for source in sources.values() for entry in _set_faulty_aside(source, readers))
     write_text(quarantine, folder / "quarantine.jsonl")
@@ -56,10 +57,13 @@ def prepare(params: Params, folders: Folders) -> None:
     for name, entry in params.contexts.items():
         contexts = build_contexts(name, entry, task, demonstrations, data.seed)
         write_contexts(contexts, folder / "contexts" / f"{name}.parquet")
-        tokens = [check_fit(name, entry, contexts, *models[model], inputs) for model in context_models[name]]
+        tokens = [check_fit(f"contexts.{name}", entry, contexts, *models[model], inputs) for model in context_models[name]]
         lengths[name] = {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}
         if tokens:
             print(f"contexts {name}: {', '.join(map(str, lengths[name].values()))} tokens")
+
+    for name in context_models[""]:
+        check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], *models[name], inputs)
 
     def numbers(examples: Sequence[Example]) -> dict[str, Any]:
         return {"drawn": len(examples), "labels": dict(sorted(Counter(str(example.label) for example in examples).items()))}
@@ -98,4 +102,4 @@ def _set_faulty_aside(source: SourceExamples, readers: Sequence[tuple[TaskTokens
         source.examples = [example for example in source.examples if example.example_id not in faults]
         source.counts |= {"examples": len(source.examples), "labelled": sum(example.label is not None for example in source.examples)}
         source.counts["quarantined"]["control token"] = len(faulty)
-    return [Quarantined(source.name, source.file, e.line, "", faults[e.example_id], shorten(text_of(e))) for e in faulty]
+    return [Quarantined(source.name, *source.place(e.line), "", faults[e.example_id], shorten(text_of(e))) for e in faulty]

@@ -133,10 +133,11 @@ class _Draw:
         self._roles.copies[self.role][copy.group] += 1
         self.lost[f"near copies of {copy.group}"] += 1
         where = {"role": copy.group, "source": original.source, "line": original.line, "similarity": round(copy.similarity, 4)}
-        entry = Quarantined(example.source, self.source.file, example.line, "", like, text, where)
+        file, line = self.source.place(example.line)
+        entry = Quarantined(example.source, file, line, "", like, text, where)
         self._roles.quarantined.setdefault(example.example_id, entry)  # demonstrations and transfer set may meet the same row
         self._shown = self._shown or (
-            f". Line {example.line} of {self.source.file} ({text!r}) is {copy.similarity:.0%} like line {original.line} of source "
+            f". Line {line} of {file} ({text!r}) is {copy.similarity:.0%} like line {original.line} of source "
             f"{original.source!r} ({shorten(text_of(original))!r}). If such texts are different inputs, raise data.near_copy "
             f"({self.near_copy:g})"
         )

@@ -1,19 +1,44 @@
 """Where models and examples come from, and which role each example gets."""
 
 import re
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.task import Fraction, Frozen, Name
+from pipeline.params.task import Fraction, Frozen, Key, Name
 
 RESERVED_SLICES = frozenset({"domain", "label", "length", "words", "score", "example_id"})
 DOWNLOADS = "downloads"
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "vocab.txt", "merges.txt")
 """What belongs to a model folder: no pickles, no Python files."""
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".xlsx": "xlsx"}
+"""What a file's name ends with → its format; the formats of text may have `.gz` behind it."""
+
+
+def form_of(path: str | PurePath) -> str | None:
+    """The format that a file's name ends with, in capitals or not; None if it says none."""
+    name = PurePath(str(path).lower())
+    form = FORMATS.get(PurePath(name.stem).suffix if name.suffix == ".gz" else name.suffix)
+    return None if name.suffix == ".gz" and form in {"parquet", "xlsx"} else form
+
+
+def source_entry(path: str, delimiter: str | None = None, encoding: str | None = None) -> dict[str, str]:
+    """Params of a source: `path`, `files` for a pattern (`my/part-*.csv`), as DVC needs a path that exists, and what suits the format."""
+    parts, form = PurePosixPath(path).parts, form_of(path)
+    at = next((at for at, part in enumerate(parts) if "*" in part or "?" in part), None)
+    entry = {"path": path} if at is None else {"path": str(PurePosixPath(*parts[:at])), "files": str(PurePosixPath(*parts[at:]))}
+    said = {"delimiter": delimiter if form in {"csv", "tsv", None} else None, "encoding": None if form in {"parquet", "xlsx"} else encoding}
+    return entry | {key: value for key, value in said.items() if value is not None}
+
+
+def _codec(name: str) -> str:
+    try:
+        "".encode(name)
+    except LookupError:
+        raise ValueError(f"no encoding {name!r}; write Python's name of it, as utf-8, utf-16, cp1252 or shift_jis") from None
+    return name
 
 
 def _inside(path: str) -> str:
@@ -57,7 +82,8 @@ class HubDownload(Frozen):
     kind: Literal["model", "dataset"] = "model"
     """Which kind of repository."""
     files: tuple[InnerPath, ...] = Field(default=(), strict=False)
-    """Files to take; an empty list: a model's safetensors, configuration and tokenizer. A data set must list its files."""
+    """Files to take, or patterns (`data/train-*.parquet`); an empty list: a model's safetensors, configuration and tokenizer, or every
+    file of a data set that can be read."""
     licence: str
     """For the report."""
 
@@ -68,8 +94,6 @@ class HubDownload(Frozen):
                 f"revision {self.revision!r} of {self.repo} is not a commit (40 hex digits); a branch or tag can move. "
                 "The commit is under 'Files and versions' on the repository's page."
             )
-        if self.kind == "dataset" and not self.files:
-            raise ValueError(f"files: none listed; name the data files to take from {self.repo}")
         return self
 
 
@@ -97,7 +121,7 @@ class LabelRule(Frozen):
     """The label above the threshold."""
     negative: str = "negative"
     """The label below the negative threshold."""
-    values: dict[str, str] | None = None
+    values: dict[Key, str] | None = None
     """Value in the file → label; an empty value, or one mapped to '', is no label."""
 
     @model_validator(mode="after")
@@ -108,15 +132,21 @@ class LabelRule(Frozen):
 
 
 class SourceParams(Frozen):
-    """One file of examples, here or in a download (`downloads/NAME/…`)."""
+    """A file of examples, or a folder of such files, here or in a download (`downloads/NAME/…`). docs/data.md shows the forms."""
 
     path: str
     """From the project's folder, or absolute."""
-    format: Literal["jsonl", "csv", "tsv", "parquet"] | None = None
+    files: InnerPath | None = None
+    """If `path` is a folder: which of its files (`part-*.parquet`, `**/*.jsonl`). Null: all that end like a format."""
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "xlsx"] | None = None
     """Null: what the file's name ends with."""
     columns: tuple[str, ...] | None = Field(default=None, strict=False)
     """Names of the columns, for a csv or tsv file without a header line."""
-    fields: dict[str, str] | None = None
+    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = None
+    """What separates the columns of a csv or tsv file. Null: found."""
+    encoding: Annotated[str, AfterValidator(_codec)] | None = None
+    """Of a text file, by Python's name (`cp1250`, `shift_jis`). Null: found among UTF-8, UTF-16 and Windows-1252."""
+    fields: dict[Key, str] | None = None
     """Template field → column, if they differ."""
     label: LabelRule | None = LabelRule()
     """How a row gets its label; null for a file without labels."""
@@ -128,16 +158,22 @@ class SourceParams(Frozen):
     """Slice → column: results are also given for each value of the column, beside domain, label and length."""
 
     @property
-    def form(self) -> str:
-        """The file's format."""
-        return self.format or FORMATS[PurePosixPath(self.path).suffix]
+    def form(self) -> str | None:
+        """The file's format; None for a folder whose files say it."""
+        return self.format or form_of(self.files or self.path)
 
     @model_validator(mode="after")
-    def _check_columns(self) -> Self:
-        if self.format is None and PurePosixPath(self.path).suffix not in FORMATS:
+    def _check_form(self) -> Self:
+        if "files" in (entry := source_entry(self.path)):
+            raise ValueError(f"path: {self.path!r} is a pattern, and DVC needs a path that exists; write {entry}")
+        if self.form is None and PurePosixPath(self.path).suffix and self.files is None:
             raise ValueError(f"format: missing, and {self.path!r} does not end with one of {choices(FORMATS)}; say which it is")
-        if self.columns is not None and self.form not in {"csv", "tsv"}:
-            raise ValueError(f"`columns` is for a csv or tsv file without a header line, and format is {self.form!r}; leave it out")
+        if self.form not in {"csv", "tsv", None}:
+            for key in ("columns", "delimiter"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"`{key}` is for a csv or tsv file, and format is {self.form!r}; leave it out")
+        if self.encoding is not None and self.form in {"parquet", "xlsx"}:
+            raise ValueError(f"`encoding` is for a file of text, and format is {self.form!r}; leave it out")
         if taken := RESERVED_SLICES.intersection(self.slices):
             raise ValueError(f"slices: every evaluation has a slice {choices(taken)} of its own; choose another name")
         return self

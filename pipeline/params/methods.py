@@ -350,11 +350,14 @@ class Params(Frozen):
         return name
 
     def context_models(self) -> dict[str, list[str]]:
-        """Context → names in `models` whose tokenizers it is put to: the teachers that use it."""
+        """Context → names in `models` whose tokenizers it is put to: the teachers that use it. Under '': those without a context alone."""
         used: dict[str, set[str]] = {name: set() for name in self.contexts}
         for teacher in self.teachers.values():
             used[teacher.contexts].add(self.base_model(teacher.model))
-        return {name: sorted(models) for name, models in used.items()}
+        bases = {entry.base for entry in [*self.tuned.values(), *self.students.values()]}
+        bases |= self.folders().intersection(entry.prompts for entry in self.baselines.values())
+        alone = {self.base_model(folder) for folder in bases}.difference(*used.values())
+        return {name: sorted(models) for name, models in {**used, "": alone}.items()}
 
     def _names(self) -> Iterator[str]:
         paths = {f"models.{name}.path": model.path for name, model in self.models.items()}

@@ -17,7 +17,15 @@ def _slug(name: str) -> str:
     return name
 
 
-Name = Annotated[str, AfterValidator(_slug)]
+def _key(name: str) -> str:
+    if name in {"size", "nfiles"}:  # `dvc.stage.cache` takes them out of params, at any depth, before it hashes them
+        raise ValueError(f"DVC's run cache overlooks what is called {name!r}, and would take an older run for this one; rename it")
+    return name
+
+
+Key = Annotated[str, AfterValidator(_key)]
+"""A key of a map whose keys are the user's own."""
+Name = Annotated[Key, AfterValidator(_slug)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -33,7 +41,7 @@ RESERVED_FIELDS = frozenset({"example_id", "label", "completion", "source", "lin
 class FormParams(Frozen):
     """Answers are JSON objects: which keys make one well formed, and which key is compared."""
 
-    keys: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(min_length=1)
+    keys: dict[Key, Annotated[tuple[str, ...], Field(strict=False)]] = Field(min_length=1)
     """Key of the object → the values it may have; an empty list: any text that is not empty."""
     label: str | None = None
     """The key whose value is compared with the gold label of an evaluation set."""
@@ -70,7 +78,7 @@ class TaskParams(Frozen):
 
     template: str
     """The prompt of one input; `{field}` is an input field. It ends where the answer begins."""
-    verbalisers: Annotated[dict[str, str], AfterValidator(lambda words: dict(sorted(words.items())))] = Field(default={})
+    verbalisers: Annotated[dict[Key, str], AfterValidator(lambda words: dict(sorted(words.items())))] = Field(default={})
     """Label → the text that stands for it, with its leading space if it needs one. The order does not matter."""
     completion: CompletionParams | None = None
     """Answers in free text, instead of labels."""

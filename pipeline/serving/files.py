@@ -1,4 +1,5 @@
-"""Files and streams of inputs in, predictions out: JSON lines, CSV, TSV (read only), Parquet, or a predictions log.
+"""Files and streams of inputs in, predictions out: every format that `pipeline.data.readers` reads, or a predictions log; CSV,
+JSON lines or Parquet out.
 
 Rows are read, answered and written in windows, so memory is bounded by a window's rows and characters, and predictions come in the order of
 the input. A window's first row waits for its last; a window of one row answers line by line, more slowly.
@@ -20,11 +21,11 @@ import pyarrow.parquet as pq
 from pipeline.data.readers import MISSING, BadRow, MissingColumnError, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import replacing
-from pipeline.params.data import FORMATS
+from pipeline.params.data import FORMATS, form_of
 from pipeline.serving.log import UNENCODABLE, json_line
 from pipeline.serving.predictor import Prediction, Predictor
 
-WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form != "tsv"}  # the output's formats
+WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form in {"csv", "jsonl", "parquet"}}  # the output's formats
 LOG_KEYS = ("time", "student", "fields")  # what a line of a predictions log has, whatever its answer
 OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "error")
 WINDOW_CHARS = 4_000_000
@@ -45,11 +46,11 @@ Answered = tuple[Item, Prediction]
 
 def format_of(path: str, formats: Mapping[str, str] = FORMATS) -> str:
     """The format that a file's name ends with; standard input and output are JSON lines. Raises UsageError if it is none of `formats`."""
-    suffix = ".jsonl" if path == "-" else Path(path).suffix.lower()
-    if suffix not in formats:
+    form = "jsonl" if path == "-" else form_of(path) if formats is FORMATS else formats.get(Path(path).suffix.lower())
+    if form is None:
         step = "Rename it, or say the format with --input-format or --output-format of predict."
         raise UsageError(f"{path}: the name does not end with one of {choices(formats)}. {step}")
-    return formats[suffix]
+    return form
 
 
 def columns_of(fields: Sequence[str], mapped: Sequence[str]) -> dict[str, str]:
@@ -87,8 +88,6 @@ def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], f
     file = Path("/dev/stdin" if path == "-" else path)
     if not file.exists() or file.is_dir():
         raise UsageError(f"{path}: no such file.")
-    if form == "parquet" and not file.is_file():
-        raise UsageError(f"{file}: Parquet is read from its end; write it to a file first.")
     log_keys = LOG_KEYS if form == "jsonl" else ()
     try:
         for read in read_rows(file, form, [*columns.values(), *kept.values(), *log_keys]):

@@ -331,6 +331,31 @@ def test_listed_files_of_a_data_set_keep_their_paths(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        ([], ["README.json", "data/test-0.parquet", "data/train-0.parquet", "data/train-1.parquet"]),
+        (["data/train-*.parquet"], ["data/train-0.parquet", "data/train-1.parquet"]),
+        (["*.py", "data/test-0.parquet"], ["data/test-0.parquet", "run.py"]),
+    ],
+)
+def test_a_data_set_is_taken_by_name_or_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], taken: list[str]
+) -> None:
+    (tmp_path / "hub/data").mkdir(parents=True)
+    for name in ("data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet", "run.py", "README.md", "README.json"):
+        (tmp_path / "hub" / name).write_text(name)
+    FakeHub(monkeypatch, tmp_path / "hub")
+    download("mine", hub(kind="dataset", files=files), tmp_path / "mine")
+    assert list(files_below(tmp_path / "mine")) == taken
+    with pytest.raises(UsageError, match=r"no file data/\*\.csv in this commit"):
+        download("mine", hub(kind="dataset", files=["data/*.csv"]), tmp_path / "mine")
+    shutil.rmtree(tmp_path / "hub/data")
+    (tmp_path / "hub/README.json").unlink()
+    with pytest.raises(UsageError, match=r"no file that ends with one of \.csv, .*; it has README.md, run.py"):
+        download("mine", hub(kind="dataset"), tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
     ("files", "said"),
     [
         ([], r"no \*\.safetensors at the top.*onnx/model\.safetensors, pytorch_model\.bin.*never loaded"),

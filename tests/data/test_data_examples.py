@@ -2,6 +2,7 @@
 
 import json
 import random
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.examples import SourceExamples, check_limit, label_reader, read_source, read_written_source, write_source
+from pipeline.data.examples import BadValueError, SourceExamples, check_limit, label_reader, read_source, read_written_source, write_source
 from pipeline.errors import UsageError
 from pipeline.files import Folders, sha256_json
 from pipeline.params import LabelRule, Params, SourceParams, TaskParams, parse_params
@@ -48,6 +49,7 @@ def test_each_bad_value_has_its_line_field_and_reason(tmp_path: Path) -> None:
         {"text": "\ud800", "label": "positive"},
         "not json",
         {"text": "a\tb\nc\x0cd\u2028e", "label": "positive"},
+        {"text": "\u200b \ufeff", "label": "positive"},
     ]
     source = read(tmp_path, rows)
     assert reasons(source) == [
@@ -59,6 +61,7 @@ def test_each_bad_value_has_its_line_field_and_reason(tmp_path: Path) -> None:
         (7, "text", "control character"),
         (8, "text", "lone surrogate"),
         (9, "", "not JSON"),
+        (11, "text", "empty"),
     ]
     assert json.loads(source.quarantine[6].json_line())["value"] == "U+D800 in '\\ud800'"
     first, last = source.examples
@@ -69,7 +72,7 @@ def test_each_bad_value_has_its_line_field_and_reason(tmp_path: Path) -> None:
 
 
 def test_a_row_whose_label_cannot_be_read_keeps_its_text_without_a_label(tmp_path: Path) -> None:
-    values = [["positive"], {"is": "positive"}, "great", 7]
+    values: list[Any] = [["positive"], {"is": "positive"}, "great", 7]
     source = read(tmp_path, [{"text": f"t{i}", "label": value} for i, value in enumerate(values)] + [{"text": "t4"}])
     assert labels(source) == dict.fromkeys(("t0", "t1", "t2", "t3", "t4"))
     several = "several labels in a row are not supported"
@@ -89,6 +92,19 @@ RULES: list[tuple[dict[str, Any], dict[str, str], list[Any], list[str | None]]] 
     ({}, {"1": " yes", "0": " no"}, [1, 0, 1.0, "1", "0.0", " 1 ", float("nan"), "1.00"], ["1", "0", "1", "1", "0", "1", None, "1"]),
     ({}, {"True": " yes", "False": " no"}, [True, "True", "true"], ["True", "True", "True"]),
     ({}, {"1.0": " one", "1": " uno"}, ["1.0", "1"], ["1.0", "1"]),  # spelt in the file as in the params
+    (
+        {},
+        {"1": " yes", "0": " no", "-1": " bad"},
+        ["1,0", "0,00", "+1", "-0.0", -1.0, Decimal("1.00"), "nan", "<NA>"],
+        ["1", "0", "1", "0", "-1", "1", None, None],
+    ),
+    (
+        {},
+        {"none": " none", "1,000": " many", "n/a": " unknown"},
+        ["none", "1,000", "n/a", "NaN", "\xa0 none"],
+        ["none", "1,000", "n/a", None, "none"],
+    ),
+    ({}, {"café": " coffee", "[a, b]": " both"}, ["cafe\u0301", "café ", "[a, b] "], ["café", "café", "[a, b]"]),
     ({}, {"0.5": " half", "-1": " minus"}, [0.5, "0.5", -1, -1.0, "-1"], ["0.5", "0.5", "-1", "-1", "-1"]),
     (
         {"values": {"1": "positive", "0": "negative", "true": "positive", "skip": ""}},
@@ -109,6 +125,14 @@ RULES: list[tuple[dict[str, Any], dict[str, str], list[Any], list[str | None]]] 
 def test_one_rule_spells_labels_whatever_their_type(rule: Any, verbalisers: Any, values: list[Any], expected: list[str | None]) -> None:
     label_of = label_reader(LabelRule.model_validate(rule), Task(TaskParams(template="{text}", verbalisers=verbalisers)))
     assert [label_of(value) for value in values] == expected
+
+
+@pytest.mark.parametrize("value", [["a", "b"], [], {"a": 1}, ["a"], "['a', 'b']", '["a"]', "{'a', 'b'}", "[1, 2]"])
+def test_several_labels_in_a_row_are_refused_wherever_a_label_is_read(value: Any) -> None:
+    for rule in (LabelRule(), LabelRule(values={"a": "positive"})):
+        with pytest.raises(BadValueError) as bad:
+            label_reader(rule, TASK)(value)
+        assert bad.value.reason == "several labels in a row are not supported"
 
 
 def test_booleans_and_floats_of_a_parquet_file_are_labels_as_in_json(tmp_path: Path) -> None:
@@ -204,10 +228,31 @@ def test_a_jsonl_file_without_the_column_at_all_names_the_keys_there_are(tmp_pat
         read(tmp_path, [{"text": "a"}, {"text": "b"}])
 
 
+def test_rows_of_a_folder_lead_back_to_their_file(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, rows in enumerate(
+        [[("a", "positive"), ("", "negative")], [("b", "positive"), ("a", "positive")], [("b", "negative"), ("c", "positive")]]
+    ):
+        content = "text;label\n" + "".join(f"{text};{label}\n" for text, label in rows)
+        (folder / f"part-{number}.csv").write_text(content)
+    params = SourceParams(path="shards", files="part-*.csv", delimiter=";", encoding="utf-8")
+    source = read_source("mine", params, folder, TASK)
+    places = {example.fields["text"]: source.place(example.line) for example in source.examples}
+    assert places == {"a": ("part-0.csv", 2), "b": ("part-1.csv", 2), "c": ("part-2.csv", 3)}
+    found = [(entry.file, entry.line, entry.reason) for entry in source.quarantine]
+    conflict = "conflicting labels"
+    assert found == [("part-0.csv", 3, "empty"), ("part-1.csv", 2, conflict), ("part-2.csv", 2, conflict)]
+    assert source.counts["files"] == {"part-0.csv": 0, "part-1.csv": 3, "part-2.csv": 6}
+    (folder / "part-3.json").write_text('[{"x": 1}]')
+    with pytest.raises(UsageError, match=r"no column 'text'; the columns are: x"):
+        read_source("mine", SourceParams(path="shards", files="*.json", label=None), folder, TASK)
+
+
 def test_a_file_that_is_absent_or_has_no_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no row in this file"):
         read(tmp_path, [])
-    with pytest.raises(UsageError, match=r"data\.sources\.mine\.path: .* is not a file"):
+    with pytest.raises(UsageError, match=r"data\.sources\.mine\.path: .* is not a file or folder"):
         read_source("mine", SourceParams(path="none.csv"), tmp_path / "none.csv", TASK)
 
 

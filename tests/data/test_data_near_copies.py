@@ -81,6 +81,28 @@ def test_a_footer_that_rows_share_makes_no_copies_and_hides_none(unlike: Callabl
     assert Originals({"test": [*test, FOOTER]}, pile, 0.7).copies([FOOTER]) == [Copy("test", 100, 1.0)], "a footer alone is its own copy"
 
 
+FORM = "Name: {} Order number: {} Ordered on: {} What is wrong: {} What shall we do: please send me another one as soon as you can."
+
+
+@pytest.mark.parametrize("originals", [60, 8])
+def test_signatures_of_many_senders_make_no_copies(unlike: Callable[..., list[str]], originals: int) -> None:
+    """Each is in a tenth of the rows; a few demonstrations are enough to know them, and copies are found behind them all the same."""
+    footers = [f"{FOOTER.replace('Muster', name)} {' '.join(unlike(4, seed=n))}" for n, name in enumerate(["Ada", "Bob"])]
+    pile, test = ([f"{text} {footers[n % 2]}" for n, text in enumerate(unlike(count, seed=count))] for count in (200, originals))
+    pile += unlike(300, seed=7)
+    assert float(naive_jaccard(pile[0], test[0])) > 0.7
+    copied = [test[3].upper(), f"{test[4]} Bye"]
+    found = Originals({"test": test}, [*pile, *copied], 0.7).copies([*pile, *copied])
+    assert found[:500] == [None] * 500
+    assert [copy.original for copy in found[500:] if copy] == [3, 4]
+
+
+def test_the_headings_of_a_form_make_no_copies(unlike: Callable[..., list[str]]) -> None:
+    pile, test = ([FORM.format(*text.split()[1:4], text) for text in unlike(200, seed=seed)] for seed in (0, 1))
+    found = Originals({"test": test}, [*pile, test[5] + "!"], 0.7).copies([*pile, test[5] + "!"])
+    assert [copy.original for copy in found if copy] == [5]
+
+
 def test_a_text_that_many_rows_repeat_on_one_side_is_still_a_copy(unlike: Callable[..., list[str]]) -> None:
     """What one side alone has in common is not left out: half the pile are variants of one test text."""
     test = unlike(50)

@@ -147,6 +147,31 @@ def test_a_text_that_spells_a_control_token_is_set_aside_before_any_model_runs(r
     assert counts()["roles"]["evaluation"]["test"]["drawn"] == 30
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "tuned": {"tuned": {"tuned": {"base": "models/other", "steps": 1, "learning_rate": 1e-3}}},
+    "students": {"students": {"cd": {"base": "models/other", "learn_from": "targets/few", "steps": 1, "learning_rate": 1e-3}}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_is_only_trained_reads_the_inputs_too(raw: Raw, model_folder: Callable[..., Path], kind: str) -> None:
+    """Its control tokens and its limit are found before the teachers run, not after the training."""
+    shutil.copytree(model_folder(), other := Path("artifacts/models/other"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (other / file).write_text((other / file).read_text().replace("<|end|>", "<filename>"))
+    with Path("pool.jsonl").open("a", encoding="utf-8") as sink:
+        sink.write('{"text": "Cannot open <filename>, please help"}\n')
+    raw |= {"models": {**raw["models"], "other": {"path": str(other)}}, **OTHERS[kind]}
+    raw["task"] = CHAT | {"template": CHAT["template"].replace("<|end|>", "<filename>")}
+    run(raw)
+    (entry,) = [entry for entry in quarantine() if "control token" in entry["reason"]]
+    assert (entry["line"], entry["reason"].split()[:2]) == (45, ["holds", "<filename>,"])
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    with pytest.raises(UsageError, match=r"models\.other: the longest prompt .* does not fit the 20 that artifacts/models/other takes"):
+        run(raw)
+
+
 def test_demonstrations_that_do_not_fit_the_model_are_refused(raw: Raw) -> None:
     config = json.loads(Path("artifacts/models/tiny/config.json").read_text())
     Path("artifacts/models/tiny/config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
@@ -211,6 +236,6 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(raw: Raw) 
     Path("pool.jsonl").unlink()
     done = stage("stages.source", "pool")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: data.sources.pool.path: 'pool.jsonl' is not a file")
+    assert done.stderr.startswith("error: data.sources.pool.path: 'pool.jsonl' is not a file or folder")
     assert "no 'other'; choose one of: demos, pool, test" in stage("stages.source", "other").stderr
     assert "downloads: no 'other'" in stage("stages.download", "other").stderr

@@ -1,8 +1,13 @@
 """Every row of a file comes out, with its line: as values, or as a bad row with a reason."""
 
 import csv
+import gzip
 import io
 import json
+import os
+import random
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openpyxl import Workbook
 
 from pipeline.data.readers import MISSING, BadRow, Row, read_rows
 from pipeline.errors import UsageError
+from pipeline.params.data import form_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n\0"), min_size=1, max_size=20)
 LONG = "x" * 140_000
@@ -26,9 +33,9 @@ def written(tmp_path: Path, content: bytes | str) -> Path:
     return path
 
 
-def read(tmp_path: Path, form: str, content: bytes | str, asked: list[str], columns: list[str] | None = None) -> list[Any]:
+def read(tmp_path: Path, form: str, content: bytes | str, asked: list[str], columns: list[str] | None = None, **said: str) -> list[Any]:
     """Rows as (line, *values) and bad rows as (line, reason)."""
-    found = read_rows(written(tmp_path, content), form, asked, columns)
+    found = read_rows(written(tmp_path, content), form, asked, columns, **said)
     return [(r.line, *r.values) if isinstance(r, Row) else (r.line, r.reason) for r in found]
 
 
@@ -63,8 +70,12 @@ def test_a_csv_record_of_several_lines_has_the_line_it_begins_on(tmp_path: Path)
     [
         # quotes that nobody doubled; the record ends on line 3
         ('"She said "never again" and left.\nWe will too",bad\n"fine",good\n', [2, 3], [(4, "fine", "good")]),
-        # quotes escaped with a backslash
-        ('"a \\"great\\" film\nreally",good\n"fine",good\n', [2, 3], [(4, "fine", "good")]),
+        # the text's second line begins afresh with quotes, its third with the quote that ends it
+        ('"He said "no".\n"Never", she cried.\n",bad\nfine,good\n', [2, 3, 4], [(5, "fine", "good")]),
+        # as many quotes as a whole record has, and lines with as many commas
+        ('"a 5" pipe\nsecond, line\nthird line",good\n"fine",good\n', [2, 3, 4], [(5, "fine", "good")]),
+        # a broken record of one line, a whole one of two
+        ('"a" b" c,good\nfine,good\n"two\nlines",bad\n', [2], [(3, "fine", "good"), (4, "two\nlines", "bad")]),
         ('"a "great" film\nof four\nlines, he said: ""no"" to it\nreally",good\n"fine",good\n', [2, 3, 4, 5], [(6, "fine", "good")]),
         ('"a"b,good\n"fine",good\n', [2], [(3, "fine", "good")]),
         # a quote that is never closed may have swallowed every line behind it
@@ -77,6 +88,138 @@ def test_no_part_of_a_broken_csv_record_becomes_a_row(tmp_path: Path, content: s
     found = read(tmp_path, "csv", "text,label\n" + content, ["text", "label"])
     assert [row for row in found if row[1] == "not CSV"] == [(line, "not CSV") for line in bad]
     assert [row for row in found if row[1] != "not CSV"] == good
+
+
+def with_stray_quotes(draw: random.Random, delimiter: str) -> tuple[str, list[str | None]]:
+    """A table as a csv writer writes it, but for one record whose text has quotes that nobody doubled; and the texts, None for that one."""
+    rows, content, broken = draw.randint(2, 12), io.StringIO(), draw.randrange(2)
+    writer = csv.writer(content, delimiter=delimiter, quoting=draw.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]), lineterminator="\n")
+    writer.writerows([("text", "label"), ('a ""quoted"" text', "good")])
+    texts: list[str | None] = ['a ""quoted"" text']
+    for row in range(rows):
+        words = [f"r{row}w{at}" for at in range(draw.randint(3, 12))]
+        text = "".join(word + draw.choice([" ", " ", ". ", "\n", f"{delimiter} "]) for word in words)
+        if row == broken:
+            for word in draw.sample(words[1:-1], min(len(words) - 2, draw.randint(1, 3))):
+                text = text.replace(f" {word} ", draw.choice([' "{}" ', ' {}" ', ' "{} ']).format(word))
+            content.write(f'"{text}"{delimiter}bad\n' if '"' in text else "")
+            texts.append(None)
+        else:
+            writer.writerow((text, draw.choice(["good", "bad"])))
+            texts.append(text)
+    return content.getvalue(), texts
+
+
+@pytest.mark.parametrize(("form", "delimiter"), [("csv", ","), ("csv", ";"), ("tsv", "\t")])
+def test_half_a_text_never_has_a_label_and_the_texts_around_it_are_read(tmp_path: Path, form: str, delimiter: str) -> None:
+    lost = held = 0
+    for seed in range(400):
+        content, texts = with_stray_quotes(random.Random(seed), delimiter)
+        found = [row[1] for row in read(tmp_path, form, content, ["text", "label"]) if row[2:] and row[2] in {"good", "bad"}]
+        whole = [text for text in texts if text]
+        half = [text for text in found if text not in whole and text.count("w") < content.count(f"r{texts.index(None) - 1}w")]
+        assert not half, content
+        lost, held = lost + len(whole) - sum(text in whole for text in found), held + len(whole)
+    assert lost / held < 0.01
+
+
+TABLES: dict[str, tuple[str, str | bytes, dict[str, str], list[Any]]] = {
+    # format, content behind the header `text`, `label`; what is said of the file; rows
+    "backslashes": (
+        "csv",
+        'text,label\n"a \\"great\\" film\nreally",good\n"fine",good\n',
+        {},
+        [(2, 'a "great" film\nreally', "good"), (4, "fine", "good")],
+    ),
+    "backslashes that are text": (
+        "csv",
+        'text,label\n"in C:\\new, \\"x\\"",good\nC:\\top,bad\n',
+        {},
+        [(2, 'in C:\\new, "x"', "good"), (3, "C:\\top", "bad")],
+    ),
+    "a path before a quote": (
+        "csv",
+        'text,label\n"C:\\temp\\",good\n"a ""b""",bad\n',
+        {},
+        [(2, "C:\\temp\\", "good"), (3, 'a "b"', "bad")],
+    ),
+    "an escaped comma": ("csv", "text,label\na\\, b,good\nfine,bad\n", {}, [(2, "a, b", "good"), (3, "fine", "bad")]),
+    "both ways to write a quote": ("csv", 'text;label\n"a \\"b\\" ""c""";good\n', {}, [(2, 'a "b" "c"', "good")]),
+    "Excel's line for the delimiter": ("csv", 'sep=|\r\ntext|label\r\n"a, b; c"|good\r\n', {}, [(3, "a, b; c", "good")]),
+    "a space behind each comma": ("csv", '"text", "label"\n"a, b", good\n', {}, [(2, "a, b", "good")]),
+    "a delimiter that is said": ("csv", "text^label\na, b^good\n", {"delimiter": "^"}, [(2, "a, b", "good")]),
+    "an encoding that is said": ("csv", "text,label\nżółć,good\n".encode("cp1250"), {"encoding": "cp1250"}, [(2, "żółć", "good")]),
+    "UTF-8 that is said, with its mark": ("tsv", "\ufefftext\tlabel\né\tgood\n", {"encoding": "utf-8"}, [(2, "é", "good")]),
+    "UTF-16 without a mark": ("csv", "text\tlabel\né\tgood\n".encode("utf-16-be"), {}, [(2, "é", "good")]),
+    "a tsv of pandas": (
+        "tsv",
+        'text\tlabel\n"He said ""fine"""\tgood\n"two\nlines"\tbad\n',
+        {},
+        [(2, 'He said "fine"', "good"), (3, "two\nlines", "bad")],
+    ),
+    "a tsv in which everything is quoted": ("tsv", '"text"\t"label"\n"a"\t"good"\n', {}, [(2, "a", "good")]),
+    "a tsv that holds tabs": (
+        "tsv",
+        'text\tlabel\n"a\tb"\tgood\n27" wide\tbad\n"c\td"\tbad\n',
+        {},
+        [(2, "a\tb", "good"), (3, '27" wide', "bad"), (4, "c\td", "bad")],
+    ),
+    "a tsv of MySQL": ("tsv", 'text\tlabel\n"a \\"b\\"\nc"\tgood\n', {}, [(2, 'a "b"\nc', "good")]),
+    "a tsv with a broken record": (
+        "tsv",
+        'text\tlabel\n"She said "never".\nWe will too"\tbad\nfine\tgood\n',
+        {},
+        [(2, "not CSV"), (3, "not CSV"), (4, "fine", "good")],
+    ),
+    "a tsv without quoting": (
+        "tsv",
+        'text\tlabel\n"Great" they said\tgood\nit\'s "so" so\tbad\n"open\tgood\n"whole"\tbad\n',
+        {},
+        [(2, '"Great" they said', "good"), (3, 'it\'s "so" so', "bad"), (4, '"open', "good"), (5, '"whole"', "bad")],
+    ),
+    "a record of two lines with a column too many": (
+        "csv",
+        'text,label\n"a\nb",good,x\nfine,good\n',
+        {},
+        [(2, "wrong number of columns"), (3, "wrong number of columns"), (4, "fine", "good")],
+    ),
+    "a record whose rest looks like a row": (
+        "csv",
+        'text,label\n"a 5", b, c\nd",good\nfine,good\n',
+        {},
+        [(2, "wrong number of columns"), (3, "wrong number of columns"), (4, "fine", "good")],
+    ),
+    "a record of two lines that is not UTF-8": (
+        "csv",
+        b'text,label\n"caf\xe9\nb",good\ncaf\xc3\xa9,good\n',
+        {},
+        [(2, "not UTF-8"), (3, "not UTF-8"), (4, "café", "good")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_however_a_program_wrote_it(tmp_path: Path, name: str) -> None:
+    form, content, said, expected = TABLES[name]
+    assert read(tmp_path, form, content, ["text", "label"], **said) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "expected"),
+    [
+        ("tsv", b'text\tlabel\n"He said ""fine"""\tgood\n"two\nlines"\tbad\n', [(2, 'He said "fine"'), (3, "two\nlines")]),
+        ("csv", gzip.compress("text;x\né;1\n".encode("cp1252")), [(2, "é")]),
+        ("json", b'{"text": "a"}\n{"text": "b"}', [(1, "a"), (2, "b")]),
+        ("jsonl", gzip.compress(b'{"text": "a"}\n'), [(1, "a")]),
+    ],
+)
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path, form: str, content: bytes, expected: list[Any]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    found = list(read_rows(tmp_path / "pipe", form, ["text"]))
+    writer.join()
+    assert [(row.line, *row.values) for row in found if isinstance(row, Row)] == expected
 
 
 def test_a_long_csv_field_is_one_field(tmp_path: Path) -> None:
@@ -126,7 +269,7 @@ def test_what_a_csv_writer_writes_is_read(
 def test_a_file_of_another_encoding_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = "text;label\n" + '"Café, très bon";ja\nnaja;nein\n' * 20
     assert read(tmp_path, "csv", content.encode("cp1252"), ["label", "text"])[:2] == [(2, "ja", "Café, très bon"), (3, "nein", "naja")]
-    assert capsys.readouterr().err == f"{tmp_path / 'file'}: not UTF-8; read as Windows-1252\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'file'}: not UTF-8; read as Windows-1252, since no `encoding` is said\n"
     read(tmp_path, "csv", content, ["label", "text"])
     assert capsys.readouterr().err == ""
 
@@ -177,6 +320,20 @@ FILES: dict[str, tuple[str, bytes, Any]] = {  # format, bytes, and the rows of t
     "jsonl: lone surrogate": ("jsonl", b'{"text": "\\ud800"}', [(1, "\ud800")]),
     "jsonl: no such key": ("jsonl", b'{"other": 1}', [(1, MISSING)]),
     "jsonl: a key twice": ("jsonl", b'{"text": "a", "text": "b"}', [(1, "b")]),
+    "json: a list": ("json", b'[{"text": "a"},\n {"text": "b"}, 3, {}]', [(1, "a"), (2, "b"), (3, "not a JSON object"), (4, MISSING)]),
+    "json: an object with a list": ("json", b'{"version": "1", "data": [{"text": "a"}], "n": {}}', [(1, "a")]),
+    "json: JSON lines": ("json", b'{"text": "a"}\n{"text": "b"}\n', [(1, "a"), (2, "b")]),
+    "json: two lists": ("json", b'{"data": [], "more": []}', "neither a list of objects nor an object with one list, as `data`"),
+    "json: columns": ("json", b'{"text": {"0": "a"}, "label": {"0": "x"}}', "neither a list of objects nor"),
+    "json: cut": ("json", b'[{"text": "a"},', "file: not JSON (Expecting value: line 1 column 16"),
+    "json: deep": ("json", b"[" * 200_000, "file: not JSON ("),
+    "json: UTF-16": ("json", '[{"text": "é"}]'.encode("utf-16"), [(1, "é")]),
+    "jsonl: gzip": ("jsonl", gzip.compress(b'{"text": "a"}\n'), [(1, "a")]),
+    "json: gzip": ("json", gzip.compress(b'[{"text": "a"}]'), [(1, "a")]),
+    "csv: gzip of Windows-1252": ("csv", gzip.compress('text;x\n"é\né";1\n'.encode("cp1252")), [(2, "é\né")]),
+    "tsv: gzip": ("tsv", gzip.compress(b"text\tx\na\t1\n"), [(2, "a")]),
+    "csv: a cut gzip file": ("csv", gzip.compress(b"text\n" + b"a\n" * 9999)[:-20], "a gzip file that is cut or damaged"),
+    "xlsx: text": ("xlsx", b"text\na\n", "file: not a readable .xlsx file"),
     "jsonl: byte order mark": ("jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n', [(1, "a")]),
     "csv: empty": ("csv", b"", []),
     "csv: NUL": ("csv", b"text\na\0b\n", [(2, "a\0b")]),
@@ -186,7 +343,7 @@ FILES: dict[str, tuple[str, bytes, Any]] = {  # format, bytes, and the rows of t
     "csv: no such column": ("csv", b"review,stars\na,1\n", "file: no column 'text'; the columns are: review, stars"),
     "csv: a column twice": ("csv", b"text,text\na,b\n", "it has 2 columns 'text'"),
     "csv: header not UTF-8": ("csv", b"\xff,text\n\xc3\xa9,b", "the header on line 1 cannot be read: not UTF-8"),
-    "csv: not UTF-16": ("csv", b"\xff\xfe\x00\xd8\n\0", "begins as UTF-16 and is not UTF-16 throughout"),
+    "csv: not UTF-16": ("csv", b"\xff\xfe\x00\xd8\n\0", "file: not utf-16 throughout"),
     "tsv: no such column": ("tsv", b"review\tstars\na\t1\n", "file: no column 'text'; the columns are: review, stars"),
     "tsv: header not UTF-8": ("tsv", b"\xff\n\xc3\xa9", "the header on line 1 cannot be read: not UTF-8"),
     "parquet: empty": ("parquet", b"", "not a Parquet file"),
@@ -223,3 +380,96 @@ def test_a_damaged_parquet_file_gives_its_rows_or_a_refusal(tmp_path: Path, plac
         return
     assert not cut
     assert len(found) == 400
+
+
+# workbooks
+
+
+def test_a_workbooks_first_sheet_is_read_with_its_types(tmp_path: Path) -> None:
+    book = Workbook()
+    for row in [("text", "label", None), ("two\nlines", True, "far"), (), ("_x000D_ é", 1.0), ("=1+1", None), (None, 3)]:
+        book.worksheets[0].append(row)
+    book.create_sheet("other").append(("x",))
+    book.save(tmp_path / "book.xlsx")
+    found = list(read_rows(tmp_path / "book.xlsx", None, ["label", "text"]))
+    assert found == [Row(2, (True, "two\nlines")), Row(4, (1, "\r é")), Row(6, (3, None))], "a formula that was never computed is empty"
+    with pytest.raises(UsageError, match=r"no column 'x'; the columns are: label, text"):
+        list(read_rows(tmp_path / "book.xlsx", None, ["x"]))
+
+
+def test_without_openpyxl_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "book.xlsx").touch()
+    with pytest.raises(UsageError, match=r"openpyxl, which is not installed.*the extra `xlsx`"):
+        list(read_rows(tmp_path / "book.xlsx", None, ["x"]))
+
+
+# folders
+
+
+def shards(folder: Path) -> None:
+    for name, texts in (("2024/part-0.jsonl", ["a", "b"]), ("2024/part-1.jsonl.gz", ["c"]), ("2025/part-0.jsonl", [])):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [(None, "abc"), ("**/part-0.*", "ab"), ("2024/*.gz", "c"), ("*/part-?.jsonl", "ab"), ("2025/*", "")],
+)
+def test_a_folders_files_are_read_one_after_another(tmp_path: Path, files: str | None, expected: str) -> None:
+    shards(tmp_path)
+    for hidden in ("_SUCCESS", ".part-0.jsonl.crc", "README.md", "2024/_meta.json"):
+        (tmp_path / hidden).write_text("x")
+    found = [row for row in read_rows(tmp_path, None, ["text"], files=files) if isinstance(row, Row)]
+    assert "".join(row.values[0] for row in found) == expected
+    if files is None:
+        assert [(row.file, row.line) for row in found] == [("2024/part-0.jsonl", 1), ("2024/part-0.jsonl", 2), ("2024/part-1.jsonl.gz", 1)]
+
+
+def test_a_folder_of_parquet_shards(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        (tmp_path / f"part-{number:05}.parquet").write_bytes(parquet(text=[f"{number}"]))
+    assert [row.values[0] for row in read_rows(tmp_path, None, ["text"]) if isinstance(row, Row)] == ["1", "2", "10"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "expected"),
+    [
+        (["a.csv", "b.parquet"], {}, r"files of several formats \(csv, parquet\). Say which are meant with `files`"),
+        (["a.txt"], {}, r"no file that ends with one of \.csv, \.json,"),
+        ([], {}, "no file that ends with"),
+        (["a.csv"], {"files": "*.jsonl"}, r"files '\*\.jsonl': no file"),
+    ],
+)
+def test_a_folder_that_does_not_say_what_to_read_is_refused(tmp_path: Path, names: list[str], said: dict[str, str], expected: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("text\na\n")
+    with pytest.raises(UsageError, match=expected):
+        list(read_rows(tmp_path, None, ["text"], **said))
+
+
+def test_files_without_an_ending_are_read_if_their_format_is_said(tmp_path: Path) -> None:
+    (tmp_path / "part-00000").write_text("text\na\n")
+    assert list(read_rows(tmp_path, "csv", ["text"])) == [Row(2, ("a",), "part-00000")]
+    with pytest.raises(UsageError, match=r"part-00000: the name does not end with one of .*say its format"):
+        list(read_rows(tmp_path / "part-00000", None, ["text"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("A.CSV", "csv"),
+        ("my/a.json.gz", "json"),
+        ("a.ndjson", "jsonl"),
+        ("a.v2.tsv.GZ", "tsv"),
+        ("a.xlsx", "xlsx"),
+        ("a.parquet.gz", None),
+        ("a.gz", None),
+        ("csv", None),
+        ("a.csv.zip", None),
+    ],
+)
+def test_the_format_is_what_the_name_ends_with(name: str, form: str | None) -> None:
+    assert form_of(name) == form

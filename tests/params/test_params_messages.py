@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
 from pipeline.params import parse_params
+from pipeline.params.data import SourceParams, source_entry
 
 Raw = dict[str, Any]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -42,6 +43,35 @@ def test_the_shipped_file_is_valid_and_frozen(raw_params: Raw) -> None:
     assert params.data.sources["amazon"].columns == ("id", "rating", "text"), "YAML merge keys carry entries over"
     with pytest.raises(ValueError, match="frozen"):
         params.data.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("my/part-*.csv", {"path": "my", "files": "part-*.csv"}),
+        ("/data/a?/b/*.parquet", {"path": "/data", "files": "a?/b/*.parquet"}),
+        ("*.jsonl", {"path": ".", "files": "*.jsonl"}),
+        ("my/a[0].csv", {"path": "my/a[0].csv"}),
+    ],
+)
+def test_a_pattern_is_a_folder_and_its_files(path: str, expected: Raw) -> None:
+    assert source_entry(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        ("a.csv", {"delimiter", "encoding"}),
+        ("my/*.TSV.gz", {"delimiter", "encoding"}),
+        ("a.json", {"encoding"}),
+        ("a.xlsx", set()),
+        ("my", {"delimiter", "encoding"}),
+    ],
+)
+def test_a_source_is_told_what_suits_its_format(path: str, kept: set[str]) -> None:
+    entry = source_entry(path, ";", "cp1250")
+    assert set(entry) - {"path", "files"} == kept
+    assert SourceParams.model_validate(entry).path == entry["path"]
 
 
 def test_labels_are_sorted_whatever_their_order_in_the_file(raw_params: Raw) -> None:
@@ -135,7 +165,20 @@ WRONG = [  # a value for a key, and what the message has to say
     ("data.sources.movie.path", "downloads/x/a.csv", "data.sources.movie.path: no 'x'; choose one of: reviews, smollm2"),
     ("data.sources.movie.format", "pickle", "data.sources.movie.format"),
     ("data.sources.movie.format", None, "format: missing, and 'downloads/reviews/"),
-    ("data.sources.movie.format", "jsonl", "`columns` is for a csv or tsv file without a header line"),
+    ("data.sources.movie.format", "jsonl", "`columns` is for a csv or tsv file, and format is 'jsonl'"),
+    (
+        "data.sources.movie.path",
+        "my/part-*.csv",
+        "is a pattern, and DVC needs a path that exists; write {'path': 'my', 'files': 'part-*.csv'}",
+    ),
+    ("data.sources.movie.encoding", "ansi-x", "no encoding 'ansi-x'; write Python's name of it"),
+    ("data.sources.movie.encoding", "hex", "no encoding 'hex'"),
+    ("data.sources.movie.delimiter", "::", "data.sources.movie.delimiter: string should match pattern"),
+    ("data.sources.movie", {"path": "my/a.parquet", "encoding": "cp1250"}, "`encoding` is for a file of text, and format is 'parquet'"),
+    ("data.sources.movie", {"path": "my/a.json", "delimiter": ";"}, "`delimiter` is for a csv or tsv file, and format is 'json'"),
+    ("data.sources.size", {"path": "my/a.csv"}, "DVC's run cache overlooks what is called 'size'"),
+    ("task.verbalisers", {"size": " size", "price": " price"}, "DVC's run cache overlooks what is called 'size'"),
+    ("data.sources.movie.label", {"values": {"nfiles": "positive"}}, "DVC's run cache overlooks what is called 'nfiles'"),
     ("data.sources.movie.fields", {"txt": "text"}, "data.sources.movie.fields: no 'txt'; choose one of: text"),
     ("data.sources.movie.label", None, "has no labels (`label: null`), and this role needs them"),
     ("data.sources.movie.label", {"threshold": 1.0, "values": {"a": "positive"}}, "not both"),

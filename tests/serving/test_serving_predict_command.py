@@ -111,7 +111,7 @@ def test_windows_are_bounded_in_rows_and_characters_and_change_no_answer(predict
     [
         (["--student", "nope"], "there are: cd"),
         (["--student", "cd", "-i", "nope.jsonl"], "nope.jsonl: no such file"),
-        (["--student", "cd", "-i", "rows.xlsx"], "does not end with one of"),
+        (["--student", "cd", "-i", "rows.xls"], "does not end with one of"),
         (["--student", "cd", "-i", "rows.jsonl", "--input-format", "xml"], "'xml' is not one of"),
         (["--student", "cd", "-i", "rows.jsonl", "--field", "body=text"], "the student's fields are: text"),
         (["--student", "cd", "-i", "rows.jsonl", "--keep", "label"], "write --keep NAME=label"),

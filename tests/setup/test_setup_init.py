@@ -127,7 +127,7 @@ def test_nothing_is_replaced_unless_told(folder):
         ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values"),
         (MAPPED[2:], "--labelled: missing"),
         (["--labelled", "mine/nope.csv", *MAPPED[2:]], "nope.csv: no such file"),
-        (["--labelled", "mine/pile.txt", *MAPPED[2:]], "mine/pile.txt: a file's name ends with one of .csv, .jsonl"),
+        (["--labelled", "mine/pile.txt", *MAPPED[2:]], "mine/pile.txt: a file's name ends with one of .csv, .json"),
         (["--labelled", "mine/labelled.csv", "--unlabelled", "mine/labelled.csv", *MAPPED[4:]], None),
         ([*MAPPED[:4], "--test", "mine/labelled.csv", *MAPPED[6:]], "data.demonstrations"),
     ],

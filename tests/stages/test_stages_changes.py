@@ -1,8 +1,12 @@
 """What `dvc repro` runs after each thing that a result depends on has changed. Read from DVC, over a lock as after a run."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from conftest import DVC
 from small_project import write_lines
 
 from pipeline.params import reading
@@ -113,6 +117,20 @@ def test_one_more_costs_only_itself(dag, what):
     change, expected = MORE[what]
     dag.change(change)
     assert dag.changed() == expected
+
+
+@pytest.mark.parametrize(("name", "path"), [("007", "my/ö {x} $y.d"), ("true", "my/[0] & 'q';.d"), ("no", "my/${name}")])
+def test_a_source_may_have_any_name_and_be_a_folder_of_any_name(dag, name, path):
+    (dag.folder / path).mkdir()
+    write_lines(dag.folder / path / "part-0.jsonl", [{"text": "more"}])
+    dag.change(lambda raw: raw["data"]["sources"].update({name: {"path": path, "format": "jsonl", "label": None}}))
+    assert dag.changed() == {f"source@{name}", "prepare", "report"}
+    subprocess.run(
+        [*DVC, "repro", "--single-item", f"source@{name}"], cwd=dag.folder, env=os.environ | {"SHOTLESS_PYTHON": sys.executable}, check=True
+    )
+    assert dag.changed() == {"prepare", "report"}
+    write_lines(dag.folder / path / "part-1.jsonl", [{"text": "and more"}])
+    assert dag.changed() == {f"source@{name}", "prepare", "report"}
 
 
 EDITS = {
