@@ -10,7 +10,7 @@ that the folder is complete. DVC checks everything else.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_manifest(folder: Path) -> dict[str, Any]:
+def check_manifest(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
     """A folder's manifest, after every file in it was compared with its hash. Raises CorruptError naming each file that differs."""
     manifest, faults = read_manifest(folder), []
     for name, entry in manifest["files"].items():
@@ -132,7 +132,7 @@ def check_manifest(folder: Path) -> dict[str, Any]:
             faults.append(f"{path}: missing")
         elif (size := path.stat().st_size) != entry["bytes"]:
             faults.append(f"{path}: {size:,} bytes, its manifest says {entry['bytes']:,}")
-        elif (found := sha256_file(path)) != entry["sha256"]:
+        elif (found := sha256(path)) != entry["sha256"]:
             faults.append(f"{path}: sha256 {found[:12]}…, its manifest says {entry['sha256'][:12]}…")
     if faults:
         remedy = f"{folder} is damaged or was changed by hand. Make it again with `dvc repro`, or copy it whole."

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +174,17 @@ def weights_sha256(folder: Path, remembered: Path | None = None) -> str:
     With a folder `remembered`, the hash of a file is kept there and used again until the file is touched.
     """
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return sha256_json({file.name: sha256_file(file) if remembered is None else _remembered(file, remembered) for file in files})
+    return sha256_json({file.name: remembered_sha256(file, remembered) for file in files})
 
 
-def _remembered(file: Path, folder: Path) -> str:
-    """A file's sha256, read from its bytes if anything about it differs from when it was last read.
+def remembered_sha256(file: Path, folder: Path | None) -> str:
+    """A file's sha256, read from its bytes if anything about it differs from when it was last read; with no `folder` always.
 
     The time of its inode's last change, which no program can set, is part of what is compared. A file changed less than `SETTLED_NS` ago is
     not remembered: a second change could have the same time.
     """
+    if folder is None:
+        return sha256_file(file)
     started, about = time.time_ns(), file.stat()
     state = [about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
     note = folder / f"{sha256_text(str(file.resolve()))[:32]}.json"
@@ -194,7 +196,8 @@ def _remembered(file: Path, folder: Path) -> str:
         return kept["sha256"]
     found, after = sha256_file(file), file.stat()
     if (after.st_size, after.st_ctime_ns) == (about.st_size, about.st_ctime_ns) and max(state[3:]) < started - SETTLED_NS:
-        write_json({"state": state, "sha256": found}, note)
+        with suppress(OSError):  # where nothing can be written, it is read each time
+            write_json({"state": state, "sha256": found}, note)
     return found
 
 

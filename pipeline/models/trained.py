@@ -2,19 +2,20 @@
 
 A student's numbers mean something only with the tokenizer, template and verbalisers that it was trained with. They travel in the folder,
 and the manifest has the hash of each file, so that a copy that is not whole, or a file changed by hand, is refused by name. The trade-off:
-opening a student reads all its bytes, a second for a gigabyte.
+opening a student reads all its bytes, a second for a gigabyte; where there is a `.work`, only if they were touched since.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
-from pipeline.files import MANIFEST, check_manifest
-from pipeline.models.folders import load_tokenizer
+from pipeline.files import MANIFEST, Folders, check_manifest
+from pipeline.models.folders import load_tokenizer, remembered_sha256
 from pipeline.params import TaskParams
 from pipeline.task import Task, TaskTokens
 
@@ -60,7 +61,8 @@ def open_trained(folder: Path) -> Trained:
         raise UsageError(
             f"{folder / MANIFEST}: no such file, so nothing says what this model was trained to answer. Is it a student's folder?"
         )
-    manifest = check_manifest(folder)
+    work = Folders.here().work
+    manifest = check_manifest(folder, partial(remembered_sha256, folder=work / "hashes" if work.is_dir() else None))
     try:
         task, name, completions = Task(TaskParams.model_validate(manifest["task"])), str(manifest["name"]), dict(manifest["completions"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:

@@ -1,18 +1,22 @@
-"""What this machine has, which number format and engine a run will use, and what is missing. Nothing is installed or changed."""
+"""What this machine has, which number format and engine a run will use, and what would fail. Nothing is installed or changed."""
 
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
+from pipeline.data.examples import check_limit, read_source
 from pipeline.errors import UsageError
 from pipeline.params import Params, load_params
+from pipeline.params.data import DOWNLOADS
 from pipeline.params.reading import absent_files, other_versions
 from pipeline.schema import Context, Example
+from pipeline.setup.boundary import boundary_advice, load_tokenizers
 from pipeline.task import Task, TaskTokens
 
 DISK_NEEDED_GB = 6.0
@@ -42,10 +46,10 @@ def findings() -> list[Finding]:
     except UsageError as error:
         params = None
         found.append(Finding("params.yaml", str(error), "missing"))
-    if any("not installed" in line for line in other):
+    if any("not installed" in line for line in other) or platform.system() == "Windows":
         return found
     found += _torch(params.runtime.threads if params else None)
-    return found + ([_model(name, params) for name in params.models] if params else [])
+    return found if params is None else [*found, *_data(params), *(_model(name, params) for name in params.models)]
 
 
 def _machine() -> list[Finding]:
@@ -53,7 +57,9 @@ def _machine() -> list[Finding]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
     total, free, disk = memory.total / 1e9, memory.available / 1e9, shutil.disk_usage(".").free / 1e9
+    windows = [Finding("system", "Windows has neither sh, which runs stages, nor make", "missing", "use WSL")]
     return [
+        *(windows if platform.system() == "Windows" else []),
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("cores", f"{usable} usable, {psutil.cpu_count(logical=False) or usable} physical"),
         _enough("memory", f"{free:.1f} of {total:.1f} GB free", free, MEMORY_NEEDED_GB, "close other programs, or use a smaller model"),
@@ -78,6 +84,27 @@ def _torch(threads: int | None) -> list[Finding]:
         Finding("dtype", f"teachers with `dtype: auto` {fast_dtype(device)}, students float32, on {device.type}"),
         Finding("gpu", ", ".join(gpus) or "none that torch sees; none is needed"),
     ]
+
+
+def _data(params: Params) -> Iterator[Finding]:
+    """Whether the local files can be read as params.yaml says, and whether the prompt suits the models that are there."""
+    task = Task(params.task)
+    for name, source in params.data.sources.items():
+        if source.path.startswith(f"{DOWNLOADS}/") or not Path(source.path).exists():
+            continue
+        try:
+            check_limit(read := read_source(name, source, Path(source.path), task), params.data.bad_rows_limit)
+        except UsageError as error:
+            yield Finding(f"source {name}", str(error), "missing")
+        else:
+            counts = read.counts
+            yield Finding(
+                f"source {name}", f"{counts['examples']:,} texts, {counts['labelled']:,} with a label; {read.bad_rows:,} bad rows"
+            )
+    try:
+        yield from (Finding("prompt", line, "note") for line in boundary_advice(params.task, load_tokenizers(params)))
+    except UsageError:
+        return  # a model's folder is damaged, which its own line says
 
 
 def _model(name: str, params: Params) -> Finding:
