@@ -7,9 +7,9 @@ from itertools import islice
 import typer
 
 from pipeline.data.examples import shorten
-from pipeline.data.readers import MISSING, MissingColumnError, Row, json_keys
+from pipeline.data.readers import MISSING, Row
 from pipeline.params import TaskParams
-from pipeline.setup.new_task import MOST_LABELS, Answers, label_counts, rows_of, word_guesses
+from pipeline.setup.new_task import MOST_LABELS, Answers, columns_of, label_counts, rows_of, word_guesses
 
 ROWS_READ, ROWS_SHOWN = 500, 3
 
@@ -33,12 +33,7 @@ class Table:
 
 def read_table(answers: Answers) -> Table:
     """The labelled file's first rows. Raises UsageError if it cannot be read."""
-    names: Sequence[str] = ()
-    try:  # no column is called so, and the refusal has the names
-        next(rows_of(answers, answers.labelled, ["\0"]), None)
-        names = sorted(json_keys(answers.labelled))
-    except MissingColumnError as missing:
-        names = missing.found
+    names = columns_of(answers, answers.labelled)
     read = [row.values for row in islice(rows_of(answers, answers.labelled, names), ROWS_READ) if isinstance(row, Row)]
     return Table({name: ["" if values[at] is MISSING else str(values[at]) for values in read] for at, name in enumerate(names)})
 

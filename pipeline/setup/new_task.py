@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.data.contexts import build_contexts
 from pipeline.data.examples import BadValueError, SourceExamples, check_limit, label_text, read_source, shorten
-from pipeline.data.readers import BadRow, MissingColumnError, Row, read_rows
+from pipeline.data.readers import BadRow, MissingColumnError, Row, json_keys, read_rows
 from pipeline.data.roles import assign
 from pipeline.errors import UsageError, choices
 from pipeline.params import Params, SourceParams, TaskParams, parse_params
@@ -92,6 +92,8 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
     measure = _measure(params, tokenizers)
     notes = [line for source in read.values() for line in _about(source)]
     notes.append("labels: " + ", ".join(f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in counts.items()))
+    if form.template.endswith(" "):
+        notes.append("task.template: it ends in a space, since only so the first tokens of the answers differ")
     room = _choose_length(raw, Task(params.task), read, measure, notes)
     try:
         demonstrations = _choose_demonstrations(raw, read, measure.tokens, room, notes)
@@ -114,6 +116,15 @@ def rows_of(answers: Answers, path: Path, asked: Sequence[str]) -> Iterator[Row 
         raise UsageError(f"{path}: no such file.") from None
 
 
+def columns_of(answers: Answers, path: Path) -> list[str]:
+    """The names of a file's columns, or every key of its JSON objects. Raises UsageError if it cannot be read."""
+    try:
+        next(rows_of(answers, path, ["\0"]), None)  # no column is called so, and what refuses it has the names
+    except MissingColumnError as missing:
+        return missing.found
+    return sorted(json_keys(path))
+
+
 def label_counts(answers: Answers) -> dict[str, int]:
     """Label → rows of the labelled file, sorted. Raises UsageError if a row has several, or there are so many that it is another column."""
     path, column, counts = answers.labelled, answers.label_column, Counter[str]()
@@ -122,6 +133,8 @@ def label_counts(answers: Answers) -> dict[str, int]:
             counts[label_text(column, read.values[0]) if isinstance(read, Row) else ""] += 1
         except BadValueError as bad:
             raise UsageError(f"{path}, line {read.line}: {column}: {bad.reason}, found {bad.value!r}.") from None
+    if list(counts) == [""] and (keys := columns_of(answers, path)) and column not in keys:
+        raise MissingColumnError(path, column, keys)
     del counts[""]
     if not 2 <= len(counts) <= MOST_LABELS:
         raise UsageError(

@@ -130,6 +130,10 @@ def test_nothing_is_replaced_unless_told(folder):
         ([*MAPPED, "--template", "no field"], "template names no field"),
         ([*MAPPED, "--per-label", "30"], "--per-label"),
         ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values"),
+        (
+            ["--labelled", "mine/pile.jsonl", *OPTIONS[2:]],
+            "no column 'label'; the columns are: body. Name the right one with --label-column.",
+        ),
         (MAPPED[2:], "--labelled: missing"),
         (["--labelled", "mine/nope.csv", *MAPPED[2:]], "nope.csv: no such file"),
         (["--labelled", "mine/pile.txt", *MAPPED[2:]], "mine/pile.txt: a file's name ends with one of .csv, .jsonl"),
