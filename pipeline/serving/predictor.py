@@ -26,15 +26,16 @@ from pipeline.data.examples import BadValueError, field_text
 from pipeline.data.readers import MISSING
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json, sha256_file, sha256_json, write_json
-from pipeline.models import packed
+from pipeline.models import folders
 from pipeline.models.cpu_kernels import use_kernels
 from pipeline.models.folders import context_limit, load_model
 from pipeline.models.machine import default_device, memory_bytes, use_machine
+from pipeline.models.packed import PackedModel
 from pipeline.models.trained import Trained, open_trained
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example, Prompt
 from pipeline.teachers import engines
-from pipeline.teachers.engines import Engine, SharedPrefixEngine, open_engine
+from pipeline.teachers.engines import Engine, Reading, SharedPrefixEngine, open_engine, token_budget
 
 Input = str | Mapping[str, Any]
 """A text, if the template has one field, or a value for each field."""
@@ -132,7 +133,7 @@ class Predictor:
 
     def _open_engine(self, model: PreTrainedModel, cache: CacheParams) -> Engine:
         """The engine that was chosen before for this folder, code, libraries and machine, if `.work` remembers it; else it is chosen."""
-        code = {file.name: sha256_file(file) for file in (*Path(packed.__file__).parent.glob("*.py"), Path(engines.__file__))}
+        code = {file.name: sha256_file(file) for file in (*Path(folders.__file__).parent.glob("*.py"), Path(engines.__file__))}
         machine = [torch.backends.cpu.get_cpu_capability(), str(model.device), use_kernels(), torch.__version__, transformers.__version__]
         known = sha256_json([self.student.manifest, cache.model_dump(mode="json"), code, machine])
         note = Folders.here().work / "engines" / f"{known[:32]}.json"
@@ -141,13 +142,16 @@ class Predictor:
         except (OSError, CorruptError, TypeError, ValueError):
             probes = [Example(dict.fromkeys(self.task.fields, text)) for text in PROBES]
             engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
-            if isinstance(engine, SharedPrefixEngine) and note.parent.parent.is_dir():
+            if note.parent.parent.is_dir():
                 with suppress(OSError):  # where nothing can be written, it is chosen each time
-                    write_json([engine.packed.answers_only, engine.reason], note)
+                    write_json([engine.packed.answers_only if isinstance(engine, SharedPrefixEngine) else None, engine.reason], note)
             return engine
-        reading, budget = engines.Reading(self._tokens.completions, cache), engines.token_budget(model, memory_bytes(model.device))
-        engine = SharedPrefixEngine(packed.PackedModel(model, answers_only=bool(answers_only)), reading, budget)
-        engine.reason = f"{reason}, as found before"
+        reading, budget = Reading(self._tokens.completions, cache), token_budget(model, memory_bytes(model.device))
+        if answers_only is None:
+            engine = Engine(model, reading, budget)
+        else:
+            engine = SharedPrefixEngine(PackedModel(model, answers_only=bool(answers_only)), reading, budget)
+        engine.reason = f"{reason}; found before"
         return engine
 
     def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Prediction]:

@@ -42,11 +42,12 @@ def ask(answers: Answers, *, template: bool, label_column: bool) -> Answers:
     """Complete `answers` on the terminal; template and label column are asked for if set. Raises UsageError if one cannot be used."""
     from rich.console import Console
     from rich.table import Table as Grid
+    from rich.text import Text
 
     table = read_table(answers)
-    grid = Grid(*table.columns, title=str(answers.labelled))
+    grid = Grid(*map(Text, table.columns), title=Text(str(answers.labelled)))  # Text: a text's brackets are no markup
     for values in islice(zip(*table.columns.values(), strict=True), ROWS_SHOWN):
-        grid.add_row(*map(shorten, values))
+        grid.add_row(*(Text(shorten(value)) for value in values))
     Console().print(grid)
     if template:
         usual = answers.template.replace("\n", "\\n")
