@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -44,7 +45,11 @@ def quick_start() -> Iterator[None]:
     from transformers import utils
 
     flags = dict.fromkeys(ABSENT, lambda: False)
+    scan = utils.import_utils.create_import_structure_from_path
+    once = {"create_import_structure_from_path": lambda file: scan(Path(file).parent)}  # what it has just read
     try:
+        with mock.patch.multiple(utils.import_utils, **once):
+            importlib.import_module("transformers.models")
         with mock.patch.multiple(utils, **flags), mock.patch.multiple(utils.import_utils, **flags):
             yield
     finally:
