@@ -54,7 +54,7 @@ setup: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	@echo "setting up .venv; this takes some minutes"
 	@$(PYTHON) -m venv .venv
-	@cache="$$("$(BIN)/python" -m pip cache dir)"; mkdir -p "$$cache" 2>&- && [ -w "$$cache" ] || export PIP_NO_CACHE_DIR=1; \
+	@cache="$$("$(BIN)/python" -m pip cache dir)"; mkdir -p "$$cache" 2>/dev/null && [ -w "$$cache" ] || export PIP_NO_CACHE_DIR=1; \
 	  "$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 

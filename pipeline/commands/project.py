@@ -79,8 +79,8 @@ def check() -> None:
 
     params = checked_params()
     print(f"params.yaml is in order: {params.summary}.")
-    for line in boundary_advice(params.task, load_tokenizers(params)):
-        print(f"note: {line}")
+    if advice := boundary_advice(params.task, load_tokenizers(params)):
+        print(f"note: {advice}")
 
 
 def run(

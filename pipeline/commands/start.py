@@ -46,9 +46,8 @@ def quick_start() -> Iterator[None]:
 
     flags = dict.fromkeys(ABSENT, lambda: False)
     scan = utils.import_utils.create_import_structure_from_path
-    once = {"create_import_structure_from_path": lambda file: scan(Path(file).parent)}  # what it has just read
     try:
-        with mock.patch.multiple(utils.import_utils, **once):
+        with mock.patch.object(utils.import_utils, scan.__name__, lambda file: scan(Path(file).parent)):  # what it has just read
             importlib.import_module("transformers.models")
         with mock.patch.multiple(utils, **flags), mock.patch.multiple(utils.import_utils, **flags):
             yield

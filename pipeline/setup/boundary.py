@@ -5,7 +5,7 @@ one, asks for other tokens, and accuracy falls without a word (EleutherAI/lm-eva
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +18,72 @@ OPENING = ("\n", "\t", "(", "[", "{{", '"', "'", "“", "‘", "«", "=")
 """After these an answer has no space in front."""
 
 
+def load_tokenizers(params: Params) -> dict[str, Any]:
+    """The tokenizers of those models that are there, by name."""
+    there = {name: folder for name in params.models if (folder := Path("artifacts") / "models" / name).is_dir()}
+    if there:
+        from pipeline.models.folders import load_tokenizer  # brings torch
+
+        return {name: load_tokenizer(folder) for name, folder in there.items()}
+    return {}
+
+
 def better_form(task: TaskParams) -> TaskParams:
     """The same question with the space between prompt and answer at the answer, if text has one there."""
     template = task.template.rstrip(" ")
-    words = {label: _spaced(template, word) for label, word in task.verbalisers.items()}
-    return task.model_copy(update={"template": template, "verbalisers": words})
+    vary = template.endswith(">") and not template.endswith(("->", "=>"))  # a control token
+
+    def spaced(word: str) -> str:
+        bare = word.lstrip(" ")
+        if template.endswith(OPENING):
+            return bare
+        has_spaces = not any(unicodedata.east_asian_width(text) in "WF" for text in template[-1:] + bare[:1])
+        return f" {bare}" if has_spaces and not vary else word
+
+    return task.model_copy(update={"template": template, "verbalisers": {label: spaced(word) for label, word in task.verbalisers.items()}})
 
 
-def _spaced(template: str, word: str) -> str:
-    bare = word.lstrip(" ")
-    if template.endswith(OPENING):
-        return bare
-    is_wide = any(unicodedata.east_asian_width(text) in "WF" for text in (template[-1:], bare[:1]) if text)
-    if is_wide or (template.endswith(">") and not template.endswith(("->", "=>"))):  # scripts without spaces, and control tokens, vary
-        return word
-    return f" {bare}"
-
-
-def fitting_form(task: TaskParams, tokenizers: Sequence[Any]) -> TaskParams:
+def fitting_form(task: TaskParams, tokenizers: Iterable[Any]) -> TaskParams:
     """`better_form`, or the one with the space in the prompt if only that tells labels apart, as with digits in many tokenizers.
 
     Raises UsageError if neither does.
     """
-    better = better_form(task)
+    better, loaded = better_form(task), list(tokenizers)
     bare = {label: word.lstrip(" ") for label, word in better.verbalisers.items()}
     try:
-        _check(better, tokenizers)
+        _ids(better, loaded)
     except UsageError as error:
         spaced = better.model_copy(update={"template": f"{better.template} ", "verbalisers": bare})
         try:
-            _check(spaced, tokenizers)
+            _ids(spaced, loaded)
         except UsageError:
             raise error from None
         return spaced
     return better
 
 
-def _check(task: TaskParams, tokenizers: Sequence[Any]) -> None:
-    for tokenizer in tokenizers:
-        TaskTokens(Task(task), tokenizer)
-
-
-def load_tokenizers(params: Params) -> dict[str, Any]:
-    """The tokenizers of those models that are there, by name."""
-    folders = {name: Path("artifacts") / "models" / name for name in params.models}
-    if not any(folder.is_dir() for folder in folders.values()):
-        return {}
-    from pipeline.models.folders import load_tokenizer  # brings torch
-
-    return {name: load_tokenizer(folder) for name, folder in folders.items() if folder.is_dir()}
-
-
-def boundary_advice(task: TaskParams, tokenizers: Mapping[str, Any]) -> list[str]:
-    """Lines that name the better form, if there is one for these tokenizers; without a tokenizer the text alone decides.
+def boundary_advice(task: TaskParams, tokenizers: Mapping[str, Any]) -> str:
+    """What names the better form, if there is one for a tokenizer, or without one by the text alone; else an empty string.
 
     Raises UsageError if a tokenizer cannot tell the labels apart.
     """
-    better = better_form(task)
-    if tokenizers:
-        found = [f"as {name} learnt them" for name, tokenizer in tokenizers.items() if _differs(task, better, tokenizer)]
-    else:  # before digits many tokenizers have the space as a token of its own
-        digits = task.template.endswith(" ") and any(word.isdigit() for word in task.verbalisers.values())
-        found = [] if better == task or digits else ["as models learn them"]
-    words = ", ".join(f"{label}: {word!r}" for label, word in better.verbalisers.items())
-    form = f"template: {better.template!r}" + (f", verbalisers: {{{words}}}" if words else "")
-    return [f"task: the prompt's end and the answers are not cut into tokens {how}, which costs accuracy. Better: {form}" for how in found]
-
-
-def _differs(task: TaskParams, better: TaskParams, tokenizer: Any) -> bool:
-    """Whether two forms give other tokens, and the better one can be used."""
-    given = _ids(task, tokenizer)
+    better, given = better_form(task), _ids(task, tokenizers.values())
     try:
-        return given != _ids(better, tokenizer)
+        same = _ids(better, tokenizers.values()) == given if tokenizers else better == task
     except UsageError:
-        return False
+        same = True  # the better one cannot be used
+    digits = task.template.endswith(" ") and any(map(str.isdigit, task.verbalisers.values()))
+    if same or (digits and not tokenizers):  # before digits many tokenizers have the space as a token of its own
+        return ""
+    words = "".join(f"\n  {label}: {word!r}" for label, word in better.verbalisers.items())
+    form = f"template: {better.template!r}" + (f", verbalisers:{words}" if words else "")
+    return f"task: the prompt's end and the answers are not cut into tokens as models learnt them, which costs accuracy. Better: {form}"
 
 
-def _ids(task: TaskParams, tokenizer: Any) -> list[list[int]]:
-    tokens = TaskTokens(Task(task), tokenizer)
-    query = tokens.prompts(NO_CONTEXT, [Example(dict.fromkeys(task.fields, "x"), completion="x")])[0].ids
-    return [[*query, *completion] for completion in tokens.completions or [[]]]
+def _ids(task: TaskParams, tokenizers: Iterable[Any]) -> list[list[int]]:
+    """A query's ids with each answer's, for each tokenizer."""
+    example, found = Example(dict.fromkeys(task.fields, "x"), completion="x"), list[list[int]]()
+    for tokens in (TaskTokens(Task(task), tokenizer) for tokenizer in tokenizers):
+        query = tokens.prompts(NO_CONTEXT, [example])[0].ids
+        found += [[*query, *completion] for completion in tokens.completions or [[]]]
+    return found

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,8 +16,9 @@ from pipeline.errors import UsageError
 from pipeline.params import Params, load_params
 from pipeline.params.data import DOWNLOADS
 from pipeline.params.reading import absent_files, other_versions
-from pipeline.schema import Context, Example
+from pipeline.schema import Example
 from pipeline.setup.boundary import boundary_advice, load_tokenizers
+from pipeline.setup.estimate import try_rows
 from pipeline.task import Task, TaskTokens
 
 DISK_NEEDED_GB = 6.0
@@ -101,18 +103,14 @@ def _data(params: Params) -> Iterator[Finding]:
             yield Finding(
                 f"source {name}", f"{counts['examples']:,} texts, {counts['labelled']:,} with a label; {read.bad_rows:,} bad rows"
             )
-    try:
-        yield from (Finding("prompt", line, "note") for line in boundary_advice(params.task, load_tokenizers(params)))
-    except UsageError:
-        return  # a model's folder is damaged, which its own line says
+    with suppress(UsageError):  # of a model, whose own line says it
+        if advice := boundary_advice(params.task, load_tokenizers(params)):
+            yield Finding("prompt", advice, "note")
 
 
 def _model(name: str, params: Params) -> Finding:
     """Whether a model is there, its size, which engine it gets and why."""
-    from pipeline.models.folders import check_folder, load_model, load_tokenizer, parameter_counts
-    from pipeline.models.machine import default_device
-    from pipeline.teachers.engines import open_engine
-    from pipeline.teachers.scorer import LABELS_ONLY
+    from pipeline.models.folders import check_folder, load_tokenizer
 
     title, folder = f"model {name}", Path("artifacts") / "models" / name
     if not folder.is_dir():
@@ -125,9 +123,5 @@ def _model(name: str, params: Params) -> Finding:
     needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # stored in 16 bits or more, held in 32
     if needed > psutil.virtual_memory().available:
         return Finding(title, f"needs up to {needed / 1e9:.1f} GB of memory", "missing", "take a smaller model")
-    fields, labels = tokens.task.fields, tokens.task.labels
-    examples = [Example(dict.fromkeys(fields, text)) for text in PROBES]
-    demonstrations = ((examples[1].fields, labels[0]),) if labels else ()
-    model = load_model(folder, device=default_device())
-    engine = open_engine(model, tokens, LABELS_ONLY, tokens.prompts(Context("probe", "", demonstrations), examples))
-    return Finding(title, f"{parameter_counts(model)[0] / 1e6:,.0f} M parameters; engine {engine.name}: {engine.reason}")
+    trial = try_rows(folder, tokens.task, [Example(dict.fromkeys(tokens.task.fields, text)) for text in PROBES], params.runtime.threads)
+    return Finding(title, f"{trial.parameters / 1e6:,.0f} M parameters; engine {trial.engine}: {trial.reason}")

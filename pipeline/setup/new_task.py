@@ -6,8 +6,9 @@ not fit is chosen smaller or left out, and a note says so. What cannot be used i
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ BYTES_A_TOKEN = 2
 UNKNOWN_LIMIT = 8192
 """For a model that is not there yet: bytes that a token has at least, as a rule, and tokens that the model takes."""
 ANSWER_TOKENS = 32
+Tokens = Callable[[Sequence[str]], list[int]]
+"""The number of tokens of each text."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +85,21 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
         counts = label_counts(answers)
         raw = _raw(base, answers, counts)
         tokenizers = load_tokenizers(parse_params(raw))
-        form = fitting_form(parse_params(raw).task, list(tokenizers.values()))
+        form = fitting_form(parse_params(raw).task, tokenizers.values())
         raw["task"] |= {"template": form.template, "verbalisers": form.verbalisers}
         params = parse_params(raw)
         read = _read(params)  # without a limit to the length of texts
     except MissingColumnError as missing:
         option = "--label-column" if missing.column == answers.label_column else f"--field {missing.column}=COLUMN"
         raise UsageError(f"{missing.fault} Name the right one with {option}.") from None
-    measure = _measure(params, tokenizers)
+    tokens = partial(_token_counts, params=params, tokenizers=tokenizers)
     notes = [line for source in read.values() for line in _about(source)]
     notes.append("labels: " + ", ".join(f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in counts.items()))
     if form.template.endswith(" "):
         notes.append("task.template: it ends in a space, since only so the first tokens of the answers differ")
-    room = _choose_length(raw, Task(params.task), read, measure, notes)
+    room = _choose_length(raw, read, tokens, _room(params, tokenizers), notes)
     try:
-        demonstrations = _choose_demonstrations(raw, read, measure.tokens, room, notes)
+        demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
     except UsageError as error:
         raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
     params = parse_params(raw)
@@ -165,7 +168,7 @@ def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     return words
 
 
-def word_guesses(labels: Sequence[str]) -> dict[str, str]:
+def word_guesses(labels: Iterable[str]) -> dict[str, str]:
     """Label → what a model might answer for it: the label itself, in small letters, or a word for a number."""
     words = WORDS.get(tuple(sorted(labels)), tuple(label.lower().replace("_", " ") for label in sorted(labels)))
     return dict(zip(sorted(labels), words, strict=True))
@@ -247,44 +250,38 @@ def _prompt(params: Params, demonstrations: Sequence[Example], query: Example, t
     yield "\n".join(f"  | {line}" for line in cut.split("\n"))
 
 
-@dataclass(frozen=True)
-class Measure:
-    """The most tokens that a model of this run makes of each text, and the most that the smallest takes before an answer."""
-
-    tokens: Callable[[Sequence[str]], list[int]]
-    room: int
-
-
-def _measure(params: Params, tokenizers: Mapping[str, Any]) -> Measure:
-    """By the tokenizers of the models that are there; others are estimated."""
-    limits = [UNKNOWN_LIMIT] if len(tokenizers) < len(params.models) else []
+def _room(params: Params, tokenizers: Iterable[str]) -> int:
+    """Tokens that every model of this run takes before an answer; what a model that is not there takes is assumed."""
+    limits = [UNKNOWN_LIMIT]
     for name in tokenizers:
         from pipeline.models.folders import context_limit  # brings torch
 
         limits.append(context_limit(Path("artifacts") / "models" / name) or UNKNOWN_LIMIT)
-
-    def tokens(texts: Sequence[str]) -> list[int]:
-        counts = [[len(ids) for ids in tokenizer(list(texts)).input_ids] for tokenizer in tokenizers.values() if texts]
-        if len(tokenizers) < len(params.models):
-            counts.append([len(text.encode()) // BYTES_A_TOKEN for text in texts])
-        return [max(of_one) for of_one in zip(*counts, strict=True)]
-
-    return Measure(tokens, min(limits) - ANSWER_TOKENS)
+    return min(limits[1:] if len(limits) > len(params.models) else limits) - ANSWER_TOKENS
 
 
-def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExamples], measure: Measure, notes: list[str]) -> int:
+def _token_counts(texts: Sequence[str], params: Params, tokenizers: Mapping[str, Any]) -> list[int]:
+    """The most tokens that a model of this run makes of each text; what a model that is not there makes is estimated."""
+    counts = [[len(ids) for ids in tokenizer(list(texts)).input_ids] for tokenizer in tokenizers.values() if texts]
+    if len(tokenizers) < len(params.models):
+        counts.append([len(text.encode()) // BYTES_A_TOKEN for text in texts])
+    return [max(of_one) for of_one in zip(*counts, strict=True)]
+
+
+def _choose_length(raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Tokens, most: int, notes: list[str]) -> int:
     """Set `task.max_chars` so that few texts are left out, take longer ones out of `read`, and return the tokens left for a context.
 
-    Inputs may have half of what a model takes, or all of it if too many would be left out.
+    Inputs may have half of the `most` tokens that a model takes, or all if too many would be left out.
     """
+    task = Task(parse_params(raw).task)
     chars = {name: [max(map(len, e.fields.values())) for e in source.examples] for name, source in read.items()}
-    tokens = {name: measure.tokens([task.query(e.fields) for e in source.examples]) for name, source in read.items()}
+    sizes = {name: tokens([task.query(e.fields) for e in source.examples]) for name, source in read.items()}
     usual: int = TaskParams.model_fields["max_chars"].default
     ranked = [sorted(own) for own in chars.values() if own]
     wanted = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
     longest, left_out, percent = wanted, dict[str, int](), dict[str, int]()
-    for room in (measure.room // 2, measure.room):
-        too_long = [size - 1 for name in read for size, count in zip(chars[name], tokens[name], strict=True) if count > room]
+    for room in (most // 2, most):
+        too_long = [size - 1 for name in read for size, count in zip(chars[name], sizes[name], strict=True) if count > room]
         longest = min([wanted, *too_long])
         left_out = {name: sum(size > longest for size in own) for name, own in chars.items()}
         percent = {name: -(-100 * (source.bad_rows + left_out[name]) // source.counts["rows"]) for name, source in read.items()}
@@ -296,21 +293,21 @@ def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExa
     kept = 0
     for name, source in read.items():
         fitting = [size <= longest for size in chars[name]]
-        kept = max([kept, *(count for count, fits in zip(tokens[name], fitting, strict=True) if fits)])
+        kept = max([kept, *(count for count, fits in zip(sizes[name], fitting, strict=True) if fits)])
         source.examples = [example for example, fits in zip(source.examples, fitting, strict=True) if fits]
         if left_out[name]:
             notes.append(f"{source.file}: {left_out[name]:,} texts are longer than {longest:,} characters and are left out")
             raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent[name] / 100)
         if not source.examples:
             raise UsageError(
-                f"{source.file}: every text has more than the {measure.room:,} tokens that a model here takes. Take a model that takes "
+                f"{source.file}: every text has more than the {most:,} tokens that a model here takes. Take a model that takes "
                 "more, or shorten the texts."
             )
-    return min(measure.room // 2, measure.room - kept)
+    return min(most // 2, most - kept)
 
 
 def _choose_demonstrations(
-    raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Callable[[Sequence[str]], list[int]], room: int, notes: list[str]
+    raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Tokens, room: int, notes: list[str]
 ) -> list[Example]:
     """Set how many demonstrations contexts have, and how long they may be, so that they fit in `room` tokens; the drawn ones.
 

@@ -15,7 +15,7 @@ from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.files import Folders
 from pipeline.params import SourceParams, load_params, read_yaml, resolve, write_yaml
-from pipeline.setup.dialogue import read_table
+from pipeline.setup.dialogue import guess_label, guess_text, read_columns
 from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, stage_count, token_work
 from pipeline.setup.new_task import Answers
 
@@ -422,8 +422,8 @@ def test_columns_are_guessed(tmp_path, name, form):
     path = tmp_path / f"file.{form}"
     frame = pl.DataFrame(rows)
     {"jsonl": frame.write_ndjson, "csv": frame.write_csv, "parquet": frame.write_parquet}[form](path)
-    table = read_table(Answers(path, path, path, "{text}", {}, {}, "label"))
-    assert [table.guess_text(), table.guess_label([table.guess_text()])] == expected
+    columns = read_columns(Answers(path, path, path, "{text}", {}, {}, "label"))
+    assert [guess_text(columns), guess_label(columns, [guess_text(columns)])] == expected
 
 
 @pytest.mark.skipif("delimiter" not in SourceParams.model_fields, reason="sources have no delimiter yet")
