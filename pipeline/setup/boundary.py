@@ -6,6 +6,7 @@ one, asks for other tokens, and accuracy falls without a word (EleutherAI/lm-eva
 
 import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,11 @@ def fitting_form(task: TaskParams, tokenizers: Iterable[Any]) -> TaskParams:
     """
     better, loaded = better_form(task), list(tokenizers)
     bare = {label: word.lstrip(" ") for label, word in better.verbalisers.items()}
-    try:
-        _ids(better, loaded)
-    except UsageError as error:
-        spaced = better.model_copy(update={"template": f"{better.template} ", "verbalisers": bare})
-        try:
-            _ids(spaced, loaded)
-        except UsageError:
-            raise error from None
-        return spaced
+    for form in (better, better.model_copy(update={"template": f"{better.template} ", "verbalisers": bare})):
+        with suppress(UsageError):
+            _ids(form, loaded)
+            return form
+    _ids(better, loaded)  # says what is wrong
     return better
 
 

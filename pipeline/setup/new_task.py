@@ -341,6 +341,6 @@ def _choose_demonstrations(
         entry["demonstrations"] = min(share, max(1, entry["demonstrations"] // labels)) * labels
         orders, draws = math.factorial(entry["demonstrations"]), math.comb(data.demonstrations.per_label, share) ** labels
         entry["count"] = min(entry.get("count", 1), draws if entry.get("vary") == "draw" else orders)
-    none = "" if share else f": not one of each label fits the {room:,} tokens that the longest text leaves"
-    notes.append(f"contexts: at most {share * labels} demonstrations{none}")
+    why = ", as many as fit beside the longest text" if share < wanted else ""
+    notes.append(f"contexts: at most {share * labels} demonstrations{why}; {room:,} tokens are left for them")
     return chosen
