@@ -48,12 +48,14 @@ bench-teacher bench-student bench-cache: bench-%: setup
 
 setup: .venv/.installed
 
-# Twice --quiet: pip's warnings, of an index for example, are not this project's to explain. Errors are shown.
+# Twice --quiet: pip's warnings, of an index for example, are not this project's to explain. Errors are shown. A home that cannot be written
+# to has no place for pip's cache, which pip itself does not see if it is run by root.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	@echo "setting up .venv; this takes some minutes"
 	@$(PYTHON) -m venv .venv
-	@"$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@cache="$$("$(BIN)/python" -m pip cache dir)"; mkdir -p "$$cache" 2>/dev/null && [ -w "$$cache" ] || export PIP_NO_CACHE_DIR=1; \
+	  "$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 clean:

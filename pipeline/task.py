@@ -161,9 +161,11 @@ class TaskTokens:
             if not ids:
                 raise UsageError(f"task.verbalisers.{label}: {verbaliser!r} has no token in this tokenizer. Give it a visible text.")
             if (other := first.setdefault(ids[0], label)) != label:
+                shared = self.tokenizer.decode(ids[0])
+                way = "" if shared.strip() else ", or end task.template in a space and write verbalisers without theirs"
                 raise UsageError(
-                    f"task.verbalisers: {other!r} and {label!r} both begin with token {ids[0]} ({self.tokenizer.decode(ids[0])!r}), so the "
-                    "answer position cannot tell them apart. Choose verbalisers whose first tokens differ."
+                    f"task.verbalisers: {other!r} and {label!r} both begin with token {ids[0]} ({shared!r}), so the answer position cannot "
+                    f"tell them apart. Choose verbalisers whose first tokens differ{way}."
                 )
 
 

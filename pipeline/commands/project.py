@@ -18,49 +18,69 @@ def init(
     test: Annotated[Path | None, typer.Option(help="A file with texts and labels that nothing learns from.")] = None,
     template: Annotated[str | None, typer.Option(help=r"The prompt; {text} is the input, \n a new line.")] = None,
     field: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN, for a column of another name.")] = None,
-    label_column: Annotated[str, typer.Option(help="The column with the labels.")] = "label",
+    label_column: Annotated[str | None, typer.Option(help="The column with the labels, by default `label`.")] = None,
     verbaliser: Annotated[list[str] | None, typer.Option(help="LABEL=WORD: what the model answers for a label.")] = None,
-    per_label: Annotated[int, typer.Option(min=1, help="Demonstrations of each label.")] = 8,
+    per_label: Annotated[int | None, typer.Option(min=1, help="Demonstrations of each label; default: 8, or as many as there are.")] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Between the columns of csv files; by default it is found.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of text files; by default it is found.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("params.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file; the old one is kept as params.yaml.old.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the same, and write nothing.")] = False,
 ) -> None:
     """Write params.yaml for your own files, check it on them, and say what a run will cost. On a terminal it asks for what is missing."""
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists; --force replaces it and keeps the old one as {output}.old.")
+    asks = sys.stdin.isatty()
+    if output.exists() and not (force or dry_run or asks):
+        raise UsageError(f"{output} exists; --force replaces it and keeps the old one as {output}.old, --dry-run writes nothing.")
+    files = {"--labelled": labelled, "--unlabelled": unlabelled, "--test": test}
+    if not asks and (missing := [option for option, path in files.items() if path is None]):
+        raise UsageError(f"{', '.join(missing)}: missing, and there is no terminal to ask on.")
 
     from pipeline.files import write_text
     from pipeline.params import read_yaml, yaml_text
+    from pipeline.setup.dialogue import ask
     from pipeline.setup.estimate import cost
     from pipeline.setup.new_task import Answers, new_task
 
-    usual = "Text: {text}\\nLabel:"
     answers = Answers(
-        labelled=_asked(labelled, "--labelled", "File with labelled texts"),
-        unlabelled=_asked(unlabelled, "--unlabelled", "File with unlabelled texts"),
-        test=_asked(test, "--test", "File with labelled texts for the test"),
-        template=(template or (typer.prompt("Prompt", usual) if sys.stdin.isatty() else usual)).replace("\\n", "\n"),
+        labelled=labelled or Path(typer.prompt("File with labelled texts")),
+        unlabelled=unlabelled or Path(typer.prompt("File with unlabelled texts")),
+        test=test or Path(typer.prompt("File with labelled texts for the test")),
+        template=(template or "Text: {text}\nLabel:").replace("\\n", "\n"),
         verbalisers=_pairs(verbaliser or [], "--verbaliser"),
         fields=_pairs(field or [], "--field"),
-        label_column=label_column,
+        label_column=label_column or "label",
         per_label=per_label,
+        delimiter=delimiter,
+        encoding=encoding,
     )
+    if asks:
+        answers = ask(answers, template=template is None, label_column=label_column is None)
     task = new_task(read_yaml(Path("params.yaml")), answers)
     print("\n".join(task.notes))
-    costs = cost(task.params, task.sources)  # before anything is written: it also says what does not suit the model
+    print(cost(task.params, task.sources))  # before anything is written: it also says what does not suit the model
+    if dry_run:
+        print("Nothing was written. Next: the same command without --dry-run")
+        return
+    if asks and not force:
+        typer.confirm(f"Write {output}" + (f" (the old one is kept as {output}.old)" if output.exists() else ""), default=True, abort=True)
     text = HEADER + yaml_text(task.raw)
     if not output.exists() or output.read_text(encoding="utf-8") != text:  # asking twice keeps the first .old
         if output.exists():
             output.replace(output.with_name(f"{output.name}.old"))
         write_text(text, output)
-    print(f"{output}: labels {', '.join(f'{label} ({word.strip()})' for label, word in task.params.task.verbalisers.items())}")
-    print(costs)
+    move = "" if output == Path("params.yaml") else f"mv {output} params.yaml && "
+    print(f"{output} is written. Next: {move}shotless run")
 
 
 def check() -> None:
     """Check params.yaml before anything runs: every key, value and name, the local files, the versions of the libraries."""
     from pipeline.params import checked_params
+    from pipeline.setup.boundary import boundary_advice, load_tokenizers
 
-    print(f"params.yaml is in order: {checked_params().summary}.")
+    params = checked_params()
+    print(f"params.yaml is in order: {params.summary}.")
+    if advice := boundary_advice(params.task, load_tokenizers(params)):
+        print(f"note: {advice}")
 
 
 def run(
@@ -131,14 +151,6 @@ def clean(
     for path in going:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     print("Deleted.")
-
-
-def _asked(given: Path | None, option: str, question: str) -> Path:
-    if given is not None:
-        return given
-    if not sys.stdin.isatty():
-        raise UsageError(f"{option}: missing, and there is no terminal to ask on.")
-    return Path(typer.prompt(question))
 
 
 def _pairs(entries: list[str], option: str) -> dict[str, str]:

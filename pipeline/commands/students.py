@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeline.commands.start import quick_start
 from pipeline.errors import UsageError, choices
 
 if TYPE_CHECKING:
@@ -60,12 +61,13 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Answer every row: label, confidence, probabilities. A row that cannot be used gets an error. Ends with 1 if no row has an answer."""
-    from pipeline.serving.files import WRITTEN, columns_of, format_of, kept_columns, predict_items, read_items, writing
-    from pipeline.serving.log import PredictionLog
-    from pipeline.serving.predictor import Predictor
+    with quick_start():
+        from pipeline.serving.files import WRITTEN, columns_of, format_of, kept_columns, predict_items, read_items, writing
+        from pipeline.serving.log import PredictionLog
+        from pipeline.serving.predictor import Predictor
 
-    kept, form = kept_columns(keep or []), output_format or format_of(output, WRITTEN)
-    predictor = Predictor(open_student(student), threads)
+        kept, form = kept_columns(keep or []), output_format or format_of(output, WRITTEN)
+        predictor = Predictor(open_student(student), threads)
     items = read_items(source, columns_of(predictor.task.fields, field or []), kept, input_format)
     journal = PredictionLog(log, predictor.weights_sha256) if log else None
     rows = bad = 0
@@ -98,13 +100,14 @@ def serve(
     """Answer over HTTP: POST /predict, GET /health, GET /metrics (Prometheus)."""
     import uvicorn
 
-    from pipeline.serving.log import PredictionLog
-    from pipeline.serving.predictor import Predictor
-    from pipeline.serving.server import Limits, make_app
-
     if host not in {"127.0.0.1", "::1", "localhost"}:
         print(f"listening on {host}: anyone who reaches it can ask; there is no authentication and no encryption", file=sys.stderr)
-    predictor = Predictor(open_student(student), threads, max_chars=max_chars)
+    with quick_start():
+        from pipeline.serving.log import PredictionLog
+        from pipeline.serving.predictor import Predictor
+        from pipeline.serving.server import Limits, make_app
+
+        predictor = Predictor(open_student(student), threads, max_chars=max_chars)
     journal = PredictionLog(log, predictor.weights_sha256) if log else None
     limits = Limits(max_body_bytes, max_rows, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.name}", file=sys.stderr, flush=True)

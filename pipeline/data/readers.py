@@ -65,11 +65,11 @@ class BadRow:
 
 
 class MissingColumnError(UsageError):
-    """A file lacks a column altogether; `fault` says so without the next step, which differs between commands and stages."""
+    """A file lacks a column altogether; `found` are those it has; `fault` says so without the next step, which differs between commands."""
 
     def __init__(self, path: Path, column: str, found: Iterable[str]) -> None:
-        self.column = column
-        self.fault = f"{path}: no column {column!r}; the columns are: {choices(found)}."
+        self.column, self.found = column, list(found)
+        self.fault = f"{path}: no column {column!r}; the columns are: {choices(self.found)}."
         hint = " For a file without labels write `label: null`." if column == "label" else ""
         super().__init__(f"{self.fault} Name the right one under `fields` or `label.column` of this source in params.yaml.{hint}")
 

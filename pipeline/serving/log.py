@@ -52,8 +52,8 @@ class PredictionLog:
                 self.lost += len(lines)
 
 
-def json_line(row: Mapping[str, Any]) -> str:
-    """A row as a line of JSON. NaN and infinities, which JSON lacks, become null; dates and the like become text."""
+def json_line(row: Any) -> str:
+    """A row, or a value, as a line of JSON. NaN and infinities, which JSON lacks, become null; dates and the like become text."""
     text = json.dumps(row, ensure_ascii=False, default=str)
     if "NaN" in text or "Infinity" in text:
         text = json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)

@@ -11,22 +11,30 @@ be used gets a prediction that says why, and the others get their answers.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import transformers
+from transformers import PreTrainedModel
 
 from pipeline.data.examples import BadValueError, field_text
 from pipeline.data.readers import MISSING
-from pipeline.errors import UsageError
-from pipeline.models.folders import context_limit, load_model, weights_sha256
-from pipeline.models.machine import default_device, use_machine
+from pipeline.errors import CorruptError, UsageError
+from pipeline.files import Folders, read_json, sha256_file, sha256_json, write_json
+from pipeline.models import folders
+from pipeline.models.folders import context_limit, load_model
+from pipeline.models.machine import default_device, memory_bytes, use_machine
+from pipeline.models.packed import PackedModel
 from pipeline.models.trained import Trained, open_trained
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example, Prompt
-from pipeline.teachers.engines import open_engine
+from pipeline.teachers import engines
+from pipeline.teachers.engines import Engine, open_engine, token_budget
 
 Input = str | Mapping[str, Any]
 """A text, if the template has one field, or a value for each field."""
@@ -72,15 +80,15 @@ class Predictor:
                 "how plain transformers asks it."
             )
         self.labels = self.task.labels
-        self.weights_sha256 = weights_sha256(self.student.folder)
+        files = self.student.manifest["files"]  # whose hashes were just compared
+        weights = [name for name in files if name == "config.json" or name.endswith(".safetensors")]
+        self.weights_sha256 = sha256_json({name: files[name]["sha256"] for name in weights})
         self._tokens = self.student.tokens
         self._limit = context_limit(self.student.folder)
         self._max_chars = max_chars
         use_machine(threads)
         model = load_model(self.student.folder, device=str(default_device()))
-        cache = CacheParams(encoding="top_k", top_k=1, hidden_layers=(-1,) if keep_states else ())
-        probes = [Example(dict.fromkeys(self.task.fields, text)) for text in PROBES]
-        self.engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
+        self.engine = self._open_engine(model, CacheParams(encoding="top_k", top_k=1, hidden_layers=(-1,) if keep_states else ()))
         """What answers; its `reason` says why it was chosen."""
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
@@ -121,6 +129,26 @@ class Predictor:
         if fault := self._tokens.fault_of(example):
             raise BadValueError(first, fault, value)
         return example
+
+    def _open_engine(self, model: PreTrainedModel, cache: CacheParams) -> Engine:
+        """The engine that was chosen before for this folder, code, libraries and machine, if `.work` remembers it; else it is chosen."""
+        code = {file.name: sha256_file(file) for file in (*Path(folders.__file__).parent.glob("*.py"), Path(engines.__file__))}
+        machine = [torch.backends.cpu.get_cpu_capability(), str(model.device), torch.__version__, transformers.__version__]
+        known = sha256_json([self.student.manifest, cache.model_dump(mode="json"), code, machine])
+        note = Folders.here().work / "engines" / f"{known[:32]}.json"
+        try:
+            answers_only, reason = read_json(note)
+        except (OSError, CorruptError, TypeError, ValueError):
+            probes = [Example(dict.fromkeys(self.task.fields, text)) for text in PROBES]
+            engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
+            if note.parent.parent.is_dir():
+                with suppress(OSError):  # where nothing can be written, it is chosen each time
+                    write_json([None if engine.packed is None else engine.packed.answers_only, engine.reason], note)
+            return engine
+        packed = None if answers_only is None else PackedModel(model, answers_only=bool(answers_only))
+        engine = Engine(model, packed, self._tokens.completions, cache, token_budget(model, memory_bytes(model.device)))
+        engine.reason = f"{reason}; found before"
+        return engine
 
     def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Prediction]:
         scores = self.engine.score(prompts)

@@ -1,18 +1,24 @@
-"""What this machine has, which number format and engine a run will use, and what is missing. Nothing is installed or changed."""
+"""What this machine has, which number format and engine a run will use, and what would fail. Nothing is installed or changed."""
 
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
+from pipeline.data.examples import check_limit, read_source
 from pipeline.errors import UsageError
 from pipeline.params import Params, load_params
+from pipeline.params.data import DOWNLOADS
 from pipeline.params.reading import absent_files, other_versions
-from pipeline.schema import Context, Example
+from pipeline.schema import Example
+from pipeline.setup.boundary import boundary_advice, load_tokenizers
+from pipeline.setup.estimate import try_rows
 from pipeline.task import Task, TaskTokens
 
 DISK_NEEDED_GB = 6.0
@@ -42,10 +48,10 @@ def findings() -> list[Finding]:
     except UsageError as error:
         params = None
         found.append(Finding("params.yaml", str(error), "missing"))
-    if any("not installed" in line for line in other):
+    if any("not installed" in line for line in other) or platform.system() == "Windows":
         return found
     found += _torch(params.runtime.threads if params else None)
-    return found + ([_model(name, params) for name in params.models] if params else [])
+    return found if params is None else [*found, *_data(params), *(_model(name, params) for name in params.models)]
 
 
 def _machine() -> list[Finding]:
@@ -53,7 +59,9 @@ def _machine() -> list[Finding]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
     total, free, disk = memory.total / 1e9, memory.available / 1e9, shutil.disk_usage(".").free / 1e9
+    windows = [Finding("system", "Windows has neither sh, which runs stages, nor make", "missing", "use WSL")]
     return [
+        *(windows if platform.system() == "Windows" else []),
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("cores", f"{usable} usable, {psutil.cpu_count(logical=False) or usable} physical"),
         _enough("memory", f"{free:.1f} of {total:.1f} GB free", free, MEMORY_NEEDED_GB, "close other programs, or use a smaller model"),
@@ -80,12 +88,29 @@ def _torch(threads: int | None) -> list[Finding]:
     ]
 
 
+def _data(params: Params) -> Iterator[Finding]:
+    """Whether the local files can be read as params.yaml says, and whether the prompt suits the models that are there."""
+    task = Task(params.task)
+    for name, source in params.data.sources.items():
+        if source.path.startswith(f"{DOWNLOADS}/") or not Path(source.path).exists():
+            continue
+        try:
+            check_limit(read := read_source(name, source, Path(source.path), task), params.data.bad_rows_limit)
+        except UsageError as error:
+            yield Finding(f"source {name}", str(error), "missing")
+        else:
+            counts = read.counts
+            yield Finding(
+                f"source {name}", f"{counts['examples']:,} texts, {counts['labelled']:,} with a label; {read.bad_rows:,} bad rows"
+            )
+    with suppress(UsageError):  # of a model, whose own line says it
+        if advice := boundary_advice(params.task, load_tokenizers(params)):
+            yield Finding("prompt", advice, "note")
+
+
 def _model(name: str, params: Params) -> Finding:
     """Whether a model is there, its size, which engine it gets and why."""
-    from pipeline.models.folders import check_folder, load_model, load_tokenizer
-    from pipeline.models.machine import default_device
-    from pipeline.teachers.engines import open_engine
-    from pipeline.teachers.scorer import LABELS_ONLY
+    from pipeline.models.folders import check_folder, load_tokenizer
 
     title, folder = f"model {name}", Path("artifacts") / "models" / name
     if not folder.is_dir():
@@ -98,9 +123,5 @@ def _model(name: str, params: Params) -> Finding:
     needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # stored in 16 bits or more, held in 32
     if needed > psutil.virtual_memory().available:
         return Finding(title, f"needs up to {needed / 1e9:.1f} GB of memory", "missing", "take a smaller model")
-    fields, labels = tokens.task.fields, tokens.task.labels
-    examples = [Example(dict.fromkeys(fields, text)) for text in PROBES]
-    demonstrations = ((examples[1].fields, labels[0]),) if labels else ()
-    model = load_model(folder, device=default_device())
-    engine = open_engine(model, tokens, LABELS_ONLY, tokens.prompts(Context("probe", "", demonstrations), examples))
-    return Finding(title, f"{model.num_parameters() / 1e6:,.0f} M parameters; engine {engine.name}: {engine.reason}")
+    trial = try_rows(folder, tokens.task, [Example(dict.fromkeys(tokens.task.fields, text)) for text in PROBES], params.runtime.threads)
+    return Finding(title, f"{trial.parameters / 1e6:,.0f} M parameters; engine {trial.engine}: {trial.reason}")

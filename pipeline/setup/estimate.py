@@ -34,6 +34,8 @@ class Trial:
     parameters: int
     layers: int
     engine: str
+    reason: str = ""
+    """Why this engine."""
 
 
 def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
@@ -54,7 +56,7 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
     total = sum(len(prompt.ids) for prompt in prompts)
     answer = tokens.longest_answer + len(tokens.tokenizer(task.params.separator).input_ids)
     layers = len(decoder_layers(model))
-    return Trial(total / seconds, total / len(prompts), answer, model.num_parameters(), layers, engine.name)
+    return Trial(total / seconds, total / len(prompts), answer, model.num_parameters(), layers, engine.name, engine.reason)
 
 
 def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> dict[str, float]:

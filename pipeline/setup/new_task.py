@@ -1,37 +1,52 @@
 """params.yaml for a user's own files: the present models, teachers, students and so on, with another task and other data.
 
 Everything that a run would check is checked here on the files: labels, lengths, roles, and that demonstrations fit the models. What does
-not fit is chosen smaller, and a note says so. What cannot be used is refused, and nothing is written.
+not fit is chosen smaller or left out, and a note says so. What cannot be used is refused, and nothing is written.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.examples import BadValueError, SourceExamples, check_limit, label_text, read_source
-from pipeline.data.readers import MissingColumnError, Row, read_rows
+from pydantic import ValidationError
+
+from pipeline.data.contexts import build_contexts
+from pipeline.data.examples import BadValueError, SourceExamples, check_limit, label_text, read_source, shorten
+from pipeline.data.readers import BadRow, MissingColumnError, Row, json_keys, source_rows
 from pipeline.data.roles import assign
 from pipeline.errors import UsageError, choices
 from pipeline.params import Params, SourceParams, TaskParams, parse_params
-from pipeline.params.data import DOWNLOADS, FORMATS
-from pipeline.schema import Context, Example
+from pipeline.params.data import DOWNLOADS, FORMATS, source_entry
+from pipeline.schema import NO_CONTEXT, Context, Example
+from pipeline.setup.boundary import fitting_form, load_tokenizers
 from pipeline.task import Task, TaskTokens
 
 MOST_LABELS = 20
+WORDS = {
+    ("0", "1"): ("no", "yes"),
+    ("-1", "0", "1"): ("negative", "neutral", "positive"),
+    ("1", "2", "3", "4", "5"): ("terrible", "bad", "okay", "good", "great"),
+}
+"""What a model might answer for labels that are numbers."""
+PER_LABEL = 8
 DEMONSTRATIONS = 16
 """In a context, if they fit: as many of each label as this allows, and one at least."""
-BAD_SHOWN = 3
+ROWS_SHOWN = 3
+SHOWN_CHARS = 1500
 LONG_SHARE, OUTLIER = 0.01, 4
 """A text is left out if it is this many times as long as all but this share of its file."""
 MOST_LEFT_OUT = 20
-"""Percent of a file that may be left out."""
+"""Percent of a file that may be left out for demonstrations to have half of the room; if more were, inputs may take all of it."""
 BYTES_A_TOKEN = 2
 UNKNOWN_LIMIT = 8192
 """For a model that is not there yet: bytes that a token has at least, as a rule, and tokens that the model takes."""
 ANSWER_TOKENS = 32
+Tokens = Callable[[Sequence[str]], list[int]]
+"""The number of tokens of each text."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +61,16 @@ class Answers:
     fields: Mapping[str, str]
     """Template field → column, if they differ."""
     label_column: str
-    per_label: int
+    per_label: int | None = None
+    """None: `PER_LABEL`, or as many as there are."""
+    delimiter: str | None = None
+    encoding: str | None = None
+    """Of the text files; None: found by the reader."""
 
 
 @dataclass(frozen=True)
 class NewTask:
-    """Raw params, the same as a run reads them, the usable examples of each source, and lines that say what was found."""
+    """Raw params, the same as a run reads them, the usable examples of each source, and lines that say what was understood."""
 
     raw: dict[str, Any]
     params: Params
@@ -63,42 +82,69 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
     """The params for the files of `answers`. Raises UsageError if they cannot be used; the message names the option that helps."""
     parse_params(base)
     try:
-        labels = _labels(answers)
-        raw = _raw(base, answers, _verbalisers(labels, answers.verbalisers))
+        counts = label_counts(answers)
+        raw = _raw(base, answers, counts)
+        tokenizers = load_tokenizers(parse_params(raw))
+        form = fitting_form(parse_params(raw).task, tokenizers.values())
+        raw["task"] |= {"template": form.template, "verbalisers": form.verbalisers}
         params = parse_params(raw)
-        measure = _measure(params)
         read = _read(params)  # without a limit to the length of texts
     except MissingColumnError as missing:
         option = "--label-column" if missing.column == answers.label_column else f"--field {missing.column}=COLUMN"
         raise UsageError(f"{missing.fault} Name the right one with {option}.") from None
+    tokens = partial(_token_counts, params=params, tokenizers=tokenizers)
     notes = [line for source in read.values() for line in _about(source)]
-    notes += _choose_length(raw, Task(params.task), read, measure)
+    notes.append("labels: " + ", ".join(f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in counts.items()))
+    if form.template.endswith(" "):
+        notes.append("task.template: it ends in a space, since only so the first tokens of the answers differ")
+    room = _choose_length(raw, read, tokens, _room(params, tokenizers), notes)
     try:
-        notes += _choose_demonstrations(raw, read, measure)
+        demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
     except UsageError as error:
         raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
-    return NewTask(raw, parse_params(raw), {name: source.examples for name, source in read.items()}, notes)
+    params = parse_params(raw)
+    notes += _prompt(params, demonstrations, read["unlabelled"].examples[0], tokenizers)
+    return NewTask(raw, params, {name: source.examples for name, source in read.items()}, notes)
 
 
-def _labels(answers: Answers) -> list[str]:
-    """The labels of the labelled file, sorted. Raises UsageError if a row has several, or there are so many that it is another column."""
+def rows_of(answers: Answers, path: Path, asked: Sequence[str]) -> Iterator[Row | BadRow]:
+    """The rows of a file of `answers`, read as its source will be. Raises UsageError if it is absent or of no known format."""
+    try:
+        source = SourceParams.model_validate(_source(answers, path, None))
+    except ValidationError:
+        raise UsageError(f"{path}: a file's name ends with one of {choices(FORMATS)}; rename it.") from None
+    try:
+        yield from source_rows(Path(source.path), source, asked)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file.") from None
+
+
+def columns_of(answers: Answers, path: Path) -> list[str]:
+    """The names of a file's columns, or every key of its JSON objects. Raises UsageError if it cannot be read."""
+    try:
+        next(rows_of(answers, path, ["\0"]), None)  # no column is called so, and what refuses it has the names
+    except MissingColumnError as missing:
+        return missing.found
+    return sorted(json_keys(path))
+
+
+def label_counts(answers: Answers) -> dict[str, int]:
+    """Label → rows of the labelled file, sorted. Raises UsageError if a row has several, or there are so many that it is another column."""
     path, column, counts = answers.labelled, answers.label_column, Counter[str]()
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file.")
-    if path.suffix not in FORMATS:
-        raise UsageError(f"{path}: a file's name ends with one of {choices(FORMATS)}; rename it.")
-    for read in read_rows(path, SourceParams(path=str(path)).form, [column]):
+    for read in rows_of(answers, path, [column]):
         try:
             counts[label_text(column, read.values[0]) if isinstance(read, Row) else ""] += 1
         except BadValueError as bad:
             raise UsageError(f"{path}, line {read.line}: {column}: {bad.reason}, found {bad.value!r}.") from None
+    if list(counts) == [""] and (keys := columns_of(answers, path)) and column not in keys:
+        raise MissingColumnError(path, column, keys)
     del counts[""]
     if not 2 <= len(counts) <= MOST_LABELS:
         raise UsageError(
             f"{path}: column {column!r} has {len(counts)} different values, and a task has 2 to {MOST_LABELS} labels; "
             "name the right column with --label-column."
         )
-    return sorted(counts)
+    return dict(sorted(counts.items()))
 
 
 def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
@@ -106,11 +152,12 @@ def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     chosen = {label_text("--verbaliser", label): word for label, word in given.items()}
     if unknown := sorted(set(chosen) - set(labels)):
         raise UsageError(f"--verbaliser {unknown[0]}=…: no such label in the file; there are: {choices(labels)}")
+    guesses = word_guesses(labels)
     bare = [label for label in labels if label not in chosen and not any(character.isalpha() for character in label)]
     if bare:
-        options = " ".join(f"--verbaliser {label}=WORD" for label in bare)
-        raise UsageError(f"label {bare[0]!r} is not a word: say what a model should answer for each of them: {options}")
-    words = {label: f" {chosen.get(label, label.lower().replace('_', ' ')).strip()}" for label in labels}
+        options = " ".join(f"--verbaliser {label}={guesses[label]}" for label in bare)
+        raise UsageError(f"label {bare[0]!r} is not a word: say what a model should answer for each of them, for example: {options}")
+    words = {label: f" {chosen.get(label, guesses[label]).strip()}" for label in labels}
     first: dict[str, str] = {}
     for label, word in words.items():
         if (other := first.setdefault(word.split()[0], label)) != label:
@@ -121,29 +168,38 @@ def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     return words
 
 
-def _raw(base: Mapping[str, Any], answers: Answers, words: Mapping[str, str]) -> dict[str, Any]:
+def word_guesses(labels: Iterable[str]) -> dict[str, str]:
+    """Label → what a model might answer for it: the label itself, in small letters, or a word for a number."""
+    words = WORDS.get(tuple(sorted(labels)), tuple(label.lower().replace("_", " ") for label in sorted(labels)))
+    return dict(zip(sorted(labels), words, strict=True))
+
+
+def _source(answers: Answers, path: Path, label: dict[str, str] | None) -> dict[str, Any]:
+    """A file's raw entry in `data.sources`; `label` is its rule."""
+    entry = {**source_entry(str(path), answers.delimiter, answers.encoding), "fields": dict(answers.fields), "label": label}
+    return {key: value for key, value in entry.items() if value != {}}
+
+
+def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -> dict[str, Any]:
     """Raw params: the task and the data of `answers`, and what of `base` has nothing to do with its own task."""
-
-    def source(path: Path, label: dict[str, str] | None) -> dict[str, Any]:
-        entry = {"path": str(path), "fields": dict(answers.fields), "label": label}
-        return {key: value for key, value in entry.items() if value != {}}
-
+    words = _verbalisers(list(counts), answers.verbalisers)
     rule = {} if answers.label_column == "label" else {"column": answers.label_column}
     models = base.get("models") or {}
     used = {model["path"].split("/")[1] for model in models.values() if model["path"].startswith(f"{DOWNLOADS}/")}
-    held = answers.per_label * len(words)
+    per_label = answers.per_label or min(PER_LABEL, *counts.values())
+    held = per_label * len(words)
     raw: dict[str, Any] = {
-        "task": {"template": answers.template.rstrip(" "), "verbalisers": dict(words)},
+        "task": {"template": answers.template, "verbalisers": words},
         "downloads": {name: entry for name, entry in (base.get("downloads") or {}).items() if name in used},
         "models": models,
         "data": {
             "sources": {
-                "labelled": source(answers.labelled, rule),
-                "unlabelled": source(answers.unlabelled, None),
-                "test": source(answers.test, rule),
+                "labelled": _source(answers, answers.labelled, rule),
+                "unlabelled": _source(answers, answers.unlabelled, None),
+                "test": _source(answers, answers.test, rule),
             },
             "bad_rows_limit": 0.02,
-            "demonstrations": {"source": "labelled", "per_label": answers.per_label},
+            "demonstrations": {"source": "labelled", "per_label": per_label},
             "transfer": {"source": "unlabelled"},
             "evaluation": {"test": {"source": "test", "domain": "in"}},
         },
@@ -169,80 +225,99 @@ def _read(params: Params) -> dict[str, SourceExamples]:
 
 def _about(source: SourceExamples) -> Iterator[str]:
     yield f"{source.file}: {source.counts['rows']:,} rows, {len(source.examples):,} texts, {source.bad_rows:,} bad"
-    for row in source.quarantine[:BAD_SHOWN]:
-        yield f"  line {row.line}: {row.field + ': ' if row.field else ''}{row.reason}"
-    if len(source.quarantine) > BAD_SHOWN:
-        yield f"  and {len(source.quarantine) - BAD_SHOWN:,} more"
+    for example in source.examples[:ROWS_SHOWN]:
+        shown = ", ".join(f"{name} {shorten(text)!r}" for name, text in example.fields.items())
+        yield f"  line {example.line}: {shown}" + (f", label {example.label!r}" if example.label else "")
+    for row in source.quarantine[:ROWS_SHOWN]:
+        yield f"  line {row.line}: left out, {row.field + ': ' if row.field else ''}{row.reason}"
+    if len(source.quarantine) > ROWS_SHOWN:
+        yield f"  and {len(source.quarantine) - ROWS_SHOWN:,} more are left out"
 
 
-@dataclass(frozen=True)
-class Measure:
-    """The most tokens that a model of this run makes of each text, and the room that the smallest gives a context, or an input."""
-
-    tokens: Callable[[Sequence[str]], list[int]]
-    room: int
-
-
-def _measure(params: Params) -> Measure:
-    """By the tokenizers of the models that are there; others are estimated. Raises UsageError if verbalisers do not suit a tokenizer."""
-    folders = [Path("artifacts") / "models" / name for name in params.models]
-    there = [folder for folder in folders if folder.is_dir()]
-    tokenizers, limits = list[Any](), [UNKNOWN_LIMIT] if len(there) < len(folders) else []
-    for folder in there:
-        from pipeline.models.folders import context_limit, load_tokenizer  # brings torch
-
-        tokenizers.append(load_tokenizer(folder))
-        limits.append(context_limit(folder) or UNKNOWN_LIMIT)
-        TaskTokens(Task(params.task), tokenizers[-1])
-
-    def tokens(texts: Sequence[str]) -> list[int]:
-        counts = [[len(ids) for ids in tokenizer(list(texts)).input_ids] for tokenizer in tokenizers if texts]
-        if len(there) < len(folders):
-            counts.append([len(text.encode()) // BYTES_A_TOKEN for text in texts])
-        return [max(of_one) for of_one in zip(*counts, strict=True)]
-
-    return Measure(tokens, (min(limits) - ANSWER_TOKENS) // 2)
+def _prompt(params: Params, demonstrations: Sequence[Example], query: Example, tokenizers: Mapping[str, Any]) -> Iterator[str]:
+    """The longest prompt that a teacher sees, with its length in tokens for each model that is there."""
+    task, context = Task(params.task), NO_CONTEXT
+    if params.contexts:
+        name, entry = max(params.contexts.items(), key=lambda item: item[1].demonstrations)
+        context = build_contexts(name, entry, task, demonstrations, params.data.seed)[0]
+    lengths = {name: len(TaskTokens(task, own).prompts(context, [query])[0].ids) for name, own in tokenizers.items()}
+    text = task.context_text(context) + task.query(query.fields)
+    counted = "".join(f", {length:,} tokens for {name}" for name, length in lengths.items())
+    yield f"A teacher's prompt, {len(context.demonstrations)} demonstrations{counted}:"
+    cut = f"{text[: SHOWN_CHARS // 2]}\n[…]\n{text[-SHOWN_CHARS // 2 :]}" if len(text) > SHOWN_CHARS else text
+    yield "\n".join(f"  | {line}" for line in cut.split("\n"))
 
 
-def _choose_length(raw: dict[str, Any], task: Task, read: Mapping[str, SourceExamples], measure: Measure) -> Iterator[str]:
-    """Set `task.max_chars` so that few texts are left out, and all others leave room for a context; take the longer ones out of `read`."""
-    texts = {name: {e.example_id: max(map(len, e.fields.values())) for e in source.examples} for name, source in read.items()}
+def _room(params: Params, tokenizers: Iterable[str]) -> int:
+    """Tokens that every model of this run takes before an answer; what a model that is not there takes is assumed."""
+    limits = [UNKNOWN_LIMIT]
+    for name in tokenizers:
+        from pipeline.models.folders import context_limit  # brings torch
+
+        limits.append(context_limit(Path("artifacts") / "models" / name) or UNKNOWN_LIMIT)
+    return min(limits[1:] if len(limits) > len(params.models) else limits) - ANSWER_TOKENS
+
+
+def _token_counts(texts: Sequence[str], params: Params, tokenizers: Mapping[str, Any]) -> list[int]:
+    """The most tokens that a model of this run makes of each text; what a model that is not there makes is estimated."""
+    counts = [[len(ids) for ids in tokenizer(list(texts)).input_ids] for tokenizer in tokenizers.values() if texts]
+    if len(tokenizers) < len(params.models):
+        counts.append([len(text.encode()) // BYTES_A_TOKEN for text in texts])
+    return [max(of_one) for of_one in zip(*counts, strict=True)]
+
+
+def _choose_length(raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Tokens, most: int, notes: list[str]) -> int:
+    """Set `task.max_chars` so that few texts are left out, take longer ones out of `read`, and return the tokens left for a context.
+
+    Inputs may have half of the `most` tokens that a model takes, or all if too many would be left out.
+    """
+    task = Task(parse_params(raw).task)
+    chars = {name: [max(map(len, e.fields.values())) for e in source.examples] for name, source in read.items()}
+    sizes = {name: tokens([task.query(e.fields) for e in source.examples]) for name, source in read.items()}
     usual: int = TaskParams.model_fields["max_chars"].default
-    ranked = [sorted(own.values()) for own in texts.values() if own]
-    longest = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
-    for name, source in read.items():
-        tokens = measure.tokens([task.query(example.fields) for example in source.examples])
-        too_long = [texts[name][e.example_id] - 1 for e, count in zip(source.examples, tokens, strict=True) if count > measure.room]
-        longest = min([longest, *too_long])
+    ranked = [sorted(own) for own in chars.values() if own]
+    wanted = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
+    longest, left_out, percent = wanted, dict[str, int](), dict[str, int]()
+    for room in (most // 2, most):
+        too_long = [size - 1 for name in read for size, count in zip(chars[name], sizes[name], strict=True) if count > room]
+        longest = min([wanted, *too_long])
+        left_out = {name: sum(size > longest for size in own) for name, own in chars.items()}
+        percent = {name: -(-100 * (source.bad_rows + left_out[name]) // source.counts["rows"]) for name, source in read.items()}
+        if max(percent.values()) <= MOST_LEFT_OUT:
+            break
     if longest != usual:
         raw["task"]["max_chars"] = longest
-        yield f"task.max_chars: {longest:,}"
+        notes.append(f"task.max_chars: {longest:,}")
+    kept = 0
     for name, source in read.items():
-        left_out = sum(own > longest for own in texts[name].values())
-        if not left_out:
-            continue
-        source.examples = [example for example in source.examples if texts[name][example.example_id] <= longest]
-        yield f"{source.file}: {left_out:,} texts are longer than {longest:,} characters and are left out"
-        percent = -(-100 * (source.bad_rows + left_out) // source.counts["rows"])
-        if percent > MOST_LEFT_OUT:
+        fitting = [size <= longest for size in chars[name]]
+        kept = max([kept, *(count for count, fits in zip(sizes[name], fitting, strict=True) if fits)])
+        source.examples = [example for example, fits in zip(source.examples, fitting, strict=True) if fits]
+        if left_out[name]:
+            notes.append(f"{source.file}: {left_out[name]:,} texts are longer than {longest:,} characters and are left out")
+            raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent[name] / 100)
+        if not source.examples:
             raise UsageError(
-                f"{source.file}: {left_out:,} of {source.counts['rows']:,} rows are longer than {longest:,} characters: an input may have "
-                f"{measure.room:,} tokens, half of what a model here takes. Shorten the texts, or take a model that takes more."
+                f"{source.file}: every text has more than the {most:,} tokens that a model here takes. Take a model that takes "
+                "more, or shorten the texts."
             )
-        raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent / 100)
+    return min(most // 2, most - kept)
 
 
-def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExamples], measure: Measure) -> Iterator[str]:
-    """Set how many demonstrations contexts have, and how long they may be, so that they fit. Raises UsageError if none do.
+def _choose_demonstrations(
+    raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Tokens, room: int, notes: list[str]
+) -> list[Example]:
+    """Set how many demonstrations contexts have, and how long they may be, so that they fit in `room` tokens; the drawn ones.
 
-    Roles are drawn as `prepare` will draw them, so a file with too few rows, or nothing but copies, is refused here.
+    Roles are drawn as `prepare` will draw them, so a file with too few rows, or nothing but copies, is refused here. If no demonstration
+    fits, contexts have none.
     """
     params, contexts = parse_params(raw), [entry for entry in raw["contexts"].values() if entry["demonstrations"]]
     task, data = Task(params.task), params.data
     labels = len(task.labels)
     words = sorted(len(" ".join(example.fields.values()).split()) for example in read["labelled"].examples)
     wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)  # of each label
-    share, most = 0, None
+    share, most, chosen = 0, None, list[Example]()
     for words_allowed in (None, *(words[len(words) * quarter // 4] for quarter in (3, 2, 1))):
         demonstrations = data.demonstrations.model_copy(update={"max_words": words_allowed})
         try:
@@ -252,21 +327,18 @@ def _choose_demonstrations(raw: dict[str, Any], read: Mapping[str, SourceExample
                 raise
             continue
         one_each = [task.context_text(Context("", "", ((example.fields, example.label or ""),))) for example in drawn]
-        fitting = min(wanted, measure.room // (max(measure.tokens(one_each)) * labels)) if contexts else wanted
-        if fitting > share:
-            share, most = fitting, words_allowed
+        fitting = min(wanted, room // (max(tokens(one_each)) * labels)) if contexts else wanted
+        if fitting > share or not chosen:
+            share, most, chosen = fitting, words_allowed, drawn
         if share == wanted:
             break
-    if not share:
-        raise UsageError(
-            f"{read['labelled'].file}: one demonstration of each label has more than {measure.room:,} tokens, half of what a model here "
-            "takes. Add shorter labelled texts, or take a model that takes more."
-        )
     if most is not None:
         raw["data"]["demonstrations"]["max_words"] = most
-        yield f"data.demonstrations.max_words: {most}, so that demonstrations fit"
+        notes.append(f"data.demonstrations.max_words: {most}, so that demonstrations fit")
     for entry in contexts:
         entry["demonstrations"] = min(share, max(1, entry["demonstrations"] // labels)) * labels
         orders, draws = math.factorial(entry["demonstrations"]), math.comb(data.demonstrations.per_label, share) ** labels
         entry["count"] = min(entry.get("count", 1), draws if entry.get("vary") == "draw" else orders)
-    yield f"contexts: at most {share * labels} demonstrations"
+    why = ", as many as fit beside the longest text" if share < wanted else ""
+    notes.append(f"contexts: at most {share * labels} demonstrations{why}; {room:,} tokens are left for them")
+    return chosen

@@ -116,7 +116,7 @@ class Engine:
         """`labels` are token ids of the verbalisers; none if each prompt has an answer of its own."""
         self.model, self.token_budget = model, token_budget
         self.name, self.reason = "generic" if packed is None else "shared_prefix", ""
-        self._packed, self._labels, self._cache = packed, labels, cache
+        self.packed, self._labels, self._cache = packed, labels, cache
         self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
 
     @torch.inference_mode()
@@ -148,12 +148,12 @@ class Engine:
     def close(self) -> None:
         """Give the model back as it was."""
         self._held = ((), [])
-        if self._packed is not None:
-            self._packed.detach()
+        if self.packed is not None:
+            self.packed.detach()
 
     def _share(self, prompts: Sequence[Prompt], shared: Sequence[int] | None) -> int:
         """Make what prompts share ready; returns how many tokens that is."""
-        if self._packed is None:
+        if self.packed is None:
             return 0
         if shared is None:
             shared = shared_prefix(prompts) if len(prompts) > 1 else ()
@@ -162,14 +162,14 @@ class Engine:
             raise ValueError(f"a prompt does not begin with the {len(prefix)} shared tokens, or has nothing after them")
         if prefix and self._held[0] != prefix:
             self._held = ((), [])  # frees the old one before the new one is made
-            self._held = (prefix, self._packed.read_context(prefix))
+            self._held = (prefix, self.packed.read_context(prefix))
         return len(prefix)
 
     def _logits(self, rows: Sequence[Row], start: int) -> tuple[Tensor, Tensor | None]:
         layers = self._cache.hidden_layers
-        if self._packed is None:
+        if self.packed is None:
             return plain_logits(self.model, rows, layers)
-        return packed_logits(self._packed, rows, self._held[1] if start else (), start, layers)
+        return packed_logits(self.packed, rows, self._held[1] if start else (), start, layers)
 
 
 def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, probe: Sequence[Prompt]) -> Engine:

@@ -197,6 +197,31 @@ def test_numbers_that_json_lacks_become_null(folder):
             assert read(folder / f"gaps-out.{form}")["score"].cast(pl.Float64).to_list() == [None, 0.5]
 
 
+KEPT = {  # a value as the input has it → as JSON lines have it, as CSV and Parquet have it
+    "NaN": (None, None),
+    "-Infinity": (None, None),
+    "1e400": (None, None),
+    "[1, NaN]": ([1, None], "[1, null]"),
+    '{"a": true, "b": Infinity}': ({"a": True, "b": None}, '{"a": true, "b": null}'),
+    "true": (True, "true"),
+    "12345678901234567890": (12345678901234567890, "12345678901234567890"),
+    '"NaN"': ("NaN", "NaN"),
+    '"Infinity\\u2028and \\"beyond\\""': ('Infinity\u2028and "beyond"', 'Infinity\u2028and "beyond"'),
+}
+
+
+def test_every_kept_value_is_json_that_every_parser_reads(folder):
+    (folder / "kept.jsonl").write_text("".join(f'{{"text": "a film", "x": {value}}}\n' for value in KEPT), "utf-8")
+    for form in ("jsonl", "csv", "parquet"):
+        shotless(folder, "predict", "-i", "kept.jsonl", "--keep", "x", "-o", f"kept-out.{form}", "--threads", "1")
+    lines = (folder / "kept-out.jsonl").read_text("utf-8").strip("\n").split("\n")
+    assert [json.loads(line, parse_constant=pytest.fail)["x"] for line in lines] == [found for found, _ in KEPT.values()]
+    texts = [text for _, text in KEPT.values()]
+    assert pl.read_parquet(folder / "kept-out.parquet")["x"].to_list() == texts
+    with (folder / "kept-out.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["x"] for row in csv.DictReader(file)] == [text or "" for text in texts]
+
+
 def test_a_log_of_an_input_that_is_not_a_number_is_json(folder):
     (folder / "number.jsonl").write_text('{"text": NaN}\n{"text": "a film"}\n', "utf-8")
     shotless(folder, "predict", "-i", "number.jsonl", "--log", "number.log", "--threads", "1")

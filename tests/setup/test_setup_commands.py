@@ -83,7 +83,7 @@ def dag(folder, model):
     for item in ("pipeline", "stages"):
         shutil.copytree(PROJECT / item, folder / item, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".dvc").mkdir()
-    (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n", "utf-8")
+    shutil.copyfile(PROJECT / ".dvc" / "config", folder / ".dvc" / "config")
 
 
 def test_run_runs_stages_in_the_project_and_in_a_preset_that_shares_the_store(tmp_path, model_folder, capfd):
@@ -100,14 +100,35 @@ def test_run_runs_stages_in_the_project_and_in_a_preset_that_shares_the_store(tm
     assert shotless(tmp_path, "run", "teacher@nope", check=False).returncode == 1
 
 
-def test_dvc_alone_finds_the_environment(tmp_path, model_folder):
-    dag(tmp_path, model_folder("llama"))
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(["sh", "stages/run", "params"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("name", ["plain", "a path with spaces", "übung", "it's $HOME & more"])
+def test_dvc_alone_runs_stages_in_a_new_shell_without_git_and_with_a_home_that_is_read_only(tmp_path, model_folder, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    dag(folder, model_folder("llama"))
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/proc", "PYTHONPATH": ":".join(filter(None, sys.path)), "LC_ALL": "C.UTF-8"}
+    command = [".venv/bin/python", "-m", "dvc", "repro", "source@gold"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "artifacts" / "params.yaml").exists()
+    assert (folder / "artifacts" / "sources" / "gold" / "examples.parquet").exists()
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_in_stages_and_commands(tmp_path, given, found):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "show.py").write_text("import os\nprint(os.environ['OMP_WAIT_POLICY'])\n", "utf-8")
+    code = (
+        "import os, sys\nfrom pipeline.cli import app\nsys.argv[1:] = ['--help']\n"
+        "try:\n    app()\nexcept SystemExit:\n    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "SHOTLESS_PYTHON": sys.executable} | ({"OMP_WAIT_POLICY": given} if given else {})
+    for folder, command, said in (
+        (tmp_path, ["sh", str(PROJECT / "stages" / "run"), "show"], found),
+        (PROJECT, [sys.executable, "-c", code], f"{found} False"),
+    ):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == said
 
 
 IDENTITIES = [

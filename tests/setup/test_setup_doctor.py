@@ -87,3 +87,32 @@ def test_a_model_folder_that_cannot_be_loaded_is_missing(folder):
     text, code = said(folder, check=False)
     assert code == 1
     assert "missing: model smollm2" in text
+
+
+def test_windows_is_named_with_what_is_missing_there(folder, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(doctor, "_torch", None)
+    text, code = said(folder, check=False)
+    assert code == 1
+    assert "missing system Windows has neither sh, which runs stages, nor make → use WSL" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "found"),
+    [
+        ("text,label\na,positive\nb,negative\n", {}, "ok source mine 2 texts, 2 with a label; 0 bad rows"),
+        ("body,label\na,positive\n", {}, "missing source mine mine.csv: no column 'text'; the columns are: body, label."),
+        ("text,label\na,good\n", {}, "missing source mine data.sources.mine: 1 of 1 rows of mine.csv cannot be used"),
+        ("text,label\n", {}, "missing source mine mine.csv: no row in this file"),
+        ("text,label\na,positive\n", {"template": "{text}: "}, "note prompt task: the prompt's end and the answers"),
+    ],
+)
+def test_local_files_and_the_prompt_are_looked_at(folder, rows, task, found):
+    (folder / "mine.csv").write_text(rows, "utf-8")
+    raw = read_yaml(folder / "params.yaml")
+    raw["data"]["sources"]["mine"] = {"path": "mine.csv"}
+    raw["task"] |= task
+    write_yaml(raw, folder / "params.yaml")
+    text, code = said(folder, check=False)
+    assert found in text
+    assert code == found.startswith("missing")

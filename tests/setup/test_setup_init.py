@@ -1,7 +1,10 @@
 """`shotless init`: params for a user's own files that a run takes. What does not fit is chosen smaller or refused."""
 
+import io
 import json
+import re
 import shutil
+import sys
 
 import polars as pl
 import pytest
@@ -12,7 +15,9 @@ from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.files import Folders
 from pipeline.params import load_params, read_yaml, resolve, write_yaml
+from pipeline.setup.dialogue import guess_label, guess_text, read_columns
 from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, stage_count, token_work
+from pipeline.setup.new_task import Answers
 
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
@@ -119,12 +124,16 @@ def test_nothing_is_replaced_unless_told(folder):
     [
         (OPTIONS, "no column 'label'; the columns are: body, urgency. Name the right one with --label-column."),
         ([*OPTIONS, *MAPPED[8:]], "no column 'text'; the columns are: body, urgency. Name the right one with --field text=COLUMN."),
-        (MAPPED[:-2], "label '1' is not a word: say what a model should answer for each of them: --verbaliser 1=WORD"),
+        (MAPPED[:-2], "label '1' is not a word: say what a model should answer for each of them, for example: --verbaliser 1=yes"),
         ([*MAPPED[:-1], "1=bad"], "their answers begin with the same word, 'bad'"),
         ([*MAPPED, "--verbaliser", "2=maybe"], "--verbaliser 2=…: no such label"),
         ([*MAPPED, "--template", "no field"], "template names no field"),
         ([*MAPPED, "--per-label", "30"], "--per-label"),
         ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values"),
+        (
+            ["--labelled", "mine/pile.jsonl", *OPTIONS[2:]],
+            "no column 'label'; the columns are: body. Name the right one with --label-column.",
+        ),
         (MAPPED[2:], "--labelled: missing"),
         (["--labelled", "mine/nope.csv", *MAPPED[2:]], "nope.csv: no such file"),
         (["--labelled", "mine/pile.txt", *MAPPED[2:]], "mine/pile.txt: a file's name ends with one of .csv, .json"),
@@ -157,7 +166,8 @@ def test_asking_again_keeps_the_first_params_and_bad_rows_are_shown(folder):
         file.write("".join(f"{sentence(300 + n)},1\n" for n in range(21)) + ",1\n")
     for _ in range(2):
         done = shotless(folder, "init", *MAPPED, "--force")
-        assert "labelled.csv: 62 rows, 61 texts, 1 bad\n  line 63: body: empty\n" in done.stdout
+        assert "labelled.csv: 62 rows, 61 texts, 1 bad\n  line 2: text 'amber0 " in done.stdout
+        assert "\n  line 63: left out, body: empty\n" in done.stdout
         assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
 
 
@@ -183,12 +193,35 @@ def test_texts_too_long_for_the_model_are_counted_and_left_out(folder, model_fol
     assert counts["sources"]["unlabelled"]["quarantined"] == {"too long": 7}
 
 
-def test_texts_that_are_nearly_all_too_long_are_refused(folder, model_folder):
+LONG = {  # words of a text (5 to 6 tokens each here), what the model takes, most demonstrations
+    "900 to 1,200 characters": (lambda n: 130 + n, 2048, 0),
+    "one of each label": (lambda n: 60, 2048, 2),
+    "a few long ones": (lambda n: 20 if n % 8 else 160, 2048, 6),
+    "more than half of the model": (lambda n: 100 + n % 5, 1024, 0),
+    "of every length": (lambda n: 1 + 3 * n % 120, 1024, 4),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_it_never_stops_because_texts_are_long_and_a_run_takes_what_it_writes(folder, model_folder, monkeypatch, name):
+    words, limit, most = LONG[name]
+    model = model_folder("llama", max_position_embeddings=limit)
+    shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
+    small_students(folder)
+    three(folder, text=lambda n: sentence(n, words(n % 40)))
+    said = shotless(folder, "init", *FILES).stdout
+    demonstrations = prepares(folder, model, monkeypatch).contexts["orders"].demonstrations
+    assert demonstrations <= most
+    assert f"contexts: at most {demonstrations} demonstrations" in said
+    assert ("as many as fit beside the longest text" in said) == (demonstrations < 16)
+
+
+def test_texts_that_no_model_here_can_take_are_refused(folder, model_folder):
     shutil.copytree(model_folder("llama", max_position_embeddings=256), folder / "artifacts" / "models" / "smollm2")
     three(folder, text=lambda n: sentence(n, words=100))
     done = shotless(folder, "init", *FILES, check=False)
     assert done.returncode == 2
-    assert "l.jsonl: 40 of 40 rows are longer than" in done.stderr
+    assert "l.jsonl: every text has more than the 224 tokens that a model here takes" in done.stderr
     assert not (folder / "new.yaml").exists()
 
 
@@ -273,6 +306,135 @@ def test_several_labels_in_a_row_are_refused_with_the_line(folder, label):
     assert done.returncode == 2
     assert "l.jsonl, line 3: label: several labels in a row are not supported" in done.stderr
     assert not (folder / "new.yaml").exists()
+
+
+def test_a_label_with_few_rows_sets_the_number_of_demonstrations(folder, model_folder, monkeypatch):
+    three(folder, label=lambda n: "yes" if n % 14 == 0 else "no")
+    shotless(folder, "init", *FILES)
+    params = prepares(folder, model_folder("llama", max_position_embeddings=2048), monkeypatch)
+    assert (params.data.demonstrations.per_label, params.contexts["orders"].demonstrations) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "suggested"),
+    [
+        ((0, 1), "0=no --verbaliser 1=yes"),
+        ((-1, 0, 1), "-1=negative --verbaliser 0=neutral"),
+        ((1, 2, 3, 4, 5), "5=great"),
+        ((3, 7), "7=7"),
+    ],
+)
+def test_numbers_get_a_suggestion_that_is_taken(folder, labels, suggested):
+    three(folder, label=lambda n: labels[n % len(labels)])
+    done = shotless(folder, "init", *FILES, "--per-label", "2", check=False)
+    assert done.returncode == 2
+    assert f"for example: --verbaliser {labels[0]}=" in done.stderr
+    assert suggested in done.stderr
+    shotless(folder, "init", *FILES, "--per-label", "2", *done.stderr.partition("for example: ")[2].split())
+    assert list(load_params(folder / "new.yaml").task.labels) == sorted(map(str, labels))
+
+
+def test_digits_as_answers_get_the_form_in_which_the_model_tells_them_apart(folder, model_folder, monkeypatch):
+    model = model_folder("llama", max_position_embeddings=2048)
+    shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
+    small_students(folder)
+    three(folder, label=lambda n: 1 + n % 5)
+    words = [part for n in range(1, 6) for part in ("--verbaliser", f"{n}={n}")]
+    shotless(folder, "init", *FILES, "--per-label", "2", *words)
+    task = prepares(folder, model, monkeypatch).task
+    assert (task.template, task.verbalisers["5"]) == ("Text: {text}\nLabel: ", "5")
+
+
+@pytest.mark.parametrize(
+    ("template", "verbaliser"),
+    [("Q: {text}\\nA: ", " no"), ("Q: {text}\\nA:", " no"), ("{text}\\n", "no"), ('{text} = "', "no"), ("{text} ->", " no")],
+)
+def test_the_space_before_an_answer_is_where_models_expect_it(folder, template, verbaliser):
+    three(folder)
+    shotless(folder, "init", *FILES, "--template", template)
+    task = load_params(folder / "new.yaml").task
+    assert (task.template, task.verbalisers["no"]) == (template.replace("\\n", "\n").rstrip(" "), verbaliser)
+
+
+def test_a_dry_run_says_the_same_and_writes_nothing(folder, model_folder):
+    shutil.copytree(model_folder("llama", max_position_embeddings=2048), folder / "artifacts" / "models" / "smollm2")
+    small_students(folder)
+    three(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.yaml*")}
+    dry = shotless(folder, "init", *FILES[:-2], "--dry-run").stdout
+    assert {path: path.read_bytes() for path in folder.rglob("*.yaml*")} == before
+    wet = shotless(folder, "init", *FILES).stdout
+    notes, end = dry.split("smollm2 on 20 rows"), dry.splitlines()[-1]
+    assert wet.startswith(notes[0])
+    assert "labels: no (20 rows, ' no'), yes (20 rows, ' yes')" in notes[0]
+    assert "A full run takes about" in notes[1]
+    assert end == "Nothing was written. Next: the same command without --dry-run"
+    assert wet.splitlines()[-1] == "new.yaml is written. Next: mv new.yaml params.yaml && shotless run"
+    assert re.search(r"A teacher's prompt, [2-9] demonstrations, \d+ tokens for smollm2:\n  \| Text: \w+\d+ ", notes[0])
+    assert notes[0].endswith("\n  | Label:\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_it_shows_the_file_and_asks_with_guesses(folder, monkeypatch):
+    answers = ["mine/labelled.csv", "mine/pile.jsonl", "mine/test.parquet", "", "", "", "", "good", "y"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(answers) + "\n"))
+    said = shotless(folder, "init").stdout
+    for question in (
+        "File with labelled texts: ", "Prompt ({text} is the input, \\n a new line) [Text: {text}\\nLabel:]: ", "Column of {text} [body]: ",
+        "Column of the labels [urgency]: ", "Label '0', 20 rows: the model answers [no]: ", "Label '1', 20 rows: the model answers [yes]: ",
+        "Write params.yaml (the old one is kept as params.yaml.old) [Y/n]: ",
+    ):  # fmt: skip
+        assert question in said
+    assert "amber0 " in said.partition("Prompt (")[0], "the first rows are shown"
+    assert said.splitlines()[-1].endswith("params.yaml is written. Next: shotless run")
+    params = load_params(folder / "params.yaml")
+    assert params.task.verbalisers == {"0": " no", "1": " good"}
+    assert params.data.sources["labelled"].fields == {"text": "body"}
+
+
+@pytest.mark.parametrize("lines", [[], ["n"], ["y"]])
+def test_on_a_terminal_options_are_not_asked_for_and_no_means_no(folder, monkeypatch, lines):
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join(lines) + "\n" * bool(lines)))
+    before = (folder / "params.yaml").read_text("utf-8")
+    done = shotless(folder, "init", *MAPPED, "--template", "{text}:", check=False)
+    assert (done.returncode, (folder / "params.yaml").read_text("utf-8") == before) == ((0, False) if lines == ["y"] else (1, True))
+
+
+GUESSED = {  # rows of the labelled file → the columns of text and label
+    "by name": ([{"label": n % 2, "text": "a", "body": sentence(n)} for n in range(40)], ["text", "label"]),
+    "mail": (
+        [{"from": f"p{n}@x.org", "subject": f"re {n}", "body": sentence(n), "team": "ab"[n % 2]} for n in range(40)],
+        ["body", "team"],
+    ),
+    "survey": ([{"Nr": n, "Antwort": sentence(n), "Note": 1 + n % 5, "Ort": f"o{n % 7}"} for n in range(40)], ["Antwort", "Note"]),
+    "labels that differ": ([{"comment": sentence(n), "stars": 1 + n % 5, "id": n} for n in range(40)], ["comment", "stars"]),
+}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("name", GUESSED)
+def test_columns_are_guessed(tmp_path, name, form):
+    rows, expected = GUESSED[name]
+    path = tmp_path / f"file.{form}"
+    frame = pl.DataFrame(rows)
+    {"jsonl": frame.write_ndjson, "csv": frame.write_csv, "parquet": frame.write_parquet}[form](path)
+    columns = read_columns(Answers(path, path, path, "{text}", {}, {}, "label"))
+    assert [guess_text(columns), guess_label(columns, [guess_text(columns)])] == expected
+
+
+def test_a_delimiter_and_an_encoding_that_are_said_are_written(folder):
+    for name, first in (("l", 0), ("t", 200)):
+        rows = [f"{sentence(first + n)} caf\xe9;{['no', 'yes'][n % 2]}\n" for n in range(40)]
+        (folder / "mine" / f"{name}.csv").write_text("text;label\n" + "".join(rows), "cp1252")
+    files = ["--labelled", "mine/l.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/t.csv", "--output", "new.yaml"]
+    write_rows(folder / "mine" / "pile.jsonl", [{"text": sentence(100 + n)} for n in range(30)])
+    shotless(folder, "init", *files, "--delimiter", ";", "--encoding", "cp1252")
+    source = load_params(folder / "new.yaml").data.sources["labelled"]
+    assert (source.delimiter, source.encoding) == (";", "cp1252")
 
 
 def test_work_is_counted_as_the_stages_do_it():
