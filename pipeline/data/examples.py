@@ -30,6 +30,8 @@ SHOWN_CHARS = 80
 BAD_ROWS_SHOWN = 5
 NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
 """Characters that a text has only by mistake; tabs, line ends and form feeds are white space."""
+INVISIBLE = frozenset({"Cc", "Cf", "Zl", "Zp", "Zs"})
+"""Unicode categories of a text that shows nothing: white space and zero-width characters."""
 WHOLE_FLOAT = re.compile(r"\+?(-?\d+)(\.0+|,00?)?")
 """A whole number, with the decimal point or comma of a table that holds such numbers as floats."""
 LISTED = re.compile(r"\[.*['\",].*\]|\{.*['\",].*\}", re.DOTALL)
@@ -233,7 +235,7 @@ def field_text(column: str, value: Any, max_chars: int | None) -> str:
     if found := NOT_TEXT.search(text):
         reason = "lone surrogate" if found[0] >= "\ud800" else "control character"
         raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")
-    if not any(character.isprintable() and character != " " for character in text):  # zero-width ones are not printable
+    if all(unicodedata.category(character) in INVISIBLE for character in text):
         raise BadValueError(column, "empty", value)
     return text
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -146,7 +147,9 @@ VALUES = st.recursive(
 def is_text(value):
     """Whether a row has an answer, by the rule of training: printable text of at most 100 characters once stripped."""
     value = value.get("text") if isinstance(value, dict) else value
-    return isinstance(value, str) and bool(value.strip()) and not re.search("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]", value.strip())
+    if not isinstance(value, str) or re.search("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]", value.strip()):
+        return False
+    return any(unicodedata.category(character) not in {"Cc", "Cf", "Zl", "Zp", "Zs"} for character in value)
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
