@@ -7,6 +7,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import joblib
 import psutil
 import torch
 
@@ -28,9 +29,8 @@ def use_machine(threads: int | None) -> int:
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(logical=False) or 1
-    return min(available, psutil.cpu_count(logical=False) or available)
+    """Cores that this process may use: those of the machine, of its affinity, and of a container's quota."""
+    return min(allowed := joblib.cpu_count(), psutil.cpu_count(logical=False) or allowed)
 
 
 def cpu_info() -> str:

@@ -22,6 +22,14 @@ def test_threads_are_those_asked_for_or_the_cores_there_are(settings):
     assert 1 <= machine.use_machine(None) == torch.get_num_threads()
 
 
+def test_cores_are_those_of_the_affinity_and_of_a_quota(monkeypatch):
+    allowed = machine.cores()
+    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 64)
+    assert allowed <= machine.cores() == (machine.psutil.cpu_count(logical=False) or 64)
+    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 1)  # a container with `--cpus 1`
+    assert machine.cores() == 1
+
+
 def test_kernels_are_kept_for_few_lengths_and_a_user_s_own_number_stands(settings, monkeypatch):
     first, second = machine.KERNELS_KEPT
     monkeypatch.delenv(first, raising=False)
