@@ -61,6 +61,7 @@ def yaml_text(value: Any) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.default_flow_style = False
+    yaml.representer.ignore_aliases = lambda _: True  # a value that occurs twice is written twice
     yaml.width = 2**20  # a key that is broken over two lines cannot be read again
     text = io.StringIO()
     yaml.dump(value, text)
