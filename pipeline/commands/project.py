@@ -37,9 +37,7 @@ def init(
 
     from pipeline.files import write_text
     from pipeline.params import read_yaml, yaml_text
-    from pipeline.setup.dialogue import ask
-    from pipeline.setup.estimate import cost
-    from pipeline.setup.new_task import Answers, new_task
+    from pipeline.setup.new_task import Answers, ask, new_task
 
     answers = Answers(
         labelled=labelled or Path(typer.prompt("File with labelled texts")),
@@ -55,15 +53,14 @@ def init(
     )
     if asks:
         answers = ask(answers, template=template is None, label_column=label_column is None)
-    task = new_task(read_yaml(Path("params.yaml")), answers)
-    print("\n".join(task.notes))
-    print(cost(task.params, task.sources))  # before anything is written: it also says what does not suit the model
+    raw, notes = new_task(read_yaml(Path("params.yaml")), answers)
+    print("\n".join(notes))
     if dry_run:
         print("Nothing was written. Next: the same command without --dry-run")
         return
     if asks and not force:
         typer.confirm(f"Write {output}" + (f" (the old one is kept as {output}.old)" if output.exists() else ""), default=True, abort=True)
-    text = HEADER + yaml_text(task.raw)
+    text = HEADER + yaml_text(raw)
     if not output.exists() or output.read_text(encoding="utf-8") != text:  # asking twice keeps the first .old
         if output.exists():
             output.replace(output.with_name(f"{output.name}.old"))

@@ -5,8 +5,10 @@ step of training counts as three passes; a student of fewer layers counts its sh
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,12 @@ class Trial:
     """A model's rate on a few queries."""
 
     tokens_per_second: float
-    query_tokens: float
-    """Mean tokens of a query."""
-    answer_tokens: int
-    """Tokens of the longest answer with its separator."""
+    query_tokens: float  # mean of the queries
+    answer_tokens: int  # of the longest answer with its separator
     parameters: int
     layers: int
     engine: str
-    reason: str = ""
-    """Why this engine."""
+    reason: str = ""  # why this engine
 
 
 def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
@@ -60,10 +59,7 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
 
 
 def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> dict[str, float]:
-    """Tokens through the whole model for teachers, training, and the evaluation of students and baselines.
-
-    `transfer` and `evaluated` are numbers of examples.
-    """
+    """Tokens for teachers, training, and the evaluation of students and baselines; `transfer` and `evaluated` are numbers of examples."""
     from pipeline.models.folders import parse_layers  # brings torch
 
     query = trial.query_tokens
@@ -72,18 +68,20 @@ def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> d
         context = params.contexts[params.teachers[teacher].contexts]
         return context.count * (context.demonstrations * (query + trial.answer_tokens) + examples * query)
 
-    work = {"teachers": sum(asked(name, transfer) for name in params.teachers), "training": 0.0, "students": 0.0}
-    for tuned in params.tuned.values():
-        work["training"] += 3 * tuned.steps * tuned.batch_size * query
+    trained, answered = float(sum(tuned.steps * tuned.batch_size for tuned in params.tuned.values())), 0.0  # queries
     for student in params.students.values():
         kept = len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers
         share = kept / trial.layers * len(student.runs)
         rows = student.batch_size + sum(term.batch_size or student.batch_size for term in student.auxiliary.values())
-        work["training"] += 3 * student.steps * rows * query * share
-        work["students"] += evaluated * query * share
+        trained += student.steps * rows * share
+        answered += evaluated * share
     used = {teacher for baseline in params.baselines.values() for teacher in _teachers(params, baseline.prompts)}
-    work["baselines"] = sum(asked(name, evaluated) for name in used)  # baselines of the same teachers share the store's rows
-    return work
+    return {
+        "teachers": sum(asked(name, transfer) for name in params.teachers),
+        "training": 3 * trained * query,
+        "students": answered * query,
+        "baselines": sum(asked(name, evaluated) for name in used),  # those of the same teachers share the store's rows
+    }
 
 
 def peak_bytes(trial: Trial) -> float:
@@ -97,26 +95,21 @@ def peak_bytes(trial: Trial) -> float:
 def stage_count(params: Params, dag: Path) -> int:
     """Stages that dvc.yaml makes of these params."""
     values: dict[str, Any] = params.model_dump()
-    count = 0
-    for stage in read_yaml(dag)["stages"].values():
-        entries: Any = values
-        for key in stage.get("foreach", "").strip("${}").split("."):
-            entries = entries[key] if key else [None]
-        count += len(entries)
-    return count
+    loops = [stage.get("foreach", "").strip("${}") for stage in read_yaml(dag)["stages"].values()]
+    return sum(len(reduce(getitem, loop.split("."), values)) if loop else 1 for loop in loops)
 
 
-def cost(params: Params, examples: Mapping[str, Sequence[Example]]) -> str:
-    """Lines that say what a run will cost. `examples` has those of the sources `unlabelled` and `test`."""
+def cost(params: Params, transfer: Sequence[Example], evaluated: int) -> str:
+    """Lines that say what a run on the texts `transfer` will cost, with `evaluated` texts in the evaluation sets."""
     name = next(iter(params.models))
     folder = Path("artifacts") / "models" / name
     if not folder.is_dir():
         return (
             f"Time and memory: {folder} does not exist yet. After `shotless run model@{name}`, the same `shotless init --force` says them."
         )
-    rows = examples["unlabelled"][:ROWS_TRIED]
+    rows = transfer[:ROWS_TRIED]
     trial = try_rows(folder, Task(params.task), rows, params.runtime.threads)
-    work = token_work(params, trial, len(examples["unlabelled"]), len(examples["test"]))
+    work = token_work(params, trial, len(transfer), evaluated)
     rate, length = trial.tokens_per_second, trial.query_tokens
     stages = stage_count(params, Path("dvc.yaml"))
     minutes = (sum(work.values()) / rate + stages * SECONDS_A_STAGE) / 60

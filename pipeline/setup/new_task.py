@@ -1,28 +1,33 @@
-"""params.yaml for a user's own files: the present models, teachers, students and so on, with another task and other data.
+"""`shotless init`: params.yaml for a user's own files, with the present models, teachers, students and so on.
 
-Everything that a run would check is checked here on the files: labels, lengths, roles, and that demonstrations fit the models. What does
-not fit is chosen smaller or left out, and a note says so. What cannot be used is refused, and nothing is written.
+On a terminal `ask` completes the options first. Everything that a run would check is checked here on the files: labels, lengths, roles, and
+that demonstrations fit the models. What does not fit is chosen smaller or left out, and a note says so.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import typer
 from pydantic import ValidationError
 
 from pipeline.data.contexts import build_contexts
 from pipeline.data.examples import BadValueError, SourceExamples, check_limit, label_text, read_source, shorten
-from pipeline.data.readers import BadRow, MissingColumnError, Row, json_keys, source_rows
-from pipeline.data.roles import assign
+from pipeline.data.readers import MISSING, BadRow, MissingColumnError, Row, json_keys, source_rows
+from pipeline.data.roles import assign, text_of
 from pipeline.errors import UsageError, choices
 from pipeline.params import Params, SourceParams, TaskParams, parse_params
 from pipeline.params.data import DOWNLOADS, FORMATS, source_entry
 from pipeline.schema import NO_CONTEXT, Context, Example
 from pipeline.setup.boundary import fitting_form, load_tokenizers
+from pipeline.setup.estimate import cost
 from pipeline.task import Task, TaskTokens
 
 MOST_LABELS = 20
@@ -32,10 +37,12 @@ WORDS = {
     ("1", "2", "3", "4", "5"): ("terrible", "bad", "okay", "good", "great"),
 }
 """What a model might answer for labels that are numbers."""
+KEPT = ("tuned", "teachers", "targets", "students", "baselines", "evaluation", "runtime", "monitor")
+"""Blocks of the present params that have nothing to do with its task."""
 PER_LABEL = 8
 DEMONSTRATIONS = 16
 """In a context, if they fit: as many of each label as this allows, and one at least."""
-ROWS_SHOWN = 3
+ROWS_SHOWN, ROWS_READ = 3, 500  # to show what a file holds, and to guess at its columns
 SHOWN_CHARS = 1500
 LONG_SHARE, OUTLIER = 0.01, 4
 """A text is left out if it is this many times as long as all but this share of its file."""
@@ -68,18 +75,11 @@ class Answers:
     """Of the text files; None: found by the reader."""
 
 
-@dataclass(frozen=True)
-class NewTask:
-    """Raw params, the same as a run reads them, the usable examples of each source, and lines that say what was understood."""
+def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any], list[str]]:
+    """Raw params for the files of `answers`, and lines that say what was understood and what a run will cost.
 
-    raw: dict[str, Any]
-    params: Params
-    sources: dict[str, list[Example]]
-    notes: list[str]
-
-
-def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
-    """The params for the files of `answers`. Raises UsageError if they cannot be used; the message names the option that helps."""
+    Raises UsageError if the files or the model cannot be used; the message names the option that helps.
+    """
     parse_params(base)
     try:
         counts = label_counts(answers)
@@ -88,7 +88,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
         form = fitting_form(parse_params(raw).task, tokenizers.values())
         raw["task"] |= {"template": form.template, "verbalisers": form.verbalisers}
         params = parse_params(raw)
-        read = _read(params)  # without a limit to the length of texts
+        read = _read(params)
     except MissingColumnError as missing:
         option = "--label-column" if missing.column == answers.label_column else f"--field {missing.column}=COLUMN"
         raise UsageError(f"{missing.fault} Name the right one with {option}.") from None
@@ -102,9 +102,9 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> NewTask:
         demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
     except UsageError as error:
         raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
-    params = parse_params(raw)
-    notes += _prompt(params, demonstrations, read["unlabelled"].examples[0], tokenizers)
-    return NewTask(raw, params, {name: source.examples for name, source in read.items()}, notes)
+    params, unlabelled = parse_params(raw), read["unlabelled"].examples
+    notes += _prompt(params, demonstrations, unlabelled[0], tokenizers)
+    return raw, [*notes, cost(params, unlabelled, len(read["test"].examples))]
 
 
 def rows_of(answers: Answers, path: Path, asked: Sequence[str]) -> Iterator[Row | BadRow]:
@@ -113,10 +113,9 @@ def rows_of(answers: Answers, path: Path, asked: Sequence[str]) -> Iterator[Row 
         source = SourceParams.model_validate(_source(answers, path, None))
     except ValidationError:
         raise UsageError(f"{path}: a file's name ends with one of {choices(FORMATS)}; rename it.") from None
-    try:
-        yield from source_rows(Path(source.path), source, asked)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file.") from None
+    if not Path(source.path).exists():
+        raise UsageError(f"{path}: no such file.")
+    return source_rows(Path(source.path), source, asked)
 
 
 def columns_of(answers: Answers, path: Path) -> list[str]:
@@ -148,7 +147,7 @@ def label_counts(answers: Answers) -> dict[str, int]:
 
 
 def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
-    """Label → verbaliser: what was given, else the label itself in small letters, with a space in front."""
+    """Label → verbaliser: what was given, else a guess, with a space in front."""
     chosen = {label_text("--verbaliser", label): word for label, word in given.items()}
     if unknown := sorted(set(chosen) - set(labels)):
         raise UsageError(f"--verbaliser {unknown[0]}=…: no such label in the file; there are: {choices(labels)}")
@@ -187,8 +186,11 @@ def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -
     models = base.get("models") or {}
     used = {model["path"].split("/")[1] for model in models.values() if model["path"].startswith(f"{DOWNLOADS}/")}
     per_label = answers.per_label or min(PER_LABEL, *counts.values())
-    held = per_label * len(words)
-    raw: dict[str, Any] = {
+    contexts: dict[str, Any] = {}
+    for name, entry in (base.get("contexts") or {}).items():  # an instruction or a length is about the old task
+        kept = {key: entry[key] for key in ("count", "vary") if key in entry and entry["demonstrations"]}
+        contexts[name] = {"demonstrations": min(entry["demonstrations"], per_label * len(words)), **kept}
+    return {
         "task": {"template": answers.template, "verbalisers": words},
         "downloads": {name: entry for name, entry in (base.get("downloads") or {}).items() if name in used},
         "models": models,
@@ -203,15 +205,9 @@ def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -
             "transfer": {"source": "unlabelled"},
             "evaluation": {"test": {"source": "test", "domain": "in"}},
         },
-        "contexts": {},
+        "contexts": contexts,
+        **{block: base[block] for block in KEPT if block in base},
     }
-    for name, entry in (base.get("contexts") or {}).items():  # an instruction or a length is about the old task
-        kept = {key: entry[key] for key in ("count", "vary") if key in entry and entry["demonstrations"]}
-        raw["contexts"][name] = {"demonstrations": min(entry["demonstrations"], held), **kept}
-    for block in ("tuned", "teachers", "targets", "students", "baselines", "evaluation", "runtime", "monitor"):
-        if block in base:
-            raw[block] = base[block]
-    return raw
 
 
 def _read(params: Params) -> dict[str, SourceExamples]:
@@ -272,27 +268,23 @@ def _choose_length(raw: dict[str, Any], read: Mapping[str, SourceExamples], toke
     Inputs may have half of the `most` tokens that a model takes, or all if too many would be left out.
     """
     task = Task(parse_params(raw).task)
-    chars = {name: [max(map(len, e.fields.values())) for e in source.examples] for name, source in read.items()}
-    sizes = {name: tokens([task.query(e.fields) for e in source.examples]) for name, source in read.items()}
+    chars = {name: np.array([max(map(len, e.fields.values())) for e in source.examples], int) for name, source in read.items()}
+    sizes = {name: np.array(tokens([task.query(e.fields) for e in source.examples]), int) for name, source in read.items()}
     usual: int = TaskParams.model_fields["max_chars"].default
-    ranked = [sorted(own) for own in chars.values() if own]
+    ranked = [np.sort(own) for own in chars.values() if len(own)]
     wanted = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
     longest, left_out, percent = wanted, dict[str, int](), dict[str, int]()
     for room in (most // 2, most):
-        too_long = [size - 1 for name in read for size, count in zip(chars[name], sizes[name], strict=True) if count > room]
-        longest = min([wanted, *too_long])
-        left_out = {name: sum(size > longest for size in own) for name, own in chars.items()}
+        longest = int(min([wanted, *(chars[name][sizes[name] > room].min(initial=wanted + 1) - 1 for name in read)]))
+        left_out = {name: int((own > longest).sum()) for name, own in chars.items()}
         percent = {name: -(-100 * (source.bad_rows + left_out[name]) // source.counts["rows"]) for name, source in read.items()}
         if max(percent.values()) <= MOST_LEFT_OUT:
             break
     if longest != usual:
         raw["task"]["max_chars"] = longest
         notes.append(f"task.max_chars: {longest:,}")
-    kept = 0
     for name, source in read.items():
-        fitting = [size <= longest for size in chars[name]]
-        kept = max([kept, *(count for count, fits in zip(sizes[name], fitting, strict=True) if fits)])
-        source.examples = [example for example, fits in zip(source.examples, fitting, strict=True) if fits]
+        source.examples = list(compress(source.examples, chars[name] <= longest))
         if left_out[name]:
             notes.append(f"{source.file}: {left_out[name]:,} texts are longer than {longest:,} characters and are left out")
             raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent[name] / 100)
@@ -301,7 +293,7 @@ def _choose_length(raw: dict[str, Any], read: Mapping[str, SourceExamples], toke
                 f"{source.file}: every text has more than the {most:,} tokens that a model here takes. Take a model that takes "
                 "more, or shorten the texts."
             )
-    return min(most // 2, most - kept)
+    return min(most // 2, most - max(int(sizes[name][chars[name] <= longest].max()) for name in read))
 
 
 def _choose_demonstrations(
@@ -315,10 +307,10 @@ def _choose_demonstrations(
     params, contexts = parse_params(raw), [entry for entry in raw["contexts"].values() if entry["demonstrations"]]
     task, data = Task(params.task), params.data
     labels = len(task.labels)
-    words = sorted(len(" ".join(example.fields.values()).split()) for example in read["labelled"].examples)
+    words = [len(text_of(example).split()) for example in read["labelled"].examples]
     wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)  # of each label
-    share, most, chosen = 0, None, list[Example]()
-    for words_allowed in (None, *(words[len(words) * quarter // 4] for quarter in (3, 2, 1))):
+    found = list[tuple[int, int | None, list[Example]]]()
+    for words_allowed in (None, *map(int, np.quantile(words, (0.75, 0.5, 0.25), method="lower"))):
         demonstrations = data.demonstrations.model_copy(update={"max_words": words_allowed})
         try:
             drawn = assign(data.model_copy(update={"demonstrations": demonstrations}), task.labels, read).drawn["demonstrations"]
@@ -327,11 +319,10 @@ def _choose_demonstrations(
                 raise
             continue
         one_each = [task.context_text(Context("", "", ((example.fields, example.label or ""),))) for example in drawn]
-        fitting = min(wanted, room // (max(tokens(one_each)) * labels)) if contexts else wanted
-        if fitting > share or not chosen:
-            share, most, chosen = fitting, words_allowed, drawn
-        if share == wanted:
+        found.append((min(wanted, room // (max(tokens(one_each)) * labels)) if contexts else wanted, words_allowed, drawn))
+        if found[-1][0] == wanted:
             break
+    share, most, chosen = max(found, key=itemgetter(0))  # the first of these: the longest texts
     if most is not None:
         raw["data"]["demonstrations"]["max_words"] = most
         notes.append(f"data.demonstrations.max_words: {most}, so that demonstrations fit")
@@ -342,3 +333,54 @@ def _choose_demonstrations(
     why = ", as many as fit beside the longest text" if share < wanted else ""
     notes.append(f"contexts: at most {share * labels} demonstrations{why}; {room:,} tokens are left for them")
     return chosen
+
+
+# On a terminal
+
+
+def ask(answers: Answers, *, template: bool, label_column: bool) -> Answers:
+    """Complete `answers` on the terminal, each question with a guess; template and label column are asked for if set.
+
+    Raises UsageError if the labelled file cannot be used.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, fields = read_columns(answers), dict(answers.fields)
+    table = Table(*columns, title=Text(str(answers.labelled)))
+    for values in islice(zip(*columns.values(), strict=True), ROWS_SHOWN):
+        table.add_row(*(Text(shorten(value)) for value in values))  # Text: a text's brackets are no markup
+    Console().print(table)
+    if template:
+        usual = answers.template.replace("\n", "\\n")
+        answers = replace(answers, template=typer.prompt("Prompt ({text} is the input, \\n a new line)", usual).replace("\\n", "\n"))
+    for name in TaskParams.model_construct(template=answers.template).fields:
+        if name not in fields:
+            fields[name] = name if name in columns else typer.prompt(f"Column of {{{name}}}", guess_text(columns))
+    if label_column:
+        answers = replace(answers, label_column=typer.prompt("Column of the labels", guess_label(columns, list(fields.values()))))
+    counts, words = label_counts(answers), dict(answers.verbalisers)
+    for label, guess in word_guesses(counts).items():
+        if label not in words:
+            words[label] = typer.prompt(f"Label {label!r}, {counts[label]:,} rows: the model answers", guess)
+    return replace(answers, verbalisers=words, fields={name: column for name, column in fields.items() if name != column})
+
+
+def read_columns(answers: Answers) -> dict[str, list[str]]:
+    """The columns of the labelled file's first rows, as texts. Raises UsageError if it cannot be read."""
+    names = columns_of(answers, answers.labelled)
+    read = [row.values for row in islice(rows_of(answers, answers.labelled, names), ROWS_READ) if isinstance(row, Row)]
+    return {name: ["" if values[at] is MISSING else str(values[at]) for values in read] for at, name in enumerate(names)}
+
+
+def guess_text(columns: Mapping[str, Sequence[str]]) -> str:
+    """The column of the longest texts, unless one is called so."""
+    return "text" if "text" in columns else max(columns, key=lambda name: sum(map(len, columns[name])))
+
+
+def guess_label(columns: Mapping[str, Sequence[str]], texts: Sequence[str]) -> str:
+    """Of the columns that are not `texts` the one with the fewest different values, unless one is called so."""
+    different = {name: len(set(values)) for name, values in columns.items() if name not in texts}
+    few = [name for name, count in different.items() if 2 <= count <= MOST_LABELS] or list(different)
+    return "label" if "label" in columns else min(few, key=lambda name: different[name], default="label")

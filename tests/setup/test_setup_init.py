@@ -15,9 +15,8 @@ from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.files import Folders
 from pipeline.params import load_params, read_yaml, resolve, write_yaml
-from pipeline.setup.dialogue import guess_label, guess_text, read_columns
 from pipeline.setup.estimate import ADAM_COPIES, PROCESS_BYTES, Trial, peak_bytes, stage_count, token_work
-from pipeline.setup.new_task import Answers
+from pipeline.setup.new_task import Answers, guess_label, guess_text, read_columns
 
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
