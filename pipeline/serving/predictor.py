@@ -39,7 +39,7 @@ from pipeline.teachers.engines import Engine, open_engine, token_budget
 Input = str | Mapping[str, Any]
 """A text, if the template has one field, or a value for each field."""
 PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, and by the end nobody in the room could say which. " * 2)
-"""Texts that engines are compared on. They are fixed, so the choice does not depend on the first inputs."""
+"""Texts that engines are compared on: fixed, so that the choice does not depend on the first inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +141,9 @@ class Predictor:
         except (OSError, CorruptError, TypeError, ValueError):
             probes = [Example(dict.fromkeys(self.task.fields, text)) for text in PROBES]
             engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
-            if note.parent.parent.is_dir():
-                with suppress(OSError):  # where nothing can be written, it is chosen each time
-                    write_json([None if engine.packed is None else engine.packed.answers_only, engine.reason], note)
+            with suppress(OSError):  # where nothing can be written, it is chosen each time
+                if note.parent.parent.is_dir():
+                    write_json([engine.packed and engine.packed.answers_only, engine.reason], note)
             return engine
         packed = None if answers_only is None else PackedModel(model, answers_only=bool(answers_only))
         engine = Engine(model, packed, self._tokens.completions, cache, token_budget(model, memory_bytes(model.device)))
