@@ -106,14 +106,13 @@ def doctor() -> None:
 
     from pipeline.setup.doctor import findings
 
-    found = findings()
+    found = list(findings())
     table = Table(show_header=False, box=None, pad_edge=False)
-    for finding in found:
-        style = {"ok": "", "note": "yellow", "missing": "bold red"}[finding.state]
-        text = f"{finding.value} → {finding.hint}" if finding.hint else finding.value
-        table.add_row(Text(finding.state, style=style), Text(finding.name), Text(text))
+    styles = {"ok": "", "note": "yellow", "missing": "bold red"}
+    for name, value, state in found:
+        table.add_row(Text(state, style=styles[state]), Text(name), Text(value))
     Console().print(table)
-    if missing := [finding.name for finding in found if finding.state == "missing"]:
+    if missing := [name for name, _, state in found if state == "missing"]:
         print(f"missing: {', '.join(missing)}")
         raise typer.Exit(1)
     print("Nothing is missing.")
@@ -134,14 +133,11 @@ def clean(
     for folder, identity in stores(folders.work).items():
         entries[folder] = "scores, damaged" if identity is None else f"scores of weights {identity['weights'][:12]}, {identity['dtype']}"
     going = {path: what for path, what in entries.items() if everything or path.name not in used}
-    total = 0
+    sizes = {path: sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) for path in going}
     for path, what in going.items():
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        size = sum(file.stat().st_size for file in files)
-        total += size
-        print(f"{size / 1e6:>10,.1f} MB  {path}  {what}")
+        print(f"{sizes[path] / 1e6:>10,.1f} MB  {path}  {what}")
     kept = len(entries) - len(going)
-    print(f"{total / 1e6:>10,.1f} MB in all" + (f"; scores of {kept} caches stay (--all takes them too)" if kept else ""))
+    print(f"{sum(sizes.values()) / 1e6:>10,.1f} MB in all" + (f"; scores of {kept} caches stay (--all takes them too)" if kept else ""))
     if not yes:
         print("Nothing was deleted; --yes deletes it.")
         return

@@ -5,8 +5,7 @@ one, asks for other tokens, and accuracy falls without a word (EleutherAI/lm-eva
 """
 
 import unicodedata
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ OPENING = ("\n", "\t", "(", "[", "{{", '"', "'", "“", "‘", "«", "=")
 
 
 def load_tokenizers(params: Params) -> dict[str, Any]:
-    """The tokenizers of those models that are there, by name."""
+    """The tokenizers of the models that are there, by name."""
     there = {name: folder for name in params.models if (folder := Path("artifacts") / "models" / name).is_dir()}
     if there:
         from pipeline.models.folders import load_tokenizer  # brings torch
@@ -44,18 +43,19 @@ def better_form(task: TaskParams) -> TaskParams:
     return task.model_copy(update={"template": template, "verbalisers": {label: spaced(word) for label, word in task.verbalisers.items()}})
 
 
-def fitting_form(task: TaskParams, tokenizers: Iterable[Any]) -> TaskParams:
+def fitting_form(task: TaskParams, tokenizers: Collection[Any]) -> TaskParams:
     """`better_form`, or the one with the space in the prompt if only that tells labels apart, as with digits in many tokenizers.
 
     Raises UsageError if neither does.
     """
-    better, loaded = better_form(task), list(tokenizers)
+    better = better_form(task)
     bare = {label: word.lstrip(" ") for label, word in better.verbalisers.items()}
-    for form in (better, better.model_copy(update={"template": f"{better.template} ", "verbalisers": bare})):
-        with suppress(UsageError):
-            _ids(form, loaded)
-            return form
-    _ids(better, loaded)  # says what is wrong
+    try:
+        _ids(better, tokenizers)
+    except UsageError:
+        spaced = better.model_copy(update={"template": f"{better.template} ", "verbalisers": bare})
+        _ids(spaced, tokenizers)
+        return spaced
     return better
 
 

@@ -5,9 +5,8 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 
@@ -26,66 +25,61 @@ MEMORY_NEEDED_GB = 4.0
 PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, and nobody could say which.")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One fact; `hint` says what to do about it."""
+class Finding(NamedTuple):
+    """One fact, with what to do about it."""
 
     name: str
     value: str
     state: Literal["ok", "note", "missing"] = "ok"
-    hint: str = ""
 
 
-def findings() -> list[Finding]:
+def findings() -> Iterator[Finding]:
     """Everything that `shotless doctor` says of this machine and the project in the working folder, in order."""
-    found = _machine()
+    yield from _machine()
     if other := other_versions(Path("constraints.txt")):
-        found.append(Finding("versions", " ".join(other), "missing"))
+        yield Finding("versions", " ".join(other), "missing")
+    params = None
     try:
         params = load_params()
         absent = absent_files(params)
-        found.append(Finding("files", "\n".join(absent), "missing") if absent else Finding("params.yaml", params.summary))
+        yield Finding("files", "\n".join(absent), "missing") if absent else Finding("params.yaml", params.summary)
     except UsageError as error:
-        params = None
-        found.append(Finding("params.yaml", str(error), "missing"))
+        yield Finding("params.yaml", str(error), "missing")
     if any("not installed" in line for line in other) or platform.system() == "Windows":
-        return found
-    found += _torch(params.runtime.threads if params else None)
-    return found if params is None else [*found, *_data(params), *(_model(name, params) for name in params.models)]
+        return
+    yield from _torch(params.runtime.threads if params else None)
+    if params:
+        yield from _data(params)
+        yield from (_model(name, params) for name in params.models)
 
 
-def _machine() -> list[Finding]:
-    """Python, cores, memory, and the disk that the project is on."""
+def _machine() -> Iterator[Finding]:
+    if platform.system() == "Windows":
+        yield Finding("system", "Windows has neither sh, which runs stages, nor make → use WSL", "missing")
+    yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("cores", f"{usable} usable, {psutil.cpu_count(logical=False) or usable} physical")
     memory = psutil.virtual_memory()
-    total, free, disk = memory.total / 1e9, memory.available / 1e9, shutil.disk_usage(".").free / 1e9
-    windows = [Finding("system", "Windows has neither sh, which runs stages, nor make", "missing", "use WSL")]
-    return [
-        *(windows if platform.system() == "Windows" else []),
-        Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("cores", f"{usable} usable, {psutil.cpu_count(logical=False) or usable} physical"),
-        _enough("memory", f"{free:.1f} of {total:.1f} GB free", free, MEMORY_NEEDED_GB, "close other programs, or use a smaller model"),
-        _enough("disk", f"{disk:.1f} GB free", disk, DISK_NEEDED_GB, "free some, for models, data and scores; `shotless clean` may help"),
-    ]
+    free, disk = memory.available / 1e9, shutil.disk_usage(".").free / 1e9
+    found = f"{free:.1f} of {memory.total / 1e9:.1f} GB free"
+    yield _enough("memory", found, free, MEMORY_NEEDED_GB, "close other programs, or use a smaller model")
+    yield _enough("disk", f"{disk:.1f} GB free", disk, DISK_NEEDED_GB, "free some, for models, data and scores; `shotless clean` may help")
 
 
 def _enough(name: str, value: str, found: float, needed: float, hint: str) -> Finding:
-    return Finding(name, value) if found >= needed else Finding(name, f"{value}, {needed:.0f} GB needed", "missing", hint)
+    return Finding(name, value) if found >= needed else Finding(name, f"{value}, {needed:.0f} GB needed → {hint}", "missing")
 
 
-def _torch(threads: int | None) -> list[Finding]:
-    """Version, threads, instruction set, number format, device."""
+def _torch(threads: int | None) -> Iterator[Finding]:
     import torch
 
     from pipeline.models.machine import default_device, fast_dtype, use_machine
 
     used, device = use_machine(threads), default_device()
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return [
-        Finding("torch", f"{torch.__version__}, {used} threads, {torch.backends.cpu.get_cpu_capability()}"),
-        Finding("dtype", f"teachers with `dtype: auto` {fast_dtype(device)}, students float32, on {device.type}"),
-        Finding("gpu", ", ".join(gpus) or "none that torch sees; none is needed"),
-    ]
+    yield Finding("torch", f"{torch.__version__}, {used} threads, {torch.backends.cpu.get_cpu_capability()}")
+    yield Finding("dtype", f"teachers with `dtype: auto` {fast_dtype(device)}, students float32, on {device.type}")
+    yield Finding("gpu", ", ".join(gpus) or "none that torch sees; none is needed")
 
 
 def _data(params: Params) -> Iterator[Finding]:
@@ -98,11 +92,9 @@ def _data(params: Params) -> Iterator[Finding]:
             check_limit(read := read_source(name, source, Path(source.path), task), params.data.bad_rows_limit)
         except UsageError as error:
             yield Finding(f"source {name}", str(error), "missing")
-        else:
-            counts = read.counts
-            yield Finding(
-                f"source {name}", f"{counts['examples']:,} texts, {counts['labelled']:,} with a label; {read.bad_rows:,} bad rows"
-            )
+            continue
+        texts, labelled = read.counts["examples"], read.counts["labelled"]
+        yield Finding(f"source {name}", f"{texts:,} texts, {labelled:,} with a label; {read.bad_rows:,} bad rows")
     with suppress(UsageError):  # of a model, whose own line says it
         if advice := boundary_advice(params.task, load_tokenizers(params)):
             yield Finding("prompt", advice, "note")
@@ -114,14 +106,14 @@ def _model(name: str, params: Params) -> Finding:
 
     title, folder = f"model {name}", Path("artifacts") / "models" / name
     if not folder.is_dir():
-        return Finding(title, "not made yet", "note", f"`shotless run model@{name}` makes it")
+        return Finding(title, f"not made yet → `shotless run model@{name}` makes it", "note")
     try:
         check_folder(folder)
         tokens = TaskTokens(Task(params.task), load_tokenizer(folder))
     except UsageError as error:
-        return Finding(title, str(error), "missing", f"`dvc repro --force model@{name}` makes it again")
+        return Finding(title, f"{error} → `dvc repro --force model@{name}` makes it again", "missing")
     needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # stored in 16 bits or more, held in 32
     if needed > psutil.virtual_memory().available:
-        return Finding(title, f"needs up to {needed / 1e9:.1f} GB of memory", "missing", "take a smaller model")
+        return Finding(title, f"needs up to {needed / 1e9:.1f} GB of memory → take a smaller model", "missing")
     trial = try_rows(folder, tokens.task, [Example(dict.fromkeys(tokens.task.fields, text)) for text in PROBES], params.runtime.threads)
     return Finding(title, f"{trial.parameters / 1e6:,.0f} M parameters; engine {trial.engine}: {trial.reason}")
