@@ -1,14 +1,10 @@
 """`shotless verify`: are score caches and stores what was written, and what this run would capture? No model is loaded."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipeline.errors import CorruptError, MismatchError, ShotlessError
-
-if TYPE_CHECKING:
-    from pipeline.files import Folders
-    from pipeline.params import Params
 
 
 def verify(
@@ -22,11 +18,11 @@ def verify(
     from pipeline.files import Folders
     from pipeline.params import load_params
 
-    params, folders = load_params(), Folders.here()
-    checked = {cache: _verify(cache, params, folders, repair) for cache in caches or params.teachers}
+    checked = {cache: _verify(cache, repair) for cache in caches or load_params().teachers}
     damaged = [cache for cache, (intact, _) in checked.items() if not intact]
-    for folder, identity in stores(folders.work).items():
-        store = None if identity is None else Store(folders.work, identity)
+    work = Folders.here().work
+    for folder, identity in stores(work).items():
+        store = None if identity is None else Store(work, identity)
         faults = {folder: f"{folder}/identity.json: damaged. The teacher's next run writes it again."} if store is None else store.faults()
         print("".join(f"store: {fault}\n" for fault in faults.values()), end="")
         if store is not None and faults and repair:
@@ -41,19 +37,21 @@ def verify(
         raise MismatchError(f"not of this run's params: {', '.join(others)}. `dvc repro` captures them again.")
 
 
-def _verify(cache: str, params: "Params", folders: "Folders", repair: bool) -> tuple[bool, bool]:
+def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
     """Check one cache and print what was found; returns whether it is intact, and whether it is of this run's params."""
     from pathlib import Path
 
     from pipeline.cache.folder import cache_faults, cache_manifest, check_belongs, described_task, repair_cache
     from pipeline.cache.store import Store
+    from pipeline.files import Folders
     from pipeline.models.folders import load_tokenizer
-    from pipeline.params import pick
+    from pipeline.params import load_params, pick
     from pipeline.schema import read_contexts, read_examples
     from pipeline.task import Task, TaskTokens
     from pipeline.teachers.capture import content_free
 
     name = cache.rstrip("/").rpartition("/")[2]
+    params, folders = load_params(), Folders.here()
     teacher, task = pick("teachers", params.teachers, name), Task(params.task)
     if teacher.scores == "input_tokens":
         task = task.of_input_tokens()

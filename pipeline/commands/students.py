@@ -21,10 +21,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Default: one for each 
 
 
 def open_student(student: str | None) -> "Trained":
-    """A checked student. Raises UsageError naming the students there are.
+    """A checked student: of this project and for the task of its params.yaml if it is a name, as it is if it is a path.
 
-    A name means this project's student, so one that was trained for another task than params.yaml now has is refused with MismatchError. A
-    path means the folder as it is.
+    Raises UsageError naming the students there are, MismatchError if one was trained for another task.
     """
     from transformers.utils import logging
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
@@ -79,12 +80,11 @@ class Batcher:
             try:
                 found = iter(await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, rows))
             except Exception as error:  # it is raised again, in each request  # noqa: BLE001
-                for _, future in requests:
-                    if not future.done():
-                        future.set_exception(error)
+                for future in (future for _, future in requests if not future.done()):
+                    future.set_exception(error)
                 continue
             for asked, future in requests:
-                answers = [next(found) for _ in asked]
+                answers = list(islice(found, len(asked)))
                 if not future.done():
                     future.set_result(answers)
 
