@@ -1,6 +1,8 @@
 """`shotless predict`, `serve`, `monitor` and `export`: a student in use."""
 
+import shutil
 import sys
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.commands.start import quick_start
-from pipeline.errors import UsageError, choices
+from pipeline.errors import CorruptError, UsageError, choices
 
 if TYPE_CHECKING:
     from pipeline.models.trained import Trained
@@ -176,7 +178,31 @@ def export(
     student: Student = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Write a checked copy of a student that plain `transformers` loads."""
-    from pipeline.serving.export import export as write
+    """Write a checked copy of a student that plain `transformers` loads, with no weight that is not finite."""
+    import torch
+    from safetensors.torch import load_file
 
-    print(write(open_student(student), output, force))
+    from pipeline.files import MANIFEST, check_manifest
+
+    trained = open_student(student)
+    source = trained.folder
+    if output.exists() and (not force or not output.is_dir() or output.resolve() == source.resolve()):
+        raise UsageError(f"{output} exists; name another folder, or replace it with --force.")
+    dtypes = Counter[str]()
+    for file in source.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if not torch.isfinite(tensor).all():
+                raise CorruptError(f"{file}: {name} has numbers that are not finite; train the student again.")
+            dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+    building = output.with_name(f".{output.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    names = [name for name in (*trained.manifest["files"], MANIFEST, "README.md") if (source / name).is_file()]
+    for name in names:
+        (building / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, building / name)  # not the mode: weights are saved for their owner alone
+    check_manifest(building)
+    shutil.rmtree(output, ignore_errors=True)
+    building.rename(output)
+    megabytes = sum((output / name).stat().st_size for name in names) / 1e6
+    tensors = f"{dtypes.total()} tensors ({', '.join(sorted(dtypes))})"
+    print(f"{output}: {tensors}, {len(names)} files, {megabytes:,.1f} MB; all weights are finite")

@@ -170,11 +170,8 @@ def _text_writer(file: TextIO, form: str, names: Sequence[str]) -> Callable[[Seq
 
 def _flat(item: Item, found: Prediction) -> dict[str, Any]:
     """A row of CSV or Parquet; what is absent is left out, and kept values are text: lists, objects and booleans as JSON."""
-    kept = {name: None if value is None else _text(value).encode("utf-8", UNENCODABLE).decode() for name, value in item.kept.items()}
+    texts = {name: json_line(value)[:-1] if isinstance(value, (list, dict, bool)) else str(value) for name, value in item.kept.items()}
+    kept = {name: text.encode("utf-8", UNENCODABLE).decode() for name, text in texts.items() if item.kept[name] is not None}
     answer = found.as_json()
     shares = answer.pop("probabilities", {})
     return {"line": item.line, **kept, **answer, **{f"p_{label}": share for label, share in shares.items()}}
-
-
-def _text(value: Any) -> str:
-    return json_line(value)[:-1] if isinstance(value, (list, dict, bool)) else str(value)

@@ -20,8 +20,9 @@ ROWS_TRIED = 20
 SECONDS_A_STAGE = 6.0
 PROCESS_BYTES = 700e6
 """Python, torch and the libraries, before a model is loaded."""
-ADAM_COPIES = 7
-"""Training holds weights, gradients and two moments, and while it writes a checkpoint, copies of weights and moments."""
+TRAINING_BYTES = 4 * 7
+"""Of a parameter in float32: weights, gradients, two moments, and while a checkpoint is written, copies of weights and moments. What a
+batch takes is left out: some 100 MB for short texts."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,15 @@ def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> d
         rows = student.batch_size + sum(term.batch_size or student.batch_size for term in student.auxiliary.values())
         trained += student.steps * rows * share
         answered += evaluated * share
-    used = {teacher for baseline in params.baselines.values() for teacher in _teachers(params, baseline.prompts)}
+    prompts = [baseline.prompts.partition("/") for baseline in params.baselines.values()]
+    used = {name for kind, _, name in prompts if kind == "teachers"}
+    used |= {teacher for kind, _, name in prompts if kind == "targets" for teacher in params.targets[name].teachers}
     return {
         "teachers": sum(asked(name, transfer) for name in params.teachers),
         "training": 3 * trained * query,
         "students": answered * query,
         "baselines": sum(asked(name, evaluated) for name in used),  # those of the same teachers share the store's rows
     }
-
-
-def peak_bytes(trial: Trial) -> float:
-    """Memory that training the whole model may take, in float32, with the process around it; a cut student takes less.
-
-    What the model holds of a batch is left out: some 100 MB for short texts.
-    """
-    return PROCESS_BYTES + 4.0 * ADAM_COPIES * trial.parameters
 
 
 def stage_count(params: Params, dag: Path) -> int:
@@ -111,19 +106,13 @@ def cost(params: Params, transfer: Sequence[Example], evaluated: int) -> str:
     trial = try_rows(folder, Task(params.task), rows, params.runtime.threads)
     work = token_work(params, trial, len(transfer), evaluated)
     rate, length = trial.tokens_per_second, trial.query_tokens
-    stages = stage_count(params, Path("dvc.yaml"))
+    stages, peak = stage_count(params, Path("dvc.yaml")), PROCESS_BYTES + TRAINING_BYTES * trial.parameters
     minutes = (sum(work.values()) / rate + stages * SECONDS_A_STAGE) / 60
     return "\n".join(
         [
             f"{name} on {len(rows)} rows: {rate:,.0f} tokens/s, {length:.0f} tokens a text, engine {trial.engine}",
             *(f"  {part}: {tokens:,.0f} tokens, about {tokens / rate / 60:,.1f} min" for part, tokens in work.items()),
-            f"A full run takes about {minutes:,.0f} minutes ({stages} stages) and up to {peak_bytes(trial) / 1e9:.1f} GB of "
+            f"A full run takes about {minutes:,.0f} minutes ({stages} stages) and up to {peak / 1e9:.1f} GB of "
             "memory; after it, one more student costs only itself.",
         ]
     )
-
-
-def _teachers(params: Params, prompts: str) -> list[str]:
-    """The teachers behind a baseline's prompts; none for a bare model."""
-    kind, _, name = prompts.partition("/")
-    return list(params.targets[name].teachers) if kind == "targets" else [name] if kind == "teachers" else []

@@ -6,7 +6,7 @@ that demonstrations fit the models. What does not fit is chosen smaller or left 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress, islice
@@ -88,10 +88,13 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
         form = fitting_form(parse_params(raw).task, tokenizers.values())
         raw["task"] |= {"template": form.template, "verbalisers": form.verbalisers}
         params = parse_params(raw)
-        read = _read(params)
+        task = Task(params.task.model_copy(update={"max_chars": 10**12}))  # `_choose_length` chooses how long texts may be
+        read = {name: read_source(name, entry, Path(entry.path), task) for name, entry in params.data.sources.items()}
     except MissingColumnError as missing:
         option = "--label-column" if missing.column == answers.label_column else f"--field {missing.column}=COLUMN"
         raise UsageError(f"{missing.fault} Name the right one with {option}.") from None
+    for source in read.values():
+        check_limit(source, params.data.bad_rows_limit)
     tokens = partial(_token_counts, params=params, tokenizers=tokenizers)
     notes = [line for source in read.values() for line in _about(source)]
     notes.append("labels: " + ", ".join(f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in counts.items()))
@@ -210,15 +213,6 @@ def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -
     }
 
 
-def _read(params: Params) -> dict[str, SourceExamples]:
-    """Every source as its stage reads it, but for the length of texts. Raises UsageError if too many rows are bad."""
-    task = Task(params.task.model_copy(update={"max_chars": 10**12}))
-    read = {name: read_source(name, entry, Path(entry.path), task) for name, entry in params.data.sources.items()}
-    for source in read.values():
-        check_limit(source, params.data.bad_rows_limit)
-    return read
-
-
 def _about(source: SourceExamples) -> Iterator[str]:
     yield f"{source.file}: {source.counts['rows']:,} rows, {len(source.examples):,} texts, {source.bad_rows:,} bad"
     for example in source.examples[:ROWS_SHOWN]:
@@ -244,14 +238,14 @@ def _prompt(params: Params, demonstrations: Sequence[Example], query: Example, t
     yield "\n".join(f"  | {line}" for line in cut.split("\n"))
 
 
-def _room(params: Params, tokenizers: Iterable[str]) -> int:
+def _room(params: Params, tokenizers: Collection[str]) -> int:
     """Tokens that every model of this run takes before an answer; what a model that is not there takes is assumed."""
-    limits = [UNKNOWN_LIMIT]
-    for name in tokenizers:
-        from pipeline.models.folders import context_limit  # brings torch
+    if not tokenizers:
+        return UNKNOWN_LIMIT - ANSWER_TOKENS
+    from pipeline.models.folders import context_limit  # brings torch
 
-        limits.append(context_limit(Path("artifacts") / "models" / name) or UNKNOWN_LIMIT)
-    return min(limits[1:] if len(limits) > len(params.models) else limits) - ANSWER_TOKENS
+    limits = {name: context_limit(Path("artifacts") / "models" / name) for name in tokenizers}
+    return min(limits.get(name) or UNKNOWN_LIMIT for name in params.models) - ANSWER_TOKENS
 
 
 def _token_counts(texts: Sequence[str], params: Params, tokenizers: Mapping[str, Any]) -> list[int]:
