@@ -5,8 +5,7 @@ import os
 
 import typer
 
-from pipeline.commands.caches import verify
-from pipeline.commands.project import check, clean, doctor, init, run
+from pipeline.commands.project import check, clean, doctor, init, run, verify
 from pipeline.commands.students import export, monitor, predict, serve
 from pipeline.errors import ending_with_a_message
 

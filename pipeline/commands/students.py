@@ -63,17 +63,16 @@ def predict(
 ) -> None:
     """Answer every row: label, confidence, probabilities. A row that cannot be used gets an error. Ends with 1 if no row has an answer."""
     with quick_start():
-        from pipeline.serving.files import WRITTEN, columns_of, format_of, kept_columns, predict_items, read_items, writing
-        from pipeline.serving.log import PredictionLog
+        from pipeline.serving import files
         from pipeline.serving.predictor import Predictor
 
-        kept, form = kept_columns(keep or []), output_format or format_of(output, WRITTEN)
+        kept, form = files.kept_columns(keep or []), output_format or files.format_of(output, files.WRITTEN)
         predictor = Predictor(open_student(student), threads)
-    items = read_items(source, columns_of(predictor.task.fields, field or []), kept, input_format)
-    journal = PredictionLog(log, predictor.weights_sha256) if log else None
+    items = files.read_items(source, files.columns_of(predictor.task.fields, field or []), kept, input_format)
+    journal = files.PredictionLog(log, predictor.weights_sha256) if log else None
     rows = bad = 0
-    with writing(output, form, predictor.labels, kept) as write:
-        for answered in predict_items(predictor, items, window):
+    with files.writing(output, form, predictor.labels, kept) as write:
+        for answered in files.predict_items(predictor, items, window):
             write(answered)
             if journal is not None:
                 journal.append((item.fields, prediction.as_json()) for item, prediction in answered)
@@ -104,7 +103,7 @@ def serve(
     if host not in {"127.0.0.1", "::1", "localhost"}:
         print(f"listening on {host}: anyone who reaches it can ask; there is no authentication and no encryption", file=sys.stderr)
     with quick_start():
-        from pipeline.serving.log import PredictionLog
+        from pipeline.serving.files import PredictionLog
         from pipeline.serving.predictor import Predictor
         from pipeline.serving.server import Limits, make_app
 

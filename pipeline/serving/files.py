@@ -1,5 +1,5 @@
 """Files and streams of inputs in, predictions out: every format that `pipeline.data.readers` reads, or a predictions log; CSV,
-JSON lines or Parquet out.
+JSON lines, Parquet or that log out.
 
 Rows are read, answered and written in windows, so memory is bounded by a window's rows and characters, and predictions come in the order of
 the input. A window's first row waits for its last; a window of one row answers line by line, more slowly.
@@ -7,11 +7,14 @@ the input. A window's first row waits for its last; a window of one row answers 
 
 import csv
 import io
+import json
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,13 +25,14 @@ from pipeline.data.readers import MISSING, BadRow, MissingColumnError, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import replacing
 from pipeline.params.data import FORMATS, form_of
-from pipeline.serving.log import UNENCODABLE, json_line
 from pipeline.serving.predictor import Prediction, Predictor
 
 WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form in {"csv", "jsonl", "parquet"}}  # the output's formats
 LOG_KEYS = ("time", "student", "fields")  # what a line of a predictions log has, whatever its answer
 OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "error")
 WINDOW_CHARS = 4_000_000
+UNENCODABLE = "backslashreplace"
+"""Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +179,49 @@ def _flat(item: Item, found: Prediction) -> dict[str, Any]:
     answer = found.as_json()
     shares = answer.pop("probabilities", {})
     return {"line": item.line, **kept, **answer, **{f"p_{label}": share for label, share in shares.items()}}
+
+
+def json_line(row: Any) -> str:
+    """A row, or a value, as a line of JSON. NaN and infinities, which JSON lacks, become null; dates and the like become text."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
+    return text + "\n"
+
+
+class PredictionLog:
+    """What a student was asked in use, and what it answered, as JSON lines; `shotless monitor` reads them back. Its folder is made.
+
+    A line has `time` (UTC, ISO 8601), `student` (the first 16 digits of its weights' sha256), `fields` (the input), then `label`,
+    `confidence` and `probabilities`, or `error`. Each append, from any thread, is one write to the file's end, so several processes can
+    share a log, and any tool can cut, join or rotate it. It holds the inputs: keep it where inputs may be kept.
+
+    A log that cannot be opened at the start raises OSError. A write that fails later costs log lines, never answers: they are counted in
+    `lost`, with one warning on standard error.
+    """
+
+    def __init__(self, path: Path, weights_sha256: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        self.lost = 0
+        self._path = path
+        self._student = weights_sha256[:16]
+        self._lock = threading.Lock()
+        self._torn = False
+
+    def append(self, rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+        """Append inputs with their answers (`Prediction.as_json`)."""
+        head = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "student": self._student}
+        lines = [json_line({**head, "fields": dict(fields), **answer}) for fields, answer in rows]
+        with self._lock:
+            data = "".join(["\n"] * self._torn + lines).encode("utf-8", UNENCODABLE)
+            try:
+                with self._path.open("ab", buffering=0) as file:
+                    self._torn = file.write(data) < len(data)  # the disk became full within a line; the next write begins a new one
+                fault = "only a part was written" if self._torn else None
+            except OSError as error:
+                fault = error.strerror or str(error)
+            if fault is not None:
+                if not self.lost:
+                    print(f"warning: {self._path}: {fault}. Answers go on; what cannot be logged is counted.", file=sys.stderr, flush=True)
+                self.lost += len(lines)

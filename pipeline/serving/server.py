@@ -21,7 +21,7 @@ from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.requests import ClientDisconnect
 
-from pipeline.serving.log import PredictionLog
+from pipeline.serving.files import PredictionLog
 from pipeline.serving.predictor import Prediction, Predictor
 
 BODY_SCHEMA = {"schema": {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array"}}}}

@@ -18,7 +18,7 @@ from pipeline.params.reading import absent_files, other_versions
 from pipeline.schema import Example
 from pipeline.setup.boundary import boundary_advice, load_tokenizers
 from pipeline.setup.estimate import try_rows
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task
 
 DISK_NEEDED_GB = 6.0
 MEMORY_NEEDED_GB = 4.0
@@ -102,18 +102,14 @@ def _data(params: Params) -> Iterator[Finding]:
 
 def _model(name: str, params: Params) -> Finding:
     """Whether a model is there, its size, which engine it gets and why."""
-    from pipeline.models.folders import check_folder, load_tokenizer
-
-    title, folder = f"model {name}", Path("artifacts") / "models" / name
+    title, folder, task = f"model {name}", Path("artifacts") / "models" / name, Task(params.task)
     if not folder.is_dir():
         return Finding(title, f"not made yet → `shotless run model@{name}` makes it", "note")
-    try:
-        check_folder(folder)
-        tokens = TaskTokens(Task(params.task), load_tokenizer(folder))
-    except UsageError as error:
-        return Finding(title, f"{error} → `dvc repro --force model@{name}` makes it again", "missing")
     needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # stored in 16 bits or more, held in 32
     if needed > psutil.virtual_memory().available:
         return Finding(title, f"needs up to {needed / 1e9:.1f} GB of memory → take a smaller model", "missing")
-    trial = try_rows(folder, tokens.task, [Example(dict.fromkeys(tokens.task.fields, text)) for text in PROBES], params.runtime.threads)
+    try:
+        trial = try_rows(folder, task, [Example(dict.fromkeys(task.fields, text)) for text in PROBES], params.runtime.threads)
+    except UsageError as error:
+        return Finding(title, f"{error} → `dvc repro --force model@{name}` makes it again", "missing")
     return Finding(title, f"{trial.parameters / 1e6:,.0f} M parameters; engine {trial.engine}: {trial.reason}")

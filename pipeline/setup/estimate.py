@@ -46,9 +46,9 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
     from pipeline.teachers.scorer import LABELS_ONLY
 
     use_machine(threads)
+    model = load_model(folder, device=default_device())  # also says all that is wrong with the folder
     tokens = TaskTokens(task, load_tokenizer(folder))
     prompts = tokens.prompts(NO_CONTEXT, examples)
-    model = load_model(folder, device=default_device())
     engine = open_engine(model, tokens, LABELS_ONLY, prompts[:3])
     start = time.perf_counter()
     engine.score(prompts)

@@ -65,14 +65,11 @@ class Answers:
     test: Path
     template: str
     verbalisers: Mapping[str, str]
-    fields: Mapping[str, str]
-    """Template field → column, if they differ."""
+    fields: Mapping[str, str]  # template field → column, if they differ
     label_column: str
-    per_label: int | None = None
-    """None: `PER_LABEL`, or as many as there are."""
-    delimiter: str | None = None
+    per_label: int | None = None  # None: `PER_LABEL`, or as many as there are
+    delimiter: str | None = None  # of the text files; None: found by the reader
     encoding: str | None = None
-    """Of the text files; None: found by the reader."""
 
 
 def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any], list[str]]:

@@ -9,7 +9,7 @@ from score_rows import ENGINE, IDENTITY, about, bytes_of, flip, stored
 
 from pipeline.cache.folder import write_cache
 from pipeline.cache.store import Store
-from pipeline.commands.caches import verify
+from pipeline.commands.project import verify
 from pipeline.errors import CorruptError, MismatchError, ShotlessError, UsageError
 from pipeline.params import load_params
 from pipeline.schema import SCORES, STORED, Context, Example, read_contexts, read_examples, write_contexts, write_examples

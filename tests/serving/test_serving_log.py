@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.serving.log import PredictionLog, json_line
+from pipeline.serving.files import PredictionLog, json_line
 
 FULL = Path("/dev/full")  # opens, and every write to it fails with ENOSPC
 VALUES = st.recursive(

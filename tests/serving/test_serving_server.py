@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_world import PROJECT, TEXTS, make_student
 
-from pipeline.serving.log import PredictionLog
+from pipeline.serving.files import PredictionLog
 from pipeline.serving.predictor import Prediction, Predictor
 from pipeline.serving.server import Batcher, Limits, make_app, read_inputs
 
