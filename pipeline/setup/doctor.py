@@ -19,7 +19,7 @@ from pipeline.params.reading import absent_files, other_versions
 from pipeline.schema import Example
 from pipeline.setup.boundary import boundary_advice, load_tokenizers
 from pipeline.setup.estimate import try_rows
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task
 
 DISK_NEEDED_GB = 6.0
 MEMORY_NEEDED_GB = 4.0
@@ -110,14 +110,14 @@ def _data(params: Params) -> Iterator[Finding]:
 
 def _model(name: str, params: Params) -> Finding:
     """Whether a model is there, its size, which engine it gets and why."""
-    from pipeline.models.folders import check_folder, load_tokenizer
+    from pipeline.models.folders import check_folder, load_tokens
 
     title, folder = f"model {name}", Path("artifacts") / "models" / name
     if not folder.is_dir():
         return Finding(title, "not made yet", "note", f"`shotless run model@{name}` makes it")
     try:
         check_folder(folder)
-        tokens = TaskTokens(Task(params.task), load_tokenizer(folder))
+        tokens = load_tokens(Task(params.task), folder)
     except UsageError as error:
         return Finding(title, str(error), "missing", f"`dvc repro --force model@{name}` makes it again")
     needed = 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # stored in 16 bits or more, held in 32
