@@ -177,7 +177,7 @@ def load_model(
     kind: Any = AutoModelForCausalLM
     if is_encoder(config):
         kind = AutoModelForSequenceClassification
-        if labels and list(config.id2label.values()) != list(labels):
+        if labels and list((config.id2label or {}).values()) != list(labels):
             config.id2label, config.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}
             settings |= {"config": config, "ignore_mismatched_sizes": True}
     verbosity = logging.get_verbosity()

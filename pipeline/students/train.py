@@ -190,6 +190,7 @@ class _Job:
             "parameters": model.num_parameters(),
             "trained_parameters": outcome.tuning.trained_parameters,
             "layers": int(config.num_hidden_layers),
+            "architecture": type(model).__name__,
         }
         choice: dict[str, Any] = {}
         if self.validation is not None:

@@ -11,7 +11,6 @@ from pipeline.students.checkpoint import Checkpoint
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
-
 LORA = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
 TUNINGS = {
     "full": {},
