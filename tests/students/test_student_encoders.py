@@ -5,6 +5,7 @@ import torch
 from conftest import ENCODERS
 from transformers import AutoModelForSequenceClassification, pipeline
 
+from pipeline.errors import MismatchError
 from pipeline.schema import NO_CONTEXT, Example
 from pipeline.serving import Predictor
 from pipeline.students.checkpoint import Checkpoint
@@ -65,6 +66,12 @@ def test_an_interrupted_training_ends_with_the_same_bytes(make_project, encoder_
     broken.train(steps=6, seed=3)
     assert broken.json("metrics/runtime/student-cd.json")["resumed_at_step"] == 3
     assert broken.files() == whole.files()
+
+
+def test_an_encoder_learns_from_no_cache(make_project, encoder_folder):
+    project = make_project(base=encoder_folder(), caches=["few"])
+    with pytest.raises(MismatchError, match="teachers/few: a cache over a vocabulary, which an encoder does not have"):
+        project.train(learn_from="teachers/few")
 
 
 def test_a_tuned_encoder_scores_as_a_teacher_does(make_project, encoder_folder):
