@@ -169,6 +169,35 @@ class TaskTokens:
                 )
 
 
+class EncoderTokens(TaskTokens):
+    """A task in the ids of an encoder with a classification head: the fields alone, with the tokens that its tokenizer puts around them.
+
+    Two fields are a pair; further ones are joined to the second by a line break. The head's labels are its whole vocabulary: the n-th of
+    the sorted labels is token n of its logits. So its scores are those of a decoder whose verbalisers have one token each. A control token
+    in somebody's text is tokenised as the characters it is. Raises UsageError if answers are free text.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any) -> None:
+        if task.params.completion is not None:
+            raise UsageError("task.completion: answers are free text, which an encoder cannot give. Use a decoder.")
+        self.task, self.tokenizer = task, tokenizer
+        self.completions = [[number] for number in range(len(task.labels))]
+
+    def prompts(self, context: Context, examples: Sequence[Example]) -> list[Prompt]:
+        """One prompt for each example. Raises UsageError for a context: an encoder has none."""
+        if context.context_id != NO_CONTEXT.context_id:
+            raise UsageError(f"context {context.name!r}: an encoder has nothing in its prompt but the input. Use `demonstrations: 0`.")
+        if not examples:
+            return []
+        first, *others = self.task.fields
+        pairs = ["\n".join(example.fields[name] for name in others) for example in examples] if others else None
+        found = self.tokenizer([example.fields[first] for example in examples], pairs, split_special_tokens=True, truncation=False)
+        return [Prompt(tuple(ids)) for ids in found.input_ids]
+
+    def fault_of(self, example: Example, context: Context = NO_CONTEXT) -> None:
+        """No input can be taken for control tokens."""
+
+
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Number of ids that both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 from ruamel.yaml import YAML
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 settings.register_profile("any machine", deadline=None)  # a busy machine fails no property
 settings.load_profile("any machine")
@@ -92,6 +92,46 @@ def model_folder(
             tokenizer.save_pretrained(folder)
             made[key] = folder
         return made[key]
+
+    return make
+
+
+ENCODERS = {
+    "bert": {},
+    "mpnet": {},
+    "roberta": {"type_vocab_size": 1, "max_position_embeddings": 130},
+    "xlm-roberta": {"type_vocab_size": 1, "max_position_embeddings": 130},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False, "type_vocab_size": 0},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
+    "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 64},
+}
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`encoder_folder("bert")` → a folder with a random encoder of 2 layers and width 32, without a head, and a WordPiece tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "bert") -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+            raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+            special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+            raw.train_from_iterator(SENTENCES * 4, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+            raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+            named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+            PreTrainedTokenizerFast(tokenizer_object=raw, **named).save_pretrained(folder)
+            settings = {"vocab_size": raw.get_vocab_size(), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+            settings |= {"intermediate_size": 64, "max_position_embeddings": 128, "pad_token_id": 1} | ENCODERS[family]
+            torch.manual_seed(0)
+            model = AutoModel.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_(0.0, 0.2)
+            model.save_pretrained(folder)
+            made[family] = folder
+        return made[family]
 
     return make
 

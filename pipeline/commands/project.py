@@ -181,10 +181,10 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
     from pipeline.cache.folder import cache_faults, cache_manifest, check_belongs, described_task, repair_cache
     from pipeline.cache.store import Store
     from pipeline.files import Folders
-    from pipeline.models.folders import load_tokenizer
+    from pipeline.models.folders import load_tokens
     from pipeline.params import load_params, pick
     from pipeline.schema import read_contexts, read_examples
-    from pipeline.task import Task, TaskTokens
+    from pipeline.task import Task
     from pipeline.teachers.capture import content_free
 
     name = cache.rstrip("/").rpartition("/")[2]
@@ -202,7 +202,7 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
     print("".join(f"{name}: {fault}\n" for fault in faults.values()), end="")
     damaged = [shard for shard in manifest["shards"] if shard in faults]
     if repair and damaged and isinstance(folder, Path):
-        data, tokens = folders.artifacts / "data", TaskTokens(task, load_tokenizer(folders.artifacts / teacher.model))
+        data, tokens = folders.artifacts / "data", load_tokens(task, folders.artifacts / teacher.model)
         contexts = read_contexts(data / "contexts" / f"{teacher.contexts}.parquet")
         examples = [*content_free(task), *read_examples(data / "transfer.parquet", task.fields)]  # as a capture asks them
         keys = [

@@ -14,7 +14,7 @@ from pipeline.data.contexts import build_contexts, check_fit
 from pipeline.data.examples import Quarantined, SourceExamples, read_written_source, shorten
 from pipeline.data.roles import assign, text_of
 from pipeline.files import Folders, write_json, write_text
-from pipeline.models.folders import check_folder, context_limit, load_tokenizer
+from pipeline.models.folders import check_folder, context_limit, load_tokens
 from pipeline.params import ContextParams, Params
 from pipeline.schema import NO_CONTEXT, Context, Example, write_contexts, write_examples
 from pipeline.task import Task, TaskTokens
@@ -30,7 +30,7 @@ def prepare(params: Params, folders: Folders) -> None:
     context_models, models = params.context_models(), dict[str, tuple[TaskTokens, int | None]]()
     for name in sorted(set[str]().union(*context_models.values())):
         check_folder(own := folders.artifacts / "models" / name)
-        models[name] = TaskTokens(task, load_tokenizer(own)), context_limit(own)
+        models[name] = load_tokens(task, own), context_limit(own)
 
     sources = {name: read_written_source(name, entry, task, folders) for name, entry in data.sources.items()}
     quarantine = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)

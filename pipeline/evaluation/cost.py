@@ -21,11 +21,11 @@ from pipeline.errors import ShotlessError
 from pipeline.evaluation.metrics import Json
 from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, sha256_json, write_json
-from pipeline.models.folders import load_model, load_tokenizer, weights_sha256
+from pipeline.models.folders import load_model, load_tokens, weights_sha256
 from pipeline.models.machine import DTYPES, cores, cpu_info, default_device, peak_rss_bytes, use_machine
 from pipeline.params import Params, TaskParams
 from pipeline.schema import Example
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task
 from pipeline.teachers.engines import LABELS_ONLY, open_engine
 
 THROUGHPUT_EXAMPLES = 64
@@ -60,7 +60,7 @@ def measure(models: Sequence[Answering], task: TaskParams, examples: Sequence[Ex
     """
     use_machine(threads)
     device = default_device()
-    tokens = {model.folder: TaskTokens(Task(task), load_tokenizer(model.folder)) for model in models}
+    tokens = {model.folder: load_tokens(Task(task), model.folder) for model in models}
     asked = [(model, [tokens[model.folder].prompts(context, examples) for context in model.contexts]) for model in models]
     subject = [[weights_sha256(model.folder), [[prompt.ids for prompt in own] for own in prompts]] for model, prompts in asked]
     passes = [((model.folder, model.dtype), own) for model, prompts in asked for own in prompts]  # a context's prompts each

@@ -1,28 +1,42 @@
 """Model folders: safetensors and tokenizer files in and out, what identifies them, and cutting layers out of a model.
 
-A model folder is what `save_pretrained` writes. Weights are only read from safetensors, or once from a GGUF file, which is converted. Code
-of a model's repository never runs. A folder is identified by the hashes of its weights and of its tokenizer, not by its name.
+A model folder is what `save_pretrained` writes. Its config says whether it is a decoder, which is asked by verbaliser, or an encoder, whose
+classification head answers. Weights are only read from safetensors, or once from a GGUF file, which is converted. Code of a model's
+repository never runs. A folder is identified by the hashes of its weights and of its tokenizer, not by its name.
 """
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
 from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json
 from pipeline.params.data import MODEL_FILES
+from pipeline.task import EncoderTokens, Task, TaskTokens
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBES = ("A warm, funny film.", " It's 1,024 tokens\n\nlong", "Größe: 5 € 你好 🙂", "\tdef f(x):  return x")
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Entries of transformers' configs that list something for each layer."""
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text")
+"""Families that number positions from behind the padding token's id."""
 
 
 class UnsupportedModelError(Exception):
@@ -125,19 +139,61 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A causal language model in evaluation mode.
+def load_tokens(task: Task, folder: Path) -> TaskTokens:
+    """A task in the ids of a folder's model, a decoder or an encoder. Raises UsageError if it cannot answer the task."""
+    kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
+    return kind(task, load_tokenizer(folder))
 
-    Raises UsageError with everything that is wrong with the folder, or if weights are missing or have another shape, which transformers
-    would fill with random numbers.
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """A folder's config.json."""
+    with _reading(folder, "config.json"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a config is an encoder's: of a family with a masked language model, and saved as neither a decoder nor an encoder-decoder."""
+    is_decoder = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    named = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder and not named
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model, or an encoder with its family's classification head, in evaluation mode.
+
+    With `labels` an encoder gets a new head for them, random by `seed`, unless its own is for the same labels. Raises UsageError with
+    everything that is wrong with the folder, or if weights are missing or have another shape, which transformers would fill with random
+    numbers.
     """
     check_folder(folder)
-    with _reading(folder, "weights or config (model.safetensors, config.json)"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    model, found = loaded
-    if absent := sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"]):
+    config = load_config(folder)
+    settings: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    kind: Any = AutoModelForCausalLM
+    if is_encoder(config):
+        kind = AutoModelForSequenceClassification
+        if labels and list((config.id2label or {}).values()) != list(labels):
+            config.id2label, config.label2id = dict(enumerate(labels)), {label: number for number, label in enumerate(labels)}
+            settings |= {"config": config, "ignore_mismatched_sizes": True}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is said below
+    with _reading(folder, "weights or config (model.safetensors, config.json)"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    logging.set_verbosity(verbosity)
+    absent = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if kind is AutoModelForSequenceClassification:
+        is_new = "config" in settings
+        below = f"{model.base_model_prefix}."
+        absent = [key for key in absent if not is_new or (below in key and ".pooler." not in key)]
+        if absent and not is_new:
+            raise UsageError(f"{folder}: an encoder without a head for labels (no {absent[0]}). Tune it first: `tuned` in params.yaml.")
+    if absent:
         raise UsageError(f"{folder}: {len(absent)} weights are missing or have another shape than config.json says, first {absent[0]}.")
     torch.nn.Module.to(model, device)
     return model.eval()
@@ -145,9 +201,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
 
 def context_limit(folder: Path) -> int | None:
     """The longest sequence that the model takes, in tokens; None if its config does not say."""
-    with _reading(folder, "config.json"):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    config = load_config(folder).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit - config.pad_token_id - 1 if limit is not None and config.model_type in OFFSET_POSITIONS else limit
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

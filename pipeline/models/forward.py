@@ -4,6 +4,7 @@ The plain forward runs rows of equal length together, so that nothing is padded.
 compared with it.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UsageError
-from pipeline.models.folders import decoder_layers
+from pipeline.models.folders import decoder_layers, is_encoder
 from pipeline.models.packed import LayerKeyValues, PackedModel, Row, UnsupportedModelError, pack
 
 TOLERANCE_NATS, LOW_PRECISION_TOLERANCE_NATS = 1e-4, 1e-3
@@ -24,8 +25,13 @@ TOLERANCE_NATS, LOW_PRECISION_TOLERANCE_NATS = 1e-4, 1e-3
 def plain_logits(model: PreTrainedModel, rows: Sequence[Row], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
     """Logits [N, V] at the rows' outputs by the plain forward, with a gradient if one is enabled; and `layers`' outputs there, [N, D].
 
-    N is in `pack`'s order: for each row the query's last token, then every branch token. Each branch costs a pass of its own.
+    N is in `pack`'s order: for each row the query's last token, then every branch token. Each branch costs a pass of its own. An encoder's
+    logits are those of its labels, and its states those of the first token.
     """
+    if is_encoder(model.config):
+        with hidden_states(model, layers) as states_at:
+            logits_of_labels = _classifier_logits(model, [row.query for row in rows])
+        return logits_of_labels, states_at(slice(1))[:, 0] if layers else None
     prompts: list[list[int]] = []
     shapes: list[tuple[int, int]] = []  # of each prompt: its tokens, and how many of the last ones are outputs
     for row in rows:
@@ -44,6 +50,18 @@ def plain_logits(model: PreTrainedModel, rows: Sequence[Row], layers: Sequence[i
             states |= dict(zip(numbers, states_at(slice(-positions, None)), strict=True))
     order = range(len(prompts))
     return torch.cat([logits[number] for number in order]), torch.cat([states[number] for number in order]) if layers else None
+
+
+def _classifier_logits(model: PreTrainedModel, inputs: Sequence[Sequence[int]]) -> Tensor:
+    """An encoder's logits [N, L] for inputs of token ids, padded to the longest."""
+    config: Any = model.config
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(own) for own in inputs], batch_first=True, padding_value=config.pad_token_id or 0)
+    lengths = torch.tensor([[len(own)] for own in inputs])
+    given = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long()}
+    if (getattr(config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
+        ends = (ids == inputs[0][-1]).long()  # the separator ends every input, and the first of a pair
+        given["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * given["attention_mask"]
+    return model(**{name: value.to(model.device) for name, value in given.items()}).logits
 
 
 def packed_logits(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
 from pipeline.files import MANIFEST, check_manifest
-from pipeline.models.folders import load_tokenizer
+from pipeline.models.folders import load_tokens
 from pipeline.params import TaskParams
 from pipeline.task import Task, TaskTokens
 
@@ -64,7 +64,7 @@ def open_trained(folder: Path) -> Trained:
         raise CorruptError(
             f"{folder / MANIFEST}: not a trained model's manifest ({error}). Make the folder again with `dvc repro`."
         ) from None
-    tokens = TaskTokens(task, load_tokenizer(folder))
+    tokens = load_tokens(task, folder)
     for label, ids in zip(task.labels, tokens.completions, strict=False):
         if ids != completions.get(label):
             raise MismatchError(

@@ -33,6 +33,7 @@ def render_card(environment: Environment, found: Collected, student: str) -> str
     return environment.get_template("card.md.jinja").render(
         found=found,
         name=student,
+        encoder=str(found.of("train", student).get("architecture")).endswith("ForSequenceClassification"),
         distilled=not params.students[student].learn_from.startswith("data/"),
         base=base,
         hub_base=hub_base,

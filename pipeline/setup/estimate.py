@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.params import Params, read_yaml
 from pipeline.schema import NO_CONTEXT, Example
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task
 
 ROWS_TRIED = 20
 SECONDS_A_STAGE = 6.0
@@ -40,14 +40,14 @@ class Trial:
 
 def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
     """Answer a few examples with the model in `folder`, and time it."""
-    from pipeline.models.folders import decoder_layers, load_model, load_tokenizer
+    from pipeline.models.folders import decoder_layers, load_model, load_tokens
     from pipeline.models.machine import default_device, use_machine
     from pipeline.teachers.engines import open_engine
     from pipeline.teachers.scorer import LABELS_ONLY
 
     use_machine(threads)
-    model = load_model(folder, device=default_device())  # also says all that is wrong with the folder
-    tokens = TaskTokens(task, load_tokenizer(folder))
+    model = load_model(folder, device=default_device(), labels=task.labels)  # also says all that is wrong with the folder
+    tokens = load_tokens(task, folder)
     prompts = tokens.prompts(NO_CONTEXT, examples)
     engine = open_engine(model, tokens, LABELS_ONLY, prompts[:3])
     start = time.perf_counter()

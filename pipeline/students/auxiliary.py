@@ -29,7 +29,7 @@ from pipeline.schema import NO_CONTEXT, SCORES, Example
 from pipeline.students.data import StudentRow, shortest_and_longest
 from pipeline.students.losses import Divergence
 from pipeline.students.vocabulary_losses import divergence_nats, fused_divergence
-from pipeline.task import TaskTokens
+from pipeline.task import EncoderTokens, TaskTokens
 
 SAMPLE = 4096
 """Rows whose retained mass is checked, and whose states give the deviations of each dimension."""
@@ -60,6 +60,8 @@ class TeacherCache:
 
     def __init__(self, folder: Path, work: Path, tokens: TaskTokens, tokenizer_sha256: str, temperature: float = 1.0) -> None:
         """Raises MismatchError if the cache belongs to another task or tokenizer: its token ids would mean something else."""
+        if isinstance(tokens, EncoderTokens):
+            raise MismatchError(f"{folder}: a cache over a vocabulary, which an encoder does not have. It learns from a target set.")
         self._reader = CacheReader(folder, work, SCORES.names[SCORES.names.index("topk_ids") :])
         self.folder, self.temperature, manifest = folder, temperature, self._reader.manifest
         self.params = CacheParams.model_validate(manifest["cache"])

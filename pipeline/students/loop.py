@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import ShotlessError
+from pipeline.models.folders import is_encoder
 from pipeline.models.forward import TOLERANCE_NATS, packed_if_exact
 from pipeline.models.packed import Completions, PackedModel, rows_of
 from pipeline.params import TuningParams
@@ -147,6 +148,9 @@ class StudentForward:
         self._label_probe = shortest_and_longest(label_rows) if label_rows else []
         self._cache_probe = [row.packed for term in cache_terms for row in shortest_and_longest(term.rows)]
         self.packed: PackedModel | None = None
+        if is_encoder(model.config):
+            self.description = "plain: an encoder, padded to the longest row of a pass"
+            return
         self._expected = self._probed()
         if not cache_terms and all(len(ids) == 1 for ids in completions):
             self._small = SmallVocabulary(model, [token for ids in (*(row.ids for row in label_rows), *completions) for token in ids])

@@ -29,7 +29,7 @@ from pipeline.students.data import AnyRow, LabelTerm, demonstrations, split_vali
 from pipeline.students.loop import Outcome, Validation, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task
 
 TRAINING_VERSION = 4
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
@@ -60,7 +60,7 @@ class _Job:
         self.kind, self.name, self.student, self.folders, self.processes = kind, name, student, folders, processes
         self.threads, self.base = params.runtime.threads, folders.artifacts / student.base
         models.check_folder(self.base)
-        self.tokens = TaskTokens(Task(params.task), models.load_tokenizer(self.base))
+        self.tokens = models.load_tokens(Task(params.task), self.base)
         self.sources: dict[str, str] = {}  # hashes of what is learnt from
         self.label_terms: list[LabelTerm] = []
         self.cache_terms: list[CacheTerm] = []
@@ -164,7 +164,7 @@ class _Job:
 
     def _run(self, entry: StudentParams, output: Path, about: dict[str, Any], checkpoint: Checkpoint) -> tuple[Outcome, dict[str, Any]]:
         """Train with one seed and write its folder; the outcome, and what of it goes to the metrics."""
-        model = models.load_model(self.base, device=default_device())
+        model = models.load_model(self.base, device=default_device(), labels=self.tokens.task.labels, seed=entry.seed)
         config = model.config.get_text_config()
         if entry.layers is not None:
             models.cut_layers(model, models.parse_layers(entry.layers, config.num_hidden_layers))
@@ -190,6 +190,7 @@ class _Job:
             "parameters": model.num_parameters(),
             "trained_parameters": outcome.tuning.trained_parameters,
             "layers": int(config.num_hidden_layers),
+            "architecture": type(model).__name__,
         }
         choice: dict[str, Any] = {}
         if self.validation is not None:

@@ -4,8 +4,8 @@
 - `lora`: low-rank updates beside linear layers (2106.09685), by peft. They are merged at the end, so that a student is a plain model;
   `adapters: kept` leaves the adapter beside it too.
 - `bitfit`: the biases (2106.10199). Llama and its kin have none; there the norms' weights are learnt (peft's LN tuning, 2312.11420).
-- `head`: the output matrix alone. A head tied to the embeddings is untied first, or the model's input would change under it; the student
-  then has a matrix more than its base.
+- `head`: an encoder's classification head, or a decoder's output matrix. One tied to the embeddings is untied first, or the model's input
+  would change under it; the student then has a matrix more than its base.
 
 Weights that are not learnt have no gradient and no moments, and below the first learnt weight autograd keeps nothing.
 """
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UsageError
+from pipeline.models.folders import is_encoder
 from pipeline.models.packed import decoder_layers
 from pipeline.params import LoraParams, TuningParams
 
@@ -87,7 +88,7 @@ def _lora(model: PreTrainedModel, lora: LoraParams, seed: int) -> tuple[str, Any
         lora_alpha=lora.alpha,
         target_modules="all-linear" if lora.modules == "all_linear" else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_encoder(model.config) else "CAUSAL_LM",  # an encoder's head is learnt whole
     )
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -116,6 +117,10 @@ def _bitfit(model: PreTrainedModel) -> str:
 
 
 def _head(model: PreTrainedModel) -> str:
+    if is_encoder(model.config):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(f"{model.base_model_prefix}."))
+        return "the classification head"
     head: Any = model.get_output_embeddings()
     if head is None:
         raise UsageError(f"tuning: head: a {model.config.model_type} model has no output matrix of its own. Choose `full` or `lora`.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.cache.encodings import DRAWN, Encoded, concatenate, encode
+from pipeline.models.folders import is_encoder
 from pipeline.models.forward import in_float32, packed_if_exact, packed_logits, plain_logits
 from pipeline.models.machine import memory_bytes
 from pipeline.models.packed import Completions, LayerKeyValues, PackedModel, Row, rows_of
@@ -182,6 +183,10 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
         texts = [prompt.answer or tuple(islice(cycle(prompt.ids), tokens.longest_answer)) for prompt in probe]
         probe = [Prompt(prompt.ids, text) for prompt, text in zip(probe, texts, strict=True)]
     labels, budget = tokens.completions, token_budget(model, memory_bytes(model.device))
+    if is_encoder(model.config):
+        engine = Engine(model, None, labels, cache, budget)
+        engine.reason = "an encoder, padded to the longest input of a pass"
+        return engine
     # What is compared depends on no threshold: it is neither rounded, in steps that may be larger than the tolerance, nor kept or drawn as
     # a probability falls on one side of a number or the other.
     exact = cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None})

@@ -20,7 +20,7 @@ from pipeline.cache.encodings import columns_of
 from pipeline.cache.store import Store
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
-from pipeline.models.folders import context_limit, load_model, load_tokenizer, tokenizer_sha256, weights_sha256
+from pipeline.models.folders import context_limit, load_model, load_tokens, tokenizer_sha256, weights_sha256
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, give_back_memory, use_machine
 from pipeline.params import CacheParams
 from pipeline.progress import progress, rate
@@ -120,7 +120,7 @@ class Scorer:
         workers: int | None = None,
     ) -> None:
         self.model_folder = model_folder
-        self.tokens = TaskTokens(task, load_tokenizer(model_folder))
+        self.tokens = load_tokens(task, model_folder)
         self.cache = cache
         use_machine(threads)
         self.dtype = fast_dtype(default_device()) if dtype == "auto" else dtype

@@ -1,0 +1,83 @@
+"""Encoder students and encoder teachers, from files to files."""
+
+import pytest
+import torch
+from conftest import ENCODERS
+from transformers import AutoModelForSequenceClassification, pipeline
+
+from pipeline.errors import MismatchError
+from pipeline.schema import NO_CONTEXT, Example
+from pipeline.serving import Predictor
+from pipeline.students.checkpoint import Checkpoint
+from pipeline.task import Task
+from pipeline.teachers.scorer import Scorer
+
+LORA = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
+TUNINGS = {
+    "full": {},
+    "frozen": {"freeze_embeddings": True},
+    "upper": {"freeze_layers": 1},
+    "lora": LORA,
+    "kept": {**LORA, "adapters": "kept"},
+    "bitfit": {"tuning": "bitfit"},
+    "head": {"tuning": "head"},
+}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_every_tuning_leaves_a_plain_classifier(make_project, encoder_folder, tuning):
+    project = make_project(base=encoder_folder())
+    project.train(steps=2, layers="1" if tuning == "full" else None, ce_weight=0.5, validation_fraction=0.3, **TUNINGS[tuning])
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(project.output(), output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.num_hidden_layers == (1 if tuning == "full" else 2)
+    assert 0 < project.json("metrics/train/cd.json")["trained_parameters"] <= loaded.num_parameters()
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_transformers_alone_gives_the_labels_and_probabilities_of_predict(make_project, encoder_folder, family):
+    project = make_project(base=encoder_folder(family))
+    project.train(steps=60, learning_rate=3e-3)
+    texts = [example.fields["text"] for example in project.examples]
+    found = pipeline("text-classification", str(project.output()), top_k=None)(texts)
+    for answer, expected in zip(Predictor(project.output(), 1).predict(texts), found, strict=True):
+        shares = {one["label"]: one["score"] for one in expected}
+        assert answer.probabilities == pytest.approx(shares, abs=1e-5)
+    losses = project.losses()
+    assert losses[-1] < 0.6 * losses[0], "it learns its targets"
+
+
+def test_an_interrupted_training_ends_with_the_same_bytes(make_project, encoder_folder, monkeypatch):
+    whole, broken = (make_project(name, base=encoder_folder()) for name in ("whole", "broken"))
+    whole.train(steps=6, seed=3)
+    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    step = torch.optim.AdamW.step
+
+    def stop_at_fourth(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    taken = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop_at_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train(steps=6, seed=3)
+    broken.train(steps=6, seed=3)
+    assert broken.json("metrics/runtime/student-cd.json")["resumed_at_step"] == 3
+    assert broken.files() == whole.files()
+
+
+def test_an_encoder_learns_from_no_cache(make_project, encoder_folder):
+    project = make_project(base=encoder_folder(), caches=["few"])
+    with pytest.raises(MismatchError, match="teachers/few: a cache over a vocabulary, which an encoder does not have"):
+        project.train(learn_from="teachers/few")
+
+
+def test_a_tuned_encoder_scores_as_a_teacher_does(make_project, encoder_folder):
+    project = make_project(base=encoder_folder())
+    project.tune(steps=80, learning_rate=3e-3)
+    with Scorer(project.artifacts / "tuned/tuned", Task(project.task), work=project.root / ".work", threads=1) as scorer:
+        scores = scorer.label_scores([NO_CONTEXT], [Example({"text": "warm and funny"}), Example({"text": "bored"})], "test")
+    assert scores.argmax(-1).tolist() == [[1, 0]]
+    assert project.json("artifacts/tuned/tuned/manifest.json")["completions"] == {"negative": [0], "positive": [1]}
