@@ -22,9 +22,9 @@ def load_tokenizers(params: Params) -> dict[str, Any]:
     """The tokenizers of the models that are there, by name."""
     there = {name: folder for name in params.models if (folder := Path("artifacts") / "models" / name).is_dir()}
     if there:
-        from pipeline.models.folders import load_tokenizer  # brings torch
+        from pipeline.models.folders import is_encoder, load_config, load_tokenizer  # brings torch
 
-        return {name: load_tokenizer(folder) for name, folder in there.items()}
+        return {name: load_tokenizer(folder) for name, folder in there.items() if not is_encoder(load_config(folder))}
     return {}
 
 
