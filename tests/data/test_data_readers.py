@@ -80,6 +80,8 @@ def test_a_csv_record_of_several_lines_has_the_line_it_begins_on(tmp_path: Path)
         ('"a"b,good\n"fine",good\n', [2], [(3, "fine", "good")]),
         # a quote that is never closed may have swallowed every line behind it
         ('a,b\n"open,b\nc,d\ne,f\n', [3, 4, 5], [(2, "a", "b")]),
+        # a backslash in the rest of a broken record, and escapes before it
+        ('"a \\"b\\"",good\n"a "5 c\nin d\\e",bad\nfine,good\n', [3, 4], [(2, 'a "b"', "good"), (5, "fine", "good")]),
         # a quote inside a field without quotes is text
         ('a 5" pipe,b\nc,d\n', [], [(2, 'a 5" pipe', "b"), (3, "c", "d")]),
     ],
