@@ -238,7 +238,8 @@ class Record(NamedTuple):
 def _rows(path: Path, records: Iterator[Record], asked: Sequence[str]) -> Iterator[Row | BadRow]:
     """The rows behind the header, which is the first record. Each line of a broken record is a bad row, since each may have been a row."""
     places: list[int] | None = None
-    for line, text, values, fault in records:
+    for line, text, values, broken in records:
+        fault = broken or _not_decoded("".join(text).rstrip("\r\n"))
         if places is not None and fault is not None:
             yield from (BadRow(line + at, "", *fault) for at in range(len(text)))
         elif places is not None:
@@ -285,20 +286,20 @@ def _table(
         with _opened(path, "\n" if "quoting" in settings else "", encoding) as file:
             yield from _records(islice(file, first - 1, None), first, len(columns or ()), settings)
 
-    if has_escapes:
-        both = (settings, settings | {"escapechar": "\\"})
-        settings = min(both, key=lambda own: sum(len(record.text) for record in records(own) if record.fault))
-    if form == "tsv" and not _has_quoting(records(settings), delimiter):
-        settings = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE}
+    if has_escapes or form == "tsv":
+        tried = [settings, settings | {"escapechar": "\\"}] if has_escapes else [settings]
+        _, has_quoting, settings = min(((*_look(records(own), delimiter), own) for own in tried), key=lambda look: look[0])
+        if form == "tsv" and not has_quoting:
+            settings = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE}
     if columns is not None:
         yield Record(0, [], list(columns))
     yield from records(settings)
 
 
-def _has_quoting(records: Iterator[Record], delimiter: str) -> bool:
-    """Whether more fields are quoted that have to be than hold a quote and are not.
+def _look(records: Iterator[Record], delimiter: str) -> tuple[int, bool]:
+    """How many lines are broken, and whether there is quoting: more fields are quoted that have to be than hold a quote and are not.
 
-    If there are neither: whether a quoted field goes on behind a line, or more fields are quoted than lines are broken.
+    If there are neither: a quoted field goes on behind a line, or more fields are quoted than lines are broken.
     """
     needed = bare = cut = quoted = broken = width = 0
     for _, text, values, fault in records:
@@ -306,15 +307,15 @@ def _has_quoting(records: Iterator[Record], delimiter: str) -> bool:
         if fault is not None:
             broken += len(text)
             cut += any(f'{delimiter}"' in delimiter + line and line.count(delimiter) < width - 1 for line in text)
-        pieces = _pieces(whole, delimiter)
-        for value in values if '"' in whole else ():
+        pieces = _pieces(whole, delimiter) if '"' in whole else []
+        for value in values if pieces else []:
             if value.lstrip(" ") in pieces:
                 bare += '"' in value
             elif any(mark in value for mark in ('"', "\n", delimiter)):
                 needed += 1
             else:
                 quoted += 1
-    return needed > bare if needed or bare else cut > 0 or quoted > broken
+    return broken, needed > bare if needed or bare else cut > 0 or quoted > broken
 
 
 def _csv_reader(lines: Iterable[str], settings: dict[str, Any]) -> Any:
@@ -358,7 +359,7 @@ def _records(lines: Iterator[str], line: int, width: int, settings: dict[str, An
             waiting.extend(islice(lines, LONGEST_TAIL - len(waiting)))
             text += [waiting.popleft() for _ in range(_tail(list(waiting), settings))]
         if values or fault:
-            yield Record(line, text, values, _not_decoded(delimiter.join(values)) or fault)
+            yield Record(line, text, values, fault)
         line += len(text)
 
 
@@ -367,10 +368,10 @@ def _tail(ahead: Sequence[str], settings: dict[str, Any]) -> int:
 
     Without this the rest of a broken text would be a row. Another fault begins a record of its own.
     """
-    tail = at = 0
+    tail, at, delimiter = 0, 0, settings["delimiter"]
     while at < len(ahead):
-        pieces = _pieces(ahead[at], settings["delimiter"])
-        if pieces[0] == '"':
+        line = ahead[at]
+        if line.rstrip("\r\n").split(delimiter, 1)[0] == '"':
             at = tail = at + 1
             continue
         reader = _csv_reader(ahead[at:], settings)
@@ -379,7 +380,7 @@ def _tail(ahead: Sequence[str], settings: dict[str, Any]) -> int:
         except csv.Error:
             break
         at += reader.line_num
-        if any(value.endswith('"') and value.lstrip(" ") in pieces for value in values):
+        if any(value.endswith('"') and value.lstrip(" ") in _pieces(line, delimiter) for value in values):
             tail = at
     return tail
 
