@@ -38,7 +38,7 @@ LISTED = re.compile(r"\[.*['\",].*\]|\{.*['\",].*\}", re.DOTALL)
 """A list or an object written as text."""
 
 
-@dataclass
+@dataclass(eq=False)  # an exception has a hash
 class BadValueError(Exception):
     """A value that cannot be used."""
 
