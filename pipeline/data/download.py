@@ -1,13 +1,9 @@
 """Releases of the Python package index and repositories of the Hugging Face hub → downloads/NAME.
 
-Each download is put together beside its place and renamed, so that a folder under downloads/ is complete or absent.
-
-pip's own configuration decides the index, the proxy and the certificates; this module names no host. pip checks the sha256 before it opens
-a release. To download a source archive pip prepares its metadata, which runs the archive's `setup.py`: the pinned sha256 makes that the
-code that somebody looked at.
-
-Of a model on the hub only safetensors, GGUF, configuration and tokenizer files are taken: no pickles, no code. The list of files is read
-first, so a repository without them costs one request.
+Each download is put together beside its place and renamed, so that a folder under downloads/ is complete or absent. pip's own configuration
+decides the index, the proxy and the certificates. pip checks the sha256 before it opens a release. To download a source archive pip
+prepares its metadata, which runs the archive's `setup.py`: the pinned sha256 makes that the code that somebody looked at. Of a model on
+the hub only safetensors, GGUF, configuration and tokenizer files are taken: no pickles, no code.
 """
 
 import difflib
@@ -37,7 +33,7 @@ from pipeline.params.data import FORMATS, MODEL_FILES, form_of
 
 MAX_EXPANSION = 200
 """Bytes unpacked for each byte of an archive: text shrinks 3 to 20 times, a bomb hundreds of times."""
-_BROKEN = (
+DAMAGED = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError, OverflowError, struct.error
 )  # fmt: skip
 """What zipfile and tarfile raise for damaged archives, and for a compression that they lack."""
@@ -50,6 +46,7 @@ def download(name: str, params: Download, folder: Path) -> None:
     """
     is_release = isinstance(params, PypiDownload)
     title = f"{params.package} {params.version} ({params.kind})" if is_release else f"{params.repo}@{params.revision[:8]}"
+    about = f"downloads.{name}: {title}"
     print(f"downloading {title}", flush=True)
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
@@ -57,9 +54,14 @@ def download(name: str, params: Download, folder: Path) -> None:
         built = scratch / "built"
         built.mkdir(parents=True)
         if is_release:
-            _take_release(f"downloads.{name}: {title}", params, scratch, built)
+            _extract(_ask_pip(about, params, scratch / "release"), scratch, params.member)
+            member = scratch / params.member
+            if zipfile.is_zipfile(member) or tarfile.is_tarfile(member):
+                _extract(member, built)
+            else:
+                member.rename(built / member.name)
         else:
-            _take_repository(f"downloads.{name}: {title}", params, built)
+            _take_repository(about, params, built)
         if folder.exists():
             shutil.rmtree(folder)
         built.rename(folder)
@@ -67,15 +69,6 @@ def download(name: str, params: Download, folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:,.1f} MB, licence {params.licence}", flush=True)
-
-
-def _take_release(about: str, params: PypiDownload, scratch: Path, built: Path) -> None:
-    _extract(_ask_pip(about, params, scratch / "release"), scratch, params.member)
-    member = scratch / params.member
-    if zipfile.is_zipfile(member) or tarfile.is_tarfile(member):
-        _extract(member, built)
-    else:
-        member.rename(built / member.name)
 
 
 def _ask_pip(about: str, params: PypiDownload, folder: Path) -> Path:
@@ -124,7 +117,7 @@ def _extract(archive: Path, folder: Path, member: str | None = None) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             with opened() as source, (folder / path).open("wb") as target:
                 shutil.copyfileobj(source, target)
-    except (OSError, *_BROKEN) as error:
+    except (OSError, *DAMAGED) as error:
         # An OSError without errno is a broken stream, EINVAL a header that points nowhere.
         if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:
             raise

@@ -12,9 +12,9 @@ import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -38,12 +38,13 @@ LISTED = re.compile(r"\[.*['\",].*\]|\{.*['\",].*\}", re.DOTALL)
 """A list or an object written as text."""
 
 
+@dataclass(eq=False)  # an exception has a hash
 class BadValueError(Exception):
-    """A value that cannot be used: field, reason, value."""
+    """A value that cannot be used."""
 
-    def __init__(self, field_name: str, reason: str, value: object) -> None:
-        super().__init__(field_name, reason, value)
-        self.field_name, self.reason, self.value = field_name, reason, value
+    field_name: str
+    reason: str
+    value: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,9 @@ class SourceExamples:
 
     def place(self, line: int) -> tuple[str, int]:
         """The file that an example's line is in, and the line there."""
-        return _place(self.file, self.counts.get("files", {}), line)
+        starts = reversed(self.counts.get("files", {}).items())
+        file, start = next(((file, start) for file, start in starts if start < line), (self.file, 0))
+        return file, line - start
 
 
 def read_source(name: str, params: SourceParams, path: Path, task: Task) -> SourceExamples:
@@ -136,42 +139,39 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     if needed and (keys := json_keys(path, params.form, params.files, params.encoding)) and (absent := set(needed) - keys):
         raise MissingColumnError(path, min(absent), keys)
 
-    files = starts if set(starts) != {""} else {}
-    examples, conflicts = _one_of_each(checked, name, partial(_place, path.name, files))
-    labels = Counter(example.label for example in examples if example.label is not None)
-    counts = {
+    files = {"files": starts} if set(starts) != {""} else {}
+    source = SourceExamples(name, path.name, checked, quarantine, files)
+    reasons, conflicts = Counter(entry.reason for entry in quarantine), _keep_one_of_each(source)
+    quarantine += conflicts
+    labels = Counter(example.label for example in source.examples if example.label is not None)
+    source.counts = {
         "rows": rows,
-        "quarantined": dict(sorted(Counter(entry.reason for entry in quarantine).items())),
+        "quarantined": dict(sorted(reasons.items())),
         "left_out_by_label_rule": left_out,
-        "exact_repeats_removed": len(checked) - len(examples),
+        "exact_repeats_removed": len(checked) - len(source.examples),
         "conflicting_labels_removed": len(conflicts),
-        "examples": len(examples),
+        "examples": len(source.examples),
         "labelled": labels.total(),
         "label_shares": {label: round(n / labels.total(), 4) for label, n in sorted(labels.items())},
-    } | ({"files": files} if files else {})
-    return SourceExamples(name, path.name, examples, quarantine + conflicts, counts)
+    } | files
+    return source
 
 
-def _place(file: str, starts: dict[str, int], line: int) -> tuple[str, int]:
-    own, start = next(((own, start) for own, start in reversed(starts.items()) if start < line), (file, 0))
-    return own, line - start
-
-
-def _one_of_each(checked: list[Example], name: str, place: Callable[[int], tuple[str, int]]) -> tuple[list[Example], list[Quarantined]]:
-    """Each text once, with the label on which its rows agree; and an entry for each row of a text whose rows do not agree."""
+def _keep_one_of_each(source: SourceExamples) -> list[Quarantined]:
+    """Keep each text once, with the label on which its rows agree; an entry for each row of a text whose rows do not agree."""
     by_text: dict[str, list[Example]] = {}
-    for example in checked:
+    for example in source.examples:
         by_text.setdefault(example.example_id, []).append(example)
-    examples: list[Example] = []
+    source.examples = []
     conflicts: list[Quarantined] = []
     for rows in by_text.values():
         labelled = [row for row in rows if row.label is not None]
         labels = {row.label for row in labelled}
         if len(labels) > 1:
             value = shorten(", ".join(f"{row.label} on line {row.line}" for row in labelled) + f": {' | '.join(rows[0].fields.values())}")
-            conflicts += [Quarantined(name, *place(row.line), "", "conflicting labels", value) for row in labelled]
-        examples.append(replace(rows[0], label=labels.pop() if len(labels) == 1 else None))
-    return examples, sorted(conflicts, key=lambda entry: entry.line)
+            conflicts += [Quarantined(source.name, *source.place(row.line), "", "conflicting labels", value) for row in labelled]
+        source.examples.append(replace(rows[0], label=labels.pop() if len(labels) == 1 else None))
+    return sorted(conflicts, key=lambda entry: entry.line)
 
 
 def check_limit(source: SourceExamples, limit: float, quarantine: Path | None = None) -> None:
@@ -249,20 +249,15 @@ def label_reader(rule: LabelRule, task: Task) -> Callable[[Any], str | None]:
     exact = {label: label for label in task.labels} if rule.values is None else rule.values
     respelt = {_spelling(key): label for key, label in exact.items()}
 
-    def by_sign(value: Any, threshold: float) -> str | None:
-        try:
-            rating = 0.0 if value is None else float(str(value).replace("_", "?"))  # Python reads "1_0" as ten
-        except ValueError:
-            rating = math.nan
-        if not math.isfinite(rating):
-            raise BadValueError(rule.column, "not a number", value)
-        return None if abs(rating) <= threshold else rule.positive if rating > 0 else rule.negative
-
     def read(value: Any) -> str | None:
         if value is MISSING:
             raise BadValueError(rule.column, "missing", "")
         if rule.threshold is not None:
-            return by_sign(value, rule.threshold)
+            with suppress(ValueError):
+                rating = 0.0 if value is None else float(str(value).replace("_", "?"))  # Python reads "1_0" as ten
+                if math.isfinite(rating):
+                    return None if abs(rating) <= rule.threshold else rule.positive if rating > 0 else rule.negative
+            raise BadValueError(rule.column, "not a number", value)
         if isinstance(value, str) and value.strip() in exact:
             return exact[value.strip()] or None
         text = label_text(rule.column, value)

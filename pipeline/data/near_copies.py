@@ -49,7 +49,8 @@ class Originals:
         self._threshold = threshold
         self._common = _common(rows).intersection(set[str]().union(*(_common(texts) for texts in groups.values())))
         originals = [text for texts in groups.values() for text in texts]
-        self._passages = _passages(rows, COMMON_ROWS, _passages(originals, PASSAGE_ORIGINALS))
+        known = _passages(originals, PASSAGE_ORIGINALS)
+        self._passages = known and known & _passages(rows, COMMON_ROWS)
         grams = [self._grams(text) for text in originals]
         self._sizes = np.array([len(own) for own in grams])
         self._counter = CountVectorizer(analyzer=cast("Any", list))  # of sets of 5-grams
@@ -90,6 +91,10 @@ def grams(text: str) -> frozenset[str]:
     return frozenset(plain[i : i + GRAM] for i in range(max(len(plain) - GRAM + 1, 1)))
 
 
+def _runs(words: Sequence[str]) -> list[str]:
+    return [" ".join(words[at : at + PASSAGE]) for at in range(len(words) - PASSAGE + 1)]
+
+
 def _common(texts: Sequence[str]) -> frozenset[str]:
     """The 5-grams that many of the texts have, counted in every n-th of them."""
     sample = texts[:: max(1, len(texts) // SAMPLE)]
@@ -97,14 +102,8 @@ def _common(texts: Sequence[str]) -> frozenset[str]:
     return frozenset(gram for gram, count in counts.items() if count >= COMMON_ROWS and count > COMMON_SHARE * len(sample))
 
 
-def _runs(words: Sequence[str]) -> list[str]:
-    return [" ".join(words[at : at + PASSAGE]) for at in range(len(words) - PASSAGE + 1)]
-
-
-def _passages(texts: Sequence[str], least: int, known: frozenset[str] | None = None) -> frozenset[str]:
-    """The runs of words (of those that are `known`) that at least so many of the texts have, counted in every n-th of them."""
-    if known == frozenset():
-        return frozenset()
-    runs = (set(_runs(normalise(text).split())) for text in texts[:: max(1, len(texts) // PASSAGE_SAMPLE)])
-    counts = Counter(run for own in runs for run in (own if known is None else own & known))
+def _passages(texts: Sequence[str], least: int) -> frozenset[str]:
+    """The runs of words that at least so many of the texts have, counted in every n-th of them."""
+    sample = texts[:: max(1, len(texts) // PASSAGE_SAMPLE)]
+    counts = Counter(run for text in sample for run in set(_runs(normalise(text).split())))
     return frozenset(run for run, count in counts.items() if count >= least)

@@ -2,7 +2,7 @@
 
 A reader yields the asked columns of each row with its line number, or a `BadRow` that says why the row cannot be read. It never stops at
 a bad row and never drops one; blank lines are not rows. Text files are streamed, and unpacked if they are gzip files. Python's csv module
-reads tables; what it has to be told (delimiter, encoding, how quotes are written) is found by reading the file once more.
+reads tables; what it has to be told (delimiter, encoding, how quotes are written) is found by reading the file before.
 """
 
 import codecs
@@ -16,13 +16,13 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 from xml.etree.ElementTree import ParseError
 
 import pyarrow as pa
@@ -74,10 +74,6 @@ class MissingColumnError(UsageError):
         super().__init__(f"{self.fault} Name the right one under `fields` or `label.column` of this source in params.yaml.{hint}")
 
 
-Record = tuple[Sequence[int], list[Any]] | BadRow
-"""The lines of a record, and its values as strings (or as a sheet has them)."""
-
-
 def read_rows(
     path: Path,
     form: str | None,
@@ -93,7 +89,7 @@ def read_rows(
     `columns` names the columns of a csv or tsv file that has no header line. What is None is found: the format by the file's name, the
     rest by its content. Raises UsageError if a file lacks a column, has it twice, or is not of its format at all.
     """
-    for name, file, kind in data_files(path, files, form):
+    for name, file, kind in _files(path, files, form):
         if kind != "jsonl" and not file.is_file():  # a pipe is read once, and only JSON lines need no more
             with tempfile.NamedTemporaryFile() as copy:
                 with file.open("rb") as pipe:
@@ -103,15 +99,14 @@ def read_rows(
             continue
         if kind == "parquet":
             rows = _parquet(file, asked)
-        elif kind == "xlsx":
-            rows = _delimited(file, _sheet(file), asked, None)
-        elif kind in {"csv", "tsv"}:
-            rows = _table(file, kind, asked, columns, delimiter, encoding)
-        else:
+        elif kind in {"jsonl", "json"}:
             rows = (
-                Row(read[0], tuple(read[1].get(column, MISSING) for column in asked)) if isinstance(read, tuple) else read
+                Row(read.line, tuple(read.values[0].get(column, MISSING) for column in asked)) if isinstance(read, Row) else read
                 for read in _objects(file, kind, encoding)
             )
+        else:
+            table = _sheet(file) if kind == "xlsx" else _table(file, kind, asked, columns, delimiter, encoding)
+            rows = _rows(file, table, asked)
         yield from (replace(row, file=name) for row in rows) if name else rows
 
 
@@ -121,11 +116,14 @@ def source_rows(path: Path, source: SourceParams, asked: Sequence[str]) -> Itera
     return read_rows(path, source.form, asked, source.columns, **said)
 
 
-def data_files(path: Path, files: str | None = None, form: str | None = None) -> list[tuple[str, Path, str]]:
-    """What is read for a path: the file itself, with an empty name; or a folder's files in the order of their names, without hidden ones.
+def json_keys(path: Path, form: str | None = None, files: str | None = None, encoding: str | None = None) -> set[str]:
+    """Every key of the objects of jsonl or json files, for a message that lists them; none for other formats."""
+    own = [(file, kind) for _, file, kind in _files(path, files, form) if kind in {"jsonl", "json"}]
+    return {key for file, kind in own for read in _objects(file, kind, encoding) if isinstance(read, Row) for key in read.values[0]}
 
-    Each with its format. Raises UsageError if there is none, the format is not known, or a folder has several.
-    """
+
+def _files(path: Path, files: str | None, form: str | None) -> list[tuple[str, Path, str]]:
+    """The file itself, with an empty name; or a folder's files in the order of their names, without hidden ones. Each with its format."""
     if not path.is_dir():
         if (own := form or form_of(path.name)) is None:
             raise UsageError(f"{path}: the name does not end with one of {choices(FORMATS)}. Rename it, or say its format.")
@@ -140,27 +138,17 @@ def data_files(path: Path, files: str | None = None, form: str | None = None) ->
     return found
 
 
-def json_keys(path: Path, form: str | None = None, files: str | None = None, encoding: str | None = None) -> set[str]:
-    """Every key of the objects of jsonl or json files, for a message that lists them; none for other formats."""
-    own = [(file, kind) for _, file, kind in data_files(path, files, form) if kind in {"jsonl", "json"}]
-    return {key for file, kind in own for read in _objects(file, kind, encoding) if isinstance(read, tuple) for key in read[1]}
-
-
 # text
 
 
 @contextmanager
 def _unpacked(path: Path) -> Iterator[io.BufferedReader]:
     """The file's bytes; those in it if it is a gzip file, whatever its name."""
-    with path.open("rb") as file:
-        if not file.peek(2).startswith(b"\x1f\x8b"):
-            yield file
-            return
-        try:
-            with gzip.open(file) as inner:
-                yield cast("io.BufferedReader", inner)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UsageError(f"{path}: a gzip file that is cut or damaged ({error}). Write it again.") from None
+    try:
+        with path.open("rb") as file, gzip.open(file) if file.peek(2).startswith(b"\x1f\x8b") else file as content:
+            yield cast("io.BufferedReader", content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{path}: a gzip file that is cut or damaged ({error}). Write it again.") from None
 
 
 @contextmanager
@@ -184,46 +172,39 @@ def _encoding(path: Path) -> str:
             return "utf-16"
         if len(first) == 2 and first.count(0) == 1:
             return "utf-16-le" if first[1] == 0 else "utf-16-be"
-        beyond_ascii = (line for line in file if not line.isascii())
-        one = next(beyond_ascii, None)
-        if one is None or any(line.decode(errors="ignore").encode() == line for line in chain([one], beyond_ascii)):
+        if {line.decode(errors="ignore").encode() == line for line in file if not line.isascii()} != {False}:
             return "utf-8-sig"
     print(f"{path}: not UTF-8; read as Windows-1252, since no `encoding` is said", file=sys.stderr)
     return "cp1252"
 
 
-def _lines(path: Path, encoding: str | None) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank with their numbers, without their ends (LF or CRLF)."""
-    with _opened(path, "\n", encoding) as file:
-        for number, line in enumerate(file, start=1):
-            if text := line.removesuffix("\n").removesuffix("\r"):
-                yield number, text
-
-
-def _fault(text: str, line: int, field: str = "") -> BadRow | None:
-    if text.isascii() or not NOT_DECODED.search(text):
+def _not_decoded(value: Any) -> tuple[str, str] | None:
+    """Reason and value for a bad row, if this is a text with bytes that are not of its encoding."""
+    if not isinstance(value, str) or value.isascii() or not NOT_DECODED.search(value):
         return None
-    return BadRow(line, field, "not UTF-8", text.encode(errors="surrogateescape").decode(errors="backslashreplace"))
+    return "not UTF-8", value.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 # json
 
 
-def _objects(path: Path, form: str, encoding: str | None) -> Iterator[tuple[int, dict[str, Any]] | BadRow]:
+def _objects(path: Path, form: str, encoding: str | None) -> Iterator[Row | BadRow]:
+    """Rows whose only value is the object."""
     if form == "json" and (items := _list(path, encoding)) is not None:
         for number, value in enumerate(items, start=1):
-            yield (number, value) if isinstance(value, dict) else BadRow(number, "", "not a JSON object", str(value))
+            yield Row(number, (value,)) if isinstance(value, dict) else BadRow(number, "", "not a JSON object", str(value))
         return
-    for number, text in _lines(path, encoding):
-        if fault := _fault(text, number):
-            yield fault
-        elif text.strip():
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield BadRow(number, "", "not JSON", f"{error}: {text}")
-            else:
-                yield (number, value) if isinstance(value, dict) else BadRow(number, "", "not a JSON object", text)
+    with _opened(path, "\n", encoding) as file:
+        for number, line in enumerate(file, start=1):
+            if fault := _not_decoded(text := line.rstrip("\r\n")):
+                yield BadRow(number, "", *fault)
+            elif text.strip():
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    yield BadRow(number, "", "not JSON", f"{error}: {text}")
+                else:
+                    yield Row(number, (value,)) if isinstance(value, dict) else BadRow(number, "", "not a JSON object", text)
 
 
 def _list(path: Path, encoding: str | None) -> list[Any] | None:
@@ -236,8 +217,8 @@ def _list(path: Path, encoding: str | None) -> list[Any] | None:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             return None
         raise UsageError(f"{path}: not JSON ({error}). Write it again.") from None
-    inner = value.values() if isinstance(value, dict) else [value]
-    if len(lists := [own for own in inner if isinstance(own, list)]) != 1:
+    lists = [own for own in (value.values() if isinstance(value, dict) else [value]) if isinstance(own, list)]
+    if len(lists) != 1:
         raise UsageError(f"{path}: neither a list of objects nor an object with one list, as `data`. Write one object for each row.")
     return lists[0]
 
@@ -245,169 +226,28 @@ def _list(path: Path, encoding: str | None) -> list[Any] | None:
 # tables
 
 
-def _table(
-    path: Path, form: str, asked: Sequence[str], columns: Sequence[str] | None, delimiter: str | None, encoding: str | None
-) -> Iterator[Row | BadRow]:
-    encoding = encoding or _encoding(path)
-    first, settings = _layout(path, form, asked, columns, delimiter, encoding)
-    settings, is_quoted = _quoting(path, form, first, settings, encoding)
-    if is_quoted:
-        records = _csv_records(path, first, settings, encoding)
-    else:
-        lines = ((line, text) for line, text in _lines(path, encoding) if line >= first)
-        records = (_fault(text, line) or ((line,), text.split(settings["delimiter"])) for line, text in lines)
-    yield from _delimited(path, records, asked, columns)
+class Record(NamedTuple):
+    """A record of a table: its first line's number, its lines as they are in the file, its values, a `BadRow`'s reason and value."""
+
+    line: int
+    text: list[str]
+    values: list[Any]
+    fault: tuple[str, str] | None = None
 
 
-def _layout(
-    path: Path, form: str, asked: Sequence[str], columns: Sequence[str] | None, delimiter: str | None, encoding: str
-) -> tuple[int, dict[str, Any]]:
-    """The line on which the table begins (behind Excel's `sep=;`), and csv's settings as that line shows them."""
-    with _opened(path, "", encoding) as file:
-        start = next(file, "")
-        if hint := re.fullmatch(r'"?sep=(.)"?\s*', start):
-            start, delimiter = next(file, ""), delimiter or hint[1]
-
-    def fit(delimiter: str) -> tuple[bool, int]:
-        names = [name.strip() for name in next(csv.reader([start], delimiter=delimiter), [])]
-        return set(asked) <= set(names) if columns is None else len(names) == len(columns), len(names)
-
-    csv.field_size_limit(LONGEST_FIELD)
-    delimiter = delimiter or ("\t" if form == "tsv" else max(",;\t|", key=fit))
-    spaced = 0 < start.count(delimiter) == start.count(f"{delimiter} ")
-    return 2 if hint else 1, {"delimiter": delimiter, "strict": True, "skipinitialspace": spaced}
-
-
-def _quoting(path: Path, form: str, first: int, settings: dict[str, Any], encoding: str) -> tuple[dict[str, Any], bool]:
-    """The csv module's settings, with backslashes as escapes if fewer records are broken so; and whether quotes are more than text.
-
-    In a tsv file they are if more fields are quoted that have to be than hold a quote and are not. If there are neither, a line must end
-    within a quoted field, or more fields must be quoted than lines are broken.
-    """
-    with _opened(path, "", encoding) as file:
-        is_plain = form == "csv" and not any("\\" in line for line in file)
-    counts = Counter[str]() if is_plain else _count(path, first, settings, encoding)
-    if counts["escapes"]:
-        escaping = settings | {"escapechar": "\\"}
-        if (others := _count(path, first, escaping, encoding))["broken"] < counts["broken"]:
-            settings, counts = escaping, others
-    if form == "tsv" and not (counts["needed"] or counts["bare"]):
-        return settings, counts["cut"] > 0 or counts["quoted"] > counts["broken"]
-    return settings, form == "csv" or counts["needed"] > counts["bare"]
-
-
-def _count(path: Path, first: int, settings: dict[str, Any], encoding: str) -> Counter[str]:
-    """How many lines of broken records, lines that end in a quoted field, records with an escape, and fields of each kind there are.
-
-    Fields are `bare` (they hold a quote and are not quoted), `needed` (they are, and have to be) or `quoted` for nothing.
-    """
-    counts, delimiter, width = Counter[str](), settings["delimiter"], 0
-    with _opened(path, "", encoding) as file:
-        for lines, values in _records(islice(file, first - 1, None), settings):
-            text, fields = "".join(lines), [] if isinstance(values, csv.Error) else values
-            width = width or len(fields)
-            counts["escapes"] += '\\"' in text or f"\\{delimiter}" in text
-            counts["broken"] += len(lines) * (isinstance(values, csv.Error) or len(fields) not in {0, width})
-            if '"' in text:
-                counts["cut"] += any(f'{delimiter}"' in delimiter + line and line.count(delimiter) < width - 1 for line in lines)
-            for value in fields if '"' in text else ():
-                is_bare = _is_bare(value, text, settings)
-                if '"' in value or not is_bare:
-                    is_needed = any(mark in value for mark in ('"', "\n", delimiter))
-                    counts["bare" if is_bare else "needed" if is_needed else "quoted"] += 1
-    return counts
-
-
-def _csv_records(path: Path, first: int, settings: dict[str, Any], encoding: str) -> Iterator[Record]:
-    """Each line of a broken record is a bad row, since each may have been a row."""
-    with _opened(path, "", encoding) as file:
-        for lines, values in _records(islice(file, first - 1, None), settings):
-            own, first = range(first, first + len(lines)), first + len(lines)
-            if isinstance(values, csv.Error):
-                for line in own:
-                    yield BadRow(line, "", "not CSV", f"{values}, in the record that begins on line {own[0]}")
-            elif fault := _fault(settings["delimiter"].join(values), own[0]):
-                yield from (replace(fault, line=line) for line in own)
-            elif values:
-                yield own, values
-
-
-def _records(lines: Iterator[str], settings: dict[str, Any]) -> Iterator[tuple[list[str], list[str] | csv.Error]]:
-    """Each record's lines with its values, or with what is wrong with it."""
-    waiting, record = deque[str](), list[str]()
-    if "escapechar" in settings:  # csv takes every backslash for an escape; one before anything else is text
-        escaped = re.compile(rf'(\\[\\"\r\n{re.escape(settings["delimiter"])}])|\\')
-        lines = (escaped.sub(lambda found: found[1] or r"\\", line) for line in lines)
-
-    def taken() -> Iterator[str]:
-        while line := waiting.popleft() if waiting else next(lines, ""):
-            record.append(line)
-            yield line
-
-    reader, width = csv.reader(taken(), **settings), 0
-    while True:
-        record.clear()
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            values = error
+def _rows(path: Path, records: Iterator[Record], asked: Sequence[str]) -> Iterator[Row | BadRow]:
+    """The rows behind the header, which is the first record. Each line of a broken record is a bad row, since each may have been a row."""
+    places: list[int] | None = None
+    for line, text, values, broken in records:
+        fault = broken or _not_decoded("".join(text).rstrip("\r\n"))
+        if places is not None and fault is not None:
+            yield from (BadRow(line + at, "", *fault) for at in range(len(text)))
+        elif places is not None:
+            yield Row(line, tuple(values[place] for place in places))
+        elif fault is not None:
+            raise UsageError(f"{path}: the header on line {line} cannot be read: {fault[0]}: {fault[1][:80]!r}.")
         else:
-            width = width or len(values)
-        if isinstance(values, csv.Error) or len(values) not in {0, width}:
-            waiting.extend(islice(lines, LONGEST_TAIL - len(waiting)))
-            record += [waiting.popleft() for _ in range(_tail(list(waiting), settings))]
-        yield record, values
-
-
-def _tail(ahead: Sequence[str], settings: dict[str, Any]) -> int:
-    """How many of the lines behind a fault belong to its record: up to the last that ends a quoted field which no line there began.
-
-    Without this the rest of a broken text would be a row. Another fault begins a record of its own.
-    """
-    tail = at = 0
-    while at < len(ahead):
-        line = ahead[at].rstrip("\r\n")
-        if line == '"' or line.startswith(f'"{settings["delimiter"]}'):
-            at = tail = at + 1
-            continue
-        reader = csv.reader(ahead[at:], **settings)
-        try:
-            values = next(reader)
-        except csv.Error:
-            break
-        at += reader.line_num
-        if any(value.endswith('"') and _is_bare(value, line, settings) for value in values):
-            tail = at
-    return tail
-
-
-def _is_bare(value: str, text: str, settings: dict[str, Any]) -> bool:
-    """Whether a value is in the text of its record as it is, between two delimiters."""
-    delimiter = settings["delimiter"]
-    line = text.rstrip("\r\n").replace(f"{delimiter} ", delimiter) if settings["skipinitialspace"] else text.rstrip("\r\n")
-    return f"{delimiter}{value}{delimiter}" in f"{delimiter}{line}{delimiter}"
-
-
-def _delimited(path: Path, records: Iterator[Record], asked: Sequence[str], columns: Sequence[str] | None) -> Iterator[Row | BadRow]:
-    header = columns
-    places = [] if header is None else _places(path, header, asked)
-    for record in records:
-        if header is None and isinstance(record, BadRow):
-            raise UsageError(f"{path}: the header on line {record.line} cannot be read: {record.reason}: {record.value[:80]!r}.")
-        if isinstance(record, BadRow):
-            yield record
-            continue
-        lines, values = record
-        if header is None:
-            header = ["" if name is None else str(name).strip() for name in values]
-            places = _places(path, header, asked)
-        elif len(values) != len(header):
-            fault = f"{len(values)} instead of {len(header)}: {' '.join(' | '.join(values).splitlines())}"
-            yield from (BadRow(line, "", "wrong number of columns", fault) for line in lines)
-        else:
-            yield Row(lines[0], tuple(values[place] for place in places))
+            places = _places(path, ["" if name is None else str(name).strip() for name in values], asked)
 
 
 def _places(path: Path, header: Sequence[str], asked: Sequence[str]) -> list[int]:
@@ -417,6 +257,132 @@ def _places(path: Path, header: Sequence[str], asked: Sequence[str]) -> list[int
         if header.count(name) > 1:
             raise UsageError(f"{path}: it has {header.count(name)} columns {name!r}. Rename all but one.")
     return [header.index(name) for name in asked]
+
+
+def _table(
+    path: Path, form: str, asked: Sequence[str], columns: Sequence[str] | None, delimiter: str | None, encoding: str | None
+) -> Iterator[Record]:
+    """The header and the records of a csv or tsv file, read with the settings of the csv module that suit it.
+
+    Backslashes are escapes if fewer lines are broken so. Quotes are more than text in every csv file, and in a tsv file that has quoting.
+    """
+    encoding = encoding or _encoding(path)
+    csv.field_size_limit(LONGEST_FIELD)
+
+    def fit(delimiter: str) -> tuple[bool, int]:
+        names = [name.strip() for name in next(csv.reader([start], delimiter=delimiter), [])]
+        return set(asked) <= set(names) if columns is None else len(names) == len(columns), len(names)
+
+    with _opened(path, "", encoding) as file:
+        start, first = next(file, ""), 1
+        if hint := re.fullmatch(r'"?sep=(.)"?\s*', start):  # Excel's
+            start, first, delimiter = next(file, ""), 2, delimiter or hint[1]
+        delimiter = delimiter or ("\t" if form == "tsv" else max(",;\t|", key=fit))
+        has_escapes = any(map(re.compile(rf'\\["{re.escape(delimiter)}]').search, chain([start], file)))
+    is_spaced = 0 < start.count(delimiter) == start.count(f"{delimiter} ")
+    settings: dict[str, Any] = {"delimiter": delimiter, "strict": True, "skipinitialspace": is_spaced}
+
+    def records(settings: dict[str, Any]) -> Iterator[Record]:
+        with _opened(path, "\n" if "quoting" in settings else "", encoding) as file:
+            yield from _records(islice(file, first - 1, None), first, len(columns or ()), settings)
+
+    if has_escapes or form == "tsv":
+        tried = [settings, settings | {"escapechar": "\\"}] if has_escapes else [settings]
+        _, has_quoting, settings = min(((*_look(records(own), delimiter), own) for own in tried), key=lambda look: look[0])
+        if form == "tsv" and not has_quoting:
+            settings = {"delimiter": delimiter, "quoting": csv.QUOTE_NONE}
+    if columns is not None:
+        yield Record(0, [], list(columns))
+    yield from records(settings)
+
+
+def _look(records: Iterator[Record], delimiter: str) -> tuple[int, bool]:
+    """How many lines are broken, and whether there is quoting: more fields are quoted that have to be than hold a quote and are not.
+
+    If there are neither: a quoted field goes on behind a line, or more fields are quoted than lines are broken.
+    """
+    needed = bare = cut = quoted = broken = width = 0
+    for _, text, values, fault in records:
+        width, whole = width or len(values), "".join(text)
+        if fault is not None:
+            broken += len(text)
+            cut += any(f'{delimiter}"' in delimiter + line and line.count(delimiter) < width - 1 for line in text)
+        pieces = _pieces(whole, delimiter) if '"' in whole else []
+        for value in values if pieces else []:
+            if value.lstrip(" ") in pieces:
+                bare += '"' in value
+            elif any(mark in value for mark in ('"', "\n", delimiter)):
+                needed += 1
+            else:
+                quoted += 1
+    return broken, needed > bare if needed or bare else cut > 0 or quoted > broken
+
+
+def _csv_reader(lines: Iterable[str], settings: dict[str, Any]) -> Any:
+    """Python's reader, but a backslash is an escape only before what has to be escaped."""
+    if "escapechar" in settings:
+        escaped = re.compile(rf'(\\[\\"\r\n{re.escape(settings["delimiter"])}])|\\')
+        lines = (escaped.sub(lambda found: found[1] or r"\\", line) for line in lines)
+    return csv.reader(lines, **settings)
+
+
+def _pieces(text: str, delimiter: str) -> list[str]:
+    """What is between two delimiters, without spaces in front; a value that is none of these was quoted or escaped."""
+    return [piece.lstrip(" ") for piece in text.rstrip("\r\n").split(delimiter)]
+
+
+def _records(lines: Iterator[str], line: int, width: int, settings: dict[str, Any]) -> Iterator[Record]:
+    """Every record that is not blank. `line` is the first line's number, `width` the number of columns (0: the first record's)."""
+    delimiter, is_quoted, waiting, text = settings["delimiter"], "quoting" not in settings, deque[str](), list[str]()
+
+    def taken() -> Iterator[str]:
+        while own := waiting.popleft() if waiting else next(lines, ""):
+            text.append(own)
+            yield own
+
+    if is_quoted:
+        reader = _csv_reader(taken(), settings)
+    else:  # csv would take a CR for the end of a line
+        reader = (own.split(delimiter) if own else [] for own in (own.rstrip("\r\n") for own in taken()))
+    while True:
+        text, values, fault = list[str](), list[str](), None
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fault = "not CSV", f"{error}, in the record that begins on line {line}"
+        width = width or len(values)
+        if len(values) not in {0, width}:
+            fault = "wrong number of columns", f"{len(values)} instead of {width}: {' '.join(' | '.join(values).splitlines())}"
+        if fault and is_quoted:
+            waiting.extend(islice(lines, LONGEST_TAIL - len(waiting)))
+            text += [waiting.popleft() for _ in range(_tail(list(waiting), settings))]
+        if values or fault:
+            yield Record(line, text, values, fault)
+        line += len(text)
+
+
+def _tail(ahead: Sequence[str], settings: dict[str, Any]) -> int:
+    """How many of the lines behind a fault belong to its record: up to the last that ends a quoted field which no line there began.
+
+    Without this the rest of a broken text would be a row. Another fault begins a record of its own.
+    """
+    tail, at, delimiter = 0, 0, settings["delimiter"]
+    while at < len(ahead):
+        line = ahead[at]
+        if line.rstrip("\r\n").split(delimiter, 1)[0] == '"':
+            at = tail = at + 1
+            continue
+        reader = _csv_reader(ahead[at:], settings)
+        try:
+            values = next(reader)
+        except csv.Error:
+            break
+        at += reader.line_num
+        if any(value.endswith('"') and value.lstrip(" ") in _pieces(line, delimiter) for value in values):
+            tail = at
+    return tail
 
 
 def _sheet(path: Path) -> Iterator[Record]:
@@ -435,7 +401,8 @@ def _sheet(path: Path) -> Iterator[Record]:
             for number, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
                 if used := [at for at, cell in enumerate(cells) if cell not in {None, ""}]:
                     width = width or used[-1] + 1
-                    yield (number,), [unescape(cell) if isinstance(cell, str) else cell for cell in (*cells, *[None] * width)[:width]]
+                    values = (*cells, *[None] * width)[:width]
+                    yield Record(number, [], [unescape(value) if isinstance(value, str) else value for value in values])
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, IndexError, ValueError, ParseError) as error:
         raise UsageError(f"{path}: not a readable .xlsx file ({error}). Save it again, or as CSV.") from None
 
@@ -451,8 +418,8 @@ def _parquet(path: Path, asked: Sequence[str]) -> Iterator[Row | BadRow]:
             for batch in file.iter_batches(batch_size=8192, columns=list(dict.fromkeys(asked))):
                 for values in zip(*(_values(batch.column(name)) for name in asked), strict=True):
                     number += 1
-                    faults = (_fault(value, number, name) for name, value in zip(asked, values, strict=True) if isinstance(value, str))
-                    yield next(filter(None, faults), Row(number, values))
+                    faults = ((name, _not_decoded(value)) for name, value in zip(asked, values, strict=True))
+                    yield next((BadRow(number, name, *fault) for name, fault in faults if fault), Row(number, values))
             if number != file.metadata.num_rows:
                 raise pa.ArrowInvalid(f"{file.metadata.num_rows:,} rows announced")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -22,7 +22,8 @@ from pipeline.data.readers import MISSING, BadRow, Row, read_rows
 from pipeline.errors import UsageError
 from pipeline.params.data import form_of
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\r\n\0"), min_size=1, max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters='"\t\r\n\0'), min_size=1, max_size=20)
+"""Without quotes: a tsv file of `"` and `"` on two lines may be one quoted text of two lines."""
 LONG = "x" * 140_000
 """Longer than the limit that the csv module has by default."""
 
@@ -80,6 +81,8 @@ def test_a_csv_record_of_several_lines_has_the_line_it_begins_on(tmp_path: Path)
         ('"a"b,good\n"fine",good\n', [2], [(3, "fine", "good")]),
         # a quote that is never closed may have swallowed every line behind it
         ('a,b\n"open,b\nc,d\ne,f\n', [3, 4, 5], [(2, "a", "b")]),
+        # a backslash in the rest of a broken record, and escapes before it
+        ('"a \\"b\\"",good\n"a "5 c\nin d\\e",bad\nfine,good\n', [3, 4], [(2, 'a "b"', "good"), (5, "fine", "good")]),
         # a quote inside a field without quotes is text
         ('a 5" pipe,b\nc,d\n', [], [(2, 'a 5" pipe', "b"), (3, "c", "d")]),
     ],
