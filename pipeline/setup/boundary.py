@@ -19,7 +19,7 @@ OPENING = ("\n", "\t", "(", "[", "{{", '"', "'", "“", "‘", "«", "=")
 
 
 def load_tokenizers(params: Params) -> dict[str, Any]:
-    """The tokenizers of the models that are there, by name."""
+    """The tokenizers of those decoders that are there, by name; an encoder is not asked in words."""
     there = {name: folder for name in params.models if (folder := Path("artifacts") / "models" / name).is_dir()}
     if there:
         from pipeline.models.folders import is_encoder, load_config, load_tokenizer  # brings torch
