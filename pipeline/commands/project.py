@@ -181,7 +181,7 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
     from pipeline.cache.folder import cache_faults, cache_manifest, check_belongs, described_task, repair_cache
     from pipeline.cache.store import Store
     from pipeline.files import Folders
-    from pipeline.models.folders import load_tokens
+    from pipeline.models.trained import load_tokens
     from pipeline.params import load_params, pick
     from pipeline.schema import read_contexts, read_examples
     from pipeline.task import Task

@@ -14,7 +14,8 @@ from pipeline.data.contexts import build_contexts, check_fit
 from pipeline.data.examples import Quarantined, SourceExamples, read_written_source, shorten
 from pipeline.data.roles import assign, text_of
 from pipeline.files import Folders, write_json, write_text
-from pipeline.models.folders import check_folder, context_limit, load_tokens
+from pipeline.models.folders import check_folder, context_limit
+from pipeline.models.trained import load_tokens
 from pipeline.params import ContextParams, Params
 from pipeline.schema import NO_CONTEXT, Context, Example, write_contexts, write_examples
 from pipeline.task import Task, TaskTokens

@@ -21,8 +21,9 @@ from pipeline.errors import ShotlessError
 from pipeline.evaluation.metrics import Json
 from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, sha256_json, write_json
-from pipeline.models.folders import load_model, load_tokens, weights_sha256
+from pipeline.models.folders import load_model, weights_sha256
 from pipeline.models.machine import DTYPES, cores, cpu_info, default_device, peak_rss_bytes, use_machine
+from pipeline.models.trained import load_tokens
 from pipeline.params import Params, TaskParams
 from pipeline.schema import Example
 from pipeline.task import Task

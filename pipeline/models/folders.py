@@ -29,7 +29,6 @@ from transformers.utils import logging
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
 from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json
 from pipeline.params.data import MODEL_FILES
-from pipeline.task import EncoderTokens, Task, TaskTokens
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBES = ("A warm, funny film.", " It's 1,024 tokens\n\nlong", "Größe: 5 € 你好 🙂", "\tdef f(x):  return x")
@@ -137,12 +136,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder."""
     with _reading(folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def load_tokens(task: Task, folder: Path) -> TaskTokens:
-    """A task in the ids of a folder's model, a decoder or an encoder. Raises UsageError if it cannot answer the task."""
-    kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
-    return kind(task, load_tokenizer(folder))
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
 from pipeline.files import MANIFEST, check_manifest
-from pipeline.models.folders import load_tokens
+from pipeline.models.folders import is_encoder, load_config, load_tokenizer
 from pipeline.params import TaskParams
-from pipeline.task import Task, TaskTokens
+from pipeline.task import EncoderTokens, Task, TaskTokens
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ def about_trained(name: str, tokens: TaskTokens, provenance: Mapping[str, Any]) 
     completions = dict(zip(task.labels, tokens.completions, strict=False))  # none if answers are free text, which may have labels too
     about = {"name": name, "task": task.params.model_dump(mode="json"), "labels": list(task.labels), "completions": completions}
     return {**about, **provenance}
+
+
+def load_tokens(task: Task, folder: Path) -> TaskTokens:
+    """A task in the ids of a folder's model, a decoder or an encoder. Raises UsageError if it cannot answer the task."""
+    kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
+    return kind(task, load_tokenizer(folder))
 
 
 def open_trained(folder: Path) -> Trained:

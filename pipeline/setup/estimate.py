@@ -40,8 +40,9 @@ class Trial:
 
 def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
     """Answer a few examples with the model in `folder`, and time it."""
-    from pipeline.models.folders import decoder_layers, load_model, load_tokens
+    from pipeline.models.folders import decoder_layers, load_model
     from pipeline.models.machine import default_device, use_machine
+    from pipeline.models.trained import load_tokens
     from pipeline.teachers.engines import open_engine
     from pipeline.teachers.scorer import LABELS_ONLY
 

@@ -19,7 +19,7 @@ from pipeline.errors import MismatchError, UsageError
 from pipeline.files import Folders, sha256_file, sha256_json
 from pipeline.models import folders as models
 from pipeline.models.machine import default_device, peak_rss_bytes, use_machine
-from pipeline.models.trained import about_trained
+from pipeline.models.trained import about_trained, load_tokens
 from pipeline.params import DEMONSTRATIONS_FILE, Params, StudentParams, TunedParams, pick
 from pipeline.progress import rate
 from pipeline.schema import read_examples
@@ -60,7 +60,7 @@ class _Job:
         self.kind, self.name, self.student, self.folders, self.processes = kind, name, student, folders, processes
         self.threads, self.base = params.runtime.threads, folders.artifacts / student.base
         models.check_folder(self.base)
-        self.tokens = models.load_tokens(Task(params.task), self.base)
+        self.tokens = load_tokens(Task(params.task), self.base)
         self.sources: dict[str, str] = {}  # hashes of what is learnt from
         self.label_terms: list[LabelTerm] = []
         self.cache_terms: list[CacheTerm] = []

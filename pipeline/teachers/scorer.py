@@ -20,8 +20,9 @@ from pipeline.cache.encodings import columns_of
 from pipeline.cache.store import Store
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
-from pipeline.models.folders import context_limit, load_model, load_tokens, tokenizer_sha256, weights_sha256
+from pipeline.models.folders import context_limit, load_model, tokenizer_sha256, weights_sha256
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, give_back_memory, use_machine
+from pipeline.models.trained import load_tokens
 from pipeline.params import CacheParams
 from pipeline.progress import progress, rate
 from pipeline.schema import NO_CONTEXT, SCHEMA_VERSION, SCORES, STORED, Context, Example, Prompt

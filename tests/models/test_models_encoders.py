@@ -6,7 +6,8 @@ from conftest import ARCHITECTURES, ENCODERS
 from transformers import AutoTokenizer
 
 from pipeline.errors import UsageError
-from pipeline.models.folders import context_limit, is_encoder, load_config, load_model, load_tokens, save_model
+from pipeline.models.folders import context_limit, is_encoder, load_config, load_model, save_model
+from pipeline.models.trained import load_tokens
 from pipeline.params import TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example
 from pipeline.task import EncoderTokens, Task
