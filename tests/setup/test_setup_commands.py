@@ -114,15 +114,15 @@ def test_dvc_alone_runs_stages_in_a_new_shell_without_git_and_with_a_home_that_i
     assert (folder / "artifacts" / "sources" / "gold" / "examples.parquet").exists()
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "passive"), ("active", "active")])
+@pytest.mark.parametrize(("given", "found"), [(None, "4000"), ("7", "7")])
 def test_waiting_threads_sleep_in_stages_and_commands(tmp_path, given, found):
     (tmp_path / "stages").mkdir()
-    (tmp_path / "stages" / "show.py").write_text("import os\nprint(os.environ['OMP_WAIT_POLICY'])\n", "utf-8")
+    (tmp_path / "stages" / "show.py").write_text("import os\nprint(os.environ['GOMP_SPINCOUNT'])\n", "utf-8")
     code = (
         "import os, sys\nfrom pipeline.cli import app\nsys.argv[1:] = ['--help']\n"
-        "try:\n    app()\nexcept SystemExit:\n    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "try:\n    app()\nexcept SystemExit:\n    print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
     )
-    environment = {"PATH": os.environ["PATH"], "SHOTLESS_PYTHON": sys.executable} | ({"OMP_WAIT_POLICY": given} if given else {})
+    environment = {"PATH": os.environ["PATH"], "SHOTLESS_PYTHON": sys.executable} | ({"GOMP_SPINCOUNT": given} if given else {})
     for folder, command, said in (
         (tmp_path, ["sh", str(PROJECT / "stages" / "run"), "show"], found),
         (PROJECT, [sys.executable, "-c", code], f"{found} False"),
