@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging
 
 from pipeline.errors import CorruptError, ShotlessError, UsageError, choices
-from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json
+from pipeline.files import MANIFEST, read_json, sha256_file, sha256_json, write_json
 from pipeline.params.data import MODEL_FILES
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -200,9 +200,19 @@ def context_limit(folder: Path) -> int | None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain transformers folder."""
+    """Write a plain transformers folder that versions 4 and 5 read alike.
+
+    Version 4 does not know version 5's class of tokenizers, and takes its default for a rotary base that it does not find, without a word.
+    """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    config, settings = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
+    rotary = config.get("rope_parameters") or {}
+    config |= {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
+    config |= {"rope_scaling": rotary} if rotary.get("rope_type", "default") != "default" else {}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} if settings.get("tokenizer_class") == "TokenizersBackend" else {}
+    write_json(config, folder / "config.json")
+    write_json(settings, folder / "tokenizer_config.json")
 
 
 def weights_sha256(folder: Path) -> str:

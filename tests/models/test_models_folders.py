@@ -10,6 +10,7 @@ from conftest import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UsageError
+from pipeline.files import read_json
 from pipeline.models.folders import (
     build_model,
     check_folder,
@@ -110,6 +111,13 @@ def test_a_model_read_back_gives_the_same_numbers(tiny_model, tokenizer, tmp_pat
     assert loaded.dtype == torch.float32
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
     assert load_tokenizer(tmp_path / "saved")("Review: a warm film").input_ids == tokenizer("Review: a warm film").input_ids
+
+
+def test_a_saved_folder_says_what_version_4_of_transformers_looks_for(tiny_model, tokenizer, tmp_path):
+    save_model(tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5000.0}), tokenizer, tmp_path)
+    assert read_json(tmp_path / "config.json")["rope_theta"] == 5000.0
+    assert read_json(tmp_path / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert load_model(tmp_path).config.rope_parameters["rope_theta"] == 5000.0
 
 
 @pytest.mark.parametrize("architecture", WITHOUT_SDPA)
