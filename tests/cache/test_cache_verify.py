@@ -33,6 +33,7 @@ class Project:
         self.model = folder / "artifacts" / self.raw["teachers"][TEACHER]["model"]
         self.tokenizer = tokenizer
         tokenizer.save_pretrained(self.model)
+        (self.model / "config.json").write_text(json.dumps({"model_type": "llama"}), "utf-8")
         write_contexts(CONTEXTS, folder / "artifacts" / "data" / "contexts" / f"{self.raw['teachers'][TEACHER]['contexts']}.parquet")
         self.write_transfer(11)
         self.store = Store(folder / "work", IDENTITY)
