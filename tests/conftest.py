@@ -148,6 +148,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+        torch.set_num_threads(1)  # torch counted the cores when it was imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
