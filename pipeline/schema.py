@@ -143,7 +143,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read the columns of `schema`. Raises UsageError if there is no file, CorruptError if it is damaged or lacks a column of that type."""
+    """Read the columns of `schema`. Raises UsageError without a file, CorruptError if it is damaged or lacks a column of that type."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file. `dvc repro` runs the stage that writes it.")
     try:

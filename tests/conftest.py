@@ -96,6 +96,17 @@ def model_folder(
     return make
 
 
+LORA = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
+TUNINGS = {
+    "full": {},
+    "frozen": {"freeze_embeddings": True},
+    "upper": {"freeze_layers": 1},
+    "lora": LORA,
+    "kept": {**LORA, "adapters": "kept"},
+    "bitfit": {"tuning": "bitfit"},
+    "head": {"tuning": "head"},
+}
+"""Every way of tuning, as changes of a student's params."""
 ENCODERS = {
     "bert": {},
     "mpnet": {},

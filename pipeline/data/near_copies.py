@@ -103,7 +103,7 @@ def _common(texts: Sequence[str]) -> frozenset[str]:
 
 
 def _passages(texts: Sequence[str], least: int) -> frozenset[str]:
-    """The runs of words that at least so many of the texts have, counted in every n-th of them."""
+    """The runs of words that enough of the texts share; only every n-th text is counted."""
     sample = texts[:: max(1, len(texts) // PASSAGE_SAMPLE)]
     counts = Counter(run for text in sample for run in set(_runs(normalise(text).split())))
     return frozenset(run for run, count in counts.items() if count >= least)

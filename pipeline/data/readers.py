@@ -327,7 +327,7 @@ def _csv_reader(lines: Iterable[str], settings: dict[str, Any]) -> Any:
 
 
 def _pieces(text: str, delimiter: str) -> list[str]:
-    """What is between two delimiters, without spaces in front; a value that is none of these was quoted or escaped."""
+    """The line cut at every delimiter, without leading spaces. A value that is not among these pieces was quoted or escaped."""
     return [piece.lstrip(" ") for piece in text.rstrip("\r\n").split(delimiter)]
 
 

@@ -175,10 +175,12 @@ def load_model(
             settings |= {"config": config, "ignore_mismatched_sizes": True}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is said below
-    with _reading(folder, "weights or config (model.safetensors, config.json)"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
-    logging.set_verbosity(verbosity)
+    try:
+        with _reading(folder, "weights or config (model.safetensors, config.json)"), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    finally:
+        logging.set_verbosity(verbosity)
     absent = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if kind is AutoModelForSequenceClassification:
         is_new = "config" in settings

@@ -146,7 +146,7 @@ def parse_params(raw: Any, path: Path = Path("params.yaml")) -> Params:
             new = [(place, fault) for place, fault in found if place not in seen]
             faults += [line for _, fault in new for line in _explain(path, fault) if line not in faults]
             seen.update(place for place, _ in new)
-            # a fault that only a left out key makes is none
+            # a fault that appears only because a wrong key was taken out does not count
             is_last = len(new) < len(found) or any(fault["type"] == "missing" for _, fault in new)
             rest = None if is_last else _without(rest, [place for place, _ in new])
         else:

@@ -156,7 +156,7 @@ def key_figures(found: Collected) -> list[tuple[str, str, str]]:
 
 
 def missing_files(found: Collected, prefix: str) -> str:
-    """A sentence on the missing files of times below a folder, and how to get them; empty if there are none."""
+    """Which timing files below a folder are missing, and how to measure them again; empty if none is."""
     absent = {file: stage for file, stage in found.missing.items() if file.startswith(prefix)}
     commands = " ".join(dict.fromkeys([*absent.values(), "report"]))
     text = (

@@ -170,7 +170,10 @@ class Scorer:
         else:
             scored = pa.concat_tables([STORED.empty_table(), *(rows for rows, _ in self._score(asked, examples, keys, title))])
             place = {key: number for number, key in enumerate(scored["prompt_sha"].to_pylist())}
-            read = lambda keys: scored.take([place[key] for key in keys])  # noqa: E731
+
+            def read(keys: Sequence[str]) -> pa.Table:
+                return scored.take([place[key] for key in keys])
+
         ids = pa.array([example.example_id for example in examples], pa.string())
         return (pa.table([pa.repeat(own.context.context_id, len(ids)), ids, *read(own.keys).columns], schema=SCORES) for own in asked)
 

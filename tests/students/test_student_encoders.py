@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ENCODERS
+from conftest import ENCODERS, TUNINGS
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from pipeline.errors import MismatchError
@@ -11,17 +11,6 @@ from pipeline.serving import Predictor
 from pipeline.students.checkpoint import Checkpoint
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
-
-LORA = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
-TUNINGS = {
-    "full": {},
-    "frozen": {"freeze_embeddings": True},
-    "upper": {"freeze_layers": 1},
-    "lora": LORA,
-    "kept": {**LORA, "adapters": "kept"},
-    "bitfit": {"tuning": "bitfit"},
-    "head": {"tuning": "head"},
-}
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from conftest import TUNINGS
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -25,16 +26,6 @@ from pipeline.students.checkpoint import Checkpoint
 from pipeline.students.train import train_student
 
 ROOT = Path(__file__).resolve().parents[2]
-LORA = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4}}
-TUNINGS = {
-    "full": {},
-    "frozen": {"freeze_embeddings": True},
-    "upper": {"freeze_layers": 1},
-    "lora": LORA,
-    "kept": {**LORA, "adapters": "kept"},
-    "bitfit": {"tuning": "bitfit"},
-    "head": {"tuning": "head"},
-}
 OBJECTIVES = {
     "kl": {},
     "hard": {"loss": "hard"},
