@@ -5,6 +5,7 @@ classification head answers. Weights are only read from safetensors, or once fro
 repository never runs. A folder is identified by the hashes of its weights and of its tokenizer, not by its name.
 """
 
+import copy
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -36,6 +38,10 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Entries of transformers' configs that list something for each layer."""
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text")
 """Families that number positions from behind the padding token's id."""
+MEAN_BY_LAYER = ("bert", "roberta", "xlm-roberta", "camembert")
+"""Families whose heads read the first token, of layers that are alike: see `add_mean_layer`."""
+MEAN_SCALE = 1000.0
+"""What the first token itself adds to its mean over the tokens is a thousandth of it."""
 
 
 class UnsupportedModelError(Exception):
@@ -45,8 +51,9 @@ class UnsupportedModelError(Exception):
 def build_model(path: Path, output: Path) -> None:
     """Write the model folder `output` from a model on disk: a folder is checked and copied, a GGUF file is converted.
 
-    A folder is copied, not linked, so that a later edit of it cannot reach into an artifact. Raises UsageError if `path` is neither, or
-    with everything that keeps its folder from being loaded.
+    A folder is copied, not linked, so that a later edit of it cannot reach into an artifact. A sentence encoder that takes the mean over
+    its tokens keeps doing so (`add_mean_layer`). Raises UsageError if `path` is neither, or with everything that keeps its folder from
+    being loaded.
     """
     if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
         raise UsageError(
@@ -61,7 +68,51 @@ def build_model(path: Path, output: Path) -> None:
         output.mkdir(parents=True)
         for file in model_files(path):
             shutil.copyfile(file, output / file.name)
+        if _takes_mean(path):
+            _keep_mean(output)
     check_folder(output)
+
+
+def _takes_mean(folder: Path) -> bool:
+    """Whether sentence-transformers' settings beside a model say that a text's embedding is the mean over its tokens."""
+    return any(read_json(file).get("pooling_mode_mean_tokens") for file in folder.glob("*_Pooling/config.json"))
+
+
+def _keep_mean(folder: Path) -> None:
+    """Let the classification head of a folder's encoder read the mean over the tokens, if its family can."""
+    config = load_config(folder)
+    if config.model_type == "modernbert":
+        write_json(read_json(folder / "config.json") | {"classifier_pooling": "mean"}, folder / "config.json")
+    elif config.model_type in MEAN_BY_LAYER:
+        with _reading(folder, "weights"):
+            model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+        add_mean_layer(model)
+        model.config._name_or_path = ""
+        save_model(model, load_tokenizer(folder), folder)
+
+
+@torch.no_grad()
+def add_mean_layer(model: PreTrainedModel) -> None:
+    """Add a last layer to an encoder of `MEAN_BY_LAYER`, in place, which makes its first token the mean over all tokens, normalised.
+
+    Sentence encoders are trained with that mean, and heads of these families read the first token. The layer's attention is the same to
+    every token, as its queries and keys are zero, and so is its feed-forward part; it stays so in training, since their gradients are zero
+    too. What is left is a plain model of the family, for every program. BERT's pooler begins as good as linear.
+    """
+    layers, width = decoder_layers(model), model.config.hidden_size
+    layer: Any = copy.deepcopy(layers[-1])
+    for parameter in layer.parameters():
+        parameter.zero_()
+    layer.attention.self.value.weight.copy_(torch.eye(width))
+    layer.attention.output.dense.weight.copy_(MEAN_SCALE * torch.eye(width))
+    for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
+        norm.weight.fill_(1.0)
+    layers.append(layer)
+    model.config.num_hidden_layers += 1
+    pooler: Any = getattr(model, "pooler", None)
+    if pooler is not None:
+        pooler.dense.weight.copy_(0.3 * torch.eye(width))
+        pooler.dense.bias.zero_()
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -258,6 +309,15 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return module
     raise UnsupportedModelError(f"{type(model).__name__} has no list of {depth} layers")
+
+
+def label_layer(model: PreTrainedModel) -> torch.nn.Linear:
+    """An encoder's last layer: the labels' logits from its embedding of an input."""
+    body = set(getattr(model, model.base_model_prefix).modules())
+    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in body]
+    if not head or head[-1].out_features != model.config.num_labels:
+        raise UnsupportedModelError(f"{type(model).__name__} does not end with a linear layer for its labels")
+    return head[-1]
 
 
 def cut_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:

@@ -93,14 +93,16 @@ class LoraParams(Frozen):
 class TuningParams(Frozen):
     """How weights are learnt; shared by students and tuned teachers."""
 
-    steps: PositiveInt
-    """Optimiser steps."""
+    steps: Annotated[int, Field(ge=0)]
+    """Optimiser steps; 0 is for `tuning: contrastive`, which then leaves the encoder as it is and fits its head."""
     batch_size: PositiveInt = 8
     """Examples in a step."""
     micro_batch: PositiveInt | None = None
     """Examples in a forward pass, to need less memory: a step adds the gradients of several passes. Null: the whole batch."""
-    tuning: Literal["full", "lora", "bitfit", "head"] = "full"
-    """Which weights are learnt: all, low-rank adapters, biases, or the output layer (docs/students.md)."""
+    tuning: Literal["full", "lora", "bitfit", "head", "contrastive"] = "full"
+    """Which weights are learnt: all, low-rank adapters, biases, or the output layer (docs/students.md). `contrastive`, for an encoder and
+    gold labels: texts of one label come together and others apart, then a logistic regression on their embeddings is the head (SetFit,
+    2209.11055)."""
     freeze_embeddings: bool = False
     """Leave token and position tables, and a head tied to them, as they are. Every tuning but `full` does so anyway."""
     freeze_layers: Annotated[int, Field(ge=0)] = 0
@@ -109,7 +111,7 @@ class TuningParams(Frozen):
     """For `tuning: lora`; null: the defaults."""
     adapters: Literal["merged", "kept"] = "merged"
     """A LoRA student is saved as a plain model; `kept` leaves its adapter in `adapter/` beside it, for use with peft."""
-    learning_rate: PositiveFloat
+    learning_rate: PositiveFloat = 1e-4
     """Of AdamW, at its highest."""
     warmup: Fraction = 0.1
     """Share of the steps in which the learning rate rises linearly (2305.16938)."""
@@ -124,6 +126,10 @@ class TuningParams(Frozen):
 
     @model_validator(mode="after")
     def _keys_have_a_use(self) -> Self:
+        if self.tuning == "contrastive" and (self.micro_batch is not None or self.batch_size < 2):
+            raise ValueError("`tuning: contrastive` compares the texts of a step: no `micro_batch`, and a `batch_size` of at least 2")
+        if self.steps == 0 and self.tuning != "contrastive":
+            raise ValueError("steps 0 learn nothing; set more (only `tuning: contrastive` has a head to fit without any)")
         if self.freeze_layers and self.tuning == "head":
             raise ValueError("`freeze_layers` beside `tuning: head`, which learns no layer at all; leave it out")
         for key, given in (("lora", self.lora is not None), ("adapters", self.adapters == "kept")):
@@ -201,6 +207,8 @@ class StudentParams(TuningParams):
             for key in ("loss", "ce_weight", "validation_fraction", "auxiliary", "ce_target"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"`{key}` is about targets, and learn_from is {self.learn_from}; leave it out, or name a target set")
+        elif self.tuning == "contrastive":
+            raise ValueError(f"`tuning: contrastive` is for gold labels, and learn_from is {self.learn_from}; use {DEMONSTRATIONS_FILE}")
         if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
         if self.ce_target == "targets" and not (self.ce_weight and self.learn_from.startswith("targets/")):

@@ -26,7 +26,7 @@ from pipeline.params.methods import Params
 
 RESOLVED = Path("artifacts/params.yaml")
 VERSIONS = {
-    "models": ("torch", "transformers", "tokenizers", "peft", "gguf"),
+    "models": ("torch", "transformers", "tokenizers", "peft", "gguf", "scikit-learn"),
     "tables": ("numpy", "polars", "pyarrow", "scipy", "scikit-learn"),
     "charts": ("altair", "vl-convert-python"),
 }

@@ -7,7 +7,7 @@ every step keeps their weight even. With a validation, the weights of the best s
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import ShotlessError
-from pipeline.models.folders import is_encoder
+from pipeline.models.folders import is_encoder, label_layer
 from pipeline.models.forward import TOLERANCE_NATS, packed_if_exact
 from pipeline.models.packed import Completions, PackedModel, rows_of
 from pipeline.params import TuningParams
@@ -25,12 +25,14 @@ from pipeline.progress import progress, rate
 from pipeline.students.auxiliary import CachedRow, CacheLoss, CacheTerm, logits_of
 from pipeline.students.checkpoint import Checkpoint, Reached
 from pipeline.students.data import Batches, LabelTerm, StudentRow, TargetRow, micro_batches, shortest_and_longest
-from pipeline.students.losses import label_divergence, label_log_probabilities, objective, targets_of
+from pipeline.students.losses import contrast, label_divergence, label_log_probabilities, objective, targets_of
 from pipeline.students.processes import ALONE, Processes
-from pipeline.students.tuning import Tuning, adamw, apply_tuning, learning_rate
+from pipeline.students.tuning import Tuning, adamw, apply_tuning, fit_label_layer, learning_rate
 
 UNLIKELY_NATS = math.log(1e-4)
 """Two passes are not compared on tokens of a lower log-probability: these weigh nothing in a loss."""
+MOST_PADDED = 1.4
+"""Times its own length that an encoder's row is padded to, at most: a padding token costs as much as another."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ def train(
         model.add_module("matching", nn.ModuleList(loss.matching for loss in losses if loss.matching is not None))  # learnt with it
         outcome = _Steps(model, forward, label_terms, losses, params, title, validation, processes).run(tuning, checkpoint)
         delattr(model, "matching")
+        if params.tuning == "contrastive":
+            [term] = label_terms
+            with torch.no_grad():
+                embeddings = torch.cat([forward.embeddings(rows) for [rows] in micro_batches([term.rows], params.batch_size)])
+            outcome.reached.losses.append(fit_label_layer(model, embeddings, [row.label for row in term.rows]))
     finally:
         forward.detach()
     if adapter is not None and processes.first:
@@ -149,7 +156,7 @@ class StudentForward:
         self._cache_probe = [row.packed for term in cache_terms for row in shortest_and_longest(term.rows)]
         self.packed: PackedModel | None = None
         if is_encoder(model.config):
-            self.description = "plain: an encoder, padded to the longest row of a pass"
+            self.description = f"plain: an encoder, rows padded to at most {MOST_PADDED} times their length"
             return
         self._expected = self._probed()
         if not cache_terms and all(len(ids) == 1 for ids in completions):
@@ -162,10 +169,38 @@ class StudentForward:
 
     def label_log_probabilities(self, rows: Sequence[TargetRow]) -> Tensor:
         """Log-probabilities of the labels among each other, [B, L] nats."""
+        return self._in_groups(rows, self._label_log_probabilities)
+
+    def _label_log_probabilities(self, rows: Sequence[TargetRow]) -> Tensor:
         ids, completions = [row.ids for row in rows], self._completions
         if self._small is not None:
             ids, completions = [self._small.ids(one) for one in ids], [self._small.ids(one) for one in completions]
         return label_log_probabilities(logits_of(self._model, self.packed, rows_of(ids, completions))[0], completions)
+
+    def embeddings(self, rows: Sequence[TargetRow]) -> Tensor:
+        """What an encoder's last layer makes logits of, [B, H]."""
+        caught: list[Tensor] = []
+        handle = label_layer(self._model).register_forward_pre_hook(lambda _layer, given: caught.append(given[0]))
+
+        def caught_from(own: Sequence[TargetRow]) -> Tensor:
+            self._label_log_probabilities(own)
+            return caught.pop()
+
+        try:
+            return self._in_groups(rows, caught_from)
+        finally:
+            handle.remove()
+
+    def _in_groups(self, rows: Sequence[TargetRow], computed: Callable[[Sequence[TargetRow]], Tensor]) -> Tensor:
+        """What is computed of rows, in their order. An encoder's rows are padded, so those of about the same length share a pass."""
+        if not is_encoder(self._model.config):
+            return computed(rows)
+        order, groups = sorted(range(len(rows)), key=lambda number: rows[number].tokens), list[list[int]]()
+        for number in order:
+            if not groups or rows[number].tokens > MOST_PADDED * rows[groups[-1][0]].tokens:
+                groups.append([])
+            groups[-1].append(number)
+        return torch.cat([computed([rows[number] for number in group]) for group in groups])[torch.tensor(order).argsort()]
 
     def detach(self) -> None:
         """Give the model back as it was, with the trained weights."""
@@ -248,7 +283,10 @@ class _Steps:
         self.optimizer.zero_grad(set_to_none=False)  # fresh pages for all gradients would cost 6 % of a step
         for piece in micro_batches([share(batch) for batch in labels], micro_batch):
             rows = [row for batch in piece for row in batch]
-            loss = objective(self.label_terms, piece, self.forward.label_log_probabilities(rows), [len(batch) for batch in labels])
+            if self.params.tuning == "contrastive":
+                loss = contrast(self.forward.embeddings(rows), [row.label for row in rows])
+            else:
+                loss = objective(self.label_terms, piece, self.forward.label_log_probabilities(rows), [len(batch) for batch in labels])
             value += self._backward(loss, step, rows)
         for cache_loss, batch in zip(self.cache_losses, cached, strict=True):
             for [rows] in micro_batches([share(batch)], micro_batch):

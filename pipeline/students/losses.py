@@ -77,6 +77,18 @@ def objective(
     return total
 
 
+def contrast(embeddings: Tensor, labels: Sequence[int]) -> Tensor:
+    """How far cosines of pairs are from 1 if they share a label, and from 0 if not: the mean squares of both, added (2209.11055).
+
+    `embeddings` [N, H], `labels` [N] → a scalar. A kind of pair that the batch lacks adds nothing.
+    """
+    unit, own = functional.normalize(embeddings, dim=-1), torch.tensor(labels, device=embeddings.device)
+    same = own[:, None] == own
+    squares, first = (unit @ unit.T - same.float()).square(), torch.ones_like(same).triu(1)
+    kinds = [squares[first & same], squares[first & ~same]]
+    return torch.stack([kind.sum() / max(1, len(kind)) for kind in kinds]).sum()
+
+
 def targets_of(batch: Sequence[TargetRow], like: Tensor) -> Tensor:
     """The rows' target distributions [B, L] float32, on the device of `like`."""
     return torch.tensor([row.target for row in batch], device=like.device)

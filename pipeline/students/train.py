@@ -60,6 +60,10 @@ class _Job:
         self.kind, self.name, self.student, self.folders, self.processes = kind, name, student, folders, processes
         self.threads, self.base = params.runtime.threads, folders.artifacts / student.base
         models.check_folder(self.base)
+        if student.tuning == "contrastive" and processes.count > 1:
+            raise UsageError(
+                f"{kind} {name}: `tuning: contrastive` compares the texts of a step; train it in one process, without torchrun."
+            )
         self.tokens = load_tokens(Task(params.task), self.base)
         self.sources: dict[str, str] = {}  # hashes of what is learnt from
         self.label_terms: list[LabelTerm] = []
@@ -218,7 +222,8 @@ class _Job:
         for seed, outcome in outcomes.items():
             kl = {step: _significant(value) for step, value in outcome.reached.validations}
             for step, loss in enumerate(outcome.reached.losses, 1):
-                row = {"step": step, "loss": _significant(loss), "learning_rate": _significant(learning_rate(step - 1, self.student))}
+                rate_then = learning_rate(step - 1, self.student) if step <= self.student.steps else 0.0  # a head that was fitted
+                row = {"step": step, "loss": _significant(loss), "learning_rate": _significant(rate_then)}
                 row |= {"held_back_kl": kl.get(step, "")} if self.validation is not None else {}
                 curve.append(row | ({"seed": seed} if len(values) > 1 else {}))
         lines = [",".join(map(str, line)) + "\n" for line in (curve[0], *(row.values() for row in curve))]

@@ -6,23 +6,28 @@
 - `bitfit`: the biases (2106.10199). Llama and its kin have none; there the norms' weights are learnt (peft's LN tuning, 2312.11420).
 - `head`: an encoder's classification head, or a decoder's output matrix. One tied to the embeddings is untied first, or the model's input
   would change under it; the student then has a matrix more than its base.
+- `contrastive`: all weights of an encoder but its last layer, by pairs of texts; then that layer, by a logistic regression on the
+  embeddings (SetFit, 2209.11055).
 
 Weights that are not learnt have no gradient and no moments, and below the first learnt weight autograd keeps nothing.
 """
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UsageError
-from pipeline.models.folders import is_encoder
+from pipeline.models.folders import is_encoder, label_layer
 from pipeline.models.packed import decoder_layers
 from pipeline.params import LoraParams, TuningParams
 
@@ -62,7 +67,7 @@ def apply_tuning(model: PreTrainedModel, params: TuningParams) -> Tuning:
     elif params.tuning == "lora":
         trains, adapter = _lora(model, params.lora or LoraParams(), params.seed)
     else:
-        trains = _bitfit(model) if params.tuning == "bitfit" else _head(model)
+        trains = {"bitfit": _bitfit, "head": _head, "contrastive": _contrastive}[params.tuning](model)
     layers = decoder_layers(model) if params.freeze_layers else nn.ModuleList()
     if params.freeze_layers:
         if params.freeze_layers >= len(layers):
@@ -131,6 +136,32 @@ def _head(model: PreTrainedModel) -> str:
             config.tie_word_embeddings = False
     head.requires_grad_(True)
     return "the head, untied from the embeddings" if untied else "the head"
+
+
+def _contrastive(model: PreTrainedModel) -> str:
+    if not is_encoder(model.config):
+        raise UsageError(f"tuning: contrastive: it is for encoders, and a {model.config.model_type} model is a decoder. Choose `full`.")
+    model.requires_grad_(True)
+    label_layer(model).requires_grad_(False)
+    return "all weights by pairs of texts, then the last layer by a logistic regression"
+
+
+@torch.no_grad()
+def fit_label_layer(model: PreTrainedModel, embeddings: Tensor, labels: Sequence[int]) -> float:
+    """Make an encoder's last layer the logistic regression of `labels` [N] on `embeddings` [N, H]; its mean cross-entropy, nats.
+
+    Its penalty (C = 1) is for embeddings of unit length, so they are divided by their mean length.
+    """
+    length = embeddings.norm(dim=-1).mean()
+    scaled = (embeddings / length).double().cpu().numpy()
+    fitted = LogisticRegression(max_iter=1000).fit(scaled, labels)
+    weights, bias = torch.tensor(fitted.coef_), torch.tensor(fitted.intercept_)
+    if len(bias) == 1:  # two labels have one score
+        weights, bias = torch.cat([-weights, weights]) / 2, torch.cat([-bias, bias]) / 2
+    layer = label_layer(model)
+    layer.weight.copy_(weights / length.double().cpu())
+    layer.bias.copy_(bias)
+    return float(log_loss(labels, fitted.predict_proba(scaled)))
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

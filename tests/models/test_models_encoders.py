@@ -1,12 +1,16 @@
 """Encoders: read from the config, asked as their own class would be, in padded passes."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, ENCODERS
-from transformers import AutoTokenizer
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer
 
 from pipeline.errors import UsageError
-from pipeline.models.folders import context_limit, is_encoder, load_config, load_model, save_model
+from pipeline.files import write_json
+from pipeline.models.folders import build_model, context_limit, is_encoder, label_layer, load_config, load_model, save_model
 from pipeline.models.trained import load_tokens
 from pipeline.params import TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example
@@ -71,6 +75,37 @@ def test_the_longest_input_fits_and_one_more_token_does_not(encoder_folder, fami
     model(input_ids=torch.full((1, limit), 7))
     with pytest.raises((RuntimeError, IndexError)):
         model(input_ids=torch.full((1, limit + 1), 7))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "modernbert"])
+def test_the_head_of_a_sentence_encoder_reads_the_mean_over_the_tokens(encoder_folder, tmp_path, family):
+    """The oracle: the mean of the given folder's last states. The head's layers before its last one are not compared: they are new."""
+    given = shutil.copytree(encoder_folder(family), tmp_path / "given")
+    write_json({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, given / "1_Pooling" / "config.json")
+    build_model(given, tmp_path / "built")
+    own, model = AutoModel.from_pretrained(given).eval(), load_model(tmp_path / "built", labels=TASK.labels)
+    body = getattr(model, model.base_model_prefix)
+    tokenizer = AutoTokenizer.from_pretrained(given)
+    inputs = tokenizer(["a warm film", "the plot goes nowhere and the actors seem bored"], padding=True, return_tensors="pt")
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        mask = inputs["attention_mask"][..., None].float()
+        expected = (own(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+        states = body(**inputs).last_hidden_state
+        if family == "modernbert":
+            assert model.config.classifier_pooling == "mean"
+            assert torch.allclose(states, own(**inputs).last_hidden_state, atol=1e-5)
+        else:
+            width = expected.shape[-1]
+            assert torch.allclose(states[:, 0], functional.layer_norm(expected, (width,)), atol=0.02)
+    assert label_layer(model).out_features == 3
+
+
+def test_an_encoder_that_reads_its_first_token_is_left_as_it_is(encoder_folder, tmp_path):
+    given = shutil.copytree(encoder_folder("bert"), tmp_path / "given")
+    write_json({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, given / "1_Pooling" / "config.json")
+    build_model(given, tmp_path / "built")
+    assert (tmp_path / "built" / "model.safetensors").read_bytes() == (given / "model.safetensors").read_bytes()
 
 
 def test_what_an_encoder_cannot_do_is_refused(encoder_folder):

@@ -1,14 +1,20 @@
 """Encoder students and encoder teachers, from files to files."""
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
 from conftest import ENCODERS, TUNINGS
-from transformers import AutoModelForSequenceClassification, pipeline
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from pipeline.errors import MismatchError
-from pipeline.schema import NO_CONTEXT, Example
+from pipeline.errors import MismatchError, UsageError
+from pipeline.models.folders import load_model
+from pipeline.schema import NO_CONTEXT, Example, read_examples
 from pipeline.serving import Predictor
 from pipeline.students.checkpoint import Checkpoint
+from pipeline.students.losses import contrast
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
@@ -55,6 +61,52 @@ def test_an_interrupted_training_ends_with_the_same_bytes(make_project, encoder_
     broken.train(steps=6, seed=3)
     assert broken.json("metrics/runtime/student-cd.json")["resumed_at_step"] == 3
     assert broken.files() == whole.files()
+
+
+LABELLED = {"learn_from": "data/demonstrations.parquet", "tuning": "contrastive"}
+
+
+def test_a_contrastive_student_brings_texts_of_one_label_together(make_project, encoder_folder):
+    project = make_project(base=encoder_folder())
+    project.train(steps=40, learning_rate=1e-3, **LABELLED)
+    demonstrations = read_examples(project.artifacts / "data/demonstrations.parquet", ("text",))
+    answers = Predictor(project.output(), 1).predict([example.fields["text"] for example in demonstrations])
+    assert [answer.label for answer in answers] == [example.label for example in demonstrations]
+    losses = project.losses()
+    assert len(losses) == 41, "the head is fitted in one more step"
+    assert losses[39] < 0.5 * losses[0]
+
+
+def test_without_a_step_the_head_is_a_logistic_regression_on_the_frozen_encoder(make_project, encoder_folder):
+    """The oracle: sklearn's own probabilities on embeddings that transformers gives."""
+    project = make_project(base=encoder_folder())
+    project.train(steps=0, **LABELLED)
+    demonstrations = read_examples(project.artifacts / "data/demonstrations.parquet", ("text",))
+    asked = [*(example.fields["text"] for example in demonstrations), "a text that it has not seen"]
+    model = load_model(encoder_folder(), labels=("negative", "positive"), seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
+    with torch.no_grad():
+        embeddings = torch.cat([model.bert(**tokenizer(text, return_tensors="pt")).pooler_output for text in asked]).double().numpy()
+    embeddings /= np.linalg.norm(embeddings[:-1], axis=1).mean()
+    expected = LogisticRegression().fit(embeddings[:-1], [example.label for example in demonstrations]).predict_proba(embeddings)
+    answers = Predictor(project.output(), 1).predict(asked)
+    found = [[answer.probabilities[label] for label in ("negative", "positive")] for answer in answers]
+    assert np.allclose(found, expected, atol=1e-3)
+
+
+def test_pairs_are_contrasted_as_the_definition_says():
+    embeddings, labels = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), [0, 1, 2, 0, 1, 0, 3]
+    same, other = [], []
+    for i, j in combinations(range(7), 2):
+        cosine = float(torch.cosine_similarity(embeddings[i], embeddings[j], dim=0))
+        (same if labels[i] == labels[j] else other).append((cosine - (labels[i] == labels[j])) ** 2)
+    assert float(contrast(embeddings, labels)) == pytest.approx(np.mean(same) + np.mean(other), rel=1e-5)
+    assert float(contrast(embeddings[:2], [0, 1])) == pytest.approx(other[0], rel=1e-5), "no pair shares a label"
+
+
+def test_a_decoder_is_not_tuned_by_contrast(make_project):
+    with pytest.raises(UsageError, match="tuning: contrastive: it is for encoders, and a llama model is a decoder"):
+        make_project().train(steps=2, **LABELLED)
 
 
 def test_an_encoder_learns_from_no_cache(make_project, encoder_folder):
