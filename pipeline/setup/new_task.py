@@ -175,7 +175,7 @@ def word_guesses(labels: Iterable[str]) -> dict[str, str]:
 
 def _source(answers: Answers, path: Path, label: dict[str, str] | None) -> dict[str, Any]:
     """A file's raw entry in `data.sources`; `label` is its rule."""
-    entry = {**source_entry(str(path), answers.delimiter, answers.encoding), "fields": dict(answers.fields), "label": label}
+    entry = {**source_entry(str(path), answers.delimiter, answers.encoding), "fields": dict(answers.fields), "label": label and dict(label)}
     return {key: value for key, value in entry.items() if value != {}}
 
 

@@ -94,7 +94,9 @@ def test_what_is_written_is_taken_and_names_the_users_files(folder, model_folder
     for block in ("models", "teachers", "targets", "students", "baselines", "tuned", "evaluation"):
         assert getattr(params, block) == getattr(old, block), block
     assert set(params.downloads) == {"smollm2"}, "the old task's data are not downloaded"
-    assert "docs/params.md" in (folder / "params.yaml").read_text("utf-8")
+    written = (folder / "params.yaml").read_text("utf-8")
+    assert "docs/params.md" in written
+    assert "&id" not in written, "people read it: no anchors"
     prepares(folder, model_folder("llama", max_position_embeddings=2048), monkeypatch, "params.yaml")
 
 
