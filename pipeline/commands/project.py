@@ -138,7 +138,8 @@ def clean(
     for path, what in going.items():
         print(f"{sizes[path] / 1e6:>10,.1f} MB  {path}  {what}")
     kept = len(entries) - len(going)
-    print(f"{sum(sizes.values()) / 1e6:>10,.1f} MB in all" + (f"; scores of {kept} caches stay (--all takes them too)" if kept else ""))
+    stay = f"; scores of {kept} caches and rounds stay (--all takes them too)" if kept else ""
+    print(f"{sum(sizes.values()) / 1e6:>10,.1f} MB in all{stay}")
     if not yes:
         print("Nothing was deleted; --yes deletes it.")
         return
