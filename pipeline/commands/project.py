@@ -119,16 +119,17 @@ def doctor() -> None:
 
 
 def clean(
-    everything: Annotated[bool, typer.Option("--all", help="Also the scores that this project's caches were made from.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also the scores of this project's caches and rounds.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
 ) -> None:
-    """Free what `.work` holds beyond this project's caches: scores of other models, unfinished trainings. Artifacts stay."""
+    """Free what `.work` holds beyond this project's caches and rounds: scores of other models, unfinished trainings. Artifacts stay."""
     from pipeline.cache.store import stores
     from pipeline.files import Folders, read_json, sha256_json
 
     folders = Folders.here()
-    manifests = [*folders.artifacts.glob("teachers/*/manifest.json"), *Path("runs").glob("**/artifacts/teachers/*/manifest.json")]
-    used = {sha256_json(read_json(path)["identity"])[:32] for path in manifests}
+    made = ("teachers/*/manifest.json", "rounds/*/calibration.json")
+    files = [path for name in made for path in (*folders.artifacts.glob(name), *Path("runs").glob(f"**/artifacts/{name}"))]
+    used = {sha256_json(read_json(path)["identity"])[:32] for path in files}
     entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name != "scores"}
     for folder, identity in stores(folders.work).items():
         entries[folder] = "scores, damaged" if identity is None else f"scores of weights {identity['weights'][:12]}, {identity['dtype']}"
@@ -137,7 +138,8 @@ def clean(
     for path, what in going.items():
         print(f"{sizes[path] / 1e6:>10,.1f} MB  {path}  {what}")
     kept = len(entries) - len(going)
-    print(f"{sum(sizes.values()) / 1e6:>10,.1f} MB in all" + (f"; scores of {kept} caches stay (--all takes them too)" if kept else ""))
+    stay = f"; scores of {kept} caches and rounds stay (--all takes them too)" if kept else ""
+    print(f"{sum(sizes.values()) / 1e6:>10,.1f} MB in all{stay}")
     if not yes:
         print("Nothing was deleted; --yes deletes it.")
         return

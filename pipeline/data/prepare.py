@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.data.contexts import build_contexts, check_fit
 from pipeline.data.examples import Quarantined, SourceExamples, read_written_source, shorten
-from pipeline.data.roles import assign, text_of
+from pipeline.data.roles import UNLABELLED, assign, text_of
 from pipeline.files import Folders, write_json, write_text
 from pipeline.models.folders import check_folder, context_limit
 from pipeline.models.trained import load_tokens
@@ -43,12 +43,14 @@ def prepare(params: Params, folders: Folders) -> None:
     roles = assign(data, task.labels, sources)
     write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")
 
-    demonstrations, transfer = roles.drawn["demonstrations"], roles.drawn["transfer"]
+    demonstrations, unlabelled = roles.drawn["demonstrations"], {role: roles.drawn[role] for role in UNLABELLED if role in roles.drawn}
+    transfer, pool = unlabelled["transfer"], unlabelled.get("pool", [])
     evaluation = {name: roles.drawn[f"evaluation.{name}"] for name in data.evaluation}
     write_examples(demonstrations, task.fields, folder / "demonstrations.parquet")
     # Gold labels never leave the sources, nor do answers that the teacher is to write.
-    unlabelled = [replace(e, label=None, completion=e.completion if task.answers_are_given else None) for e in transfer]
-    write_examples(unlabelled, task.fields, folder / "transfer.parquet")
+    for role, own in unlabelled.items():
+        bare = [replace(e, label=None, completion=e.completion if task.answers_are_given else None) for e in own]
+        write_examples(bare, task.fields, folder / f"{role}.parquet")
     for name, examples in evaluation.items():
         slices = tuple(data.sources[data.evaluation[name].source].slices)
         write_examples(examples, task.fields, folder / "evaluation" / f"{name}.parquet", slices)
@@ -63,21 +65,25 @@ def prepare(params: Params, folders: Folders) -> None:
         if tokens:
             print(f"contexts {name}: {', '.join(map(str, lengths[name].values()))} tokens")
 
-    for name in context_models[""]:
-        check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], *models[name], inputs)
+    for name, model in models.items():  # any of them may be asked about the pool, or learn it
+        if alone := [*(inputs if name in context_models[""] else ()), *pool]:
+            check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], *model, alone)
 
     def numbers(examples: Sequence[Example]) -> dict[str, Any]:
         return {"drawn": len(examples), "labels": dict(sorted(Counter(str(example.label) for example in examples).items()))}
 
-    removed = {role: {name: roles.copies[role][f"evaluation.{name}"] for name in evaluation} for role in ("demonstrations", "transfer")}
+    removed = {role: {name: roles.copies[role][f"evaluation.{name}"] for name in evaluation} for role in ("demonstrations", *unlabelled)}
     counts = {
         "sources": {name: source.counts for name, source in sources.items()},
         "roles": {
             "demonstrations": numbers(demonstrations) | {"copies_of_evaluation_removed": removed["demonstrations"]},
-            "transfer": {  # without labels, which stay in the sources
-                "drawn": len(transfer),
-                "copies_of_evaluation_removed": removed["transfer"],
-                "copies_of_demonstrations_removed": roles.copies["transfer"]["demonstrations"],
+            **{
+                role: {  # without labels, which stay in the sources
+                    "drawn": len(own),
+                    "copies_of_evaluation_removed": removed[role],
+                    "copies_of_demonstrations_removed": roles.copies[role]["demonstrations"],
+                }
+                for role, own in unlabelled.items()
             },
             "evaluation": {name: numbers(examples) for name, examples in evaluation.items()},
         },
@@ -85,7 +91,8 @@ def prepare(params: Params, folders: Folders) -> None:
     }
     write_json(counts, folders.metrics / "prepare.json")
     sets = ", ".join(f"{name} {len(examples):,}" for name, examples in evaluation.items())
-    print(f"drawn: {len(demonstrations)} demonstrations, {len(transfer):,} for transfer; evaluation: {sets}")
+    more = f", {len(pool):,} in the pool" if pool else ""
+    print(f"drawn: {len(demonstrations)} demonstrations, {len(transfer):,} for transfer{more}; evaluation: {sets}")
     copies = ", ".join(f"{sum(of.values())} from {role}" for role, of in removed.items())
     print(f"near copies of evaluation examples kept out: {copies}")
 

@@ -1,9 +1,9 @@
-"""Who gets which example: evaluation sets first, then demonstrations, then the transfer set; an example has one role.
+"""Who gets which example: evaluation sets first, then demonstrations, the transfer set, the pool; an example has one role.
 
 Draws go by the rank of sha256(seed, role, example). They do not depend on the order of the file, a larger number extends an earlier draw,
 and evaluation sets stay the same if the transfer set grows. What is drawn to be learnt from is compared with the evaluation examples, and
-the transfer set with the demonstrations too: a near copy is set aside and the next one drawn. Copies among evaluation sets stay, since no
-one learns from them. The transfer set is drawn from all texts of its sources, whatever their labels.
+transfer set and pool with the demonstrations too: a near copy is set aside and the next one drawn. Copies among evaluation sets stay,
+since no one learns from them. Transfer set and pool are drawn from all texts of their sources, whatever their labels.
 """
 
 from collections import Counter
@@ -17,16 +17,18 @@ from pipeline.files import sha256_text
 from pipeline.params import DataParams
 from pipeline.schema import Example
 
+UNLABELLED = ("transfer", "pool")
+"""Roles of texts whose labels are not used."""
 LEAST_DRAW = 64
 """Examples compared at once, at least."""
 
 
 @dataclass
 class Roles:
-    """The examples of each role, and the near copies that were kept out. Roles are `evaluation.NAME`, `demonstrations` and `transfer`."""
+    """The examples of each role, and the near copies that were kept out. Roles: `evaluation.NAME`, `demonstrations`, `transfer`, `pool`."""
 
     drawn: dict[str, list[Example]] = field(default_factory=dict)
-    """Role → its examples in rank order (the transfer set: source by source)."""
+    """Role → its examples in rank order (transfer set and pool: source by source)."""
     copies: dict[str, Counter[str]] = field(default_factory=dict)
     """Role → earlier role → near copies of its examples that were met and kept out."""
     quarantined: dict[str, Quarantined] = field(default_factory=dict)
@@ -51,21 +53,20 @@ def assign(data: DataParams, labels: Sequence[str], sources: Mapping[str, Source
     wanted = data.demonstrations
     draw = _Draw("demonstrations", sources[wanted.source], data, roles)
     if wanted.max_words is not None:
-        short = [example for example in draw.pool if len(text_of(example).split()) <= wanted.max_words]
-        draw.lost[f"longer than max_words ({wanted.max_words})"] = len(draw.pool) - len(short)
-        draw.pool = short
+        short = [example for example in draw.usable if len(text_of(example).split()) <= wanted.max_words]
+        draw.lost[f"longer than max_words ({wanted.max_words})"] = len(draw.usable) - len(short)
+        draw.usable = short
     draw.seed = data.seed if wanted.seed is None else wanted.seed
     roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
 
-    transfer: list[Example] = []
-    for source, limit in data.transfer.limits.items():
-        draw = _Draw("transfer", sources[source], data, roles)
-        if not (drawn := draw.first(draw.pool, limit)):
-            raise UsageError(
-                f"data.transfer: no example is left in source {source!r}{draw.story()}. Name another source, or add rows to it."
-            )
-        transfer += drawn
-        roles.drawn["transfer"] = transfer
+    for role, entry in zip(UNLABELLED, (data.transfer, data.pool), strict=True):
+        for source, limit in entry.limits.items() if entry is not None else ():
+            draw = _Draw(role, sources[source], data, roles)
+            if not (drawn := draw.first(draw.usable, limit)):
+                raise UsageError(
+                    f"data.{role}: no example is left in source {source!r}{draw.story()}. Name another source, or add rows to it."
+                )
+            roles.drawn[role] = roles.drawn.get(role, []) + drawn
     return roles
 
 
@@ -75,10 +76,10 @@ class _Draw:
     def __init__(self, role: str, source: SourceExamples, data: DataParams, roles: Roles) -> None:
         self.role, self.source, self.seed, self.near_copy = role, source, data.seed, data.near_copy
         used = {example.example_id: other for other, examples in roles.drawn.items() for example in examples}
-        self.pool = [example for example in source.examples if example.example_id not in used]
+        self.usable = [example for example in source.examples if example.example_id not in used]
         self.lost = Counter({"quarantined": source.bad_rows, "exact repeats": source.counts["exact_repeats_removed"]})
         self.lost.update(f"in {used[example.example_id]}" for example in source.examples if example.example_id in used)
-        earlier = {} if role.startswith("evaluation.") else {name: own for name, own in roles.drawn.items() if name != "transfer"}
+        earlier = {} if role.startswith("evaluation.") else {name: own for name, own in roles.drawn.items() if name not in UNLABELLED}
         rows = sorted(source.examples, key=lambda example: example.example_id) if earlier else []
         texts = {name: [text_of(example) for example in own] for name, own in earlier.items()}
         self._originals = Originals(texts, [text_of(example) for example in rows], data.near_copy)
@@ -93,7 +94,7 @@ class _Draw:
         )
         drawn: list[Example] = []
         for label in labels or [None]:
-            found = self.first([e for e in self.pool if label is None or e.label == label], per_label)
+            found = self.first([e for e in self.usable if label is None or e.label == label], per_label)
             if len(found) < (per_label or 1):
                 raise UsageError(
                     f"data.{self.role}: {per_label or 1} examples of label {label!r} wanted, {len(found)} found in source "
@@ -135,7 +136,7 @@ class _Draw:
         where = {"role": copy.group, "source": original.source, "line": original.line, "similarity": round(copy.similarity, 4)}
         file, line = self.source.place(example.line)
         entry = Quarantined(example.source, file, line, "", like, text, where)
-        self._roles.quarantined.setdefault(example.example_id, entry)  # demonstrations and transfer set may meet the same row
+        self._roles.quarantined.setdefault(example.example_id, entry)  # several roles may meet the same row
         self._shown = self._shown or (
             f". Line {line} of {file} ({text!r}) is {copy.similarity:.0%} like line {original.line} of source "
             f"{original.source!r} ({shorten(text_of(original))!r}). If such texts are different inputs, raise data.near_copy "

@@ -230,6 +230,8 @@ class DataParams(Frozen):
     """Which labelled examples are shown or tuned on."""
     transfer: TransferParams
     """Which unlabelled examples are learnt from."""
+    pool: TransferParams | None = None
+    """More unlabelled examples, with the keys of `transfer`: no teacher answers them, but students do, for other students (`rounds`)."""
     evaluation: dict[Name, EvaluationSetParams] = Field(min_length=1)
     """Evaluation sets."""
     bad_rows_limit: Fraction = 0.02

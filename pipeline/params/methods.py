@@ -1,4 +1,4 @@
-"""Teachers, target sets, students, baselines, evaluation: what each is made of. Then all of params.yaml, and what in it cannot work."""
+"""Teachers, target sets, rounds, students, baselines, evaluation: what each is made of. Then all of params.yaml, and what cannot work."""
 
 import math
 from collections.abc import Collection, Iterator
@@ -77,6 +77,15 @@ class TargetParams(Frozen):
         if unknown := set(self.calibrations) - set(self.teachers):
             raise ValueError(f"calibrations: {choices(unknown)} not among its teachers; choose from: {choices(self.teachers)}")
         return self
+
+
+class RoundParams(Frozen):
+    """A student answers the texts of the transfer set and of the pool, for other students to learn from."""
+
+    student: str
+    """Of `students`; its first seed."""
+    temperature: PositiveFloat = 1.0
+    """Of its answers; below 1 they become sharper."""
 
 
 class LoraParams(Frozen):
@@ -176,8 +185,8 @@ class StudentParams(TuningParams):
     layers: str | None = None
     """The base's layers to keep, for example `0-19, 26-29`; null keeps all."""
     learn_from: str
-    """`targets/NAME`; `teachers/NAME` for a teacher's cached distributions over the vocabulary; or `data/demonstrations.parquet` for the
-    demonstrations' labels alone."""
+    """`targets/NAME`; `rounds/NAME` for another student's answers; `teachers/NAME` for a teacher's cached distributions over the
+    vocabulary; or `data/demonstrations.parquet` for the demonstrations' labels alone."""
     temperature: PositiveFloat = 1.0
     """Of both distributions, if `learn_from` is `teachers/NAME`: 1, or one of the cache's `temperatures`."""
     loss: Literal["kl", "reverse_kl", "jensen_shannon", "hard"] = "kl"
@@ -195,7 +204,7 @@ class StudentParams(TuningParams):
     """Train once with each of these instead of `seed`; results are means over them. The student's folder is that of the first, the others
     are in its `seeds/`."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the transfer set that is not learnt from; the weights that agree best with its targets (mean KL) are kept; 0: the last."""
+    """Share of the texts that is not learnt from; the weights that agree best with its targets (mean KL) are kept; 0: the last."""
     evaluate_every: PositiveInt = 10
     """Steps between two validations."""
     patience: PositiveInt | None = None
@@ -211,8 +220,10 @@ class StudentParams(TuningParams):
             raise ValueError(f"`tuning: contrastive` is for gold labels, and learn_from is {self.learn_from}; use {DEMONSTRATIONS_FILE}")
         if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
-        if self.ce_target == "targets" and not (self.ce_weight and self.learn_from.startswith("targets/")):
+        if self.ce_target == "targets" and not (self.ce_weight and self.learn_from.startswith(("targets/", "rounds/"))):
             raise ValueError("`ce_target: targets` needs a `ce_weight` and a target set to learn from")
+        if self.auxiliary and self.learn_from.startswith("rounds/"):
+            raise ValueError(f"`auxiliary` is about teachers' caches, and learn_from is {self.learn_from}; leave it out")
         if self.ce_batch_size is not None and not (self.ce_weight and self.ce_target == "demonstrations"):
             raise ValueError("`ce_batch_size` is for a `ce_weight` on the demonstrations; leave it out, or set `ce_weight`")
         matched = [layer for term in self.auxiliary.values() if term.hidden_weight for _, layer in term.layers]
@@ -326,6 +337,7 @@ class Params(Frozen):
     tuned: dict[Name, TunedParams] = Field(default={})
     teachers: dict[Name, TeacherParams] = Field(default={})
     targets: dict[Name, TargetParams] = Field(default={})
+    rounds: dict[Name, RoundParams] = Field(default={})
     students: dict[Name, StudentParams] = Field(default={})
     baselines: dict[Name, BaselineParams]
     evaluation: EvaluationParams
@@ -334,7 +346,7 @@ class Params(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        checks = (self._names, self._roles, self._labels, self._targets, self._learning, self._baselines, self._order)
+        checks = (self._names, self._roles, self._labels, self._targets, self._rounds, self._learning, self._baselines, self._order)
         if faults := [fault for check in checks for fault in check()]:
             raise ValueError("\n".join(faults))
         return self
@@ -342,7 +354,8 @@ class Params(Frozen):
     @property
     def summary(self) -> str:
         """How many of each a run makes, in a line."""
-        return ", ".join(f"{len(getattr(self, block))} {block}" for block in ("teachers", "targets", "students", "baselines"))
+        blocks = ("teachers", "targets", *(["rounds"] if self.rounds else []), "students", "baselines")
+        return ", ".join(f"{len(getattr(self, block))} {block}" for block in blocks)
 
     def folders(self) -> set[str]:
         """Every model folder that a run has, as its path under artifacts/."""
@@ -385,17 +398,22 @@ class Params(Frozen):
                 yield f"students.{name}, baselines.{name}: a student and a baseline of the same name; rename one"
 
     def _roles(self) -> Iterator[str]:
-        sources, transfer = self.data.sources, self.data.transfer
-        roles = {"demonstrations": self.data.demonstrations.source, "transfer": transfer.source}
+        sources, transfer, pool = self.data.sources, self.data.transfer, self.data.pool
+        unlabelled = {"transfer": transfer} | ({"pool": pool} if pool is not None else {})
+        roles = {"demonstrations": self.data.demonstrations.source} | {role: entry.source for role, entry in unlabelled.items()}
         roles |= {f"evaluation.{name}": entry.source for name, entry in self.data.evaluation.items()}
         for role, source in roles.items():
             yield from _known(f"data.{role}.source", source, sources)
-            if source in sources and role != "transfer" and sources[source].label is None and self.task.labels:
+            if source in sources and role not in unlabelled and sources[source].label is None and self.task.labels:
                 yield f"data.{role}: source {source!r} has no labels (`label: null`), and this role needs them"
-        for source in transfer.extra_sources:
-            yield from _known("data.transfer.extra_sources", source, sources)
-            if source == transfer.source:
-                yield f"data.transfer.extra_sources: {source!r} is data.transfer.source itself; set its `limit`"
+        for role, entry in unlabelled.items():
+            for source in entry.extra_sources:
+                yield from _known(f"data.{role}.extra_sources", source, sources)
+                if source == entry.source:
+                    yield f"data.{role}.extra_sources: {source!r} is data.{role}.source itself; set its `limit`"
+        for source in pool.limits if pool is not None else ():
+            if transfer.limits.get(source, 0) is None:
+                yield f"data.pool: data.transfer takes all texts of {source!r}, and none is left; set a limit there"
         if self.task.completion is not None:
             needs = list(transfer.limits) if self.task.completion.source == "given" else []
             needs += [roles["demonstrations"]] if any(context.demonstrations for context in self.contexts.values()) else []
@@ -432,8 +450,19 @@ class Params(Frozen):
             for teacher in target.auxiliary_caches:
                 yield from _known(f"targets.{name}.auxiliary_caches", teacher, self.teachers)
 
+    def _rounds(self) -> Iterator[str]:
+        for name, entry in self.rounds.items():
+            yield from _known(f"rounds.{name}.student", entry.student, self.students)
+            if self.task.completion is not None:
+                yield f"rounds.{name}: answers are free text, which has no probabilities to learn; leave it out"
+            if self.data.pool is None:
+                yield f"rounds.{name}: no texts for {entry.student!r} to answer; set `data.pool`, with the keys of `data.transfer`"
+        if self.data.pool is not None and not self.rounds:
+            yield "data.pool: no student answers it; leave it out, or add `rounds: {NAME: {student: NAME}}`"
+
     def _learning(self) -> Iterator[str]:
-        learnable = {f"targets/{name}" for name in self.targets} | {f"teachers/{name}" for name in self.teachers} | {DEMONSTRATIONS_FILE}
+        maps = {"targets": self.targets, "rounds": self.rounds, "teachers": self.teachers}
+        learnable = {f"{kind}/{name}" for kind, entries in maps.items() for name in entries} | {DEMONSTRATIONS_FILE}
         for name, student in self.students.items():
             where = f"students.{name}"
             if student.learn_from not in learnable:
@@ -481,6 +510,7 @@ class Params(Frozen):
         waits = {f"tuned/{name}": {tuned.base} for name, tuned in self.tuned.items()}
         waits |= {f"teachers/{name}": {teacher.model} for name, teacher in self.teachers.items()}
         waits |= {f"targets/{name}": {f"teachers/{teacher}" for teacher in self.teachers} for name in self.targets}
+        waits |= {f"rounds/{name}": {f"students/{entry.student}"} for name, entry in self.rounds.items()}
         waits |= {f"students/{name}": {student.base, student.learn_from} for name, student in self.students.items()}
         try:
             TopologicalSorter(waits).prepare()
@@ -489,8 +519,8 @@ class Params(Frozen):
             start = circle.index(min(circle))
             yield (
                 f"{', '.join([*circle[start:], *circle[: start + 1]])}: each of them waits for the next (a target set waits for all "
-                "teachers). If a student is to teach others, do that in a run of its own, with the first run's student as a model: "
-                "`models: {first: {path: artifacts/students/NAME}}`"
+                "teachers). A student teaches others through a round: `rounds: {second: {student: NAME}}`, and `learn_from: rounds/second` "
+                "in the others"
             )
 
 

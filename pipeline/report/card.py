@@ -48,13 +48,17 @@ def render_card(environment: Environment, found: Collected, student: str) -> str
 def _facts(found: Collected, student: str) -> dict[str, str]:
     params, entry = found.params, found.params.students[student]
     facts = {"base": entry.base, "layers": layers(found, student), "parameters": scaled(found.of("train", student).get("parameters"))}
-    facts["training"] = learnt(entry)
+    facts["training"] = learnt(params, student)
     kind, _, target = entry.learn_from.partition("/")
     if kind == "targets":
         contexts, demonstrations = context_sizes(params, target)
         teachers = ", ".join(f"{name} ({params.teachers[name].model})" for name in params.targets[target].teachers)
         facts["teachers"] = f"{teachers}; {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}"
         facts["transfer examples"] = number(found.of("targets", target).get("rows"))
+    if kind == "rounds":
+        roles = found.files["metrics/prepare.json"]["roles"]
+        facts["teacher"] = f"the student {params.rounds[target].student}"
+        facts["transfer examples"] = number(sum(roles[role]["drawn"] for role in ("transfer", "pool")))
     if kind == "data" or (entry.ce_weight and entry.ce_target == "demonstrations"):
         facts["labelled examples"] = number(params.data.demonstrations.per_label * len(params.task.labels))
     facts["steps"] = f"{entry.steps:,}, with {plural(entry.batch_size, 'example')} each; learning rate {entry.learning_rate:g}"

@@ -78,6 +78,7 @@ def _stages(params: Params) -> dict[str, str]:
         ("tune", params.tuned, ("metrics/runtime/tuned-{}.json",)),
         ("teacher", params.teachers, ("metrics/fidelity/{}.json", "metrics/runtime/teacher-{}.json")),
         ("targets", params.targets, ("metrics/targets/{}.json",)),
+        ("round", params.rounds, ("metrics/runtime/round-{}.json",)),
         ("student", params.students, trained),
         ("evaluate", params.students, evaluated),
         ("baseline", params.baselines, evaluated),

@@ -7,7 +7,7 @@ sentence whose numbers are missing is left out. Names are in backticks, which th
 import math
 from collections.abc import Iterable
 
-from pipeline.params import Params, StudentParams, TargetParams
+from pipeline.params import Params, TargetParams
 from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 
 DASH = "–"
@@ -70,23 +70,29 @@ def about(found: Collected, method: str) -> str:
     """One line on what a student is, or a baseline that answers with labels."""
     params = found.params
     if method in params.students:
-        return f"{learnt(params.students[method])}; {layers(found, method).partition(' (')[0]}"
+        return f"{learnt(params, method)}; {layers(found, method).partition(' (')[0]}"
     baseline = params.baselines[method]
     target, contexts = params.targets[baseline.target_set], context_sizes(params, baseline.target_set)[0]
     how = "" if contexts == 1 else ", one context at a time" if baseline.contexts == "each" else f", mean of {contexts} contexts"
     return f"prompts {' + '.join(target.teachers)}; {calibrated(target)}{how}"
 
 
-def learnt(student: StudentParams) -> str:
+def learnt(params: Params, name: str) -> str:
     """What a student learns from, each further term with its weight."""
-    kind, _, name = student.learn_from.partition("/")
-    first = {"targets": f"distilled from the target set {name}", "teachers": f"distilled from the teacher {name}’s distributions"}
+    student = params.students[name]
+    kind, _, source = student.learn_from.partition("/")
+    first = {"targets": f"distilled from the target set {source}", "teachers": f"distilled from the teacher {source}’s distributions"}
+    if kind == "rounds":
+        first[kind] = f"distilled from the answers of the student {params.rounds[source].student} (round {source})"
     labels = {"demonstrations": "the demonstrations’ labels", "targets": "the targets’ most probable labels"}[student.ce_target]
-    terms = [f"{student.ce_weight:g} × {labels}"] if student.ce_weight and kind in first else []
+    terms = [f"{student.ce_weight:g} × {labels}"] if student.ce_weight else []
     for teacher, term in student.auxiliary.items():
         terms += [f"{term.weight:g} × the distributions of {teacher}"] if term.weight else []
         terms += [f"{term.hidden_weight:g} × the hidden states of {teacher}"] if term.hidden_weight else []
-    return ", plus ".join([first.get(kind, "trained on the demonstrations’ labels alone"), *terms])
+    alone = "the demonstrations’ labels alone"
+    by_labels = f"{'texts contrasted, and a head fitted' if student.steps else 'a head fitted'}, by {alone}"
+    first["data"] = by_labels if student.tuning == "contrastive" else f"trained on {alone}"
+    return ", plus ".join([first[kind], *terms])
 
 
 def calibrated(target: TargetParams) -> str:
@@ -126,7 +132,7 @@ def lead(found: Collected) -> list[str]:
     lines = [first]
     for name, student in params.students.items():
         kept, size = f"layers {student.layers} of " if student.layers else "", scaled(found.of("train", name)["parameters"])
-        lines.append(f"`{name}` is {kept}`{student.base}` ({size} parameters), {learnt(student)}.")
+        lines.append(f"`{name}` is {kept}`{student.base}` ({size} parameters), {learnt(params, name)}.")
     return lines
 
 

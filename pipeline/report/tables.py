@@ -71,9 +71,11 @@ def headline(found: Collected) -> Table:
         row += ["itself" if name == document["reference"] else percent(method["means"][domain]["agreement"]) for domain in domains]
         bodies.setdefault(titles[method["kind"]], []).append(row)
     caption = "Accuracy in percent; below it the 95 % interval, and the range of a prompt’s contexts or the deviation of a student’s seeds."
-    evaluation, drawn = found.params.data.evaluation, found.params.data.transfer.limits
-    if seen := [name for name in sets_of(document, "out") if evaluation[name].source in drawn]:
-        caption += f" The transfer set has unlabelled texts from the sources of {', '.join(seen)}."
+    data = found.params.data
+    drawn = data.transfer.limits | (data.pool.limits if data.pool else {})
+    if seen := [name for name in sets_of(document, "out") if data.evaluation[name].source in drawn]:
+        pool = " and the pool have" if data.pool else " has"
+        caption += f" The transfer set{pool} unlabelled texts from the sources of {', '.join(seen)}."
     columns = ["Method", *("mean" if kind == "means" else key for kind, key in chain.from_iterable(places)), *domains]
     groups = [("", 1), *((DOMAINS[domain], len(own)) for domain, own in zip(domains, places, strict=True))]
     return Table("headline", caption, columns, bodies, [*groups, (f"Agrees with {document['reference']}", len(domains))])
@@ -114,7 +116,7 @@ def comparisons(document: Json) -> Table | None:
 
 
 def break_even(found: Collected) -> Table:
-    """What each student cost: scoring the transfer set with its teachers, tuning the models that are tuned, training; and after how many
+    """What each student cost: the answers of its teachers, tuning the models that are tuned, training; and after how many
     predictions it has saved that time against the reference. People's time, downloads and evaluation are not counted.
     """
     rows, reference = list[Row](), found.document["reference"]
@@ -137,7 +139,7 @@ def break_even(found: Collected) -> Table:
 
 
 def makers(maker: str, params: Params) -> set[str]:
-    """The teachers, tuned models and students, itself among them, that an entry such as `students/cd` is made with."""
+    """The teachers, tuned models, rounds and students, itself among them, that an entry such as `students/cd` is made with."""
     kind, _, name = maker.partition("/")
     parts: list[str] = []
     if kind == "students":
@@ -145,13 +147,15 @@ def makers(maker: str, params: Params) -> set[str]:
         parts = [own.learn_from, own.base, *(f"teachers/{teacher}" for teacher in own.auxiliary)]
     elif kind == "targets":
         parts = [f"teachers/{teacher}" for teacher in params.targets[name].teachers]
+    elif kind == "rounds":
+        parts = [f"students/{params.rounds[name].student}"]
     elif kind in {"teachers", "tuned"}:
         parts = [params.teachers[name].model if kind == "teachers" else params.tuned[name].base]
-    return ({maker} if kind in {"students", "teachers", "tuned"} else set()).union(*(makers(part, params) for part in parts))
+    return ({maker} if kind in {"students", "teachers", "tuned", "rounds"} else set()).union(*(makers(part, params) for part in parts))
 
 
 def _seconds(found: Collected, maker: str) -> float:
-    """What the stage of a teacher, tuned model or student took; NaN if not all of it was timed."""
+    """What the stage of a teacher, tuned model, round or student took; NaN if not all of it was timed."""
     kind, _, name = maker.partition("/")
     own = found.of("runtime", f"{kind.removesuffix('s')}-{name}")
     whole = own and own.get("rows") == own.get("rows_timed") and not own.get("resumed_at_step")

@@ -77,7 +77,9 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
 
     Raises UsageError if the files or the model cannot be used; the message names the option that helps.
     """
-    parse_params(base)
+    taught = [name for name, student in parse_params(base).students.items() if student.learn_from.startswith("rounds/")]
+    if taught:
+        base = {**base, "students": {name: entry for name, entry in base["students"].items() if name not in taught}}
     try:
         counts = label_counts(answers)
         raw = _raw(base, answers, counts)
@@ -94,6 +96,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
         check_limit(source, params.data.bad_rows_limit)
     tokens = partial(_token_counts, params=params, tokenizers=tokenizers)
     notes = [line for source in read.values() for line in _about(source)]
+    notes += [f"students.{name}: left out, since it learns from a round of more texts, and here is no pool of them" for name in taught]
     notes.append("labels: " + ", ".join(f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in counts.items()))
     if form.template.endswith(" "):
         notes.append("task.template: it ends in a space, since only so the first tokens of the answers differ")

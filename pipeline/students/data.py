@@ -121,21 +121,22 @@ def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
     return _rows(file, examples, [tuple(float(label == example.label) for label in labels) for example in examples], tokens)
 
 
-def target_set(folder: Path, transfer: Sequence[Example], tokens: TaskTokens) -> list[TargetRow]:
-    """The rows of a target set, in its order.
+def target_set(folder: Path, texts: Sequence[Example], tokens: TaskTokens) -> list[TargetRow]:
+    """The rows of a target set or a round, in its order.
 
-    Raises MismatchError if it was made for another task, or has an example that the transfer set lacks.
+    Raises MismatchError if it was made for another task, or has an example that `texts` lack.
     """
-    again, made_with = f"Run `dvc repro targets@{folder.name}`.", read_json(folder / "calibration.json")
+    stage = "round" if folder.parent.name == "rounds" else "targets"
+    again, made_with = f"Run `dvc repro {stage}@{folder.name}`.", read_json(folder / "calibration.json")
     task = tokens.task.params
     for key, value in {"template": task.template, "verbalisers": dict(task.verbalisers), "labels": list(task.labels)}.items():
         if made_with.get(key) != value:
             raise MismatchError(f"{folder / 'calibration.json'}: made with {key} {made_with.get(key)!r}, this task has {value!r}. {again}")
-    by_id = {example.example_id: example for example in transfer}
+    by_id = {example.example_id: example for example in texts}
     targets = read_table(folder / "targets.parquet", TARGETS)
     ids = targets["example_id"].to_pylist()
     if unknown := [one for one in ids if one not in by_id]:
-        raise MismatchError(f"{folder / 'targets.parquet'}: example {unknown[0]} is not in the transfer set. {again}")
+        raise MismatchError(f"{folder / 'targets.parquet'}: example {unknown[0]} is not among its texts. {again}")
     return _rows(folder, [by_id[one] for one in ids], map(tuple, targets["probabilities"].to_pylist()), tokens)
 
 

@@ -72,7 +72,7 @@ class _Job:
         if student.learn_from == DEMONSTRATIONS_FILE:
             self._learn_demonstrations(1.0, student.batch_size)
         else:
-            self._learn_transfer_set()
+            self._learn_texts()
 
     def _learn_demonstrations(self, weight: float, batch_size: int) -> None:
         """Add the cross-entropy on the demonstrations' labels."""
@@ -80,32 +80,33 @@ class _Job:
         self.label_terms.append(LabelTerm("cross_entropy", weight, batch_size, demonstrations(file, self.tokens)))
         self.sources["demonstrations"] = sha256_file(file)
 
-    def _learn_transfer_set(self) -> None:
-        """Add all that is learnt from a target set or caches, and what is learnt beside it."""
-        student = self.student
-        transfer = read_examples(self.folders.artifacts / "data" / "transfer.parquet", self.tokens.task.fields)
-        source, from_targets = self.folders.artifacts / student.learn_from, student.learn_from.startswith("targets/")
-        if from_targets:
+    def _learn_texts(self) -> None:
+        """Add all that is learnt from a target set, a round or caches, and what is learnt beside it."""
+        student, kind = self.student, self.student.learn_from.partition("/")[0]
+        source = self.folders.artifacts / student.learn_from
+        file = source / "texts.parquet" if kind == "rounds" else self.folders.artifacts / "data" / "transfer.parquet"
+        texts = read_examples(file, self.tokens.task.fields)
+        if kind in {"targets", "rounds"}:
             self.sources |= {name: sha256_file(source / name) for name in ("targets.parquet", "calibration.json")}
-            rows = self._without_validation(target_set(source, transfer, self.tokens))
+            rows = self._without_validation(target_set(source, texts, self.tokens))
             loss = "cross_entropy" if student.loss == "hard" else student.loss
             of_labels = student.ce_weight if student.ce_target == "targets" else 0.0
             self.label_terms.append(LabelTerm(loss, 1.0, student.batch_size, rows, of_labels))
         else:
             assert student.loss != "hard", "params were checked"
             cache = self._cache("cache", source, student.temperature)
-            rows = self._without_validation(cache.rows(transfer))
+            rows = self._without_validation(cache.rows(texts))
             self.cache_terms.append(CacheTerm(student.loss, 1.0, student.batch_size, rows, cache))
         learnt = {row.example for row in rows}
         for teacher, also in student.auxiliary.items():
             cache = self._cache(f"auxiliary.{teacher}", self.folders.artifacts / "teachers" / teacher, also.temperature)
             found = self.sources[f"auxiliary.{teacher}"]
-            if from_targets and found != (wanted := files.read_json(source / CACHES)[teacher]["manifest_sha256"]):
+            if kind == "targets" and found != (wanted := files.read_json(source / CACHES)[teacher]["manifest_sha256"]):
                 raise MismatchError(
                     f"students.{self.name}.auxiliary.{teacher}: {student.learn_from} was made beside a cache with manifest {wanted[:12]}…, "
                     f"and {cache.folder} has {found[:12]}…. Run `dvc repro targets@{source.name}`."
                 )
-            rows = [row for row in cache.rows(transfer) if row.example in learnt]
+            rows = [row for row in cache.rows(texts) if row.example in learnt]
             size = also.batch_size or student.batch_size
             self.cache_terms.append(CacheTerm(also.loss, also.weight, size, rows, cache, also.hidden_weight, also.layers))
         if student.ce_weight and student.ce_target == "demonstrations":

@@ -147,6 +147,33 @@ def test_a_text_that_spells_a_control_token_is_set_aside_before_any_model_runs(r
     assert counts()["roles"]["evaluation"]["test"]["drawn"] == 30
 
 
+def test_a_pool_has_no_labels_is_counted_and_fits_every_model(raw: Raw, model_folder: Callable[..., Path]) -> None:
+    """A model that teachers ask behind contexts is a student's base too: it reads the pool without them."""
+    gold = Path("pool.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    Path("more.jsonl").write_text("".join(json.dumps(json.loads(line) | {"label": "negative"}) + "\n" for line in gold), encoding="utf-8")
+    raw["data"]["sources"]["more"] = {"path": "more.jsonl"}
+    raw["data"]["transfer"]["limit"] = 10
+    run(raw)
+    assert not Path("artifacts/data/pool.parquet").exists()
+    before = Path("artifacts/data/transfer.parquet").read_bytes()
+    assert "pool" not in counts()["roles"]
+    raw["data"]["pool"] = {"source": "more"}
+    raw["students"] = {"cd": {"base": "models/tiny", "learn_from": "targets/few", "steps": 1, "learning_rate": 1e-3}}
+    raw["rounds"] = {"second": {"student": "cd"}}
+    run(raw)
+    texts = read_examples(Path("artifacts/data/pool.parquet"), ["text"])
+    assert {(e.source, e.label) for e in texts} == {("more", None)}
+    assert Path("artifacts/data/transfer.parquet").read_bytes() == before
+    assert counts()["roles"]["pool"]["drawn"] == len(texts) == 30
+    assert counts()["roles"]["pool"].keys() == counts()["roles"]["transfer"].keys()
+    with Path("more.jsonl").open("a", encoding="utf-8") as sink:
+        sink.write(json.dumps({"text": "long " * 390}) + "\n")
+    config = Path("artifacts/models/tiny/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 380}))
+    with pytest.raises(UsageError, match=r"models\.tiny: the longest prompt of context none .* does not fit the 380"):
+        run(raw)
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "tuned": {"tuned": {"tuned": {"base": "models/other", "steps": 1, "learning_rate": 1e-3}}},
     "students": {"students": {"cd": {"base": "models/other", "learn_from": "targets/few", "steps": 1, "learning_rate": 1e-3}}},

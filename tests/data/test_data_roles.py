@@ -101,14 +101,16 @@ def test_another_seed_draws_others(sources: dict[str, SourceExamples]) -> None:
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_gold_labels_never_choose_unlabelled_texts(sources: dict[str, SourceExamples], unlike: Texts, source: Source, seed: int) -> None:
-    """The transfer draw is the same whatever the labels of its source are: shuffled, or of no label at all for some or all rows."""
+    """Transfer set and pool are the same whatever the labels of their source are: shuffled, or of no label at all for some or all rows."""
     draw = random.Random(seed)
     texts = unlike(60, seed=2)
     one, other = ([draw.choice([*LABELS, None]) for _ in texts] for _ in range(2))
-    params = data(sources={name: {"path": f"{name}.csv"} for name in "abc"}, evaluation=ALL_OF_B, transfer={"source": "c", "limit": 25})
-    drawn = [assign(params, LABELS, sources | {"c": source("c", texts, labels)}).drawn["transfer"] for labels in (one, other, [None] * 60)]
-    assert ids(drawn[0]) == ids(drawn[1]) == ids(drawn[2])
-    assert {e.label for e in drawn[0]} == {*LABELS, None}, "all kinds of rows are drawn"
+    unlabelled = {"transfer": {"source": "c", "limit": 25}, "pool": {"source": "c", "limit": 25}}
+    params = data(sources={name: {"path": f"{name}.csv"} for name in "abc"}, evaluation=ALL_OF_B, **unlabelled)
+    found = [assign(params, LABELS, sources | {"c": source("c", texts, labels)}).drawn for labels in (one, other, [None] * 60)]
+    for role in unlabelled:
+        assert ids(found[0][role]) == ids(found[1][role]) == ids(found[2][role])
+        assert {e.label for e in found[0][role]} == {*LABELS, None}, "all kinds of rows are drawn"
 
 
 def test_rows_without_a_label_are_drawn_as_unlabelled_texts_alone(unlike: Texts, source: Source) -> None:
@@ -162,6 +164,24 @@ def test_extra_sources_are_drawn_from_under_the_same_rules(sources: dict[str, So
     some = assign(data(evaluation=evaluation, transfer={"source": "a", "limit": 10, "extra_sources": {"b": 6}}), LABELS, held)
     assert ids(some.drawn["transfer"]) == ids(roles.drawn["transfer"][:16])
     assert set(Counter(i for members in every_role(roles) for i in ids(members)).values()) == {1}
+
+
+def test_the_pool_is_what_other_roles_leave_without_copies_of_what_is_judged_or_shown(unlike: Texts, source: Source) -> None:
+    doubled = [form for text in unlike(80) for form in (text, text.upper() + "!")]
+    held = {"a": source("a", doubled), "b": source("b", unlike(20, seed=1))}
+    some = {"a": {"source": "a", "domain": "in", "per_label": 5}}
+    before = assign(data(evaluation=some), LABELS, held)
+    roles = assign(data(evaluation=some, pool={"source": "a", "extra_sources": {"b": 6}}), LABELS, held)
+    assert set(Counter(i for examples in every_role(roles) for i in ids(examples)).values()) == {1}
+    assert {role: ids(own) for role, own in roles.drawn.items() if role != "pool"} == {role: ids(own) for role, own in before.drawn.items()}
+    assert not copies_among(roles.drawn["pool"], [text_of(e) for role in ("evaluation.a", "demonstrations") for e in roles.drawn[role]])
+    assert min(roles.copies["pool"].values()) > 0
+    assert copies_among(roles.drawn["pool"], [text_of(e) for e in roles.drawn["transfer"]]), "both are learnt from"
+    assert Counter(e.source for e in roles.drawn["pool"]) == {"a": len(roles.drawn["pool"]) - 6, "b": 6}
+    fewer = assign(data(evaluation=some, pool={"source": "a", "limit": 7}), LABELS, held)
+    assert ids(fewer.drawn["pool"]) == ids(roles.drawn["pool"][:7])
+    with pytest.raises(UsageError, match=r"data\.pool: no example is left in source 'b'.*20 in evaluation\.b"):
+        assign(data(evaluation=ALL_OF_B, pool={"source": "b"}), LABELS, held)
 
 
 def test_long_examples_are_not_demonstrations_but_are_learnt_from(

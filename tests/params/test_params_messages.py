@@ -301,6 +301,7 @@ def free(raw: Raw) -> Raw:
     ("path", "value", "said"),
     [
         ("targets.x", {"teachers": {"t": 1.0}}, "targets.x: answers are free text, which has no target set"),
+        ("rounds.r", {"student": "s"}, "rounds.r: answers are free text, which has no probabilities to learn; leave it out"),
         ("students.s.learn_from", "data/demonstrations.parquet", "answers are free text; learn from teachers/NAME"),
         ("students.s.ce_weight", 0.5, "demonstrations have no labels to learn"),
         ("baselines.teacher.contexts", "ensemble", "answers are free text, which cannot be averaged; use `each`"),
@@ -320,7 +321,49 @@ def test_a_circle_is_named_with_the_way_out(raw_params: Raw) -> None:
     raw_params["teachers"]["second"] = {"model": "students/cd", "contexts": "none"}
     said = message(raw_params)
     assert "students.cd, teachers.second, targets.mix, students.cd: each" in said
-    assert "models: {first: {path: artifacts/students/NAME}}" in said
+    assert "`rounds: {second: {student: NAME}}`, and `learn_from: rounds/second`" in said
+
+
+POOL = {"source": "movie", "limit": 30, "extra_sources": {"amazon": 7}}
+ROUND = {"base": "models/smollm2", "learn_from": "rounds/second", "steps": 1, "learning_rate": 1e-4}
+
+
+def with_round(raw: Raw) -> Raw:
+    """Params with a student that learns another one's answers."""
+    put(raw, "data.pool", copy.deepcopy(POOL))
+    put(raw, "rounds.second", {"student": "cd", "temperature": 0.5})
+    return put(raw, "students.small", dict(ROUND))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("students.small.ce_target", "demonstrations", None),
+        ("data.pool.source", "films", "data.pool.source: no 'films'"),
+        ("data.pool.extra_sources", {"films": 3}, "data.pool.extra_sources: no 'films'"),
+        ("data.pool.extra_sources", {"movie": 3}, "'movie' is data.pool.source itself; set its `limit`"),
+        ("data.transfer.limit", None, "data.pool: data.transfer takes all texts of 'movie', and none is left; set a limit there"),
+        ("data.transfer.extra_sources", {"amazon": None}, "data.pool: data.transfer takes all texts of 'amazon'"),
+        ("data.pool", None, "rounds.second: no texts for 'cd' to answer; set `data.pool`"),
+        ("rounds.second.student", "ce", "rounds.second.student: no 'ce'; choose one of: cd, pbft, small"),
+        ("rounds.second.student", "small", "rounds.second, students.small, rounds.second: each of them waits for the next"),
+        ("rounds.second.temperature", 0, "rounds.second.temperature: input should be greater than 0"),
+        ("students.small.learn_from", "rounds/third", "students.small.learn_from: no 'rounds/third'; choose one of: data/demonstrations"),
+        ("students.small.temperature", 2.0, "`temperature` is for distributions from a cache, and learn_from is rounds/second"),
+        ("students.small.auxiliary", {"few_shot": {}}, "`auxiliary` is about teachers' caches, and learn_from is rounds/second"),
+    ],
+)
+def test_a_round_has_a_student_texts_and_no_circle(raw_params: Raw, path: str, value: Any, said: str | None) -> None:
+    raw = put(with_round(raw_params), path, value)
+    if said is None:
+        assert parse_params(raw).summary == "3 teachers, 4 targets, 1 rounds, 3 students, 5 baselines"
+    else:
+        assert said in message(raw)
+
+
+def test_a_pool_that_no_student_answers_is_refused(raw_params: Raw) -> None:
+    said = message(put(raw_params, "data.pool", POOL))
+    assert "data.pool: no student answers it; leave it out, or add `rounds: {NAME: {student: NAME}}`" in said
 
 
 def test_a_student_that_learns_the_labels_may_teach(raw_params: Raw) -> None:

@@ -176,6 +176,10 @@ def _write_rest(params: Params, folders: Folders) -> None:
     source = {"rows": 10605, "quarantined": {"empty": 2}, "left_out_by_label_rule": 5310, "exact_repeats_removed": 12}
     source |= {"conflicting_labels_removed": 2, "examples": 5278}
     roles = {"demonstrations": {"drawn": 16}, "transfer": {"drawn": 1200, "copies_of_evaluation_removed": {"movie": 7, "tweets": 4}}}
+    if params.data.pool is not None:
+        roles["pool"] = {"drawn": 5000, "copies_of_evaluation_removed": {"movie": 2, "tweets": 1}}
+    for name in params.rounds:
+        write_json({"seconds": 7.0, "rows": 6200, "rows_timed": 6200}, metrics / "runtime" / f"round-{name}.json")
     contexts = {"orders": {"tokens": {"orders/0": 478, "orders/1": 481}}}
     counts = {"sources": dict.fromkeys(params.data.sources, source), "roles": roles, "contexts": contexts}
     write_json(counts, metrics / "prepare.json")

@@ -343,6 +343,27 @@ def test_every_teacher_tuned_model_and_base_that_a_student_is_made_with_counts(r
     assert tables.makers("students/cd", parse_params(raw)) == made_with | {"students/cd"}
 
 
+def test_a_student_of_a_round_is_shown_with_its_teacher_texts_and_whole_cost(raw, write_run, tmp_path):
+    raw["data"]["pool"] = {"source": "movie", "limit": 5000, "extra_sources": {"amazon": 9}}
+    raw["rounds"] = {"second": {"student": "cd", "temperature": 0.5}}
+    raw["students"]["small"] = raw["students"]["pbft"] | {"learn_from": "rounds/second"}
+    params = write_run(raw, tmp_path)
+    build_report(params, Folders.here(tmp_path), tmp_path)
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert ["pool", "movie, amazon", "5,000", "3"] in table_of(page, "roles")
+    (row,) = [row for row in table_of(page, "students") if row[0] == "small"]
+    assert row[2] == "distilled from the answers of the student cd (round second)"
+    assert "The transfer set and the pool have unlabelled texts from the sources of tweets." in page
+    card = (tmp_path / "artifacts" / "students" / "small" / "README.md").read_text(encoding="utf-8")
+    assert "| teacher | the student cd |" in card
+    assert "| transfer examples | 6,200 |" in card
+    others = {"teachers/few_shot", "teachers/zero_shot", "teachers/tuned", "tuned/tuned"}
+    assert tables.makers("students/small", params) == others | {"students/small", "rounds/second", "students/cd"}
+    found = collect(params, Folders.here(tmp_path))
+    costs = {row[0]: row[1] for row in tables.break_even(found).bodies[""]}
+    assert costs["`small`"] == f"{3 * 70.1 + 10 + 265.7 + 7:,.0f}"
+
+
 def document_of(difference, interval, clear):
     """Numbers of a student and its teacher."""
 

@@ -133,6 +133,7 @@ def test_waiting_threads_sleep_in_stages_and_commands(tmp_path, given, found):
 
 IDENTITIES = [
     {"weights": "a" * 64, "dtype": "float32"},
+    {"weights": "d" * 64, "dtype": "float32"},
     {"weights": "b" * 64, "dtype": "float32"},
     {"weights": "c" * 64, "dtype": "bfloat16"},
 ]
@@ -140,7 +141,7 @@ IDENTITIES = [
 
 @pytest.fixture
 def work(tmp_path):
-    """A project whose store has scores of its own cache, of a workspace's, and of none; and a file of timings."""
+    """A project whose store has scores of its own cache and round, of a workspace's cache, and of none; and a file of timings."""
     for identity in IDENTITIES:
         folder = tmp_path / ".work" / "scores" / sha256_json(identity)[:32]
         folder.mkdir(parents=True)
@@ -148,9 +149,10 @@ def work(tmp_path):
         (folder / "part-00000-000000.parquet").write_bytes(b"x" * 2_000_000)
     (tmp_path / ".work" / "cost").mkdir()
     (tmp_path / ".work" / "cost" / "a.json").write_bytes(b"y" * 500_000)
-    for artifacts, identity in ((tmp_path / "artifacts", IDENTITIES[0]), (tmp_path / "runs" / "more" / "artifacts", IDENTITIES[1])):
-        (artifacts / "teachers" / "t").mkdir(parents=True)
-        (artifacts / "teachers" / "t" / "manifest.json").write_text(json.dumps({"identity": identity, "files": {}}), "utf-8")
+    kept = ("artifacts/teachers/t/manifest.json", "artifacts/rounds/r/calibration.json", "runs/more/artifacts/teachers/t/manifest.json")
+    for name, identity in zip(kept, IDENTITIES, strict=False):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps({"identity": identity, "files": {}}), "utf-8")
     return tmp_path
 
 
@@ -164,16 +166,16 @@ def test_clean_says_what_would_go_and_deletes_nothing(work):
     assert "2.0 MB" in said
     assert "scores of weights cccccccccccc, bfloat16" in said
     assert "aaaaaaaaaaaa" not in said
-    assert "2.5 MB in all; scores of 2 caches stay (--all takes them too)" in said
+    assert "2.5 MB in all; scores of 3 caches and rounds stay (--all takes them too)" in said
     assert "Nothing was deleted; --yes deletes it." in said
     assert left(work) == before
 
 
 def test_clean_keeps_the_scores_of_caches_unless_told(work):
     shotless(work, "clean", "--yes")
-    assert left(work) == {"scores", *(sha256_json(identity)[:32] for identity in IDENTITIES[:2])}
+    assert left(work) == {"scores", *(sha256_json(identity)[:32] for identity in IDENTITIES[:3])}
     said = shotless(work, "clean", "--all", "--yes").stdout
-    assert "4.0 MB in all" in said
+    assert "6.0 MB in all" in said
     assert left(work) == {"scores"}
     assert "0.0 MB in all" in shotless(work, "clean").stdout
 

@@ -100,6 +100,17 @@ def test_what_is_written_is_taken_and_names_the_users_files(folder, model_folder
     prepares(folder, model_folder("llama", max_position_embeddings=2048), monkeypatch, "params.yaml")
 
 
+def test_students_of_a_round_are_left_out_of_a_task_without_a_pool(folder):
+    raw = read_yaml(folder / "params.yaml")
+    raw["data"]["pool"], raw["rounds"] = {"source": "movie"} | {"limit": 30}, {"second": {"student": "cd"}}
+    raw["students"]["small"] = raw["students"]["pbft"] | {"learn_from": "rounds/second"}
+    write_yaml(raw, folder / "params.yaml")
+    done = shotless(folder, "init", *MAPPED, "--output", "new.yaml")
+    assert "students.small: left out, since it learns from a round of more texts, and here is no pool of them" in done.stdout
+    params = load_params(folder / "new.yaml")
+    assert (set(params.students), params.rounds, params.data.pool) == ({"cd", "pbft"}, {}, None)
+
+
 def test_it_says_what_a_run_will_cost_if_the_model_is_there(folder, model_folder):
     shutil.copytree(model_folder("llama", max_position_embeddings=2048), folder / "artifacts" / "models" / "smollm2")
     done = shotless(folder, "init", *MAPPED, "--output", "other.yaml", check=False)

@@ -44,7 +44,7 @@ def test_a_default_that_changed_in_code_runs_what_depends_on_it(dag):
     assert "warmup: Fraction = 0.1\n" in text
     file.write_text(text.replace("warmup: Fraction = 0.1\n", "warmup: Fraction = 0.2\n"), "utf-8")
     dag.resolve_with_own_code()
-    assert dag.changed() == {"tune@tuned", "student@cd", "student@pbft", *LAST}
+    assert dag.changed() == {"tune@tuned", "student@cd", "student@pbft", "student@small", *LAST}
 
 
 def test_the_order_of_labels_runs_nothing(dag):
@@ -99,8 +99,13 @@ MORE = {
         {"teacher@more", "prepare", "report"},
     ),
     "a target set": (lambda raw: raw["targets"].update(more={"teachers": {"tuned": 1.0}}), {"targets@more", "report"}),
+    "a round": (lambda raw: raw["rounds"].update(more={"student": "pbft"}), {"round@more", "report"}),
     "a student": (
         lambda raw: raw["students"].update(more=raw["students"]["cd"] | {"seed": 1}),
+        {*of("more", "student", "evaluate", "risk"), *LAST},
+    ),
+    "a student of a round": (
+        lambda raw: raw["students"].update(more=raw["students"]["small"] | {"seed": 1}),
         {*of("more", "student", "evaluate", "risk"), *LAST},
     ),
     "a baseline": (
@@ -138,6 +143,8 @@ EDITS = {
     "a student's seeds": (lambda raw: raw["students"]["cd"].update(seeds=[0, 1]), {*of("cd", "student", "evaluate", "risk"), *LAST}),
     "a teacher's cache": (lambda raw: raw["teachers"]["few_shot"].update(cache={"top_k": 4}), {"teacher@few_shot", "report"}),
     "a target set's temperature": (lambda raw: raw["targets"]["mix"].update(temperature=0.5), {"targets@mix", "report"}),
+    "a round's temperature": (lambda raw: raw["rounds"]["second"].update(temperature=0.5), {"round@second", "report"}),
+    "the pool": (lambda raw: raw["data"]["pool"].update(limit=1), {"prepare", "report"}),
     "a baseline's contexts": (lambda raw: raw["baselines"]["each"].update(contexts="ensemble"), {"baseline@each", *LAST}),
     "a tuned teacher's steps": (lambda raw: raw["tuned"]["tuned"].update(steps=3), {"tune@tuned", "report"}),
     "a label's threshold": (
@@ -146,7 +153,7 @@ EDITS = {
     ),
     "a slice": (lambda raw: raw["data"]["sources"]["gold"].update(slices={"stars": "stars"}), {"source@gold", "prepare", "report"}),
     "a context's number": (lambda raw: raw["contexts"]["orders"].update(count=1), {"prepare", "report"}),
-    "the examples of risk checks": (lambda raw: raw["evaluation"].update(risk_examples=3), {*of("cd", "risk"), *of("pbft", "risk"), *LAST}),
+    "the examples of risk checks": (lambda raw: raw["evaluation"].update(risk_examples=3), {"risk@cd", "risk@pbft", "risk@small", *LAST}),
     "the threads": (lambda raw: raw.update(runtime={"threads": 1}), set()),
     "the monitor": (lambda raw: raw.update(monitor={"max_rows": 100}), set()),
 }
@@ -157,6 +164,12 @@ def test_an_edit_costs_only_what_depends_on_it(dag, what):
     change, expected = EDITS[what]
     dag.change(change)
     assert dag.changed() == expected
+
+
+def test_other_texts_in_the_pool_run_its_rounds_and_their_students_alone(dag):
+    (dag.folder / "artifacts/data/pool.parquet").write_text("other texts", "utf-8")
+    assert dag.changed() == {"prepare", "round@second", "report"}  # the first for its outs, which it would write again
+    assert dag.after({"round@second"}) == {"round@second", *of("small", "student", "evaluate", "risk"), *LAST}
 
 
 def test_nothing_behind_the_cache_starts_a_teacher(dag):
@@ -171,6 +184,7 @@ def test_nothing_behind_the_cache_starts_a_teacher(dag):
         ("pipeline/evaluation/metrics.py", "evaluate@cd", "student@cd"),
         ("pipeline/report/page.py", "report", "compare"),
         ("pipeline/teachers/scorer.py", "teacher@few_shot", "student@cd"),
+        ("pipeline/teachers/scorer.py", "round@second", "student@small"),
         ("pipeline/data/roles.py", "prepare", "download@model"),
         ("pipeline/targets/build.py", "targets@mix", "teacher@few_shot"),
         ("pipeline/serving/server.py", None, "student@cd"),

@@ -127,6 +127,7 @@ SHARED: dict[str, Any] = {
 }
 LABELS = SHARED | {
     "task": TASK,
+    "data": SHARED["data"] | {"pool": {"source": "pile", "limit": 6}},
     "contexts": {"orders": {"demonstrations": 2, "count": 2}, "none": {"demonstrations": 0}},
     "tuned": {"tuned": LEARNT},
     "teachers": {
@@ -135,6 +136,7 @@ LABELS = SHARED | {
         "reader": {"model": "models/tiny", "contexts": "none", "scores": "input_tokens", "cache": {"top_k": 4}},
     },
     "targets": {"mix": {"teachers": {"few_shot": 1.0, "tuned": 0.5}, "auxiliary_caches": ["few_shot", "reader"]}},
+    "rounds": {"second": {"student": "cd"}},
     "students": {
         "cd": LEARNT
         | {
@@ -144,6 +146,7 @@ LABELS = SHARED | {
             "auxiliary": {"few_shot": {"hidden_weight": 0.1}, "reader": {"weight": 0.3}},
         },
         "pbft": LEARNT | {"learn_from": "data/demonstrations.parquet", "layers": "0-2"},
+        "small": LEARNT | {"learn_from": "rounds/second", "validation_fraction": 0.3},
     },
     "baselines": {"teacher": {"prompts": "targets/mix", "contexts": "ensemble"}, "each": {"prompts": "targets/mix", "contexts": "each"}},
     "evaluation": {"reference": "teacher", "bootstrap": 50, "cost_examples": 1, "risk_examples": 2},
@@ -167,6 +170,7 @@ BLOCKS = {  # stages in an order in which they can run, each with the map whose 
     "teacher": "teachers",
     "targets": "targets",
     "student": "students",
+    "round": "rounds",
     "evaluate": "students",
     "baseline": "baselines",
     "risk": "students",
@@ -182,6 +186,17 @@ def entries(raw: Mapping[str, Any], block: str) -> list[str]:
     return list(found)
 
 
+def places(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every stage and its entry, in an order in which they can run: students of rounds behind the rounds."""
+    order = list(BLOCKS)
+
+    def place(one: tuple[str, str]) -> float:
+        late = one[0] == "student" and raw["students"][one[1]]["learn_from"].startswith("rounds/")
+        return order.index("round") + 0.5 if late else order.index(one[0])
+
+    return sorted([(stage, name) for stage, block in BLOCKS.items() for name in entries(raw, block)], key=place)
+
+
 def run_all(folder: Path, raw: dict[str, Any], patch: Callable[[Any, str, Any], None]) -> dict[str, Reads]:
     """Run every stage of a project in this process; stage → what it read."""
     write_yaml(raw, folder / "params.yaml")
@@ -189,12 +204,11 @@ def run_all(folder: Path, raw: dict[str, Any], patch: Callable[[Any, str, Any], 
     with contextlib.chdir(folder):
         resolve()
         params = parse_params({key: value for key, value in read_yaml(Path("artifacts/params.yaml")).items() if key in Params.model_fields})
-        for stage, block in BLOCKS.items():
+        for stage, name in places(raw):
             module = import_module(f"stages.{'evaluate' if stage == 'baseline' else stage}")
-            for name in entries(raw, block):
-                reads = found[f"{stage}@{name}"] = set()
-                patch(module, "resolved_params", lambda reads=reads: recorded(params, (), reads))
-                module.main(*([name] if name else []))
+            reads = found[f"{stage}@{name}"] = set()
+            patch(module, "resolved_params", lambda reads=reads: recorded(params, (), reads))
+            module.main(*([name] if name else []))
     return found
 
 

@@ -135,7 +135,7 @@ class Project:
         empty = torch.zeros(positions, 0)
         return torch.cat([empty, *(kept[layer].reshape(len(ids), -1)[here] for layer in layers)], -1), logits[here]
 
-    def params(self, students=None, tuned=None):
+    def params(self, students=None, tuned=None, rounds=None):
         free = "completion" in self.task_params
         cache = FULL.model_dump(mode="json") | {"temperatures": [2.0]}
         return Params.model_validate(
@@ -143,9 +143,13 @@ class Project:
                 "task": self.task_params,
                 "models": {"tiny": {"path": "tiny"}, "large": {"path": "large"}, "other": {"path": "other"}},
                 "data": {
-                    "sources": {"s": {"path": "s.jsonl", "completion": "answer" if free else None}},
+                    "sources": {
+                        "s": {"path": "s.jsonl", "completion": "answer" if free else None},
+                        "p": {"path": "p.jsonl", "label": None},
+                    },
                     "demonstrations": {"source": "s", "per_label": 2},
                     "transfer": {"source": "s"},
+                    "pool": {"source": "p"} if rounds else None,
                     "evaluation": {"e": {"source": "s", "domain": "in"}},
                 },
                 "contexts": {"few": {"demonstrations": 1}},
@@ -158,6 +162,7 @@ class Project:
                     "reader": {"model": "models/large", "contexts": "few", "scores": "input_tokens", "cache": cache},
                 },
                 "targets": {} if free else {"mix": {"teachers": {"few": 1.0}, "auxiliary_caches": ["few", "reader"]}},
+                "rounds": rounds or {},
                 "students": {name: self.student(**one) for name, one in (students or {}).items()},
                 "baselines": {
                     "b": {"prompts": "teachers/few", "contexts": "each"} if free else {"prompts": "targets/mix", "contexts": "ensemble"}

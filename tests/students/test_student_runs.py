@@ -305,7 +305,7 @@ def unlabelled(project):
     [
         (damaged_targets, {}, MismatchError, r"made with template '\{text\} It was', this task has 'Review: .*dvc repro targets@mix"),
         (other_labels, {}, MismatchError, r"made with labels \['no', 'yes'\], this task has \['negative', 'positive'\]"),
-        (fewer_texts, {}, MismatchError, r"targets\.parquet: example [0-9a-f]{64} is not in the transfer set.*dvc repro targets@mix"),
+        (fewer_texts, {}, MismatchError, r"targets\.parquet: example [0-9a-f]{64} is not among its texts.*dvc repro targets@mix"),
         (no_targets, {}, MismatchError, r"targets/mix: no rows"),
         (unlabelled, {"ce_weight": 0.5}, MismatchError, r"has the label 'maybe', and the task has negative, positive"),
         (None, {"layers": "0-9"}, UsageError, "between 0 and 3|0 to 3"),
