@@ -455,7 +455,7 @@ class Params(Frozen):
             yield from _known(f"rounds.{name}.student", entry.student, self.students)
             if self.task.completion is not None:
                 yield f"rounds.{name}: answers are free text, which has no probabilities to learn; leave it out"
-            if self.data.pool is None:
+            elif self.data.pool is None:
                 yield f"rounds.{name}: no texts for {entry.student!r} to answer; set `data.pool`, with the keys of `data.transfer`"
         if self.data.pool is not None and not self.rounds:
             yield "data.pool: no student answers it; leave it out, or add `rounds: {NAME: {student: NAME}}`"
@@ -465,6 +465,10 @@ class Params(Frozen):
         learnable = {f"{kind}/{name}" for kind, entries in maps.items() for name in entries} | {DEMONSTRATIONS_FILE}
         for name, student in self.students.items():
             where = f"students.{name}"
+            if student.learn_from in self.folders() and student.learn_from.startswith("students/"):
+                teaching = f"rounds: {{second: {{student: {student.learn_from.partition('/')[2]}}}}}"
+                yield f"{where}.learn_from: a student teaches through a round; write `rounds/second`, and `{teaching}`"
+                continue
             if student.learn_from not in learnable:
                 yield from _known(f"{where}.learn_from", student.learn_from, learnable)
                 continue

@@ -349,6 +349,11 @@ def with_round(raw: Raw) -> Raw:
         ("rounds.second.student", "small", "rounds.second, students.small, rounds.second: each of them waits for the next"),
         ("rounds.second.temperature", 0, "rounds.second.temperature: input should be greater than 0"),
         ("students.small.learn_from", "rounds/third", "students.small.learn_from: no 'rounds/third'; choose one of: data/demonstrations"),
+        (
+            "students.small.learn_from",
+            "students/cd",
+            "learn_from: a student teaches through a round; write `rounds/second`, and `rounds:",
+        ),
         ("students.small.temperature", 2.0, "`temperature` is for distributions from a cache, and learn_from is rounds/second"),
         ("students.small.auxiliary", {"few_shot": {}}, "`auxiliary` is about teachers' caches, and learn_from is rounds/second"),
     ],
