@@ -82,17 +82,19 @@ def predict(
     predictor = open_predictor(student, threads)
     items = files.read_items(source, files.columns_of(predictor.task.fields, field or []), kept, input_format)
     journal = files.PredictionLog(log, predictor.weights_sha256) if log else None
-    rows = bad = 0
+    rows, bad, first = 0, 0, ""
     with files.writing(output, form, predictor.labels, kept) as write:
         for answered in files.predict_items(predictor, items, window):
             write(answered)
             if journal is not None:
                 journal.append((item.fields, prediction.as_json()) for item, prediction in answered)
             rows += len(answered)
-            bad += sum(prediction.error is not None for _, prediction in answered)
+            errors = [(item.line, prediction.error) for item, prediction in answered if prediction.error is not None]
+            bad, first = bad + len(errors), first or "".join(f" (line {line}: {error})" for line, error in errors[:1])
     lost = f"; {journal.lost:,} of them are not in {log}" if journal is not None and journal.lost else ""
-    print(f"{predictor.student.name}: {rows:,} rows, {bad:,} with an error{lost}", file=sys.stderr)
+    print(f"{predictor.student.name}: {rows:,} rows, {bad:,} with an error{first}{lost}", file=sys.stderr)
     if rows and bad == rows:
+        print("No row has an answer. If a field has another column, name it: --field FIELD=COLUMN.", file=sys.stderr)
         raise typer.Exit(1)
 
 

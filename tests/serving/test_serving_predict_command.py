@@ -46,11 +46,20 @@ def test_standard_input_to_standard_output_with_a_bad_row_between(folder):
     assert [row.get("error") for row in rows] == [None, "not JSON", "text: empty", "text: missing", None]
     assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
     assert rows[0]["confidence"] == max(rows[0]["probabilities"].values()) == rows[0]["probabilities"][rows[0]["label"]]
-    assert done.stderr.strip() == "cd: 5 rows, 3 with an error"
+    assert done.stderr.strip() == "cd: 5 rows, 3 with an error (line 2: not JSON)"
     logged = [json.loads(line) for line in (folder / "log" / "used.jsonl").read_text("utf-8").splitlines()]
     assert [entry["fields"] for entry in logged] == [{"text": "a warm film"}, {}, {"text": ""}, {"text": None}, {"text": "funny"}]
     assert [entry.get("label") for entry in logged] == [row.get("label") for row in rows]
     assert {len(entry["student"]) for entry in logged} == {16}
+
+
+def test_if_no_row_has_an_answer_it_says_why_and_what_to_do(folder):
+    done = shotless_process(folder, "predict", "--student", "cd", "--threads", "1", stdin='{"body": "x"}')
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "cd: 1 rows, 1 with an error (line 1: text: missing)",
+        "No row has an answer. If a field has another column, name it: --field FIELD=COLUMN.",
+    ]
 
 
 def test_every_output_format_holds_the_same_answers_in_order(folder):
