@@ -117,15 +117,16 @@ def frontier(document: Json, domain: str, against: str) -> tuple[list[Json], lis
 def tradeoff(document: Json, domain: str, against: str) -> Markup | None:
     """Mean accuracy over a domain against a cost of `COSTS`; the stepped line joins the frontier. None if fewer than two were measured.
 
-    Names are placed beside their points: first those on the frontier, then the reference, then by accuracy. A name that would run into a
-    point or another name is left out, since the table has it.
+    Names are placed beside their points, else above or below: first those on the frontier, then the reference, then by accuracy. A name
+    that would run into a point or another name everywhere is left out, since the table has it.
     """
     rows, unbeaten = frontier(document, domain, against)
     if len(rows) < 2:
         return None
     unit, _, in_words = COSTS[against]
     low, left, right = min(row["low"] for row in rows) // 10 * 10, rows[0]["cost"] / 1.35, rows[-1]["cost"] * 1.35
-    values = [digit * 10**power for power in range(-2, 13) for digit in (1, 2, 5) if left <= digit * 10**power <= right]
+    digits = (1, 2, 5) if right < 50 * left else (1,)
+    values = [digit * 10**power for power in range(-2, 13) for digit in digits if left <= digit * 10**power <= right]
     scale = alt.Scale(type="log", domain=[left, right], nice=False)
     x = alt.X("cost:Q", title=f"{against}, {unit} (log scale)", scale=scale, axis=_ticks(values=values, format="~s"))
     color, shape = _two("kind", ["baseline", "student"])
@@ -136,16 +137,20 @@ def tradeoff(document: Json, domain: str, against: str) -> Markup | None:
         base.mark_rule(strokeWidth=1.5, opacity=0.4).encode(y=y("low"), y2="high:Q", color=color),
         base.mark_point(filled=True, size=70, opacity=1).encode(y=y("accuracy"), color=color, shape=shape),
     ]
-    at = {row["method"]: (TRADEOFF_WIDTH * math.log(row["cost"] / left) / math.log(right / left), row["accuracy"]) for row in rows}
-    taken = [(place - 6, place + 6, height) for place, height in at.values()]
+    heights = {row["method"]: TRADEOFF_HEIGHT * (100 - row["accuracy"]) / (100 - low) for row in rows}  # pixels from the top
+    places = {row["method"]: TRADEOFF_WIDTH * math.log(row["cost"] / left) / math.log(right / left) for row in rows}
+    taken = [(places[name] - 6, places[name] + 6, heights[name]) for name in places]
     for row in sorted(rows, key=lambda row: (row not in unbeaten, row["method"] != document["reference"], -row["accuracy"])):
-        place, height = at[row["method"]]
-        first, size = place < TRADEOFF_WIDTH / 2, 9 + 6.6 * len(row["method"])
-        start, end = (place + 7, place + size) if first else (place - size, place - 7)
-        if all(abs(height - other) * TRADEOFF_HEIGHT > 14 * (100 - low) or end < begins or ends < start for begins, ends, other in taken):
-            taken.append((start, end, height))
-            text = alt.Chart(_data([row])).mark_text(align="left" if first else "right", dx=9 if first else -9, fill=INK)
-            layers.append(text.encode(x=x, y=y("accuracy"), text="method:N"))
+        place, size = places[row["method"]], 6.6 * len(row["method"])
+        align, way = ("left", 1) if place < TRADEOFF_WIDTH / 2 else ("right", -1)
+        for dx, dy in ((9 * way, 0), (0, -13), (0, 13)):
+            start, end = sorted((place + dx, place + dx + way * size))
+            height = heights[row["method"]] + dy
+            if height > 0 and all(abs(height - other) > 12 or end < begins or ends < start for begins, ends, other in taken):
+                taken.append((start, end, height))
+                text = alt.Chart(_data([row])).mark_text(align=align, dx=dx, dy=dy, fill=INK)
+                layers.append(text.encode(x=x, y=y("accuracy"), text="method:N"))
+                break
     spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} % at {in_words(row['cost'])}" for row in rows)
     chart = alt.layer(*layers).properties(width=TRADEOFF_WIDTH, height=TRADEOFF_HEIGHT)
     return _svg(chart, f"Accuracy against {against}: {spoken}")
