@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.flops import product_rate, shared_prefix_flops
 from pipeline.models.folders import load_model
-from pipeline.models.machine import DTYPES, default_device, memory_bytes, peak_rss_bytes, use_machine
+from pipeline.models.machine import DTYPES, default_device, memory_bytes, use_machine
 from pipeline.models.packed import PackedModel
+from pipeline.models.process import peak_rss_bytes
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.teachers.engines import Engine, token_budget

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _peak_rss_bytes() -> int:
-    """As `pipeline.models.machine` has it: `ru_maxrss` would begin with the parent's peak."""
+    """As `pipeline.models.process` has it: `ru_maxrss` would begin with the parent's peak."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"))
     assert found is not None
     return int(found[1]) * 1024

@@ -31,6 +31,12 @@ class CorruptError(ShotlessError):
     """An artifact's bytes are not what its manifest says."""
 
 
+class ThresholdError(ShotlessError):
+    """What was made is worse than a threshold allows; exit code 3."""
+
+    exit_code = 3
+
+
 def choices(names: Iterable[object]) -> str:
     """Names for an error message: sorted and comma-separated, or a dash if there are none."""
     return ", ".join(sorted(map(str, names))) or "–"

@@ -2,18 +2,18 @@
 
 import shutil
 import sys
-from collections import Counter
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.start import quick_start
-from pipeline.errors import CorruptError, UsageError, choices
+from pipeline.errors import UsageError, choices
 
 if TYPE_CHECKING:
     from pipeline.models.trained import Trained
+    from pipeline.serving import Predictor
 
 STUDENTS = Path("artifacts/students")
 Student = Annotated[str | None, typer.Option(help="Name of a student, or its folder; by default the only student there is.")]
@@ -22,29 +22,43 @@ Log = Annotated[Path | None, typer.Option(help="Append to this predictions log, 
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")]
 
 
-def open_student(student: str | None) -> "Trained":
-    """A checked student: of this project and for the task of its params.yaml if it is a name, as it is if it is a path.
-
-    Raises UsageError naming the students there are, MismatchError if one was trained for another task.
-    """
-    from transformers.utils import logging
-
-    from pipeline.models.trained import open_trained
-    from pipeline.params import load_params
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # transformers' advice is about its own use
+def student_folder(student: str | None) -> Path:
+    """The folder of a student of this project if it is a name, or of any if it is a path. Raises UsageError naming those there are."""
     if student is not None and "/" in student:
-        return open_trained(Path(student))
+        return Path(student)
     known = sorted(folder.parent.name for folder in STUDENTS.glob("*/manifest.json"))
     name = student or (known[0] if len(known) == 1 else "")
     if name not in known:
         fault = f"no student {name!r}" if name else "name one"
         raise UsageError(f"--student: {fault}; there are: {choices(known)}. `dvc repro` makes them.")
-    trained = open_trained(STUDENTS / name)
-    if Path("params.yaml").is_file():
+    return STUDENTS / name
+
+
+def open_student(student: str | None) -> "Trained":
+    """A checked student. Raises MismatchError if it is named, and was trained for another task than that of params.yaml."""
+    from pipeline.serving import predictor
+
+    folder = student_folder(student)
+    if not predictor.is_exported(folder):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # transformers' advice is about its own use
+    trained = predictor.open_student(folder)
+    if (student is None or "/" not in student) and Path("params.yaml").is_file():
+        from pipeline.params import load_params
+
         trained.check_task(load_params().task)
     return trained
+
+
+def open_predictor(student: str | None, threads: int | None, **settings: Any) -> "Predictor":
+    """A student that answers; an exported one without torch."""
+    from pipeline.commands.start import quick_start
+    from pipeline.serving.predictor import Predictor, is_exported
+
+    with nullcontext() if is_exported(student_folder(student)) else quick_start():
+        return Predictor(open_student(student), threads, **settings)
 
 
 def predict(
@@ -62,12 +76,10 @@ def predict(
     threads: Threads = None,
 ) -> None:
     """Answer every row: label, confidence, probabilities. A row that cannot be used gets an error. Ends with 1 if no row has an answer."""
-    with quick_start():
-        from pipeline.serving import files
-        from pipeline.serving.predictor import Predictor
+    from pipeline.serving import files
 
-        kept, form = files.kept_columns(keep or []), output_format or files.format_of(output, files.WRITTEN)
-        predictor = Predictor(open_student(student), threads)
+    kept, form = files.kept_columns(keep or []), output_format or files.format_of(output, files.WRITTEN)
+    predictor = open_predictor(student, threads)
     items = files.read_items(source, files.columns_of(predictor.task.fields, field or []), kept, input_format)
     journal = files.PredictionLog(log, predictor.weights_sha256) if log else None
     rows = bad = 0
@@ -102,12 +114,10 @@ def serve(
 
     if host not in {"127.0.0.1", "::1", "localhost"}:
         print(f"listening on {host}: anyone who reaches it can ask; there is no authentication and no encryption", file=sys.stderr)
-    with quick_start():
-        from pipeline.serving.files import PredictionLog
-        from pipeline.serving.predictor import Predictor
-        from pipeline.serving.server import Limits, make_app
+    from pipeline.serving.files import PredictionLog
+    from pipeline.serving.server import Limits, make_app
 
-        predictor = Predictor(open_student(student), threads, max_chars=max_chars)
+    predictor = open_predictor(student, threads, max_chars=max_chars)
     journal = PredictionLog(log, predictor.weights_sha256) if log else None
     limits = Limits(max_body_bytes, max_rows, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.name}", file=sys.stderr, flush=True)
@@ -126,7 +136,7 @@ def monitor(
 ) -> None:
     """Test new inputs and the student's answers for drift; hold accuracy and memory against thresholds. Ends with 3 on an alarm."""
     from pipeline.files import Folders, write_json
-    from pipeline.models.machine import peak_rss_bytes
+    from pipeline.models.process import peak_rss_bytes
     from pipeline.monitor.drift import corrected, drift_tests
     from pipeline.monitor.sample import GOLD, LEAST_ROWS, answer, label_rule, with_gold, with_shares_of
     from pipeline.monitor.verdict import accuracy_bound, accuracy_test, print_table, verdict, write_page
@@ -175,33 +185,32 @@ def monitor(
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     student: Student = None,
+    form: Annotated[Literal["transformers", "onnx"], typer.Option("--format", help="A copy, or a graph.")] = "transformers",
+    int8: Annotated[bool, typer.Option("--int8", help="For ONNX: 8-bit integers.")] = False,
+    most_changed: Annotated[float, typer.Option(min=0, max=1, help="For ONNX: share of labels that may change.")] = 0.01,
+    check: Annotated[Path | None, typer.Option(help="For ONNX: a file of texts to compare on; default: the transfer set.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Write a checked copy of a student that plain `transformers` loads, with no weight that is not finite."""
-    import torch
-    from safetensors.torch import load_file
-
-    from pipeline.files import MANIFEST, check_manifest
-
-    trained = open_student(student)
-    source = trained.folder
-    if output.exists() and (not force or not output.is_dir() or output.resolve() == source.resolve()):
+    """Write a checked copy of a student that plain `transformers` loads, or an ONNX graph of it and how its answers compare."""
+    if form != "onnx" and (int8 or check):
+        raise UsageError(f"{'--int8' if int8 else '--check'} is for --format onnx.")
+    folder = student_folder(student)
+    if output.exists() and (not force or not output.is_dir() or output.resolve() == folder.resolve()):
         raise UsageError(f"{output} exists; name another folder, or replace it with --force.")
-    dtypes = Counter[str]()
-    for file in source.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            if not torch.isfinite(tensor).all():
-                raise CorruptError(f"{file}: {name} has numbers that are not finite; train the student again.")
-            dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+    from pipeline.serving.export import copy_student, export_onnx
+    from pipeline.serving.predictor import is_exported
+
+    if is_exported(folder):
+        raise UsageError(f"{folder}: was exported itself. Give the student's own folder.")
+    trained = open_student(student)
     building = output.with_name(f".{output.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    names = [name for name in (*trained.manifest["files"], MANIFEST, "README.md") if (source / name).is_file()]
-    for name in names:
-        (building / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, building / name)  # not the mode: weights are saved for their owner alone
-    check_manifest(building)
-    shutil.rmtree(output, ignore_errors=True)
-    building.rename(output)
-    megabytes = sum((output / name).stat().st_size for name in names) / 1e6
-    tensors = f"{dtypes.total()} tensors ({', '.join(sorted(dtypes))})"
-    print(f"{output}: {tensors}, {len(names)} files, {megabytes:,.1f} MB; all weights are finite")
+    building.mkdir(parents=True)
+    try:
+        said = export_onnx(trained, building, int8, most_changed, check) if form == "onnx" else copy_student(trained, building)
+        shutil.rmtree(output, ignore_errors=True)
+        building.rename(output)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    sizes = [file.stat().st_size for file in output.rglob("*") if file.is_file()]
+    print(f"{output}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB; {said}")

@@ -23,8 +23,9 @@ from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, sha256_json, write_json
 from pipeline.models.folders import load_model, weights_sha256
 from pipeline.models.forward import plain_logits
-from pipeline.models.machine import DTYPES, cores, cpu_info, default_device, peak_rss_bytes, use_machine
+from pipeline.models.machine import DTYPES, cpu_info, default_device, use_machine
 from pipeline.models.packed import Row
+from pipeline.models.process import cores, peak_rss_bytes
 from pipeline.models.trained import load_tokens
 from pipeline.params import Params, TaskParams
 from pipeline.schema import Example, Prompt

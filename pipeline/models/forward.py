@@ -58,10 +58,15 @@ def _classifier_logits(model: PreTrainedModel, inputs: Sequence[Sequence[int]]) 
     ids = nn.utils.rnn.pad_sequence([torch.tensor(own) for own in inputs], batch_first=True, padding_value=config.pad_token_id or 0)
     lengths = torch.tensor([[len(own)] for own in inputs])
     given = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths).long()}
-    if (getattr(config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
+    if has_token_types(model):
         ends = (ids == inputs[0][-1]).long()  # the separator ends every input, and the first of a pair
         given["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * given["attention_mask"]
     return model(**{name: value.to(model.device) for name, value in given.items()}).logits
+
+
+def has_token_types(model: PreTrainedModel) -> bool:
+    """Whether an encoder is told which of two texts a token belongs to."""
+    return (getattr(model.config, "type_vocab_size", 0) or 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def packed_logits(

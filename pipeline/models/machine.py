@@ -2,14 +2,14 @@
 
 import ctypes
 import os
-import resource
 import sys
 from functools import lru_cache
 from pathlib import Path
 
-import joblib
 import psutil
 import torch
+
+from pipeline.models.process import cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
@@ -26,11 +26,6 @@ def use_machine(threads: int | None) -> int:
     if _mkl_is_slow() and _medium_is_float32():
         torch.set_float32_matmul_precision("medium")
     return chosen
-
-
-def cores() -> int:
-    """Cores that this process may use: those of the machine, of its affinity, and of a container's quota."""
-    return min(allowed := joblib.cpu_count(), psutil.cpu_count(logical=False) or allowed)
 
 
 def cpu_info() -> str:
@@ -81,18 +76,6 @@ def fast_dtype(device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"  # since Ampere
     return "bfloat16" if "amx_bf16" in cpu_info().split() else "float32"
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, in bytes.
-
-    On Linux it is the kernel's account of this process's memory: `ru_maxrss` survives `exec`, so a child begins with its parent's peak.
-    """
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def give_back_memory() -> None:

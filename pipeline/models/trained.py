@@ -4,7 +4,7 @@ A student's numbers mean something only with the tokenizer, template and verbali
 Opening one compares all its bytes with the manifest's hashes: a second for a gigabyte.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from pipeline.errors import CorruptError, MismatchError, UsageError
 from pipeline.files import MANIFEST, check_manifest
-from pipeline.models.folders import is_encoder, load_config, load_tokenizer
 from pipeline.params import TaskParams
 from pipeline.task import EncoderTokens, Task, TaskTokens
 
@@ -49,12 +48,14 @@ def about_trained(name: str, tokens: TaskTokens, provenance: Mapping[str, Any]) 
 
 def load_tokens(task: Task, folder: Path) -> TaskTokens:
     """A task in the ids of a folder's model, a decoder or an encoder. Raises UsageError if it cannot answer the task."""
+    from pipeline.models.folders import is_encoder, load_config, load_tokenizer  # bring torch, which an exported folder does without
+
     kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
     return kind(task, load_tokenizer(folder))
 
 
-def open_trained(folder: Path) -> Trained:
-    """Check a trained folder and read what it was trained to answer, without loading its weights.
+def open_trained(folder: Path, tokens_of: Callable[[Task, Path], TaskTokens] = load_tokens) -> Trained:
+    """Check a trained folder and read what it was trained to answer, without loading its weights; `tokens_of` reads its tokenizer.
 
     Raises UsageError if it has no manifest, CorruptError naming each file that differs from it, MismatchError if this tokenizer library
     gives a verbaliser other ids than in training.
@@ -70,7 +71,7 @@ def open_trained(folder: Path) -> Trained:
         raise CorruptError(
             f"{folder / MANIFEST}: not a trained model's manifest ({error}). Make the folder again with `dvc repro`."
         ) from None
-    tokens = load_tokens(task, folder)
+    tokens = tokens_of(task, folder)
     for label, ids in zip(task.labels, tokens.completions, strict=False):
         if ids != completions.get(label):
             raise MismatchError(

@@ -5,41 +5,59 @@
     print(predictor.predict(["A warm and funny film."])[0].label)
 
 The template and the verbalisers come with the student's folder, so no params.yaml is needed. The engine is the one that evaluation uses:
-its probabilities are those of `artifacts/predictions`, up to rounding, which depends on the inputs that share a batch. An input that cannot
-be used gets a prediction that says why, and the others get their answers.
+its probabilities are those of `artifacts/predictions`, up to rounding, which depends on the inputs that share a batch. A folder that
+`shotless export --format onnx` wrote answers by ONNX Runtime, and neither torch nor transformers is imported. An input that cannot be used
+gets a prediction that says why, and the others get their answers.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import transformers
-from transformers import PreTrainedModel
 
 from pipeline.data.examples import BadValueError, field_text
 from pipeline.data.readers import MISSING
-from pipeline.errors import CorruptError, UsageError
-from pipeline.files import Folders, read_json, sha256_file, sha256_json, write_json
-from pipeline.models import folders
-from pipeline.models.folders import context_limit, load_model
-from pipeline.models.machine import default_device, memory_bytes, use_machine
-from pipeline.models.packed import PackedModel
+from pipeline.errors import UsageError
+from pipeline.files import sha256_json
 from pipeline.models.trained import Trained, open_trained
-from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example, Prompt
-from pipeline.teachers import engines
-from pipeline.teachers.engines import Engine, open_engine, token_budget
 
 Input = str | Mapping[str, Any]
 """A text, if the template has one field, or a value for each field."""
-PROBES = ("N/A", "It was what it was.", "Some of it is good, some of it is not, and by the end nobody in the room could say which. " * 2)
-"""Texts that engines are compared on: fixed, so that the choice does not depend on the first inputs."""
+ONNX_FILE = "model.onnx"
+WEIGHTS = (".safetensors", ".onnx", ".onnx.data")
+LabelScores = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""Log-probabilities of the labels, [N, L] nats, and the last layer's output at the answer position, [N, H], or [N, 0] if it is not kept."""
+
+
+class LabelEngine(Protocol):
+    """What scores prompts."""
+
+    name: str
+    reason: str  # why it was chosen
+    limit: int | None  # tokens of the longest sequence that it takes; None if nothing says it
+
+    def score(self, prompts: Sequence[Prompt]) -> LabelScores:
+        """Scores of the prompts, in order."""
+        ...
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is what `shotless export --format onnx` wrote."""
+    return (folder / ONNX_FILE).is_file()
+
+
+def open_student(folder: Path) -> Trained:
+    """A student's folder, or what was exported from one, checked. Raises as `open_trained` does."""
+    if not is_exported(folder):
+        return open_trained(folder)
+    from pipeline.serving.onnx_engine import load_tokens
+
+    return open_trained(folder, load_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +90,7 @@ class Predictor:
     def __init__(
         self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False, max_chars: float = math.inf
     ) -> None:
-        self.student = student if isinstance(student, Trained) else open_trained(Path(student))
+        self.student = student if isinstance(student, Trained) else open_student(Path(student))
         self.task = self.student.task
         if self.task.params.completion is not None:
             raise UsageError(
@@ -81,14 +99,11 @@ class Predictor:
             )
         self.labels = self.task.labels
         files = self.student.manifest["files"]  # whose hashes were just compared
-        weights = [name for name in files if name == "config.json" or name.endswith(".safetensors")]
+        weights = [name for name in files if name == "config.json" or name.endswith(WEIGHTS)]
         self.weights_sha256 = sha256_json({name: files[name]["sha256"] for name in weights})
         self._tokens = self.student.tokens
-        self._limit = context_limit(self.student.folder)
         self._max_chars = max_chars
-        use_machine(threads)
-        model = load_model(self.student.folder, device=str(default_device()))
-        self.engine = self._open_engine(model, CacheParams(encoding="top_k", top_k=1, hidden_layers=(-1,) if keep_states else ()))
+        self.engine = _open_engine(self.student, threads, keep_states)
         """What answers; its `reason` says why it was chosen."""
 
     def predict(self, inputs: Sequence[Input]) -> list[Prediction]:
@@ -105,8 +120,8 @@ class Predictor:
         prompts: dict[int, Prompt] = {}
         for place, prompt in zip(examples, self._tokens.prompts(NO_CONTEXT, list(examples.values())), strict=True):
             needed = len(prompt.ids) + self._tokens.longest_answer - 1  # the answer's last token is not read
-            if self._limit is not None and needed > self._limit:
-                found[place] = Prediction(error=f"too long: {needed:,} tokens with the answer, and the student takes {self._limit:,}")
+            if self.engine.limit is not None and needed > self.engine.limit:
+                found[place] = Prediction(error=f"too long: {needed:,} tokens with the answer, and the student takes {self.engine.limit:,}")
             else:
                 prompts[place] = prompt
         if prompts:
@@ -130,34 +145,26 @@ class Predictor:
             raise BadValueError(first, fault, value)
         return example
 
-    def _open_engine(self, model: PreTrainedModel, cache: CacheParams) -> Engine:
-        """The engine that was chosen before for this folder, code, libraries and machine, if `.work` remembers it; else it is chosen."""
-        code = {file.name: sha256_file(file) for file in (*Path(folders.__file__).parent.glob("*.py"), Path(engines.__file__))}
-        machine = [torch.backends.cpu.get_cpu_capability(), str(model.device), torch.__version__, transformers.__version__]
-        known = sha256_json([self.student.manifest, cache.model_dump(mode="json"), code, machine])
-        note = Folders.here().work / "engines" / f"{known[:32]}.json"
-        try:
-            answers_only, reason = read_json(note)
-        except (OSError, CorruptError, TypeError, ValueError):
-            probes = [Example(dict.fromkeys(self.task.fields, text)) for text in PROBES]
-            engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
-            with suppress(OSError):  # where nothing can be written, it is chosen each time
-                if note.parent.parent.is_dir():
-                    write_json([engine.packed and engine.packed.answers_only, engine.reason], note)
-            return engine
-        packed = None if answers_only is None else PackedModel(model, answers_only=bool(answers_only))
-        engine = Engine(model, packed, self._tokens.completions, cache, token_budget(model, memory_bytes(model.device)))
-        engine.reason = f"{reason}; found before"
-        return engine
-
     def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Prediction]:
-        scores = self.engine.score(prompts)
-        shares = scores.label_logprobs.double().softmax(-1).tolist()  # [N, L]
-        states = scores.encoded["hidden_states"].float().clamp(-65504, 65504).cpu().numpy()  # [N, H]; kept in float16, which may overflow
-        for prompt, row, state in zip(prompts, shares, states, strict=True):
+        logprobs, states = self.engine.score(prompts)
+        with np.errstate(invalid="ignore"):  # what is not a number is found below
+            shares = np.exp(logprobs.astype(np.float64) - logprobs.max(-1, keepdims=True))  # [N, L]
+        for prompt, row, state in zip(prompts, (shares / shares.sum(-1, keepdims=True)).tolist(), states, strict=True):
             if not all(map(math.isfinite, row)):
                 yield Prediction(error="the student's probabilities are not numbers; train it again")
                 continue
             confidence = max(row)
             label = self.labels[row.index(confidence)]
             yield Prediction(label, confidence, dict(zip(self.labels, row, strict=True)), None, prompt.ids, state)
+
+
+def _open_engine(student: Trained, threads: int | None, keep_states: bool) -> LabelEngine:
+    if not is_exported(student.folder):
+        from pipeline.serving.torch_engine import TorchEngine
+
+        return TorchEngine(student, threads, keep_states)
+    if keep_states:
+        raise UsageError(f"{student.folder}: an exported student keeps no hidden states, which `monitor` compares. Give its own folder.")
+    from pipeline.serving.onnx_engine import OnnxEngine
+
+    return OnnxEngine(student, threads)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.errors import ShotlessError
-from pipeline.models.machine import cores
+from pipeline.models.process import cores
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=2)

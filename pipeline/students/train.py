@@ -18,7 +18,8 @@ from pipeline.cache.folder import CACHES, cache_manifest
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import Folders, sha256_file, sha256_json
 from pipeline.models import folders as models
-from pipeline.models.machine import default_device, peak_rss_bytes, use_machine
+from pipeline.models.machine import default_device, use_machine
+from pipeline.models.process import peak_rss_bytes
 from pipeline.models.trained import about_trained, load_tokens
 from pipeline.params import DEMONSTRATIONS_FILE, Params, StudentParams, TunedParams, pick
 from pipeline.progress import rate

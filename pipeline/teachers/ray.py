@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.errors import MismatchError, ShotlessError, UsageError
-from pipeline.models.machine import cores
+from pipeline.models.process import cores
 from pipeline.schema import Prompt
 from pipeline.teachers.scorer import Job, LocalBackend, Scorer
 

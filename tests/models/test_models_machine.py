@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from pipeline.models import machine
+from pipeline.models import machine, process
 
 
 @pytest.fixture
@@ -23,11 +23,11 @@ def test_threads_are_those_asked_for_or_the_cores_there_are(settings):
 
 
 def test_cores_are_those_of_the_affinity_and_of_a_quota(monkeypatch):
-    allowed = machine.cores()
-    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 64)
-    assert allowed <= machine.cores() == (machine.psutil.cpu_count(logical=False) or 64)
-    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 1)  # a container with `--cpus 1`
-    assert machine.cores() == 1
+    allowed = process.cores()
+    monkeypatch.setattr(process.joblib, "cpu_count", lambda: 64)
+    assert allowed <= process.cores() == (process.psutil.cpu_count(logical=False) or 64)
+    monkeypatch.setattr(process.joblib, "cpu_count", lambda: 1)  # a container with `--cpus 1`
+    assert process.cores() == 1
 
 
 def test_kernels_are_kept_for_few_lengths_and_a_user_s_own_number_stands(settings, monkeypatch):
@@ -82,18 +82,18 @@ def test_a_gpu_with_units_for_it_runs_in_bfloat16(monkeypatch, capability, expec
 
 
 def test_the_peak_is_at_least_what_is_in_use_and_counts_what_was_freed():
-    before = machine.peak_rss_bytes()
+    before = process.peak_rss_bytes()
     block = bytearray(64 << 20)
     block[::4096] = bytes(len(block[::4096]))
     del block
     machine.give_back_memory()
-    assert machine.peak_rss_bytes() >= max(before, 64 << 20)
+    assert process.peak_rss_bytes() >= max(before, 64 << 20)
 
 
 def test_the_peak_without_linux_accounts_is_the_kernels(monkeypatch, tmp_path):
     """As on macOS, which counts in bytes."""
-    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "no such file")
-    linux = machine.peak_rss_bytes()
-    monkeypatch.setattr(machine.sys, "platform", "darwin")
-    assert linux == machine.peak_rss_bytes() * 1024
+    monkeypatch.setattr(process, "Path", lambda _: tmp_path / "no such file")
+    linux = process.peak_rss_bytes()
+    monkeypatch.setattr(process.sys, "platform", "darwin")
+    assert linux == process.peak_rss_bytes() * 1024
     machine.give_back_memory()

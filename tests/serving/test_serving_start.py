@@ -9,7 +9,7 @@ import sys
 import pytest
 from serving_world import PROJECT, TEXTS, make_student
 
-from pipeline.serving import Predictor, predictor
+from pipeline.serving import Predictor, torch_engine
 
 AFTER = """
 import sys
@@ -39,8 +39,8 @@ def project(tmp_path, model_folder, monkeypatch):
 @pytest.fixture
 def chosen(monkeypatch):
     """The folders that engines were chosen for."""
-    calls, real = [], predictor.open_engine
-    monkeypatch.setattr(predictor, "open_engine", lambda *given: calls.append(given) or real(*given))
+    calls, real = [], torch_engine.open_engine
+    monkeypatch.setattr(torch_engine, "open_engine", lambda *given: calls.append(given) or real(*given))
     return calls
 
 
@@ -86,7 +86,7 @@ def test_a_damaged_memory_is_made_again(project, chosen, damage):
 
 def test_other_code_is_another_choice(project, chosen, monkeypatch):
     Predictor("artifacts/students/cd", 1)
-    monkeypatch.setattr(predictor.engines, "__file__", __file__)
+    monkeypatch.setattr(torch_engine.engines, "__file__", __file__)
     Predictor("artifacts/students/cd", 1)
     assert len(chosen) == 2
 

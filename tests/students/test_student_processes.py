@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ShotlessError
-from pipeline.models.machine import cores
+from pipeline.models.process import cores
 from pipeline.params import write_yaml
 from pipeline.students.processes import Processes, joined
 from stages import student as stage

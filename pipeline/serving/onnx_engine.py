@@ -1,0 +1,121 @@
+"""A student's answers by ONNX Runtime, from a folder that `shotless export --format onnx` wrote, without torch and transformers.
+
+The graph takes `input_ids` [N, T], `attention_mask` [N, T] (1 for tokens, then 0 for padding) and, if it has them, `token_type_ids` [N, T],
+all int64, and gives `label_logprobs` [N, L] float32 nats, over the sorted labels.
+"""
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pipeline.errors import CorruptError, UsageError
+from pipeline.files import MANIFEST, read_manifest
+from pipeline.models.trained import Trained
+from pipeline.schema import Prompt
+from pipeline.serving.predictor import ONNX_FILE, LabelScores
+from pipeline.task import EncoderTokens, Task, TaskTokens
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENS_A_PASS = 1024
+"""With padding. More leave a CPU's caches."""
+
+
+def need(*packages: str) -> None:
+    """Raise UsageError if a package of the extra `onnx` is not installed."""
+    if absent := [name for name in packages if find_spec(name) is None]:
+        raise UsageError(f"ONNX needs {', '.join(absent)}, not installed here. Run `pip install -c constraints.txt 'shotless[onnx]'`.")
+
+
+class PlainTokenizer:
+    """What `TaskTokens` asks of a tokenizer, with transformers' names, by the tokenizers library alone."""
+
+    def __init__(self, file: Path, bos_token_id: int | None) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no other kind  # noqa: BLE001
+            raise CorruptError(f"{file}: not a tokenizer ({error}). Export the student again.") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.bos_token_id = bos_token_id
+        self.added_tokens_decoder = self._tokenizer.get_added_tokens_decoder()
+
+    def __call__(
+        self,
+        texts: str | list[str],
+        pairs: list[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
+        truncation: bool = False,
+    ) -> Any:
+        """Token ids of a text, or of each text or pair of a list, as `input_ids`."""
+        assert not truncation
+        self._tokenizer.encode_special_tokens = split_special_tokens
+        given: Any = [texts] if isinstance(texts, str) else texts if pairs is None else list(zip(texts, pairs, strict=True))
+        ids = [found.ids for found in self._tokenizer.encode_batch_fast(given, add_special_tokens=add_special_tokens)]
+        return SimpleNamespace(input_ids=ids[0] if isinstance(texts, str) else ids)
+
+    def decode(self, token: int) -> str:
+        """The text of a token."""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
+
+def load_tokens(task: Task, folder: Path) -> TaskTokens:
+    """A task in the ids of an exported folder's tokenizer. Raises CorruptError if its manifest does not say what kind of model it is."""
+    about = read_manifest(folder).get("onnx")
+    if not isinstance(about, dict) or not {"encoder", "bos_token_id", "context_limit"} <= about.keys():
+        raise CorruptError(f"{folder / MANIFEST}: says nothing of {ONNX_FILE}. Export the student again.")
+    kind = EncoderTokens if about["encoder"] else TaskTokens
+    return kind(task, PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]))
+
+
+class OnnxEngine:
+    """The graph of an exported folder, on the CPU."""
+
+    def __init__(self, student: Trained, threads: int | None) -> None:
+        need("onnxruntime")
+        import onnxruntime
+
+        from pipeline.models.process import cores
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or cores()
+        self._session = onnxruntime.InferenceSession(student.folder / ONNX_FILE, options, providers=["CPUExecutionProvider"])
+        self._inputs = {given.name for given in self._session.get_inputs()}
+        self.limit: int | None = student.manifest["onnx"]["context_limit"]
+        self.name, self.reason = "onnxruntime", f"an exported student, by onnxruntime {onnxruntime.__version__}"
+
+    def score(self, prompts: Sequence[Prompt]) -> LabelScores:
+        """Scores of the prompts, in order; states are [N, 0]."""
+        found: dict[int, Any] = {}
+        for batch in _batches([len(prompt.ids) for prompt in prompts]):
+            found |= zip(batch, self._logprobs([prompts[number].ids for number in batch]), strict=True)
+        return np.stack([found[number] for number in range(len(prompts))]), np.zeros((len(prompts), 0), dtype=np.float32)
+
+    def _logprobs(self, rows: Sequence[Sequence[int]]) -> Any:
+        lengths = np.array([[len(row)] for row in rows])
+        mask = np.arange(lengths.max()) < lengths  # [N, T]
+        ids = np.zeros(mask.shape, dtype=np.int64)
+        ids[mask] = np.concatenate([np.array(row) for row in rows])
+        given = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+        if "token_type_ids" in self._inputs:
+            ends = (ids == rows[0][-1]).astype(np.int64)  # the separator ends every input, and the first of a pair
+            given["token_type_ids"] = np.minimum(ends.cumsum(1) - ends, 1) * mask
+        return self._session.run(None, given)[0]
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Row numbers of each pass: rows of like length, as many as fit with their padding, and at least one."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[row] > TOKENS_A_PASS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
