@@ -5,7 +5,7 @@ BIN := $(CURDIR)/.venv/bin
 PRESET ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-ray lint docs setup clean bench-teacher bench-student bench-cache
+.PHONY: help run test test-fast test-ray lint docs setup clean bench-teacher bench-student bench-serve bench-cache
 
 help:
 	@echo "make run              set up, download model and data, run the pipeline, print what was gained"
@@ -17,6 +17,7 @@ help:
 	@echo "make docs             write docs/params.md from the params"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
 	@echo "make bench-student    training speed and memory beside Trainer, SFTTrainer and the limit (after make run)"
+	@echo "make bench-serve      requests a second of shotless serve (after make run; BENCH_ARGS=\"--student FOLDER\")"
 	@echo "make bench-cache      bytes of the score cache against what it loses (after make run)"
 	@echo "make clean            remove everything that runs have made, scores too (the environment stays)"
 
@@ -43,7 +44,7 @@ lint: setup
 docs: setup
 	@"$(BIN)/python" -m docs.params_page
 
-bench-teacher bench-student bench-cache: bench-%: setup
+bench-teacher bench-student bench-serve bench-cache: bench-%: setup
 	@"$(BIN)/python" -m benchmarks.$* $(BENCH_ARGS)
 
 setup: .venv/.installed

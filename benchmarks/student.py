@@ -6,6 +6,9 @@ take: 6 operations for each learnt weight and token, 4 for each frozen one, at t
 model's shapes, in the library for products that the training itself uses. Only the layers' matrices count: the embeddings are looked up,
 and the head sees one position of each row. The last layer's queries and MLP see that position alone too, so the limit is a little generous.
 
+`encoder` is a small encoder, trained on the same texts, and what an answer of it costs: one text, one thread, in a process that only
+answers. `encoder_onnx_int8` is the same of its export.
+
 `--only` measures some of the rows and leaves the others in the JSON as they are, so that a run can be made in parts; rows of another model,
 batch size or number of steps are not mixed in.
 """
@@ -25,22 +28,26 @@ from benchmarks.machine import about
 from benchmarks.training_limit import limits
 from pipeline.errors import UsageError
 from pipeline.files import sha256_text, write_json
-from pipeline.models.folders import load_tokenizer
+from pipeline.models.trained import load_tokens
 from pipeline.params import load_params
 from pipeline.schema import NO_CONTEXT, read_examples
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task
 
 RESULTS = Path("benchmarks/results/student.json")
 OWN = ("full", "frozen", "lora", "bitfit", "head")
 OTHERS = ("trainer_padded", "trainer_same_products", "sft_trainer", "sft_same_products")
 NEEDS_TRL = ("sft_trainer", "sft_same_products")
 LIMITS = "limits"
+ENCODERS = ("encoder", "encoder_onnx_int8")
+ANSWERED = 100
+"""Texts that answers are timed on."""
 TRL = "trl==1.16.0"
 
 
 def main(
     model: Annotated[Path, typer.Option(help="A model folder.")] = Path("artifacts/models/smollm2"),
     transfer: Annotated[Path, typer.Option(help="The texts, as `prepare` writes them.")] = Path("artifacts/data/transfer.parquet"),
+    encoder: Annotated[Path, typer.Option(help="The folder of an encoder's student.")] = Path("runs/encoders/artifacts/students/encoder"),
     steps: int = 12,
     batch_size: int = 16,
     rounds: int = 2,
@@ -49,7 +56,7 @@ def main(
     results: Path = RESULTS,
 ) -> None:
     """Measure, print, write."""
-    choices = (*OWN, *OTHERS, LIMITS)
+    choices = (*OWN, *OTHERS, *ENCODERS, LIMITS)
     wanted = only.split(",") if only else list(choices)
     if unknown := set(wanted) - set(choices):
         raise typer.BadParameter(f"no rows {sorted(unknown)}; there are {', '.join(choices)}")
@@ -61,13 +68,27 @@ def main(
         except subprocess.CalledProcessError as error:
             notes.append(f"TRL's rows left out: installing {TRL} failed: {(error.stderr or '').strip()[-300:]}")
             wanted = [name for name in wanted if name not in NEEDS_TRL]
+    if set(wanted) & set(ENCODERS) and not (encoder / "manifest.json").is_file():
+        notes.append(f"encoder's rows left out: no {encoder}. `shotless run --preset encoders student@encoder` makes it.")
+        wanted = [name for name in wanted if name not in ENCODERS]
     with tempfile.TemporaryDirectory() as scratch:
         lesson = write_lesson(model, transfer, steps * batch_size, Path(scratch) / "lesson.json")
+        subjects, answering = dict.fromkeys(wanted, (model, lesson)), {name: encoder for name in ENCODERS if name in wanted}
+        if answering:
+            of_encoder = write_lesson(encoder, transfer, steps * batch_size, Path(scratch) / "of_encoder.json")
+            subjects |= dict.fromkeys(answering, (encoder, of_encoder))
+        if "encoder_onnx_int8" in answering:
+            answering["encoder_onnx_int8"] = Path(scratch) / "onnx"
+            if fault := export(encoder, answering["encoder_onnx_int8"]):
+                notes.append(f"encoder_onnx_int8 left out: {fault}")
+                wanted.remove("encoder_onnx_int8")
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted if name != LIMITS}
         for turn in range(rounds):
             for name in measured:
                 print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
-                measured[name].append(measure(interpreters[name], name, model, lesson, steps, batch_size))
+                trains = name != "encoder_onnx_int8"
+                row = measure(interpreters[name], name, *subjects[name], steps, batch_size) if trains else {}
+                measured[name].append(row | (answer(answering[name], subjects[name][1]) if name in answering else {}))
         tokens_a_step = round(batch_size * statistics.fmean(len(row["ids"]) for row in json.loads(lesson.read_text())["rows"]))
     rows = [{"name": name, **_median(found)} for name, found in measured.items()]
     machine = about()
@@ -93,14 +114,15 @@ def merged(rows: list[dict[str, Any]], about: dict[str, Any], results: Path, com
 
 
 def write_lesson(model: Path, transfer: Path, count: int, file: Path) -> Path:
-    """The rows that all learn, as JSON: text, token ids, and a label that follows from the text's hash; no teacher is needed for speed.
+    """The rows that all learn, as JSON: fields, text, token ids, and a label that follows from the text's hash.
 
-    They are `count` rows, so that every row is learnt once and all read the same, whatever order they take them in.
+    No teacher is needed for speed. They are `count` rows, so that every row is learnt once and all read the same, whatever order they take
+    them in.
     """
     if not (model / "config.json").is_file() or not transfer.is_file():
         raise UsageError(f"{model} and {transfer} are needed; `make run` makes them.")
     task = Task(load_params().task)
-    tokens = TaskTokens(task, load_tokenizer(model))
+    tokens = load_tokens(task, model)
     examples = read_examples(transfer, task.fields)[:count]
     texts = [task.query(example.fields) for example in examples]
     if len(texts) < count:
@@ -111,8 +133,8 @@ def write_lesson(model: Path, transfer: Path, count: int, file: Path) -> Path:
     labels = [int(sha256_text(text), 16) % len(tokens.completions) for text in texts]
     verbalisers = task.verbalisers
     rows = [
-        {"text": text, "ids": row, "label": label, "answer": verbalisers[label]}
-        for text, row, label in zip(texts, ids, labels, strict=True)
+        {"fields": example.fields, "text": text, "ids": row, "label": label, "answer": verbalisers[label]}
+        for example, text, row, label in zip(examples, texts, ids, labels, strict=True)
     ]
     file.write_text(json.dumps({"rows": rows, "completions": tokens.completions}), "utf-8")
     return file
@@ -120,8 +142,30 @@ def write_lesson(model: Path, transfer: Path, count: int, file: Path) -> Path:
 
 def measure(interpreter: str, name: str, model: Path, lesson: Path, steps: int, batch_size: int) -> dict[str, Any]:
     """One row, in a process of its own."""
-    command = [interpreter, "-m", "benchmarks.student_rows", name, str(model), str(lesson), str(steps), str(batch_size)]
-    environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return _figures(name, [interpreter, "-m", "benchmarks.student_rows", name, str(model), str(lesson), str(steps), str(batch_size)])
+
+
+def export(student: Path, folder: Path) -> str | None:
+    """Write a student's folder as int8 ONNX; what went wrong, if something did."""
+    command = [sys.executable, "-c", "from pipeline.cli import app; app()", "export", "--student", f"{student.resolve()}"]
+    done = subprocess.run([*command, "-o", str(folder), "--format", "onnx", "--int8"], capture_output=True, text=True, check=False)
+    return (done.stderr or done.stdout).strip()[-300:] if done.returncode else None
+
+
+def answer(student: Path, lesson: Path) -> dict[str, Any]:
+    """What an answer of a student's folder costs, in a process that only answers the first texts of a lesson."""
+    rows = json.loads(lesson.read_text("utf-8"))["rows"][:ANSWERED]
+    found = _figures(str(student), [sys.executable, "-m", "benchmarks.answering", str(student), str(lesson), str(len(rows))])
+    return found | {"mean_text_tokens": statistics.fmean(len(row["ids"]) for row in rows)}
+
+
+def _figures(name: str, command: list[str]) -> dict[str, Any]:
+    """What a process prints last, as JSON."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
@@ -148,17 +192,27 @@ def _quietly(*command: str) -> None:
 
 
 def _median(found: list[dict[str, Any]]) -> dict[str, Any]:
-    middle = {key: statistics.median(entry[key] for entry in found) for key in ("tokens_per_s", "peak_rss_above_model_bytes")}
-    return middle | {"all_tokens_per_s": [entry["tokens_per_s"] for entry in found]}
+    """Medians of the rounds; None for a training's figures if there was none."""
+    middle = dict[str, Any](tokens_per_s=None, peak_rss_above_model_bytes=None)
+    of_answers = ("latency_ms", "peak_rss_mb", "disk_mb", "mean_text_tokens")
+    middle |= {key: statistics.median(entry[key] for entry in found) for key in (*middle, *of_answers) if key in found[0]}
+    return middle | {"all_tokens_per_s": [entry["tokens_per_s"] for entry in found if "tokens_per_s" in entry]}
 
 
 def table(rows: list[dict[str, Any]], notes: list[str]) -> str:
     """The rows for a terminal, with the ratios that the project aims at."""
     by_name = {row["name"]: row for row in rows}
-    lines = [f"{'':16}{'tokens/s':>12}{'peak above model':>20}"]
+    columns = {  # key: title, unit, digits, factor
+        "tokens_per_s": ("tokens/s", "", 1, 1.0),
+        "peak_rss_above_model_bytes": ("peak above model", " MB", 0, 1e-6),
+        "latency_ms": ("one text", " ms", 2, 1.0),
+        "peak_rss_mb": ("peak memory", " MB", 0, 1.0),
+        "disk_mb": ("on disk", " MB", 0, 1.0),
+    }
+    lines = [f"{'':22}" + "".join(f"{title:>18}" for title, *_ in columns.values())]
     for row in rows:
-        peak = row["peak_rss_above_model_bytes"]
-        lines.append(f"{row['name']:16}{row['tokens_per_s']:12,.1f}{'–' if peak is None else f'{peak / 1e6:,.0f} MB':>20}")
+        cells = ("–" if row.get(key) is None else f"{row[key] * by:,.{digits}f}{unit}" for key, (_, unit, digits, by) in columns.items())
+        lines.append(f"{row['name']:22}" + "".join(f"{cell:>18}" for cell in cells))
     full = by_name.get("full")
     if full:
         aims = [
@@ -181,6 +235,11 @@ def table(rows: list[dict[str, Any]], notes: list[str]) -> str:
             aims.append((name, share, lambda r: r["peak_rss_above_model_bytes"] / full["peak_rss_above_model_bytes"]))
             aims.append((name, f"{name} is {{:.2f}}× full's speed (aim: at least 1×)", lambda r: r["tokens_per_s"] / full["tokens_per_s"]))
         lines += [text.format(ratio(by_name[name])) for name, text, ratio in aims if name in by_name]
+    if int8 := by_name.get("encoder_onnx_int8"):
+        lines.append(
+            f"encoder_onnx_int8 takes {int8['latency_ms']:.2f} ms for a text of {int8['mean_text_tokens']:.0f} tokens, with one thread "
+            f"(aim: at most 3.5 ms for 27), and {int8['peak_rss_mb']:.0f} MB (aim: at most 110)"
+        )
     return "\n".join([*lines, *notes])
 
 

@@ -24,7 +24,15 @@ from typing import Any
 import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -32,6 +40,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "lora": {"tuning": "lora"},
     "bitfit": {"tuning": "bitfit"},
     "head": {"tuning": "head"},
+    "encoder": {},
 }
 IMPORTS = {"own": ("pipeline.students.loop", "peft"), "trainer_padded": (), "sft_trainer": ("datasets", "trl")}
 """What a row's code loads by itself, loaded before memory is looked at: it is no memory of the training."""
@@ -61,9 +70,9 @@ def peak_rss() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def load(folder: str) -> PreTrainedModel:
+def load(folder: str, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The model with all its weights in memory, not only mapped."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.clone())
@@ -166,7 +175,7 @@ def measure(name: str, folder: str, lesson: dict[str, Any], steps: int, batch_si
         use_machine(THREADS)
     for module in IMPORTS["own" if name in TUNINGS else SAME_PRODUCTS.get(name, name)]:
         importlib.import_module(module)
-    model, ends = load(folder), steps_ended()
+    model, ends = load(folder, AutoModelForSequenceClassification if name == "encoder" else AutoModelForCausalLM), steps_ended()
     with peak_rss() as peak:
         started = time.monotonic()
         if name in TUNINGS:

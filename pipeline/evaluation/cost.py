@@ -1,8 +1,8 @@
 """What an answer costs: prompt tokens, latency, memory, throughput, each method measured in a process that does only this.
 
 One by one, an example is answered with its full prompts, as by a caller without a prefix cache; batches go through the engine that
-predictions are made with. Figures are facts of one machine and say which. They are not outputs of DVC, and they carry the hash of what was
-measured, so that the report can tell figures of another model.
+predictions are made with. A student is measured with one thread too, in batches on fewer examples. Figures are facts of one machine and say
+which. They are not outputs of DVC, and they carry the hash of what was measured, so that the report can tell figures of another model.
 """
 
 import platform
@@ -12,25 +12,28 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.errors import ShotlessError
 from pipeline.evaluation.metrics import Json
 from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, sha256_json, write_json
 from pipeline.models.folders import load_model, weights_sha256
+from pipeline.models.forward import plain_logits
 from pipeline.models.machine import DTYPES, cpu_info, default_device, use_machine
+from pipeline.models.packed import Row
 from pipeline.models.process import cores, peak_rss_bytes
 from pipeline.models.trained import load_tokens
 from pipeline.params import Params, TaskParams
-from pipeline.schema import Example
+from pipeline.schema import Example, Prompt
 from pipeline.task import Task
-from pipeline.teachers.engines import LABELS_ONLY, open_engine
+from pipeline.teachers.engines import LABELS_ONLY, Engine, open_engine
 
 THROUGHPUT_EXAMPLES = 64
+ONE_THREAD_EXAMPLES = 16
 PROBES = 3
 
 
@@ -46,28 +49,34 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
     asked = examples[: max(timed, THROUGHPUT_EXAMPLES)]
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            figures = process.submit(measure, models, params.task, asked, timed, threads).result()
+            figures = process.submit(measure, models, params.task, asked, timed, threads, name in params.students).result()
     except BrokenProcessPool:
         raise ShotlessError(f"The process that measures the cost of {name} was killed, perhaps for lack of memory. Run it again.") from None
     write_json(figures, folders.metrics / "cost" / f"{name}.json")
     return figures
 
 
-def measure(models: Sequence[Answering], task: TaskParams, examples: Sequence[Example], timed: int, threads: int) -> Json:
+def measure(
+    models: Sequence[Answering], task: TaskParams, examples: Sequence[Example], timed: int, threads: int, one_thread: bool = False
+) -> Json:
     """Answer the first `timed` examples one by one, after one to warm up, then all in batches, and return the figures.
 
     `measured` (`subject`, the hash of weights and prompts; number of `examples` one by one and `batched`; the machine); `prompt_tokens` of
     an example; `latency_ms`, the median; `peak_rss_bytes` up to the batches, with Python and its libraries; `peak_device_bytes` on a GPU;
-    `parameters`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}.
+    `parameters`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}; `one_thread`
+    {`latency_ms`, `throughput`}, if asked for and on a CPU.
     """
-    use_machine(threads)
     device = default_device()
+    one_thread = one_thread and device.type == "cpu"
+    counts = list(dict.fromkeys([threads, 1] if one_thread else [threads]))  # of threads
+    use_machine(threads)
     tokens = {model.folder: load_tokens(Task(task), model.folder) for model in models}
     asked = [(model, [tokens[model.folder].prompts(context, examples) for context in model.contexts]) for model in models]
     subject = [[weights_sha256(model.folder), [[prompt.ids for prompt in own] for own in prompts]] for model, prompts in asked]
     passes = [((model.folder, model.dtype), own) for model, prompts in asked for own in prompts]  # a context's prompts each
     networks = {key: load_model(key[0], DTYPES[key[1]], device) for key in dict.fromkeys(key for key, _ in passes)}
-    seconds = [_seconds([(networks[key], own[number].ids) for key, own in passes]) for number in (0, *range(timed))][1:]
+    by_network = [(network, [own for place, own in passes if place == key]) for key, network in networks.items()]
+    latencies = [_latency_ms(by_network, timed, count) for count in counts]
     names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
     processor = next(names, platform.processor() or platform.machine())
     figures = {
@@ -82,7 +91,7 @@ def measure(models: Sequence[Answering], task: TaskParams, examples: Sequence[Ex
             "torch": torch.__version__,
         },
         "prompt_tokens": sum(len(prompt.ids) for _, own in passes for prompt in own[:timed]) / timed,
-        "latency_ms": round(1000 * float(np.median(seconds)), 2),
+        "latency_ms": latencies[0],
         "peak_rss_bytes": peak_rss_bytes(),
         "parameters": sum(network.num_parameters() for network in networks.values()),
         "disk_bytes": sum(file.stat().st_size for folder in tokens for file in folder.iterdir() if file.is_file()),
@@ -90,24 +99,38 @@ def measure(models: Sequence[Answering], task: TaskParams, examples: Sequence[Ex
     }
     if device.type == "cuda":
         figures["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
-    total, engines = 0.0, []
-    for key, network in networks.items():
-        prompts = [own for place, own in passes if place == key]
-        engine = open_engine(network, tokens[key[0]], LABELS_ONLY, max(prompts, key=lambda own: len(own[0].ids))[:PROBES])
-        engines.append(engine.name)
-        start = time.perf_counter()
-        for own in prompts:
-            engine.score(own).label_logprobs.cpu()
-        total += time.perf_counter() - start
-    rate = round(len(examples) / total, 3)
-    return figures | {"throughput": {"examples": len(examples), "examples_per_second": rate, "engine": ", ".join(dict.fromkeys(engines))}}
+    engines = []
+    for (folder, _), (network, prompts) in zip(networks, by_network, strict=True):
+        probes = max(prompts, key=lambda own: len(own[0].ids))[:PROBES]
+        engines.append((open_engine(network, tokens[folder], LABELS_ONLY, probes), prompts))
+    few = min(len(examples), ONE_THREAD_EXAMPLES)
+    batched = [_throughput(engines, len(examples) if count == threads else few, count) for count in counts]
+    figures["throughput"] = batched[0]
+    if one_thread:
+        figures["one_thread"] = {"latency_ms": latencies[-1], "throughput": batched[-1]}
+    return figures
 
 
 @torch.inference_mode()
-def _seconds(asked: Sequence[tuple[Any, Sequence[int]]]) -> float:
-    """Of the plain forward passes that one example's answer takes."""
+def _latency_ms(asked: Sequence[tuple[PreTrainedModel, Sequence[Sequence[Prompt]]]], examples: int, threads: int) -> float:
+    """The median time of the plain forward passes that one example's answer takes."""
+    use_machine(threads)
+    seconds = []
+    for number in (0, *range(examples)):  # the first to warm up
+        start = time.perf_counter()
+        for network, prompts in asked:
+            for own in prompts:
+                plain_logits(network, [Row(own[number].ids)])[0].cpu()  # a GPU has answered only now
+        seconds.append(time.perf_counter() - start)
+    return round(1000 * float(np.median(seconds[1:])), 2)
+
+
+def _throughput(engines: Sequence[tuple[Engine, Sequence[Sequence[Prompt]]]], examples: int, threads: int) -> Json:
+    use_machine(threads)
     start = time.perf_counter()
-    for network, ids in asked:
-        logits = network(input_ids=torch.tensor([ids], device=network.device), use_cache=False, logits_to_keep=1).logits
-        logits.cpu()  # a GPU has answered only now
-    return time.perf_counter() - start
+    for engine, prompts in engines:
+        for own in prompts:
+            engine.score(own[:examples]).label_logprobs.cpu()
+    rate = round(examples / (time.perf_counter() - start), 3)
+    names = ", ".join(dict.fromkeys(engine.name for engine, _ in engines))
+    return {"examples": examples, "examples_per_second": rate, "engine": names}

@@ -5,7 +5,7 @@ picture has one label for screen readers; the tables have the numbers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from typing import Any
@@ -16,7 +16,7 @@ import vl_convert
 from markupsafe import Markup
 
 from pipeline.report.collect import DOMAINS, Collected, Json, domains_of, sets_of
-from pipeline.report.prose import percent
+from pipeline.report.prose import milliseconds, percent, scaled
 
 WIDTH, ROW = 150, 21  # pixels: width of a chart with names beside it, and height of its rows
 TRADEOFF_WIDTH, TRADEOFF_HEIGHT = 270, 215
@@ -98,27 +98,37 @@ def reliability(found: Collected, method: str) -> Markup:
     return _svg(chart, f"Reliability of {method}: {spoken}")
 
 
-def frontier(document: Json, domain: str) -> tuple[list[Json], list[Json]]:
-    """`_rows` of the methods whose `latency` (ms) was measured, fastest first; and those more accurate than all faster ones."""
-    latency: Json = {name: (method["cost"] or {}).get("latency_ms") for name, method in document["methods"].items()}
-    rows = [row | {"latency": latency[row["method"]]} for row in _rows(document, "means", domain) if latency[row["method"]]]
-    rows.sort(key=lambda row: (row["latency"], -row["accuracy"]))
+COSTS: dict[str, tuple[str, tuple[str, ...], Callable[[float], str]]] = {
+    "latency": ("ms an example", ("latency_ms",), lambda value: f"{milliseconds(value)} ms"),
+    "peak memory": ("bytes", ("peak_rss_bytes", "peak_device_bytes"), partial(scaled, unit="B")),
+}
+"""What accuracy is drawn against: its unit, the entries of a cost file whose sum it is, and how it is said."""
+
+
+def frontier(document: Json, domain: str, against: str) -> tuple[list[Json], list[Json]]:
+    """`_rows` of the methods whose `cost` was measured, the lowest first; and those more accurate than all with a lower one."""
+    keys = COSTS[against][1]
+    costs = {name: sum((method["cost"] or {}).get(key, 0) for key in keys) for name, method in document["methods"].items()}
+    rows = [row | {"cost": costs[row["method"]]} for row in _rows(document, "means", domain) if costs[row["method"]]]
+    rows.sort(key=lambda row: (row["cost"], -row["accuracy"]))
     return rows, [row for n, row in enumerate(rows) if all(row["accuracy"] > other["accuracy"] for other in rows[:n])]
 
 
-def tradeoff(document: Json, domain: str) -> Markup | None:
-    """Mean accuracy over a domain against latency; the stepped line joins the frontier. None if fewer than two methods were measured.
+def tradeoff(document: Json, domain: str, against: str) -> Markup | None:
+    """Mean accuracy over a domain against a cost of `COSTS`; the stepped line joins the frontier. None if fewer than two were measured.
 
-    Names are placed beside their points: first those on the frontier, then the reference, then by accuracy. A name that would run into a
-    point or another name is left out, since the table has it.
+    Names are placed beside their points, else above or below: first those on the frontier, then the reference, then by accuracy. A name
+    that would run into a point or another name everywhere is left out, since the table has it.
     """
-    rows, unbeaten = frontier(document, domain)
+    rows, unbeaten = frontier(document, domain, against)
     if len(rows) < 2:
         return None
-    low, left, right = min(row["low"] for row in rows) // 10 * 10, rows[0]["latency"] / 1.35, rows[-1]["latency"] * 1.35
-    values = [digit * 10**power for power in range(-2, 8) for digit in (1, 2, 5) if left <= digit * 10**power <= right]
+    unit, _, in_words = COSTS[against]
+    low, left, right = min(row["low"] for row in rows) // 10 * 10, rows[0]["cost"] / 1.35, rows[-1]["cost"] * 1.35
+    digits = (1, 2, 5) if right < 50 * left else (1,)
+    values = [digit * 10**power for power in range(-2, 13) for digit in digits if left <= digit * 10**power <= right]
     scale = alt.Scale(type="log", domain=[left, right], nice=False)
-    x = alt.X("latency:Q", title="latency, ms an example (log scale)", scale=scale, axis=_ticks(values=values, format="~s"))
+    x = alt.X("cost:Q", title=f"{against}, {unit} (log scale)", scale=scale, axis=_ticks(values=values, format="~s"))
     color, shape = _two("kind", ["baseline", "student"])
     y = partial(_share, alt.Y, low=low, title="accuracy, %")
     base = alt.Chart(_data(rows)).encode(x=x)
@@ -127,19 +137,23 @@ def tradeoff(document: Json, domain: str) -> Markup | None:
         base.mark_rule(strokeWidth=1.5, opacity=0.4).encode(y=y("low"), y2="high:Q", color=color),
         base.mark_point(filled=True, size=70, opacity=1).encode(y=y("accuracy"), color=color, shape=shape),
     ]
-    at = {row["method"]: (TRADEOFF_WIDTH * math.log(row["latency"] / left) / math.log(right / left), row["accuracy"]) for row in rows}
-    taken = [(place - 6, place + 6, height) for place, height in at.values()]
+    heights = {row["method"]: TRADEOFF_HEIGHT * (100 - row["accuracy"]) / (100 - low) for row in rows}  # pixels from the top
+    places = {row["method"]: TRADEOFF_WIDTH * math.log(row["cost"] / left) / math.log(right / left) for row in rows}
+    taken = [(places[name] - 6, places[name] + 6, heights[name]) for name in places]
     for row in sorted(rows, key=lambda row: (row not in unbeaten, row["method"] != document["reference"], -row["accuracy"])):
-        place, height = at[row["method"]]
-        first, size = place < TRADEOFF_WIDTH / 2, 9 + 6.6 * len(row["method"])
-        start, end = (place + 7, place + size) if first else (place - size, place - 7)
-        if all(abs(height - other) * TRADEOFF_HEIGHT > 14 * (100 - low) or end < begins or ends < start for begins, ends, other in taken):
-            taken.append((start, end, height))
-            text = alt.Chart(_data([row])).mark_text(align="left" if first else "right", dx=9 if first else -9, fill=INK)
-            layers.append(text.encode(x=x, y=y("accuracy"), text="method:N"))
-    spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} % at {row['latency']:,.0f} ms" for row in rows)
+        place, size = places[row["method"]], 6.6 * len(row["method"])
+        align, way = ("left", 1) if place < TRADEOFF_WIDTH / 2 else ("right", -1)
+        for dx, dy in ((9 * way, 0), (0, -13), (0, 13)):
+            start, end = sorted((place + dx, place + dx + way * size))
+            height = heights[row["method"]] + dy
+            if height > 0 and all(abs(height - other) > 12 or end < begins or ends < start for begins, ends, other in taken):
+                taken.append((start, end, height))
+                text = alt.Chart(_data([row])).mark_text(align=align, dx=dx, dy=dy, fill=INK)
+                layers.append(text.encode(x=x, y=y("accuracy"), text="method:N"))
+                break
+    spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} % at {in_words(row['cost'])}" for row in rows)
     chart = alt.layer(*layers).properties(width=TRADEOFF_WIDTH, height=TRADEOFF_HEIGHT)
-    return _svg(chart, f"Accuracy against latency: {spoken}")
+    return _svg(chart, f"Accuracy against {against}: {spoken}")
 
 
 def _data(rows: Sequence[Json]) -> alt.InlineData:

@@ -70,7 +70,7 @@ def _environment(*, escaping: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (code, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span):
+    for function in (code, prose.milliseconds, prose.number, prose.p_value, prose.percent, prose.scaled, prose.span):
         environment.filters[function.__name__] = function
     for function in (domains_of, ranked, disagreements, flipped, samples, identity, yaml_text):
         environment.globals[function.__name__] = function

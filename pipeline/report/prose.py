@@ -44,6 +44,11 @@ def scaled(value: float | None, unit: str = "") -> str:
     return f"{value:,.0f} {unit}".rstrip()
 
 
+def milliseconds(value: float | None) -> str:
+    """A time that may be short: 31.2 → 31, 4.84 → 4.8."""
+    return number(value, 1 if value is not None and value < 10 else 0)
+
+
 def p_value(value: float | None) -> str:
     """A p-value with three digits."""
     return DASH if value is None else "under 0.001" if value < 0.001 else f"{value:.3f}"
@@ -157,7 +162,7 @@ def key_figures(found: Collected) -> list[tuple[str, str, str]]:
     mine, its = (found.of("cost", name) for name in (students[0], reference))
     if mine and its:
         figures.append((f"{mine['prompt_tokens']:,.0f}", "prompt tokens an example", f"instead of {its['prompt_tokens']:,.0f}"))
-        figures.append((f"{mine['latency_ms']:,.0f} ms", "an example, median", f"instead of {its['latency_ms']:,.0f} ms"))
+        figures.append((f"{milliseconds(mine['latency_ms'])} ms", "an example, median", f"instead of {milliseconds(its['latency_ms'])} ms"))
     return figures
 
 
@@ -174,7 +179,7 @@ def missing_files(found: Collected, prefix: str) -> str:
 def measured_on(document: Json) -> str:
     """What costs were measured with: processor, number formats, threads, number of texts; a sentence for each way there is."""
     ways = [
-        f"{', '.join([one['processor'], *one['dtypes'], plural(one['threads'], 'thread')])}; "
+        f"{', '.join([one['processor'], *one['dtypes'], plural(one['threads'], 'thread') + ' in all'])}; "
         f"latency over {plural(one['examples'], 'text')}, throughput over {plural(one['batched'], 'text')}"
         for one in (method["cost"]["measured"] for method in document["methods"].values() if method["cost"])
     ]

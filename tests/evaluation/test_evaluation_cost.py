@@ -14,9 +14,10 @@ from pipeline.errors import ShotlessError
 from pipeline.evaluation import cost as cost_module
 from pipeline.evaluation.cost import measure, measure_method
 from pipeline.evaluation.predictions import Answering, models_of, read_sets
-from pipeline.models.folders import load_model
+from pipeline.models.folders import load_model, load_tokenizer, save_model
 from pipeline.params import TaskParams
 from pipeline.schema import Context, Example
+from pipeline.task import Task
 
 TASK = TaskParams(template="Review: {text}\nSentiment:", verbalisers={"positive": " good", "negative": " bad"})
 EXAMPLES = [Example({"text": text}) for text in ("great", "terrible food and late service", "a film")]
@@ -47,6 +48,32 @@ def test_tokens_and_passes_of_a_student_are_its_prompts(model_folder, ids):
     assert measured.keys() == {"subject", "examples", "batched", "device", "processor", "dtypes", "threads", "torch"}
     assert (measured["examples"], measured["batched"], measured["dtypes"], measured["threads"]) == (2, 3, ["float32"], 1)
     assert measured["processor"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_thread_is_measured_beside_all_and_once_if_it_is_all(model_folder, monkeypatch, threads):
+    used, use = [], cost_module.use_machine
+    monkeypatch.setattr(cost_module, "use_machine", lambda count: used.append(count) or use(count))
+    before = torch.get_num_threads()
+    try:
+        figures = measure([Answering(model_folder("llama"))], TASK, EXAMPLES * 6, 2, threads, one_thread=True)
+    finally:
+        torch.set_num_threads(before)
+    assert used == [threads, *dict.fromkeys([threads, 1]), *dict.fromkeys([threads, 1])]
+    assert figures["throughput"]["examples"] == 18
+    assert figures["one_thread"]["throughput"]["examples"] == {1: 18, 2: cost_module.ONE_THREAD_EXAMPLES}[threads]
+    assert threads == 2 or figures["one_thread"]["latency_ms"] == figures["latency_ms"]
+
+
+def test_an_encoder_is_measured_as_a_decoder_is(encoder_folder, tmp_path):
+    folder, labels = encoder_folder(), Task(TASK).labels
+    save_model(load_model(folder, labels=labels), load_tokenizer(folder), tmp_path)
+    figures = measure([Answering(tmp_path)], TASK, EXAMPLES, 2, 1, one_thread=True)
+    ids = load_tokenizer(folder)([example.fields["text"] for example in EXAMPLES]).input_ids
+    assert figures["prompt_tokens"] == np.mean([len(own) for own in ids[:2]])
+    assert figures["parameters"] == parameters(tmp_path)
+    assert figures["throughput"].items() >= {"examples": 3, "engine": "generic"}.items()
+    assert min(figures["latency_ms"], figures["one_thread"]["latency_ms"]) > 0
 
 
 def test_an_ensemble_pays_for_every_model_and_context_and_a_shared_model_once(model_folder, ids):
@@ -142,9 +169,10 @@ def test_a_process_that_is_killed_is_an_error_and_leaves_no_figures(world, monke
     ],
 )
 def test_a_method_is_measured_on_its_own_models_and_contexts(world, monkeypatch, name, asked):
-    def noted(models, _, examples, timed, threads):
-        return {"models": [[str(model.folder), len(model.contexts)] for model in models], "counts": [len(examples), timed, threads]}
+    def noted(models, _, examples, *rest):
+        return {"models": [[str(model.folder), len(model.contexts)] for model in models], "counts": [len(examples), *rest]}
 
     monkeypatch.setattr(cost_module, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(cost_module, "measure", noted)
-    assert measured(world, name) == {"models": [[str(world.artifacts / folder), n] for folder, n in asked], "counts": [4, 2, 1]}
+    counts = [4, 2, 1, name in world.params.students]  # of students alone, one thread beside all
+    assert measured(world, name) == {"models": [[str(world.artifacts / folder), n] for folder, n in asked], "counts": counts}

@@ -135,7 +135,8 @@ def test_every_section_and_table_is_there_if_its_data_are(page):
 
 def test_costs_of_another_model_are_not_shown_and_the_machine_is_named(page):
     rows = {row[0]: row for row in table_of(page, "cost-table")}
-    assert rows["cd"][1:5] == ["26", "1", "31", "81.2"]
+    assert rows["cd"][1:7] == ["26", "1", "31", "52", "81.2", "40.6"]
+    assert rows["teacher"][3:7] == ["140", "–", "81.2", "–"]
     assert set(rows["icl"][1:]) == {"–"}
     assert "or of another model: <code>metrics/cost/icl.json</code>. Run <code>dvc repro -f -s baseline@icl report</code>" in page
     for fact in ("A made-up processor", "float32", "2 threads", "8 texts", "64 texts"):
@@ -278,12 +279,30 @@ def test_a_comparison_reads_the_same_from_both_sides(found):
     assert comparison(found.document, "cd", "nobody", "out") is None
 
 
-def test_nothing_on_the_frontier_is_beaten():
-    def method(latency, accuracy):
-        return {"kind": "baseline", "cost": {"latency_ms": latency}, "means": {"out": {"accuracy": accuracy, "ci95": [0, 1]}}}
+def test_accuracy_is_drawn_against_latency_and_memory_of_every_measured_method(page, found):
+    labels = re.findall(r'aria-label="Accuracy against (latency|peak memory): ([^"]*)"', page)
+    assert [what for what, _ in labels] == ["latency", "latency", "peak memory", "peak memory"]  # in and out of domain
+    for what, spoken in labels:
+        costs = {one.split()[0]: one.rpartition(" at ")[2] for one in spoken.split("; ")}
+        assert costs.keys() == found.document["methods"].keys() - {"icl"}, "the cost of icl is of another model"
+        assert (costs["cd"], costs["teacher"]) == {"latency": ("31 ms", "140 ms"), "peak memory": ("911.0 MB", "1.8 GB")}[what]
+
+
+@pytest.mark.parametrize(
+    ("against", "cost_of"),
+    [
+        ("latency", lambda value: {"latency_ms": value, "peak_rss_bytes": 9}),
+        ("peak memory", lambda value: {"latency_ms": 9, "peak_rss_bytes": value * 1e6}),
+        ("peak memory", lambda value: {"peak_rss_bytes": 100 - value, "peak_device_bytes": 10_000 * value}),  # their sum counts
+    ],
+)
+def test_nothing_on_the_frontier_is_beaten(against, cost_of):
+    def method(cost, accuracy):
+        return {"kind": "baseline", "cost": cost_of(cost), "means": {"out": {"accuracy": accuracy, "ci95": [0, 1]}}}
 
     pairs = [(10, 0.7), (20, 0.9), (20, 0.8), (30, 0.85), (40, 0.95), (5, 0.7)]
-    rows, unbeaten = charts.frontier({"methods": {str(pair): method(*pair) for pair in pairs}}, "out")
+    methods = {str(pair): method(*pair) for pair in pairs} | {"unmeasured": method(1, 0.99) | {"cost": None}}
+    rows, unbeaten = charts.frontier({"methods": methods}, "out", against)
     assert len(rows) == len(pairs)
     assert [row["method"] for row in unbeaten] == ["(5, 0.7)", "(20, 0.9)", "(40, 0.95)"]
 
@@ -438,5 +457,6 @@ def test_numbers_read_well():
     assert [prose.points(x) for x in (-0.021, 0.021, 0.0001, -0.0001)] == ["−2.1", "+2.1", "+0.0", "+0.0"]
     assert [prose.scaled(x) for x in (113_142_528, 1_700_000_000, 999, None)] == ["113.1 M", "1.7 B", "999", "–"]
     assert prose.scaled(452_570_112, "B") == "452.6 MB"
+    assert [prose.milliseconds(x) for x in (4.84, 31.2, 1049.9, None)] == ["4.8", "31", "1,050", "–"]
     assert [prose.p_value(x) for x in (None, 0.0004, 0.25)] == ["–", "under 0.001", "0.250"]
     assert [prose.listed(names) for names in ([], ["a"], ["a", "b", "c"])] == ["–", "`a`", "`a`, `b` and `c`"]
