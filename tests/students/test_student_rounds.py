@@ -79,13 +79,13 @@ def test_a_round_is_the_student_s_own_answers_sharpened(make_project, encoder_fo
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_a_student_of_a_round_learns_to_answer_as_its_student(make_project, encoder_folder, kind):
     rounds = Rounds(make_project(base=encoder_folder() if kind == "encoder" else None))
-    answers = rounds.answer().argmax(-1)
-    assert 0 < answers.mean() < 1
-    rounds.learn(steps=120, learning_rate=3e-3)
+    targets = rounds.answer()
+    rounds.learn(steps=200, learning_rate=3e-3)
     losses = rounds.project.losses("small")
     assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:10])
     predicted = Predictor(rounds.project.output("small"), 1).predict([example.fields["text"] for example in rounds.texts])
-    assert [["negative", "positive"].index(one.label) for one in predicted] == answers.tolist()
+    found = np.array([one.probabilities["positive"] for one in predicted])
+    assert np.abs(found - targets[:, 1]).mean() < 0.25 * np.abs(targets[:, 1] - targets[:, 1].mean()).mean()
     assert rounds.project.manifest("small")["sources_sha256"].keys() == {"targets.parquet", "calibration.json"}
 
 
