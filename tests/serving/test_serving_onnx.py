@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from serving_world import LONG_VERBALISERS, PROJECT, TEXTS, make_student, seal, shotless
+from transformers import AutoTokenizer
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import read_json, write_json, write_manifest
@@ -37,13 +39,15 @@ print([name for name in ("torch", "transformers", "onnx", "safetensors", "scipy"
 
 
 def make_encoder(folder, base, template="{text}"):
-    """An encoder student, whose head is random."""
+    """An encoder student with random weights, so large that answers differ from text to text."""
     task = Task(TaskParams(template=template, verbalisers={"no": " no", "so-so": " so so", "yes": " yes"}))
     model = load_model(base, labels=task.labels)
+    torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2 and len(parameter) == 3:
-                parameter.normal_(0.0, 0.2)
+        for name, parameter in model.named_parameters():
+            parameter.normal_(
+                1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0, 0.3
+            )  # the scale of a normalisation is near 1
     save_model(model, load_tokenizer(base), folder)
     write_manifest(folder, about_trained(folder.name, load_tokens(task, folder), {}))
     return folder
@@ -83,26 +87,24 @@ def test_a_decoders_graph_gives_its_probabilities_one_by_one_and_in_batches(tmp_
 def test_an_encoders_graph_gives_its_probabilities_for_pairs_too(tmp_path, encoder_folder, family):
     student = make_encoder(tmp_path / "encoder", encoder_folder(family), PAIR)
     expected = shares(student, PAIRS)
-    assert np.ptp(expected, axis=0).max() > 0.05, "they differ from text to text"
+    assert np.ptp(expected, axis=0).max() > 5e-3, "they differ from text to text"
     folder = write(student, tmp_path / "onnx")
     assert shares(folder, PAIRS) == pytest.approx(expected, abs=1e-4)
     assert np.concatenate([shares(folder, [one]) for one in PAIRS[:3]]) == pytest.approx(expected[:3], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tmp_path, student, encoder_folder, kind):
+@pytest.mark.parametrize(("kind", "by_batch"), [("decoder", 1e-4), ("encoder", 0.05)])
+def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tmp_path, student, encoder_folder, kind, by_batch):
     student = student if kind == "decoder" else make_encoder(tmp_path / "encoder", encoder_folder("bert"))
     folder = write(student, tmp_path / "onnx", int8=True)
     found = shares(folder, TEXTS)
     assert 0 < np.abs(found - shares(student, TEXTS)).max() < 0.05
-    assert np.concatenate([shares(folder, [text]) for text in TEXTS]) == pytest.approx(found, abs=2e-3)
-    assert not any(weight.dims and weight.data_type == 1 and len(weight.dims) == 2 and min(weight.dims) >= 32 for weight in weights(folder))
-
-
-def weights(folder):
-    import onnx
-
-    return onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+    assert np.concatenate([shares(folder, [text]) for text in TEXTS]) == pytest.approx(found, abs=by_batch)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    assert not [node.name for node in graph.node if node.op_type in {"MatMul", "Gemm"} and node.input[1] in weights]
+    words = len(AutoTokenizer.from_pretrained(student))
+    assert {weight.data_type for weight in weights.values() if list(weight.dims) == [words, 32]} == {onnx.TensorProto.INT8}
 
 
 def test_an_export_says_how_it_compares_in_print_manifest_and_card(tmp_path, student):
