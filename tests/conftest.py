@@ -126,10 +126,13 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     def make(family: str = "bert") -> Path:
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
-            raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+            # Written out: tokenizers' trainer of word pieces numbers them otherwise in each process.
+            letters, words = sorted(set("".join(SENTENCES).lower())), sorted({word for text in SENTENCES for word in text.lower().split()})
+            pieces = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *words]
+            vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+            raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
             raw.normalizer, raw.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-            special = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-            raw.train_from_iterator(SENTENCES * 4, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+            raw.add_special_tokens(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"])
             raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
             named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
             PreTrainedTokenizerFast(tokenizer_object=raw, **named).save_pretrained(folder)
