@@ -3,8 +3,8 @@
 The graph is the student with the head's rows of the labels' tokens alone: ids and mask in, log-probabilities of the labels out
 (`onnx_engine` has the names). With `int8` its matrices are 8-bit integers, and so are the activations that they are multiplied with. A
 decoder has activations of a hundred times the others' size, so there every block of `BLOCK` numbers has a scale. An encoder has not: a
-scale for each token and each of a matrix's columns is as good there, and twice as fast. So what else is in the batch moves an answer by
-rounding alone. Embeddings are 8-bit integers with a scale for each token.
+scale for each token and each of a matrix's columns is as good there, and twice as fast. What else is in the batch moves a decoder's answer
+by rounding alone, and an encoder's a little more. Embeddings are 8-bit integers with a scale for each token.
 
 What was exported is asked the same texts as the student, each in a process of its own, with one thread and one text at a time.
 """
