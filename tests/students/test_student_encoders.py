@@ -18,6 +18,8 @@ from pipeline.students.losses import contrast
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
+LABELLED = {"learn_from": "data/demonstrations.parquet", "tuning": "contrastive"}
+
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_tuning_leaves_a_plain_classifier(make_project, encoder_folder, tuning):
@@ -42,9 +44,10 @@ def test_transformers_alone_gives_the_labels_and_probabilities_of_predict(make_p
     assert losses[-1] < losses[0], "it learns its targets"
 
 
-def test_an_interrupted_training_ends_with_the_same_bytes(make_project, encoder_folder, monkeypatch):
+@pytest.mark.parametrize("learnt", [{}, LABELLED], ids=["targets", "contrast"])
+def test_an_interrupted_training_ends_with_the_same_bytes(make_project, encoder_folder, monkeypatch, learnt):
     whole, broken = (make_project(name, base=encoder_folder()) for name in ("whole", "broken"))
-    whole.train(steps=6, seed=3)
+    whole.train(steps=6, seed=3, **learnt)
     monkeypatch.setattr(Checkpoint, "due", lambda self: True)
     step = torch.optim.AdamW.step
 
@@ -57,13 +60,10 @@ def test_an_interrupted_training_ends_with_the_same_bytes(make_project, encoder_
     taken = []
     monkeypatch.setattr(torch.optim.AdamW, "step", stop_at_fourth)
     with pytest.raises(KeyboardInterrupt):
-        broken.train(steps=6, seed=3)
-    broken.train(steps=6, seed=3)
+        broken.train(steps=6, seed=3, **learnt)
+    broken.train(steps=6, seed=3, **learnt)
     assert broken.json("metrics/runtime/student-cd.json")["resumed_at_step"] == 3
     assert broken.files() == whole.files()
-
-
-LABELLED = {"learn_from": "data/demonstrations.parquet", "tuning": "contrastive"}
 
 
 def test_a_contrastive_student_brings_texts_of_one_label_together(make_project, encoder_folder):
@@ -115,9 +115,10 @@ def test_an_encoder_learns_from_no_cache(make_project, encoder_folder):
         project.train(learn_from="teachers/few")
 
 
-def test_a_tuned_encoder_scores_as_a_teacher_does(make_project, encoder_folder):
+@pytest.mark.parametrize("tuning", ["full", "contrastive"])
+def test_a_tuned_encoder_scores_as_a_teacher_does(make_project, encoder_folder, tuning):
     project = make_project(base=encoder_folder())
-    project.tune(steps=80, learning_rate=3e-3)
+    project.tune(steps=80, learning_rate=3e-3, tuning=tuning)
     with Scorer(project.artifacts / "tuned/tuned", Task(project.task), work=project.root / ".work", threads=1) as scorer:
         scores = scorer.label_scores([NO_CONTEXT], [Example({"text": "warm and funny"}), Example({"text": "bored"})], "test")
     assert scores.argmax(-1).tolist() == [[1, 0]]
