@@ -23,7 +23,6 @@ for command in (init, check, run, doctor, clean, predict, serve, monitor, export
 
 def app() -> None:
     """Run the command line; an error ends with its message and its exit code."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as in stages/run; read when torch is loaded
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars and advice would break up the commands' own lines
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with ending_with_a_message():
