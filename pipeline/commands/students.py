@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -54,10 +53,13 @@ def open_student(student: str | None) -> "Trained":
 
 def open_predictor(student: str | None, threads: int | None, **settings: Any) -> "Predictor":
     """A student that answers; an exported one without torch."""
-    from pipeline.commands.start import quick_start
     from pipeline.serving.predictor import Predictor, is_exported
 
-    with nullcontext() if is_exported(student_folder(student)) else quick_start():
+    if is_exported(student_folder(student)):
+        return Predictor(open_student(student), threads, **settings)
+    from pipeline.commands.start import quick_start
+
+    with quick_start():
         return Predictor(open_student(student), threads, **settings)
 
 
