@@ -66,6 +66,10 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
         elif source.exists():
             shutil.copyfile(source, target)
     write_yaml(raw, workspace / "params.yaml")
+    for cost in (project / "metrics" / "cost").glob("*.json"):  # DVC keeps none; the report leaves out those of another model
+        if not (own := workspace / "metrics" / "cost" / cost.name).exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(cost, own)
     settings = ConfigParser(interpolation=None)
     settings.read([project / ".dvc" / name for name in ("config", "config.local")], encoding="utf-8")
     cache = (project / ".dvc" / settings.get("cache", "dir", fallback="cache")).resolve()

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
+from pipeline.files import read_json, write_json
 from pipeline.params import load_params, parse_params, read_yaml
 from pipeline.params.presets import make_workspace, merge
 
@@ -100,3 +101,12 @@ def test_a_workspace_is_brought_up_to_date_and_keeps_what_a_run_made(project):
     assert (workspace / "artifacts" / "made").read_text("utf-8") == "kept"
     assert (workspace / "pipeline" / "new.py").exists()
     assert not (workspace / "pipeline" / "report").exists()
+
+
+def test_costs_that_the_project_measured_are_there_until_the_workspace_measures_its_own(project):
+    write_json({"latency_ms": 1}, project / "metrics" / "cost" / "cd.json")
+    own = make_workspace("whole", project) / "metrics" / "cost" / "cd.json"
+    assert read_json(own) == {"latency_ms": 1}
+    write_json({"latency_ms": 2}, own)
+    make_workspace("whole", project)
+    assert read_json(own) == {"latency_ms": 2}
