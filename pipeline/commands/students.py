@@ -68,7 +68,7 @@ def predict(
     source: Annotated[str, typer.Option("--input", "-i", help="A file of examples (docs/data.md); - is standard input.")] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="jsonl, csv or parquet; - is standard output.")] = "-",
     input_format: Annotated[
-        Literal["jsonl", "json", "csv", "tsv", "xlsx", "parquet"] | None, typer.Option(help="If its name does not say it.")
+        Literal["jsonl", "json", "csv", "tsv", "parquet", "xlsx"] | None, typer.Option(help="If its name does not say it.")
     ] = None,
     output_format: Annotated[Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="If its name does not say it.")] = None,
     field: Fields = None,
