@@ -190,7 +190,10 @@ def _write_onnx(student: Trained, folder: Path, int8: bool) -> dict[str, Any]:
     if int8:
         quantise(folder / ONNX_FILE, encoder)
     tokenizer = student.tokens.tokenizer
-    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE), pretty=False)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # sentence encoders' own files pad each text to 128 tokens
+    backend.no_truncation()
+    backend.save(str(folder / TOKENIZER_FILE), pretty=False)
     kind = {"encoder": encoder, "inputs": names, "int8": int8}
     own = {**kind, "bos_token_id": tokenizer.bos_token_id, "context_limit": context_limit(student.folder)}
     about = {**student.manifest, "onnx": own}

@@ -8,10 +8,12 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from serving_world import LONG_VERBALISERS, PROJECT, TEXTS, make_student, seal, shotless
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from pipeline.errors import CorruptError, UsageError
@@ -91,6 +93,21 @@ def test_an_encoders_graph_gives_its_probabilities_for_pairs_too(tmp_path, encod
     folder = write(student, tmp_path / "onnx")
     assert shares(folder, PAIRS) == pytest.approx(expected, abs=1e-4)
     assert np.concatenate([shares(folder, [one]) for one in PAIRS[:3]]) == pytest.approx(expected[:3], abs=1e-4)
+
+
+def test_another_program_needs_the_graph_and_its_tokenizer_alone(tmp_path, encoder_folder):
+    base = shutil.copytree(encoder_folder("bert"), tmp_path / "base")
+    padding = Tokenizer.from_file(str(base / "tokenizer.json"))
+    padding.enable_padding(length=40)  # as sentence encoders' files say
+    padding.save(str(base / "tokenizer.json"))
+    student = make_encoder(tmp_path / "encoder", base)
+    folder = write(student, tmp_path / "onnx")
+    tokenizer, session = Tokenizer.from_file(str(folder / "tokenizer.json")), onnxruntime.InferenceSession(folder / "model.onnx")
+    for text, expected in zip(TEXTS, shares(student, TEXTS), strict=True):
+        ids = np.array([tokenizer.encode(text).ids])
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        found = session.run(None, {own.name: given[own.name] for own in session.get_inputs()})[0]
+        assert np.exp(found[0]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "by_batch"), [("decoder", 1e-4), ("encoder", 0.05)])
