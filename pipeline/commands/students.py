@@ -43,7 +43,7 @@ def open_student(student: str | None) -> "Trained":
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # transformers' advice is about its own use
-    trained = predictor.open_student(folder)
+    trained = predictor.open_folder(folder)
     if (student is None or "/" not in student) and Path("params.yaml").is_file():
         from pipeline.params import load_params
 

@@ -67,7 +67,7 @@ class PlainTokenizer:
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
 
-def load_tokens(task: Task, folder: Path) -> TaskTokens:
+def exported_tokens(task: Task, folder: Path) -> TaskTokens:
     """A task in the ids of an exported folder's tokenizer. Raises CorruptError if its manifest does not say what kind of model it is."""
     about = read_manifest(folder).get("onnx")
     if not isinstance(about, dict) or not {"encoder", "bos_token_id", "context_limit"} <= about.keys():

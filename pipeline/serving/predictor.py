@@ -51,13 +51,13 @@ def is_exported(folder: Path) -> bool:
     return (folder / ONNX_FILE).is_file()
 
 
-def open_student(folder: Path) -> Trained:
+def open_folder(folder: Path) -> Trained:
     """A student's folder, or what was exported from one, checked. Raises as `open_trained` does."""
     if not is_exported(folder):
         return open_trained(folder)
-    from pipeline.serving.onnx_engine import load_tokens
+    from pipeline.serving.onnx_engine import exported_tokens
 
-    return open_trained(folder, load_tokens)
+    return open_trained(folder, exported_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Predictor:
     def __init__(
         self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False, max_chars: float = math.inf
     ) -> None:
-        self.student = student if isinstance(student, Trained) else open_student(Path(student))
+        self.student = student if isinstance(student, Trained) else open_folder(Path(student))
         self.task = self.student.task
         if self.task.params.completion is not None:
             raise UsageError(

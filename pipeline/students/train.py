@@ -32,7 +32,7 @@ from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
 from pipeline.task import Task
 
-TRAINING_VERSION = 4
+TRAINING_VERSION = 5
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
 
 
