@@ -35,7 +35,16 @@ from pipeline.files import sha256_json, write_json
 from pipeline.params import CacheParams
 from pipeline.schema import SCORES
 
-KEYS = ("context_id", "example_id", "prompt_sha", "prompt_tokens", "label_logprobs", "completion_ids", "completion_logprobs")
+KEYS = (
+    "context_id",
+    "example_id",
+    "prompt_sha",
+    "prompt_tokens",
+    "label_logprobs",
+    "label_bounds",
+    "completion_ids",
+    "completion_logprobs",
+)
 TOP_K = (8, 16, 32, 50, 64, 128)
 SAMPLES = (16, 32, 64, 96, 128)
 HYBRID = (32, 48, 64, 96, 128, 192)
@@ -113,6 +122,7 @@ def _rows(columns: dict[str, pa.Array], count: int) -> pa.Table:
         "prompt_sha": [sha256_json(["prompt", name]) for name in hashes],
         "prompt_tokens": [430] * count,
         "label_logprobs": [[]] * count,
+        "label_bounds": [[]] * count,
         "completion_ids": [[]] * count,
         "completion_logprobs": [[]] * count,
     }

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing, sha256_ids, sha256_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SLICE = "slice."  # begins the name of a slice's column. No field's name does, since a field is an identifier.
 
 
@@ -99,7 +99,8 @@ CONTEXTS = _schema(
 STORED = _schema(
     prompt_sha=pa.string(),
     prompt_tokens=pa.int32(),
-    label_logprobs=FLOATS,  # summed over a verbaliser's tokens; sorted labels
+    label_logprobs=FLOATS,  # summed over a verbaliser's tokens; sorted labels; an estimate for labels that have a bound
+    label_bounds=FLOATS,  # most that the log-probability of a label can be, if no more is known of it, else NaN; empty if all are known
     completion_ids=IDS,  # tokens of free text; empty for labels
     completion_logprobs=FLOATS,  # of each of them
     topk_ids=ID_LISTS,  # most probable first

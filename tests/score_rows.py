@@ -45,6 +45,7 @@ def stored(own: Sequence[str], batch: Sequence[str] = ()) -> pa.Table:
         "prompt_sha": list(own),
         "prompt_tokens": [5 + seed_of(key) % 30 for key in own],
         "label_logprobs": logits.log_softmax(-1)[:, :2].tolist(),
+        "label_bounds": [[]] * len(logits),
         "completion_ids": [[]] * len(own),
         "completion_logprobs": [[]] * len(own),
         **columns_of(encode(logits, CACHE, uniforms), np.ones(len(own), dtype=int)),

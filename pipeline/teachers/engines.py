@@ -36,6 +36,7 @@ class Scores:
     positions: Tensor  # [N] int64, answer positions of each prompt
     completion_logprobs: Tensor  # [P] float32 nats, of free answers' tokens; empty for labels
     encoded: Encoded  # of all positions, one prompt's after the other's
+    label_bounds: Tensor | None = None  # [N, L] float32 nats: see `schema.STORED`; None if all labels of all prompts are known
 
     @classmethod
     def join(cls, parts: Sequence[Self], order: Tensor) -> Self:
@@ -45,11 +46,13 @@ class Scores:
         places = torch.cat([spans[row] for row in order])
         logprobs = torch.cat([part.completion_logprobs for part in parts])
         encoded = concatenate([part.encoded for part in parts])
+        bounds = [torch.full_like(part.label_logprobs, torch.nan) if part.label_bounds is None else part.label_bounds for part in parts]
         return cls(
             label_logprobs=torch.cat([part.label_logprobs for part in parts])[order],
             positions=positions[order],
             completion_logprobs=logprobs[places] if len(logprobs) else logprobs,
             encoded={name: values[places.to(values.device)] for name, values in encoded.items()},
+            label_bounds=torch.cat(bounds)[order] if any(part.label_bounds is not None for part in parts) else None,
         )
 
 

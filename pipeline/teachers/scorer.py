@@ -284,10 +284,12 @@ def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scor
     """Scores as rows of `schema.STORED`; `asked` are the prompts with the answers that were scored, their own or written ones."""
     ends = np.concatenate([[0], scores.positions.cumsum(0).numpy()])
     logprobs = scores.completion_logprobs.cpu().numpy()
+    bounds = np.zeros((len(prompts), 0)) if scores.label_bounds is None else scores.label_bounds.cpu().numpy()
     columns: dict[str, Any] = {
         "prompt_sha": [prompt.prompt_sha for prompt in prompts],
         "prompt_tokens": [len(prompt.ids) + len(prompt.answer or ()) for prompt in prompts],
         "label_logprobs": list(scores.label_logprobs.cpu().numpy()),
+        "label_bounds": [[] if np.isnan(own).all() else own for own in bounds],
         "completion_ids": [list(prompt.answer or ()) for prompt in asked],
         "completion_logprobs": [logprobs[start:end] for start, end in pairwise(ends)],
     }

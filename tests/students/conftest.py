@@ -89,6 +89,7 @@ class Project:
                         "prompt_sha": prompt.prompt_sha,
                         "prompt_tokens": len(prompt.ids),
                         "label_logprobs": [],
+                        "label_bounds": [],
                         "completion_ids": list(answer),
                         "completion_logprobs": [],
                     }
