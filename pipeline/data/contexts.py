@@ -1,12 +1,14 @@
 """Contexts: ordered lists of demonstrations, refused before a teacher starts if they do not fit its model.
 
-Contexts of one list differ in the order of the same demonstrations, or in a balanced draw of them, and are all distinct. They follow from
-the seed and their number alone: a larger `count` adds contexts and leaves the earlier ones as they were, and two lists with the same
-settings share theirs, and the teacher's scores.
+Contexts of one list differ in the order of the same demonstrations, or in a balanced draw of them, and are all distinct. A draw takes
+what was shown least so far, so contexts cover labels and examples between them. They follow from the seed and their number alone: a
+larger `count` adds contexts and leaves the earlier ones as they were, and two lists with the same settings share theirs, and the teacher's
+scores.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import count
 from operator import attrgetter
 
@@ -20,36 +22,64 @@ LONGEST = 16
 """Inputs that are put behind each context: those of most tokens, since the tokens at the border depend on the input."""
 
 
+def variation(params: ContextParams, held: int) -> str:
+    """`params.vary`, or what it is by default with `held` labelled examples."""
+    return params.vary or ("draw" if 0 < params.demonstrations < held else "order")
+
+
+def different_contexts(params: ContextParams, labels: int, per_label: int) -> int:
+    """How many different contexts there can be of `per_label` examples of each label (free text: of one label)."""
+    if variation(params, labels * per_label) == "order":
+        return math.factorial(params.demonstrations)
+    share, more = divmod(params.demonstrations, labels)
+    return math.comb(labels, more) * math.comb(per_label, share + 1) ** more * math.comb(per_label, share) ** (labels - more)
+
+
 def build_contexts(name: str, params: ContextParams, task: Task, demonstrations: Sequence[Example], seed: int) -> list[Context]:
-    """One list of contexts; `demonstrations` are in rank order. Raises UsageError if there are fewer distinct ones than asked for."""
-    by_label = [[example for example in demonstrations if example.label == label] for label in task.labels] or [list(demonstrations)]
-    # If labels cannot be equal in number, the first labels have one more.
-    shares = [params.demonstrations // len(by_label) + (i < params.demonstrations % len(by_label)) for i in range(len(by_label))]
-    fixed = [example for own, share in zip(by_label, shares, strict=True) for example in own[:share]]
-    if params.vary == "order":
-        possible, remedy = math.factorial(len(fixed)), "raise `demonstrations`"
-    else:
-        possible = math.prod(math.comb(len(own), share) for own, share in zip(by_label, shares, strict=True))
-        remedy = "raise data.demonstrations.per_label above what one context takes"
+    """One list of contexts. `demonstrations` are in rank order, as many of each label. If a context cannot have as many of each, some
+    labels have one more: in each draw others.
+
+    Raises UsageError if there are fewer distinct ones than asked for.
+    """
+    by_label = {label: [example for example in demonstrations if example.label == label] for label in task.labels}
+    by_label = by_label or {"": list(demonstrations)}
+    vary, possible = variation(params, len(demonstrations)), different_contexts(params, len(by_label), min(map(len, by_label.values())))
     if params.count > possible:
+        remedy = {"order": "raise `demonstrations`", "draw": "raise data.demonstrations.per_label above what one context takes"}[vary]
         raise UsageError(
-            f"contexts.{name}.count: {params.count}, and {params.demonstrations} demonstrations with `vary: {params.vary}` make only "
+            f"contexts.{name}.count: {params.count}, and {params.demonstrations} demonstrations with `vary: {vary}` make only "
             f"{possible} different contexts. Lower `count`, or {remedy}."
         )
     answer_of = attrgetter("label" if task.params.completion is None else "completion")  # params see to it that there is one
-    contexts: dict[tuple[str, ...], Context] = {}
+    share, more = divmod(params.demonstrations, len(by_label))
+    fixed = [example for i, group in enumerate(by_label.values()) for example in group[: share + (i < more)]]
+
+    def draw(key: str, seen: Counter[str]) -> list[Example]:
+        """Of what was `seen` least: `share` examples of each label, one more of some."""
+        longer = sorted(by_label, key=lambda label: (seen[label], sha256_text(f"{key}\0label\0{label}")))[:more]
+        groups = {label: sorted(_shuffled(group, f"{key}\0draw"), key=lambda e: seen[e.example_id]) for label, group in by_label.items()}
+        return [example for label, group in groups.items() for example in group[: share + (label in longer)]]
+
+    contexts, shown = dict[tuple[str, ...], Context](), Counter[str]()  # `shown`: labels and examples in earlier contexts
     for at in range(params.count):
         for attempt in count():
-            key, own = f"{seed}\0{params.vary}\0{at}\0{attempt}", fixed
-            if params.vary == "draw":
-                own = [e for group, share in zip(by_label, shares, strict=True) for e in _shuffled(group, f"{key}\0draw")[:share]]
+            key = f"{seed}\0{vary}\0{at}\0{attempt}"
+            # What was shown least may make up an earlier context as a whole; then any will do.
+            own = fixed if vary == "order" else draw(key, Counter() if attempt else shown)
             own = _shuffled(own, key)
             ids = tuple(example.example_id for example in own)
-            mark = ids if params.vary == "order" else tuple(sorted(ids))
+            mark = ids if vary == "order" else tuple(sorted(ids))
             if mark not in contexts:
+                shown.update([*ids, *(str(example.label) for example in own)])
                 contexts[mark] = Context(f"{name}/{at}", params.instruction, tuple((dict(e.fields), answer_of(e)) for e in own))
                 break
     return list(contexts.values())
+
+
+def not_shown(contexts: Iterable[Context], labels: Sequence[str]) -> list[str]:
+    """The labels that no context shows an example of; none if contexts have no demonstrations."""
+    shown = {answer for context in contexts for _, answer in context.demonstrations}
+    return [label for label in labels if shown and label not in shown]
 
 
 def check_fit(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.data.contexts import build_contexts, check_fit
+from pipeline.data.contexts import build_contexts, check_fit, not_shown
 from pipeline.data.examples import Quarantined, SourceExamples, read_written_source, shorten
 from pipeline.data.roles import UNLABELLED, assign, text_of
 from pipeline.files import Folders, write_json, write_text
@@ -56,14 +56,20 @@ def prepare(params: Params, folders: Folders) -> None:
         write_examples(examples, task.fields, folder / "evaluation" / f"{name}.parquet", slices)
 
     inputs = [*transfer, *(example for examples in evaluation.values() for example in examples)]
-    lengths: dict[str, dict[str, int]] = {}
+    about_contexts: dict[str, dict[str, Any]] = {}
     for name, entry in params.contexts.items():
         contexts = build_contexts(name, entry, task, demonstrations, data.seed)
         write_contexts(contexts, folder / "contexts" / f"{name}.parquet")
         tokens = [check_fit(f"contexts.{name}", entry, contexts, *models[model], inputs) for model in context_models[name]]
-        lengths[name] = {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}
+        lengths = {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}
+        absent = not_shown(contexts, tuple(task.params.verbalisers))
+        about_contexts[name] = {"tokens": lengths, "labels_not_shown": absent}
         if tokens:
-            print(f"contexts {name}: {', '.join(map(str, lengths[name].values()))} tokens")
+            print(f"contexts {name}: {', '.join(map(str, lengths.values()))} tokens")
+        if absent:
+            print(
+                f"contexts {name}: none shows {len(absent)} of {len(task.labels)} labels (metrics/prepare.json names them); raise `count`"
+            )
 
     for name, model in models.items():  # any of them may be asked about the pool, or learn it
         if alone := [*(inputs if name in context_models[""] else ()), *pool]:
@@ -87,7 +93,7 @@ def prepare(params: Params, folders: Folders) -> None:
             },
             "evaluation": {name: numbers(examples) for name, examples in evaluation.items()},
         },
-        "contexts": {name: {"tokens": own} for name, own in lengths.items()},
+        "contexts": about_contexts,
     }
     write_json(counts, folders.metrics / "prepare.json")
     sets = ", ".join(f"{name} {len(examples):,}" for name, examples in evaluation.items())

@@ -103,6 +103,16 @@ def test_a_users_own_files_become_examples_contexts_and_counts(raw: Raw, tokeniz
     assert all(len(entry["value"]) <= 80 for entry in quarantine())
 
 
+def test_a_label_that_no_context_shows_is_said(raw: Raw, capsys: pytest.CaptureFixture[str]) -> None:
+    raw["contexts"] = {"none": {"demonstrations": 0}, "one": {"demonstrations": 1}, "orders": {"demonstrations": 1, "count": 2}}
+    run(raw)
+    counted = json.loads(Path("metrics/prepare.json").read_text(encoding="utf-8"))["contexts"]
+    ((_, answer),) = read_contexts(Path("artifacts/data/contexts/one.parquet"))[0].demonstrations
+    absent = {name: entry["labels_not_shown"] for name, entry in counted.items()}
+    assert absent == {"none": [], "one": [{"negative": "positive", "positive": "negative"}[answer]], "orders": []}
+    assert "contexts one: none shows 1 of 2 labels (metrics/prepare.json names them)" in capsys.readouterr().out
+
+
 def test_a_slice_reaches_the_evaluation_set_and_nothing_that_is_learnt_from(raw: Raw) -> None:
     raw["data"]["sources"]["test"]["slices"] = {"stars": "rating"}
     run(raw)
