@@ -187,10 +187,15 @@ def measured_on(document: Json) -> str:
 
 
 def context_tokens(found: Collected) -> str:
-    """How long the contexts are."""
+    """How long the contexts are, and how many labels they show no example of."""
     counted = found.files["metrics/prepare.json"]["contexts"]
     ends = {name: dict.fromkeys([min(own), max(own)]) for name, entry in counted.items() if any(own := entry["tokens"].values())}
-    return "; ".join(f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items())
+    absent = {name: len(entry["labels_not_shown"]) for name, entry in counted.items() if entry["labels_not_shown"]}
+    said = [f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items()]
+    said += [
+        f"`{name}`: no context shows an example of {count} of {len(found.params.task.labels)} labels" for name, count in absent.items()
+    ]
+    return "; ".join(said)
 
 
 def findings(document: Json) -> list[str]:
