@@ -137,11 +137,10 @@ def test_nothing_is_replaced_unless_told(folder):
         (OPTIONS, "no column 'label'; the columns are: body, urgency. Name the right one with --label-column."),
         ([*OPTIONS, *MAPPED[8:]], "no column 'text'; the columns are: body, urgency. Name the right one with --field text=COLUMN."),
         (MAPPED[:-2], "label '1' is not a word: say what a model should answer for each of them, for example: --verbaliser 1=yes"),
-        ([*MAPPED[:-1], "1=bad"], "their answers begin with the same word, 'bad'"),
         ([*MAPPED, "--verbaliser", "2=maybe"], "--verbaliser 2=…: no such label"),
         ([*MAPPED, "--template", "no field"], "template names no field"),
         ([*MAPPED, "--per-label", "30"], "--per-label"),
-        ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values"),
+        ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values in 40 rows, and a task has 2"),
         (
             ["--labelled", "mine/pile.jsonl", *OPTIONS[2:]],
             "no column 'label'; the columns are: body. Name the right one with --label-column.",
@@ -261,11 +260,21 @@ def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monk
     assert params.contexts["orders"].demonstrations == 8
 
 
-def test_many_labels_have_a_demonstration_each(folder):
-    names = [f"{word} topic" for word in [*WORDS, "orchard", "prairie", "quarry", "ridge", "summit", "tundra"]]
-    three(folder, label=lambda n: names[n % 20])
-    shotless(folder, "init", *FILES, "--per-label", "1")
-    assert load_params(folder / "new.yaml").contexts["orders"].demonstrations == 20
+INTENTS = [f"{word}_topic_{n}" for n in range(6) for word in WORDS][:77]
+
+
+def test_77_labels_are_shown_by_several_contexts_between_them(folder, model_folder, monkeypatch):
+    for name, start in (("l", 0), ("t", 400)):
+        rows = [{"text": sentence(start + n, 6), "label": INTENTS[n % 77].title()} for n in range(77 * 2)]
+        write_rows(folder / "mine" / f"{name}.jsonl", rows)
+    write_rows(folder / "mine" / "u.jsonl", [{"text": sentence(1000 + n)} for n in range(60)])
+    said = shotless(folder, "init", *FILES).stdout
+    assert "and 65 more" in said
+    assert "contexts: at most 16 demonstrations, which show the 77 labels between them" in said
+    params = prepares(folder, model_folder("llama", max_position_embeddings=4096), monkeypatch)
+    assert params.task.verbalisers == {label.title(): f" {label.replace('_', ' ')}" for label in INTENTS}
+    assert (params.contexts["orders"].demonstrations, params.contexts["orders"].count) == (16, 5)
+    assert shotless(folder, "check").stdout.startswith("params.yaml is in order")
 
 
 def test_two_demonstrations_have_two_orders(folder):
