@@ -10,7 +10,7 @@ If the template has control tokens itself, they stay control tokens, and a text 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 from pipeline.errors import UsageError
@@ -65,7 +65,7 @@ class Task:
 
 
 class TaskTokens:
-    """A task in one tokenizer's ids. Raises UsageError if first tokens of verbalisers do not tell labels apart, or one has no token."""
+    """A task in one tokenizer's ids. Raises UsageError if a verbaliser has no token, or two cannot be told apart."""
 
     def __init__(self, task: Task, tokenizer: Any) -> None:
         self.task = task
@@ -77,9 +77,12 @@ class TaskTokens:
         # What the tokenizer puts before every text (a beginning-of-text token, or nothing); an end token is not part of a prompt.
         special = tokenizer("").input_ids if tokenizer.bos_token_id is not None else []
         self._bos: tuple[int, ...] = tuple(i for i in special if i == tokenizer.bos_token_id)[:1]
-        self.completions: list[list[int]] = [self._completion(text) for text in task.verbalisers]
-        """Token ids of each label's verbaliser, in the order of `task.labels`; none if answers are free text."""
-        self._check_completions()
+        self.completions: list[list[int]] = self._completions()
+        """Token ids of each label's verbaliser, in the order of `task.labels`; none if answers are free text.
+
+        If the ids of one begin those of another, each goes on to what ends an answer in demonstrations, and is told apart by it. Else
+        nothing is added: the probabilities of labels add up to at most 1 without ends too, and a label of one token costs no more.
+        """
 
     @property
     def longest_answer(self) -> int:
@@ -148,25 +151,34 @@ class TaskTokens:
             prompts.append(Prompt(full[:start], full[start:]))
         return prompts
 
-    def _completion(self, verbaliser: str) -> list[int]:
-        """Ids of a verbaliser after a query; encoded alone if the boundary merges."""
-        query = self.task.query(dict.fromkeys(self.task.fields, "x"))
-        before, whole, alone = (list(ids) for ids in self._encode([query, query + verbaliser, verbaliser], Context("")))
-        return whole[len(before) :] if whole[: len(before)] == before else alone[len(self._bos) :]
-
-    def _check_completions(self) -> None:
-        first: dict[int, str] = {}
-        for label, ids in zip(self.task.labels if self.completions else (), self.completions, strict=True):
-            verbaliser = self.task.params.verbalisers[label]
+    def _completions(self) -> list[list[int]]:
+        words = self.task.verbalisers
+        found = [self._following("", text) for text in words]
+        for label, ids, text in zip(self.task.labels, found, words, strict=bool(words)):
             if not ids:
-                raise UsageError(f"task.verbalisers.{label}: {verbaliser!r} has no token in this tokenizer. Give it a visible text.")
-            if (other := first.setdefault(ids[0], label)) != label:
-                shared = self.tokenizer.decode(ids[0])
-                way = "" if shared.strip() else ", or end task.template in a space and write verbalisers without theirs"
-                raise UsageError(
-                    f"task.verbalisers: {other!r} and {label!r} both begin with token {ids[0]} ({shared!r}), so the answer position cannot "
-                    f"tell them apart. Choose verbalisers whose first tokens differ{way}."
-                )
+                raise UsageError(f"task.verbalisers.{label}: {text!r} has no token in this tokenizer. Give it a visible text.")
+        if _beginning(found):
+            found = [ids + self._end(text) for ids, text in zip(found, words, strict=True)]
+        if pair := _beginning(found):
+            (one, ids), (other, others) = ((self.task.labels[number], found[number]) for number in pair)
+            raise UsageError(
+                f"task.verbalisers: {one!r} and {other!r} cannot be told apart: their tokens are {ids} and {others}. Give one another text."
+            )
+        return found
+
+    def _end(self, verbaliser: str) -> list[int]:
+        """The token that ends an answer in demonstrations."""
+        return self._following(verbaliser, self.task.params.separator, self._example_query)[:1]
+
+    @property
+    def _example_query(self) -> str:
+        return self.task.query(dict.fromkeys(self.task.fields, "x"))
+
+    def _following(self, before: str, text: str, after: str = "") -> list[int]:
+        """Ids of a text behind a query and what answers it; encoded alone if the boundary merges."""
+        head = self._example_query + before
+        start, whole, alone = (list(ids) for ids in self._encode([head, head + text + after, text + after], Context("")))
+        return whole[len(start) :] if whole[: len(start)] == start else alone[len(self._bos) :]
 
 
 class EncoderTokens(TaskTokens):
@@ -196,6 +208,12 @@ class EncoderTokens(TaskTokens):
 
     def fault_of(self, example: Example, context: Context = NO_CONTEXT) -> None:
         """No input can be taken for control tokens."""
+
+
+def _beginning(completions: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The numbers of two of which one's ids begin the other's, or are the same; None if there are none."""
+    ordered = sorted(range(len(completions)), key=completions.__getitem__)  # what begins others stands before one of them
+    return next((pair for pair in pairwise(ordered) if completions[pair[1]][: len(completions[pair[0]])] == completions[pair[0]]), None)
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -104,7 +104,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
     labels = [f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in islice(counts.items(), LABELS_SHOWN)]
     notes.append(f"labels: {', '.join(labels)}" + (f" and {len(counts) - len(labels):,} more" if len(counts) > len(labels) else ""))
     if form.template.endswith(" "):
-        notes.append("task.template: it ends in a space, since only so the first tokens of the answers differ")
+        notes.append("task.template: it ends in a space, since tokenizers begin all answers with a space of its own")
     room = _choose_length(raw, read, tokens, _room(params, tokenizers), notes)
     try:
         demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
