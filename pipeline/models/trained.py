@@ -48,18 +48,16 @@ def about_trained(name: str, tokens: TaskTokens, provenance: Mapping[str, Any]) 
 
 def load_tokens(task: Task, folder: Path) -> TaskTokens:
     """A task in the ids of a folder's model, or of a server's. Raises UsageError if it cannot answer the task."""
-    from pipeline.models.folders import (
-        is_encoder,
-        load_config,
-        load_tokenizer,
-        server_of,
-    )  # bring torch, which an exported folder does without
+    from pipeline.models import folders  # brings torch, which an exported folder does without
 
-    if (server := server_of(folder)) is not None:
-        own = server["settings"]["tokenizer"]
-        return TextTokens(task) if own is None else TaskTokens(task, load_tokenizer(folder.parent.parent / own))
-    kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
-    return kind(task, load_tokenizer(folder))
+    kind, own = TaskTokens, folder
+    if (server := folders.server_of(folder)) is not None:
+        if server["settings"]["tokenizer"] is None:
+            return TextTokens(task)
+        own = folder.parent.parent / server["settings"]["tokenizer"]
+    elif folders.is_encoder(folders.load_config(folder)):
+        kind = EncoderTokens
+    return kind(task, folders.load_tokenizer(own), folders.context_limit(folder))
 
 
 def open_trained(folder: Path, tokens_of: Callable[[Task, Path], TaskTokens] = load_tokens) -> Trained:

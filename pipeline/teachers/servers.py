@@ -48,6 +48,7 @@ NEGLIGIBLE_NATS = math.log(1e4)  # below the best label: a label's further token
 DRIFT_NATS = 0.25  # that probe answers may move: servers' batches change the last bits, other weights change more
 PROBES = ("The capital of France is", "2 + 2 =", "Review: a warm and funny film\nSentiment:")
 PROBE_TOP = 5
+MORE = (2000, 100)  # that a server which gives no other tokens is asked for
 UNLISTED = (" Zanzibar", " hexagon")  # texts that the first probe's answer does not begin with
 
 Token = int | str  # its id, or its text if the server tokenises
@@ -136,6 +137,11 @@ class Server:
         return self.settings.url.rstrip("/").removesuffix("/v1")
 
     @property
+    def top(self) -> int:
+        """Most probable tokens that it is asked for."""
+        return self.found.get("top", TOP)
+
+    @property
     def spent(self) -> float:
         """Money so far; 0 without a price."""
         return self.cost(*self.tokens)
@@ -208,7 +214,7 @@ class Server:
         return text.replace(self._key, "…") if self._key else text
 
     def next_token(self, prompt: Prompt, behind: Label, wanted: Iterable[Token] = ()) -> Said:
-        """Log-probabilities of what follows a prompt and the beginning of an answer: of the `TOP` most probable tokens, and of those
+        """Log-probabilities of what follows a prompt and the beginning of an answer: of the `top` most probable tokens, and of those
         `wanted` as far as the server gives them. Raises ShotlessError if an answer is not of what was asked.
         """
         said = self._top(prompt, behind)
@@ -220,13 +226,13 @@ class Server:
         if self._is_chat(prompt):
             turns = prompt.request if isinstance(prompt.request, tuple) else [("user", prompt.request)]
             messages = [{"role": role, "content": content} for role, content in turns or ()]
-            reply = self._asked("/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": TOP})
+            reply = self._asked("/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": self.top})
         else:
             reply = self._asked("/completions", self._body(prompt, behind))
         return self._said(_choice(reply), prompt, behind, _usage(reply))
 
     def _body(self, prompt: Prompt, behind: Label) -> dict[str, Any]:
-        return {"prompt": _behind(prompt, behind), "logprobs": TOP}
+        return {"prompt": _behind(prompt, behind), "logprobs": self.top}
 
     def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
         """Each by itself, behind a prompt that the server repeats with log-probabilities (`echo`): token ids, or texts of any length.
@@ -357,7 +363,7 @@ class Sglang(Server):
             "text" if is_text else "input_ids": _behind(prompt, behind),
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_logprob": True,
-            "top_logprobs_num": TOP,
+            "top_logprobs_num": self.top,
             "return_text_in_logprobs": is_text,
             **({"token_ids_logprob": wanted} if wanted else {}),
         }
@@ -378,7 +384,7 @@ class LlamaCpp(Server):
     def _top(self, prompt: Prompt, behind: Label) -> Said:
         if self._is_chat(prompt):
             return super()._top(prompt, behind)
-        reply, position = self._completion(prompt, behind, {"n_probs": TOP})
+        reply, position = self._completion(prompt, behind, {"n_probs": self.top})
         listed = {self._named(prompt, entry): entry.get("logprob") for entry in position.get("top_logprobs") or ()}
         return self._listed(listed, prompt, behind, int(reply.get("tokens_evaluated") or 0))
 
@@ -515,7 +521,7 @@ def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
     limit, tokenizer = about.get("max_model_len"), server.tokenizer
     if server.kind == "llama_cpp":
         limit = server.call(f"{server.root}/props")["default_generation_settings"]["n_ctx"]
-    found: dict[str, Any] = {"kind": server.kind, "chat_alone": False, "exact": False}
+    found: dict[str, Any] = {"kind": server.kind, "chat_alone": False, "exact": False, "top": TOP}
     prompt = probe_prompts(tokenizer)[0]
     try:
         said = server.next_token(prompt, () if tokenizer is not None else "")
@@ -535,6 +541,16 @@ def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
             ) from None
     if not found["chat_alone"]:
         found["exact"] = _is_exact(server, prompt, said)
+    server.found = dict(found)
+    for count in MORE if not found["exact"] else ():
+        server.found = {**found, "top": count}
+        try:
+            more = server.next_token(prompt, () if tokenizer is not None else "")
+        except ShotlessError:
+            continue
+        if len(more.logprobs) > len(said.logprobs):
+            said, found["top"] = more, count
+            break
     server.found = dict(found)
     way = server.way
     if not found["exact"]:
