@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
 
@@ -21,7 +22,7 @@ from pipeline.errors import ShotlessError
 from pipeline.evaluation.metrics import Json
 from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, sha256_json, write_json
-from pipeline.models.folders import load_model, weights_sha256
+from pipeline.models.folders import load_model, server_of, weights_sha256
 from pipeline.models.forward import plain_logits
 from pipeline.models.machine import DTYPES, cpu_info, default_device, use_machine
 from pipeline.models.packed import Row
@@ -48,12 +49,46 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
     timed, threads = min(params.evaluation.cost_examples, len(examples)), params.runtime.threads or cores()
     asked = examples[: max(timed, THROUGHPUT_EXAMPLES)]
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            figures = process.submit(measure, models, params.task, asked, timed, threads, name in params.students).result()
+        if any(server_of(model.folder) for model in models):
+            figures = measure_served(models, params, examples[:timed], threads)
+        else:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                figures = process.submit(measure, models, params.task, asked, timed, threads, name in params.students).result()
     except BrokenProcessPool:
         raise ShotlessError(f"The process that measures the cost of {name} was killed, perhaps for lack of memory. Run it again.") from None
     write_json(figures, folders.metrics / "cost" / f"{name}.json")
     return figures
+
+
+def measure_served(models: Sequence[Answering], params: Params, examples: Sequence[Example], threads: int) -> Json:
+    """Figures of `measure` for models of which one at least is behind a server: examples one by one, as asked."""
+    task, seconds, tokens = Task(params.task), [], 0
+    with ExitStack() as stack:
+        scorers = [stack.enter_context(replace(model, work=None).scorer(task, params)) for model in models]
+        asked = list(zip(scorers, models, strict=True))
+        for example in (examples[0], *examples):  # the first to warm up
+            start = time.perf_counter()
+            rows = [scorer.asked_again(model.contexts, [example]) for scorer, model in asked]
+            seconds.append(time.perf_counter() - start)
+            tokens += sum(sum(own["prompt_tokens"].to_pylist()) for own in rows) if len(seconds) > 1 else 0
+        subject = [[scorer.identity, [context.context_id for context in model.contexts]] for scorer, model in asked]
+    latency = 1000 * float(np.median(seconds[1:]))
+    return {
+        "measured": {
+            "subject": sha256_json(subject),
+            "examples": len(examples),
+            "batched": len(examples),
+            "device": "server",
+            "processor": "a server",
+            "dtypes": sorted({model.dtype for model in models} - {"server"}),
+            "threads": threads,
+            "torch": torch.__version__,
+        },
+        "prompt_tokens": tokens / len(examples),
+        "latency_ms": round(latency, 2),
+        "forward_passes": sum(len(model.contexts) for model in models),
+        "throughput": {"examples": len(examples), "examples_per_second": round(1000 / latency, 3), "engine": "server"},
+    }
 
 
 def measure(

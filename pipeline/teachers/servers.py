@@ -223,7 +223,7 @@ class Server:
         return said
 
     def _top(self, prompt: Prompt, behind: Label) -> Said:
-        if self._is_chat(prompt):
+        if self.is_chat(prompt):
             turns = prompt.request if isinstance(prompt.request, tuple) else [("user", prompt.request)]
             messages = [{"role": role, "content": content} for role, content in turns or ()]
             reply = self._asked("/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": self.top})
@@ -256,7 +256,8 @@ class Server:
             found[token] = sum(self._checked(values[at]) for at in own)
         return found
 
-    def _is_chat(self, prompt: Prompt) -> bool:
+    def is_chat(self, prompt: Prompt) -> bool:
+        """Whether a prompt is sent as chat messages, so that its answer cannot be begun and has no space before it."""
         return isinstance(prompt.request, tuple) or (prompt.request is not None and bool(self.found.get("chat_alone")))
 
     def _asked(self, path: str, body: dict[str, Any], root: str | None = None) -> Any:
@@ -347,7 +348,7 @@ class Sglang(Server):
 
     def next_token(self, prompt: Prompt, behind: Label, wanted: Iterable[Token] = ()) -> Said:
         """See `Server`."""
-        if self._is_chat(prompt):
+        if self.is_chat(prompt):
             return super().next_token(prompt, behind)
         wanted = list(wanted) if prompt.request is None and self.found.get("exact") else []
         said, named = self._generate(prompt, behind, wanted)
@@ -382,7 +383,7 @@ class LlamaCpp(Server):
     SURE: ClassVar[float] = 1e4  # a bias that no logit outweighs; what is reported is from before it
 
     def _top(self, prompt: Prompt, behind: Label) -> Said:
-        if self._is_chat(prompt):
+        if self.is_chat(prompt):
             return super()._top(prompt, behind)
         reply, position = self._completion(prompt, behind, {"n_probs": self.top})
         listed = {self._named(prompt, entry): entry.get("logprob") for entry in position.get("top_logprobs") or ()}
@@ -613,9 +614,7 @@ class ServerBackend:
     def __init__(self, folder: Path, tokens: TaskTokens, cache: CacheParams) -> None:
         self._server, self._cache = open_server(folder), cache
         self._labels: list[Label] = [tuple(ids) for ids in tokens.completions]
-        if not self._labels:
-            chat = self._server.found["chat_alone"]
-            self._labels = [text.strip() if chat else text for text in tokens.task.verbalisers]
+        self._labels = self._labels or list(tokens.task.verbalisers)
         self._request_seconds = 0.0
 
     @property
@@ -636,8 +635,10 @@ class ServerBackend:
         return len(beginnings) * (1 + apart)
 
     def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:  # noqa: ARG002
-        """Ask the probe again. Raises MismatchError if it is no longer answered as the stage `server` met it."""
-        server = self._server
+        """Ask the probe again, once. Raises MismatchError if it is no longer answered as the stage `server` met it."""
+        server, report = self._server, {"name": "server", "reason": self._server.found["way"], "token_budget": 1, "device": "server"}
+        if self._request_seconds:  # it was asked
+            return report
         began = time.monotonic()
         before, now = server.found["probe"], probe_answers(server)
         self._request_seconds = (time.monotonic() - began) / len(PROBES)
@@ -647,7 +648,7 @@ class ServerBackend:
                 f"then: {before}\nnow:  {now}\nStart the model of then, or ask all of this one: "
                 f"`dvc repro --force server@{server.where.partition('.')[2]}`."
             )
-        return {"name": "server", "reason": server.found["way"], "token_budget": 1, "device": "server"}
+        return report
 
     def announce(self, lengths: Sequence[int]) -> None:
         """Say what rows with prompts of so many tokens will take. Raises UsageError if that is more than `budget`."""
@@ -710,7 +711,9 @@ class ServerBackend:
         self._server.close()
 
     def _row(self, prompt: Prompt) -> _Row:
-        return _Row(prompt, *score_labels(self._server, prompt, self._labels, goes_on=not self._server.found["chat_alone"]))
+        chat = self._server.is_chat(prompt)
+        labels = [text.strip() if isinstance(text, str) else text for text in self._labels] if chat else self._labels
+        return _Row(prompt, *score_labels(self._server, prompt, labels, goes_on=not chat))
 
     def _table(self, rows: Sequence[_Row]) -> pa.Table:
         bounds = torch.tensor([row.bounds for row in rows])

@@ -419,3 +419,41 @@ def test_what_a_file_leaves_out_has_its_default(raw_params: Raw) -> None:
     assert parse_params(put(copy.deepcopy(raw_params), "task.completion", None)) == parse_params(raw_params)
     for block, named in {"tuned": "no 'tuned/tuned'", "downloads": "no 'smollm2'"}.items():
         assert named in message({key: value for key, value in raw_params.items() if key != block})
+
+
+SERVER = {"url": "http://127.0.0.1:8000/v1", "model": "m"}
+ON_SERVER = [
+    ("models.big", SERVER, "models.big: `url` is about a server, and a model here is a folder or file; write `servers: {NAME: "),
+    ("servers.big", SERVER | {"url": "http://me:secret@host/v1"}, "servers.big.url: string should match pattern"),
+    ("servers.big", SERVER | {"budget": 2.0}, "servers.big: `budget` needs a `price`"),
+    ("servers.big", SERVER | {"tokenizer": "models/none"}, "servers.big.tokenizer: no 'models/none'; choose one of: models/smollm2"),
+    (
+        "teachers.few_shot.model",
+        "servers/other",
+        "teachers.few_shot.model: no 'servers/other'; choose one of: models/smollm2, servers/big, ",
+    ),
+    (
+        "teachers.few_shot.scores",
+        "input_tokens",
+        "teachers.few_shot.scores: `input_tokens`, and a server gives distributions of its answer",
+    ),
+    ("teachers.few_shot.cache", {"temperatures": [2.0]}, "teachers.few_shot.cache: a server gives neither hidden states nor"),
+    ("teachers.few_shot.dtype", "float16", "teachers.few_shot.dtype: 'float16', and the number format is the server's matter"),
+    (
+        "targets.mix.auxiliary_caches",
+        ["few_shot"],
+        "targets.mix.auxiliary_caches: teacher 'few_shot' is behind servers.big, which tokenises",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "said"), ON_SERVER, ids=lambda value: str(value)[:40])
+def test_a_teacher_behind_a_server_has_its_own_combinations(raw_params: Raw, path: str, value: Any, said: str) -> None:
+    raw = put(put(raw_params, "servers", {"big": dict(SERVER)}), "teachers.few_shot.model", "servers/big")
+    params = parse_params(raw)
+    kept = params.kept_of("few_shot")
+    assert (kept.encoding, kept.top_k) == ("top_k_tail", 20)
+    assert params.context_models()["orders"] == []
+    assert parse_params(put(raw, "servers.big.tokenizer", "models/smollm2")).context_models()["orders"] == ["smollm2"]
+    raw["servers"]["big"] = dict(SERVER)
+    assert said in message(put(raw, path, value))
