@@ -14,12 +14,12 @@ from operator import attrgetter
 
 from pipeline.errors import UsageError
 from pipeline.files import sha256_text
-from pipeline.params import ContextParams
+from pipeline.params import LEAST_TOKENS, ContextParams
 from pipeline.schema import NO_CONTEXT, Context, Example
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task, TaskTokens, TooLongError
 
-LONGEST = 16
-"""Inputs that are put behind each context: those of most tokens, since the tokens at the border depend on the input."""
+BORDER = 8
+"""Tokens by which a prompt may differ from the sum of context and query: those at the border depend on both."""
 
 
 def variation(params: ContextParams, held: int) -> str:
@@ -83,31 +83,34 @@ def not_shown(contexts: Iterable[Context], labels: Sequence[str]) -> list[str]:
 
 
 def check_fit(
-    where: str, params: ContextParams, contexts: Sequence[Context], tokens: TaskTokens, limit: int | None, examples: Sequence[Example]
-) -> list[int]:
-    """Tokens that each context adds to a prompt. `limit` is the model's, in tokens; `examples` are all inputs that may follow.
+    where: str, params: ContextParams, contexts: Sequence[Context], tokens: TaskTokens, examples: Sequence[Example]
+) -> tuple[list[int], set[str]]:
+    """Tokens that each context adds to a prompt, and the ids of those `examples` that do not fit behind the longest.
 
-    Raises UsageError if a context is longer than `max_tokens`, or a whole prompt with its answer is longer than the model takes.
+    `examples` are all inputs that may follow. Raises UsageError if a context is longer than `max_tokens`, or does not fit the model with an
+    answer and a little of an input, TooLongError if `task.long_texts` refuses an input.
     """
-    answer = tokens.longest_answer
-    alone = [len(prompt.ids) for prompt in tokens.prompts(NO_CONTEXT, examples)]
-    longest = sorted(range(len(examples)), key=lambda at: -alone[at])[:LONGEST]
-    added = []
+    probe, added = [Example(dict.fromkeys(tokens.task.fields, "some text"), completion="")], list[int]()
     for context in contexts:
-        whole = [len(prompt.ids) for prompt in tokens.prompts(context, [examples[at] for at in longest])]
-        added.append(length := whole[0] - alone[longest[0]])
+        try:
+            behind, alone = (tokens.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
+        except TooLongError:
+            raise UsageError(
+                f"{where}: context {context.name} does not fit {tokens.tokenizer.name_or_path}, which takes {tokens.limit:,} tokens, with "
+                f"an answer and {LEAST_TOKENS} tokens of an input. Lower `demonstrations` or data.demonstrations.max_words, or choose a "
+                "model with a longer limit."
+            ) from None
+        added.append(length := len(behind.ids) - len(alone.ids))
         if params.max_tokens is not None and length > params.max_tokens:
             raise UsageError(
                 f"{where}: context {context.name} of {len(context.demonstrations)} demonstrations has {length} tokens, max_tokens "
                 f"is {params.max_tokens}. Raise max_tokens, or lower `demonstrations` or data.demonstrations.max_words."
             )
-        if limit is not None and max(whole) + answer > limit:
-            raise UsageError(
-                f"{where}: the longest prompt of context {context.name} has {max(whole):,} tokens, {length:,} of the context. "
-                f"With {answer:,} of the longest answer it does not fit the {limit:,} that {tokens.tokenizer.name_or_path} takes. Lower "
-                "`demonstrations`, task.max_chars or data.demonstrations.max_words, or choose a model with a longer limit."
-            )
-    return added
+    room = math.inf if tokens.limit is None else tokens.limit + 1 - max(added) - BORDER
+    asked = zip(examples, tokens.prompts(NO_CONTEXT, examples), strict=True)
+    near = [example for example, prompt in asked if prompt.cut or tokens.tokens_of(prompt) > room]
+    behind_longest = tokens.prompts(contexts[added.index(max(added))], near)
+    return added, {example.example_id for example, prompt in zip(near, behind_longest, strict=True) if prompt.cut}
 
 
 def _shuffled(examples: Sequence[Example], key: str) -> list[Example]:

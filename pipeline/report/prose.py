@@ -198,6 +198,13 @@ def context_tokens(found: Collected) -> str:
     return "; ".join(said)
 
 
+def too_long(found: Collected) -> str:
+    """How many texts of each role do not fit which model, and what becomes of them; empty if all fit."""
+    counted, rule = found.files["metrics/prepare.json"]["cut"], found.params.task.long_texts
+    readers = [f"`{reader}`: {', '.join(f'{number(texts)} of {role}' for role, texts in own.items())}" for reader, own in counted.items()]
+    return f"Texts that do not fit, and of which `task.long_texts: {rule}` decides: {'; '.join(readers)}." if readers else ""
+
+
 def findings(document: Json) -> list[str]:
     """Sentences for "What this run shows", the most important first."""
     lines, ranges, warnings = ["This run has no student: it shows prompting alone."], list[str](), list[str]()

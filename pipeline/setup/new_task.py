@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress, islice
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,8 @@ MOST_CONTEXTS = 8
 """In a list, to show every label; each costs the teacher as much as the first."""
 ROWS_SHOWN, ROWS_READ = 3, 500  # to show what a file holds, and to guess at its columns
 SHOWN_CHARS = 1500
-LONG_SHARE, OUTLIER = 0.01, 4
-"""A text is left out if it is this many times as long as all but this share of its file."""
-MOST_LEFT_OUT = 20
-"""Percent of a file that may be left out for demonstrations to have half of the room; if more were, inputs may take all of it."""
+MOST_CUT = 20
+"""Percent of a file's texts that may be cut for demonstrations to have half of the room."""
 BYTES_A_TOKEN = 2
 UNKNOWN_LIMIT = 8192
 """For a model that is not there yet: bytes that a token has at least, as a rule, and tokens that the model takes."""
@@ -91,7 +89,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
         form = fitting_form(parse_params(raw).task, tokenizers.values())
         raw["task"] |= {"template": form.template, "verbalisers": form.verbalisers}
         params = parse_params(raw)
-        task = Task(params.task.model_copy(update={"max_chars": 10**12}))  # `_choose_length` chooses how long texts may be
+        task = Task(params.task)
         read = {name: read_source(name, entry, Path(entry.path), task) for name, entry in params.data.sources.items()}
     except MissingColumnError as missing:
         option = "--label-column" if missing.column == answers.label_column else f"--field {missing.column}=COLUMN"
@@ -105,7 +103,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
     notes.append(f"labels: {', '.join(labels)}" + (f" and {len(counts) - len(labels):,} more" if len(counts) > len(labels) else ""))
     if form.template.endswith(" "):
         notes.append("task.template: it ends in a space, since tokenizers begin all answers with a space of its own")
-    room = _choose_length(raw, read, tokens, _room(params, tokenizers), notes)
+    room = _context_room(read, task, tokens, _room(params, tokenizers), notes)
     try:
         demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
     except UsageError as error:
@@ -253,38 +251,15 @@ def _token_counts(texts: Sequence[str], params: Params, tokenizers: Mapping[str,
     return [max(of_one) for of_one in zip(*counts, strict=True)]
 
 
-def _choose_length(raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Tokens, most: int, notes: list[str]) -> int:
-    """Set `task.max_chars` so that few texts are left out, take longer ones out of `read`, and return the tokens left for a context.
-
-    Inputs may have half of the `most` tokens that a model takes, or all if too many would be left out.
-    """
-    task = Task(parse_params(raw).task)
-    chars = {name: np.array([max(map(len, e.fields.values())) for e in source.examples], int) for name, source in read.items()}
-    sizes = {name: np.array(tokens([task.query(e.fields) for e in source.examples]), int) for name, source in read.items()}
-    usual: int = TaskParams.model_fields["max_chars"].default
-    ranked = [np.sort(own) for own in chars.values() if len(own)]
-    wanted = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
-    longest, left_out, percent = wanted, dict[str, int](), dict[str, int]()
-    for room in (most // 2, most):
-        longest = int(min([wanted, *(chars[name][sizes[name] > room].min(initial=wanted + 1) - 1 for name in read)]))
-        left_out = {name: int((own > longest).sum()) for name, own in chars.items()}
-        percent = {name: -(-100 * (source.bad_rows + left_out[name]) // source.counts["rows"]) for name, source in read.items()}
-        if max(percent.values()) <= MOST_LEFT_OUT:
-            break
-    if longest != usual:
-        raw["task"]["max_chars"] = longest
-        notes.append(f"task.max_chars: {longest:,}")
-    for name, source in read.items():
-        source.examples = list(compress(source.examples, chars[name] <= longest))
-        if left_out[name]:
-            notes.append(f"{source.file}: {left_out[name]:,} texts are longer than {longest:,} characters and are left out")
-            raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent[name] / 100)
-        if not source.examples:
-            raise UsageError(
-                f"{source.file}: every text has more than the {most:,} tokens that a model here takes. Take a model that takes "
-                "more, or shorten the texts."
-            )
-    return min(most // 2, most - max(int(sizes[name][chars[name] <= longest].max()) for name in read))
+def _context_room(read: Mapping[str, SourceExamples], task: Task, tokens: Tokens, most: int, notes: list[str]) -> int:
+    """Tokens for a context: half of the `most` that a model takes, or what nearly all inputs of each file leave, if that is less."""
+    sizes = {source.file: np.array(tokens([task.query(e.fields) for e in source.examples])) for source in read.values() if source.examples}
+    usual = max((int(np.percentile(own, 100 - MOST_CUT, method="higher")) for own in sizes.values()), default=0)
+    room = max(0, min(most // 2, most - usual))
+    for file, own in sizes.items():
+        if count := int((own > most - room).sum()):
+            notes.append(f"{file}: {count:,} texts do not fit behind a context, and are cut there (task.long_texts)")
+    return room
 
 
 def _choose_demonstrations(
@@ -327,7 +302,7 @@ def _choose_demonstrations(
         covering = min(MOST_CONTEXTS, -(-labels // max(1, entry["demonstrations"])))
         possible = different_contexts(ContextParams.model_validate(entry | {"count": 1}), labels, data.demonstrations.per_label)
         entry["count"] = min(max(entry.get("count", 1), covering), possible)
-    why = ", as many as fit beside the longest text" if fitting < wanted else ""
+    why = ", as many as fit beside an input" if fitting < wanted else ""
     why += f", which show the {labels:,} labels between them" if 0 < fitting < labels <= MOST_CONTEXTS * fitting else ""
     notes.append(f"contexts: at most {fitting} demonstrations{why}; {room:,} tokens are left for them")
     return chosen

@@ -108,7 +108,7 @@ def test_demonstrations_of_free_text_show_their_answers() -> None:
 
 def test_no_demonstrations_and_no_instruction_make_one_empty_context(tokens: TaskTokens) -> None:
     assert build(demonstrations=0) == [Context("mine/0")]
-    assert check_fit("mine", ContextParams(demonstrations=0), [Context("mine/0")], tokens, 512, DEMONSTRATIONS) == [0]
+    assert check_fit("mine", ContextParams(demonstrations=0), [Context("mine/0")], tokens, DEMONSTRATIONS) == ([0], set())
 
 
 @pytest.mark.parametrize(
@@ -129,20 +129,24 @@ def test_a_context_over_its_budget_names_context_tokens_and_budget(tokens: TaskT
     contexts = build(demonstrations=8)
     length = len(tokenizer(TASK.context_text(contexts[0])).input_ids)
     params = ContextParams(demonstrations=8, max_tokens=length)
-    assert check_fit("mine", params, contexts, tokens, 512, DEMONSTRATIONS) == [length]
+    assert check_fit("mine", params, contexts, tokens, DEMONSTRATIONS) == ([length], set())
     with pytest.raises(UsageError, match=rf"context mine/0 of 8 demonstrations has {length} tokens, max_tokens is 9"):
-        check_fit("mine", params.model_copy(update={"max_tokens": 9}), contexts, tokens, 512, DEMONSTRATIONS)
+        check_fit("mine", params.model_copy(update={"max_tokens": 9}), contexts, tokens, DEMONSTRATIONS)
 
 
 @pytest.mark.parametrize("vary", ["order", "draw"])
-def test_the_longest_prompt_and_answer_must_fit_the_model_to_the_token(tokens: TaskTokens, tokenizer: Any, vary: Any) -> None:
+def test_the_longest_prompt_and_answer_must_fit_the_model_to_the_token(tokenizer: Any, vary: Any) -> None:
     params = ContextParams(demonstrations=4, count=3, vary=vary)
     contexts = build(**params.model_dump())
     long = Example({"text": "zq" * 40})
     inputs = [Example({"text": "short"}), *DEMONSTRATIONS, long, Example({"text": "film " * 16})]
     whole = [len(tokenizer(TASK.context_text(context) + TASK.query(long.fields)).input_ids) for context in contexts]
-    needed = max(whole) + max(len(tokenizer(text).input_ids) for text in TASK.verbalisers)
-    check_fit("mine", params, contexts, tokens, needed, inputs)
-    with pytest.raises(UsageError, match=rf"has {max(whole)} tokens.*does not fit the {needed - 1} that .* takes"):
-        check_fit("mine", params, contexts, tokens, needed - 1, inputs)
-    check_fit("mine", params, contexts, tokens, None, inputs)
+    needed = max(whole) + max(len(tokenizer(text).input_ids) for text in TASK.verbalisers) - 1
+    for limit, cut in ((needed, set[str]()), (needed - 1, {long.example_id}), (None, set[str]())):
+        assert check_fit("mine", params, contexts, TaskTokens(TASK, tokenizer, limit), inputs)[1] == cut
+    refusing = Task(TASK.params.model_copy(update={"long_texts": "refuse"}))
+    check_fit("mine", params, contexts, TaskTokens(refusing, tokenizer, needed), inputs)
+    with pytest.raises(UsageError, match="is too long: its text has 80 tokens, and 79 fit"):
+        check_fit("mine", params, contexts, TaskTokens(refusing, tokenizer, needed - 1), inputs)
+    with pytest.raises(UsageError, match=r"mine: context mine/0 does not fit .*, which takes 40 tokens, with an answer and 16 tokens of"):
+        check_fit("mine", params, contexts, TaskTokens(TASK, tokenizer, 40), inputs)

@@ -201,6 +201,7 @@ def _write_rest(params: Params, folders: Folders) -> None:
         write_json({"seconds": 7.0, "rows": 6200, "rows_timed": 6200}, metrics / "runtime" / f"round-{name}.json")
     contexts = {"orders": {"tokens": {"orders/0": 478, "orders/1": 481}, "labels_not_shown": list(labels[2:])}}
     counts = {"sources": dict.fromkeys(params.data.sources, source), "roles": roles, "contexts": contexts}
+    counts["cut"] = {"smollm2 behind orders": {"transfer": 1200, "evaluation.movie": 3}}
     write_json(counts, metrics / "prepare.json")
     bad = {"source": "movie", "file": "movie.tsv", "line": 17, "field": "", "reason": "not UTF-8", "value": "<i>caf\ufffd"}
     (artifacts / "data" / "quarantine.jsonl").write_text(json.dumps(bad) + "\n", encoding="utf-8")

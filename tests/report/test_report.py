@@ -145,6 +145,11 @@ def test_costs_of_another_model_are_not_shown_and_the_machine_is_named(page):
         assert fact in page
 
 
+def test_texts_that_do_not_fit_are_counted(page):
+    counted = "<code>smollm2 behind orders</code>: 1,200 of transfer, 3 of evaluation.movie."
+    assert f"<code>task.long_texts: head_tail</code> decides: {counted}" in page
+
+
 def test_copies_kept_out_and_licences_are_shown(page):
     assert ["transfer set", "movie, amazon, tweets, editorials", "1,200", "11"] in table_of(page, "roles")
     assert all(row[1] == "MIT" for row in table_of(page, "sources")[1:])
