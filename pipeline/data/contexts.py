@@ -47,7 +47,8 @@ def build_contexts(name: str, params: ContextParams, task: Task, demonstrations:
             ids = tuple(example.example_id for example in own)
             mark = ids if params.vary == "order" else tuple(sorted(ids))
             if mark not in contexts:
-                contexts[mark] = Context(f"{name}/{at}", params.instruction, tuple((dict(e.fields), answer_of(e)) for e in own))
+                shown = tuple((dict(e.fields), answer_of(e)) for e in own)
+                contexts[mark] = Context(f"{name}/{at}", params.instruction, shown, params.format)
                 break
     return list(contexts.values())
 

@@ -28,16 +28,16 @@ def prepare(params: Params, folders: Folders) -> None:
     """
     task, data, folder = Task(params.task), params.data, folders.artifacts / "data"
     shutil.rmtree(folder, ignore_errors=True)
-    context_models, models = params.context_models(), dict[str, tuple[TaskTokens, int | None]]()
-    for name in sorted(set[str]().union(*context_models.values())):
+    context_models, models = params.context_models(), dict[tuple[str, str], tuple[TaskTokens, int | None]]()  # (model, format) → its own
+    for name, form in sorted({(name, form) for pairs in context_models.values() for name, form in pairs}):
         check_folder(own := folders.artifacts / "models" / name)
-        models[name] = load_tokens(task, own), context_limit(own)
+        models[name, form] = load_tokens(replace(task, format=form), own), context_limit(own)
 
     sources = {name: read_written_source(name, entry, task, folders) for name, entry in data.sources.items()}
     quarantine = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
-    reading = {(model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
-    reading |= {(model, "") for model in context_models[""]}
-    readers = [(models[model][0], Context("", instruction)) for model, instruction in sorted(reading)]
+    reading = {(*model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
+    reading |= {(*model, "") for model in context_models[""]}
+    readers = [(models[name, form][0], Context("", instruction)) for name, form, instruction in sorted(reading)]
     quarantine += "".join(entry.json_line() for source in sources.values() for entry in _set_faulty_aside(source, readers))
     write_text(quarantine, folder / "quarantine.jsonl")
     roles = assign(data, task.labels, sources)
@@ -60,13 +60,13 @@ def prepare(params: Params, folders: Folders) -> None:
     for name, entry in params.contexts.items():
         contexts = build_contexts(name, entry, task, demonstrations, data.seed)
         write_contexts(contexts, folder / "contexts" / f"{name}.parquet")
-        tokens = [check_fit(f"contexts.{name}", entry, contexts, *models[model], inputs) for model in context_models[name]]
+        tokens = [check_fit(f"contexts.{name}", entry, contexts, *models[model, form], inputs) for model, form in context_models[name]]
         lengths[name] = {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}
         if tokens:
             print(f"contexts {name}: {', '.join(map(str, lengths[name].values()))} tokens")
 
-    for name, model in models.items():  # any of them may be asked about the pool, or learn it
-        if alone := [*(inputs if name in context_models[""] else ()), *pool]:
+    for (name, form), model in models.items():  # any of them may be asked about the pool, or learn it
+        if alone := [*(inputs if [name, form] in context_models[""] else ()), *pool]:
             check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], *model, alone)
 
     def numbers(examples: Sequence[Example]) -> dict[str, Any]:
