@@ -262,9 +262,8 @@ class ChatTokens(TaskTokens):
         if "strftime_now" in template:
             template = self.FIXED_DATE + template
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, template, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-            )
+            asked = {"chat_template": template, "add_generation_prompt": add_generation_prompt, "enable_thinking": False}
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **asked)
             before, after = text.split(INPUT)
         except Exception as error:  # a template may raise anything  # noqa: BLE001
             raise UsageError(f"{self.tokenizer.name_or_path}: its chat template cannot be used ({error}). Use `format: plain`.") from None
