@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, ClassVar
 
 from pipeline.errors import UsageError
@@ -79,7 +79,7 @@ class Task:
 
 
 class TaskTokens:
-    """A task in one tokenizer's ids. Raises UsageError if first tokens of verbalisers do not tell labels apart, or one has no token."""
+    """A task in one tokenizer's ids. Raises UsageError if a verbaliser has no token, or two cannot be told apart."""
 
     frame: Mapping[str, str] = {}
     """What a chat template writes around an input and its answer (`ChatTokens`); empty for plain text."""
@@ -96,9 +96,12 @@ class TaskTokens:
         # What the tokenizer puts before every text (a beginning-of-text token, or nothing); an end token is not part of a prompt.
         special = tokenizer("").input_ids if tokenizer.bos_token_id is not None else []
         self._bos: tuple[int, ...] = tuple(i for i in special if i == tokenizer.bos_token_id)[:1]
-        self.completions: list[list[int]] = [self._completion(text) for text in task.verbalisers]
-        """Token ids of each label's verbaliser, in the order of `task.labels`; none if answers are free text."""
-        self._check_completions()
+        self.completions: list[list[int]] = self._completions()
+        """Token ids of each label's verbaliser, in the order of `task.labels`; none if answers are free text.
+
+        If the ids of one begin those of another, each goes on to what ends an answer in demonstrations, and is told apart by it. Else
+        nothing is added: the probabilities of labels add up to at most 1 without ends too, and a label of one token costs no more.
+        """
 
     @property
     def longest_answer(self) -> int:
@@ -148,8 +151,8 @@ class TaskTokens:
         completion = self.task.params.completion
         return text if completion is None else completion.lead + text
 
-    def _end(self, completion: CompletionParams) -> str:
-        """What follows an answer in free text."""
+    def _stop(self, completion: CompletionParams) -> str:
+        """What ends an answer in free text that has no end."""
         return completion.stop[0]
 
     def _uses_control_tokens(self, instruction: str) -> bool:
@@ -170,7 +173,7 @@ class TaskTokens:
         examples: Sequence[Example],
     ) -> list[Prompt]:
         answers = [example.completion or "" for example in examples]
-        ends = ["" if any(stop in answer for stop in completion.stop) else self._end(completion) for answer in answers]
+        ends = ["" if any(stop in answer for stop in completion.stop) else self._stop(completion) for answer in answers]
         whole = self._encode([text + self._answer(answer) + end for text, answer, end in zip(texts, answers, ends, strict=True)], context)
         prompts = []
         for answer, own, full in zip(answers, ids, whole, strict=True):
@@ -183,25 +186,34 @@ class TaskTokens:
             prompts.append(Prompt(full[:start], full[start:]))
         return prompts
 
-    def _completion(self, verbaliser: str) -> list[int]:
-        """Ids of a verbaliser after a query; encoded alone if the boundary merges."""
-        query, answer = self._input(Example(dict.fromkeys(self.task.fields, "x"))).join(self._around(NO_CONTEXT)), self._answer(verbaliser)
-        before, whole, alone, empty = (list(ids) for ids in self._encode([query, query + answer, answer, ""], NO_CONTEXT))
-        return whole[len(before) :] if whole[: len(before)] == before else alone[len(empty) :]
-
-    def _check_completions(self) -> None:
-        first: dict[int, str] = {}
-        for label, ids in zip(self.task.labels if self.completions else (), self.completions, strict=True):
-            verbaliser = self.task.params.verbalisers[label]
+    def _completions(self) -> list[list[int]]:
+        words = self.task.verbalisers
+        found = [self._following("", self._answer(text)) for text in words]
+        for label, ids, text in zip(self.task.labels, found, words, strict=bool(words)):
             if not ids:
-                raise UsageError(f"task.verbalisers.{label}: {verbaliser!r} has no token in this tokenizer. Give it a visible text.")
-            if (other := first.setdefault(ids[0], label)) != label:
-                shared = self.tokenizer.decode(ids[0])
-                way = "" if shared.strip() else ", or end task.template in a space and write verbalisers without theirs"
-                raise UsageError(
-                    f"task.verbalisers: {other!r} and {label!r} both begin with token {ids[0]} ({shared!r}), so the answer position cannot "
-                    f"tell them apart. Choose verbalisers whose first tokens differ{way}."
-                )
+                raise UsageError(f"task.verbalisers.{label}: {text!r} has no token in this tokenizer. Give it a visible text.")
+        if _beginning(found):
+            found = [ids + self._end(text) for ids, text in zip(found, words, strict=True)]
+        if pair := _beginning(found):
+            (one, ids), (other, others) = ((self.task.labels[number], found[number]) for number in pair)
+            raise UsageError(
+                f"task.verbalisers: {one!r} and {other!r} cannot be told apart: their tokens are {ids} and {others}. Give one another text."
+            )
+        return found
+
+    def _end(self, verbaliser: str) -> list[int]:
+        """The token that ends an answer in demonstrations."""
+        return self._following(verbaliser, self.task.params.separator, self._example_query)[:1]
+
+    @property
+    def _example_query(self) -> str:
+        return self._input(Example(dict.fromkeys(self.task.fields, "x"))).join(self._around(NO_CONTEXT))
+
+    def _following(self, before: str, text: str, after: str = "") -> list[int]:
+        """Ids of a text behind a query and what answers it; encoded alone if the boundary merges."""
+        head = self._example_query + before
+        start, whole, alone, empty = map(list, self._encode([head, head + text + after, text + after, ""], NO_CONTEXT))
+        return whole[len(start) :] if whole[: len(start)] == start else alone[len(empty) :]
 
 
 class ChatTokens(TaskTokens):
@@ -293,8 +305,11 @@ class ChatTokens(TaskTokens):
     def _answer(self, text: str) -> str:
         return self.frame["lead"] + self._as_text(text.strip())
 
-    def _end(self, completion: CompletionParams) -> str:  # noqa: ARG002
+    def _stop(self, completion: CompletionParams) -> str:  # noqa: ARG002
         return self.frame["end"]
+
+    def _end(self, verbaliser: str) -> list[int]:  # noqa: ARG002
+        return list(self._sections(self.frame["end"]))
 
     def _as_text(self, text: str) -> str:
         """A text whose control tokens are broken by a mark, which `_encode` takes out."""
@@ -342,6 +357,12 @@ class EncoderTokens(TaskTokens):
 
     def fault_of(self, example: Example, context: Context = NO_CONTEXT) -> None:
         """No input can be taken for control tokens."""
+
+
+def _beginning(completions: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The numbers of two of which one's ids begin the other's, or are the same; None if there are none."""
+    ordered = sorted(range(len(completions)), key=completions.__getitem__)  # what begins others stands before one of them
+    return next((pair for pair in pairwise(ordered) if completions[pair[1]][: len(completions[pair[0]])] == completions[pair[0]]), None)
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:

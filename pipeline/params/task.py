@@ -114,6 +114,10 @@ class TaskParams(Frozen):
             raise ValueError("completion.source: `input` is for teachers with `scores: input_tokens`; a task's are generated or given")
         if (count := len(self.verbalisers)) < 2 and self.completion is None:
             raise ValueError(f"verbalisers: {count} given, and a task needs two or more, or `completion` for answers in free text")
+        labels: dict[str, str] = {}
+        for label, text in self.verbalisers.items():
+            if (other := labels.setdefault(text, label)) != label:
+                raise ValueError(f"verbalisers: {other!r} and {label!r} are both {text!r}, so no answer tells them apart; change one")
         if self.completion is not None and self.verbalisers:
             raise ValueError("verbalisers and completion are both given; answers are labels or free text: leave one out")
         return self

@@ -99,7 +99,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
     notes += [f"students.{name}: left out, since it learns from a round of more texts, and here is no pool of them" for name in taught]
     notes.append("labels: " + ", ".join(f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in counts.items()))
     if form.template.endswith(" "):
-        notes.append("task.template: it ends in a space, since only so the first tokens of the answers differ")
+        notes.append("task.template: it ends in a space, since tokenizers begin all answers with a space of its own")
     room = _choose_length(raw, read, tokens, _room(params, tokenizers), notes)
     try:
         demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
@@ -159,15 +159,7 @@ def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     if bare:
         options = " ".join(f"--verbaliser {label}={guesses[label]}" for label in bare)
         raise UsageError(f"label {bare[0]!r} is not a word: say what a model should answer for each of them, for example: {options}")
-    words = {label: f" {chosen.get(label, guesses[label]).strip()}" for label in labels}
-    first: dict[str, str] = {}
-    for label, word in words.items():
-        if (other := first.setdefault(word.split()[0], label)) != label:
-            raise UsageError(
-                f"labels {other!r} and {label!r}: their answers begin with the same word, {word.split()[0]!r}, so a model's first token "
-                f"cannot tell them apart. Choose others with --verbaliser {label}=WORD."
-            )
-    return words
+    return {label: f" {chosen.get(label, guesses[label]).strip()}" for label in labels}
 
 
 def word_guesses(labels: Iterable[str]) -> dict[str, str]:

@@ -137,7 +137,7 @@ def test_nothing_is_replaced_unless_told(folder):
         (OPTIONS, "no column 'label'; the columns are: body, urgency. Name the right one with --label-column."),
         ([*OPTIONS, *MAPPED[8:]], "no column 'text'; the columns are: body, urgency. Name the right one with --field text=COLUMN."),
         (MAPPED[:-2], "label '1' is not a word: say what a model should answer for each of them, for example: --verbaliser 1=yes"),
-        ([*MAPPED[:-1], "1=bad"], "their answers begin with the same word, 'bad'"),
+        ([*MAPPED[:-1], "1=bad"], "verbalisers: '0' and '1' are both ' bad', so no answer tells them apart; change one"),
         ([*MAPPED, "--verbaliser", "2=maybe"], "--verbaliser 2=…: no such label"),
         ([*MAPPED, "--template", "no field"], "template names no field"),
         ([*MAPPED, "--per-label", "30"], "--per-label"),
