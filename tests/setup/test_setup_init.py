@@ -148,12 +148,12 @@ def test_it_takes_the_format_in_which_the_model_answers_more_right(folder, model
     (model, context, examples), name = asked[0], "orders"
     assert (len(asked), str(model)) == (1, "artifacts/models/smollm2")
     shown = {fields["text"] for fields, _ in context.demonstrations}
-    assert len(examples) == 24
+    assert 8 <= len(examples) <= 32
     assert shown.isdisjoint(example.fields["text"] for example in examples)
     assert [example.label for example in examples[:4]] == ["no", "yes"] * 2
     assert raw["contexts"][name].get("format", "plain") == ("chat" if chosen == "chat turns" else "plain")
     assert (
-        f"contexts.orders: {chosen}; of 24 labelled examples behind 16 others smollm2 answers {right[0]} right in plain text, "
+        f"contexts.orders: {chosen}; of {len(examples)} labelled examples behind {len(shown)} others smollm2 answers {right[0]} right in plain text, "
         f"{right[1]} in chat turns" in notes
     )
     assert ("user: Text: " in "\n".join(notes)) == (chosen == "chat turns")
