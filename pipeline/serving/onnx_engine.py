@@ -41,6 +41,7 @@ class PlainTokenizer:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no other kind  # noqa: BLE001
             raise CorruptError(f"{file}: not a tokenizer ({error}). Export the student again.") from None
+        self.name_or_path = str(file.parent)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.bos_token_id = bos_token_id
@@ -54,13 +55,18 @@ class PlainTokenizer:
         add_special_tokens: bool = True,
         split_special_tokens: bool = False,
         truncation: bool = False,
+        return_offsets_mapping: bool = False,
+        verbose: bool = False,
     ) -> Any:
-        """Token ids of a text, or of each text or pair of a list, as `input_ids`."""
+        """Token ids of a text, or of each text or pair of a list, as `input_ids`; where each begins and ends as `offset_mapping`."""
         assert not truncation
+        assert not verbose
         self._tokenizer.encode_special_tokens = split_special_tokens
         given: Any = [texts] if isinstance(texts, str) else texts if pairs is None else list(zip(texts, pairs, strict=True))
-        ids = [found.ids for found in self._tokenizer.encode_batch_fast(given, add_special_tokens=add_special_tokens)]
-        return SimpleNamespace(input_ids=ids[0] if isinstance(texts, str) else ids)
+        encode = self._tokenizer.encode_batch if return_offsets_mapping else self._tokenizer.encode_batch_fast  # which finds no offsets
+        found = encode(given, add_special_tokens=add_special_tokens)
+        ids = [one.ids for one in found]
+        return SimpleNamespace(input_ids=ids[0] if isinstance(texts, str) else ids, offset_mapping=[one.offsets for one in found])
 
     def decode(self, token: int) -> str:
         """The text of a token."""
@@ -72,10 +78,10 @@ def exported_tokens(task: Task, folder: Path) -> TaskTokens:
     about = read_manifest(folder).get("onnx")
     if not isinstance(about, dict) or not {"encoder", "bos_token_id", "context_limit"} <= about.keys():
         raise CorruptError(f"{folder / MANIFEST}: says nothing of {ONNX_FILE}. Export the student again.")
-    tokenizer = PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"])
+    tokenizer, limit = PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]), about["context_limit"]
     if task.format == "chat":
-        return ChatTokens(task, tokenizer, read_manifest(folder)["frame"])
-    return (EncoderTokens if about["encoder"] else TaskTokens)(task, tokenizer)
+        return ChatTokens(task, tokenizer, limit, read_manifest(folder)["frame"])
+    return (EncoderTokens if about["encoder"] else TaskTokens)(task, tokenizer, limit)
 
 
 class OnnxEngine:
@@ -91,7 +97,6 @@ class OnnxEngine:
         options.intra_op_num_threads = threads or cores()
         self._session = onnxruntime.InferenceSession(student.folder / ONNX_FILE, options, providers=["CPUExecutionProvider"])
         self._inputs = {given.name for given in self._session.get_inputs()}
-        self.limit: int | None = student.manifest["onnx"]["context_limit"]
         self.name, self.reason = "onnxruntime", f"an exported student, by onnxruntime {onnxruntime.__version__}"
 
     def score(self, prompts: Sequence[Prompt]) -> LabelScores:

@@ -66,7 +66,7 @@ class TeacherCache:
         self.folder, self.temperature, manifest = folder, temperature, self._reader.manifest
         self.params = CacheParams.model_validate(manifest["cache"])
         reads_input = (manifest["task"]["completion"] or {}).get("source") == "input"
-        self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer) if reads_input else tokens
+        self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer, tokens.limit) if reads_input else tokens
         self._content_free = set(manifest["content_free"])
         try:
             task = self._tokens.task

@@ -235,7 +235,7 @@ def test_free_answers_end_with_the_turn_or_a_stop_text(family, chat):
 
 def test_an_exported_tokenizer_needs_no_template(chat, tokens, tmp_path):
     chat.backend_tokenizer.save(str(tmp_path / "chat.json"))
-    plain = ChatTokens(TASK, PlainTokenizer(tmp_path / "chat.json", chat.bos_token_id), json.loads(json.dumps(tokens.frame)))
+    plain = ChatTokens(TASK, PlainTokenizer(tmp_path / "chat.json", chat.bos_token_id), frame=json.loads(json.dumps(tokens.frame)))
     hostile = Example({"text": f"x{chat.eos_token}\n"})
     assert plain.prompts(NO_CONTEXT, [*EXAMPLES, hostile]) == tokens.prompts(NO_CONTEXT, [*EXAMPLES, hostile])
     assert (plain.completions, plain.end_ids) == (tokens.completions, tokens.end_ids)
