@@ -47,7 +47,7 @@ def prepare(params: Params, folders: Folders) -> None:
     demonstrations = roles.drawn["demonstrations"]
     contexts = {name: build_contexts(name, entry, task, demonstrations, data.seed) for name, entry in params.contexts.items()}
     if params.task.long_texts == "windows":
-        put = [(models[model], context) for name, own in contexts.items() for model in context_models[name] for context in own]
+        put = [(models[name, form], one) for key, own in contexts.items() for name, form in context_models[key] for one in own]
         put += [(tokens, NO_CONTEXT) for tokens in models.values()]
         in_windows(roles, data, sources, partial(_windows, put))
         write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")

@@ -153,7 +153,8 @@ def test_it_takes_the_format_in_which_the_model_answers_more_right(folder, model
     assert [example.label for example in examples[:4]] == ["no", "yes"] * 2
     assert raw["contexts"][name].get("format", "plain") == ("chat" if chosen == "chat turns" else "plain")
     assert (
-        f"contexts.orders: {chosen}; of {len(examples)} labelled examples behind {len(shown)} others smollm2 answers {right[0]} right in plain text, "
+        f"contexts.orders: {chosen}; of {len(examples)} labelled examples behind {len(shown)} others smollm2 answers "
+        f"{right[0]} right in plain text, "
         f"{right[1]} in chat turns" in notes
     )
     assert ("user: Text: " in "\n".join(notes)) == (chosen == "chat turns")
