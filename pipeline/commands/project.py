@@ -191,7 +191,8 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
 
     name = cache.rstrip("/").rpartition("/")[2]
     params, folders = load_params(), Folders.here()
-    teacher, task = pick("teachers", params.teachers, name), Task(params.task)
+    teacher = pick("teachers", params.teachers, name)
+    task = Task(params.task, params.contexts[teacher.contexts].format)
     if teacher.scores == "input_tokens":
         task = task.of_input_tokens()
     folder = cache if "://" in cache else folders.artifacts / "teachers" / name
@@ -220,7 +221,7 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
         print(f"{name}: {sum(manifest['shards'].values()):,} rows, {size:,} bytes, all intact")
     try:
         wanted = {"model": teacher.model, "cache": teacher.cache.model_dump(mode="json"), "task": described_task(task)}
-        check_belongs(manifest, wanted, folder)
+        check_belongs({"format": "plain", **manifest}, {**wanted, "format": task.format}, folder)
     except MismatchError as error:
         print(f"{name}: {error}")
         return not faults, False
