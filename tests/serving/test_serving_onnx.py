@@ -16,12 +16,13 @@ from serving_world import LONG_VERBALISERS, PROJECT, TEXTS, make_student, seal, 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from pipeline import errors
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import read_json, write_json, write_manifest
 from pipeline.models.folders import load_model, load_tokenizer, save_model
 from pipeline.models.trained import about_trained, load_tokens, open_trained
 from pipeline.params import CompletionParams, TaskParams
-from pipeline.serving import Predictor, export, onnx_engine
+from pipeline.serving import Predictor, export
 from pipeline.serving.measure import answered
 from pipeline.serving.server import Limits, make_app
 from pipeline.task import Task
@@ -67,7 +68,7 @@ def shares(folder, inputs):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, model_folder):
-    return make_student(tmp_path_factory.mktemp("students") / "cd", model_folder("llama"))
+    return make_student(tmp_path_factory.mktemp("students") / "cd", model_folder("llama"), template="{text}<|end|>answer:")
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +216,9 @@ def test_what_is_missing_or_does_not_go_together_is_named(tmp_path, student, gra
     assert "no such file" in refused("--format", "onnx", "--check", "nothing.csv")
     with pytest.raises(UsageError, match="Give its own folder"):
         Predictor(graph, 1, keep_states=True)
-    monkeypatch.setattr(onnx_engine, "find_spec", lambda _: None)
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)
     assert "shotless[onnx]" in refused("--format", "onnx")
-    with pytest.raises(UsageError, match="onnxruntime, not installed"):
+    with pytest.raises(UsageError, match="onnxruntime: not installed"):
         Predictor(graph, 1)
 
 
@@ -233,11 +234,9 @@ def test_predict_brings_neither_torch_nor_transformers(tmp_path, student, graph)
     assert np.array(found) == pytest.approx(shares(student, TEXTS), abs=1e-4)
 
 
-def test_inputs_that_cannot_be_used_have_the_same_errors_as_with_torch(tmp_path, model_folder):
-    student = make_student(tmp_path / "cd", model_folder("llama"), template="{text}<|end|>answer:")
-    folder = write(student, tmp_path / "onnx")
+def test_inputs_that_cannot_be_used_have_the_same_errors_as_with_torch(student, graph):
     inputs = ["", 7, "a <|end|> in it", "long " * 600, "a film", "x" * 50]
-    expected, found = (Predictor(own, 1, max_chars=2400).predict(inputs) for own in (student, folder))
+    expected, found = (Predictor(own, 1, max_chars=2400).predict(inputs) for own in (student, graph))
     assert [row.error for row in found] == [row.error for row in expected]
     assert [row.ids for row in found] == [row.ids for row in expected]
     assert [row.error is None for row in found] == [False, False, False, False, True, True]
