@@ -61,6 +61,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     answer: tuple[int, ...] | None = None
+    cut: bool = field(default=False, compare=False)  # whether a part of the input is left out, since the model takes no more
 
     @cached_property
     def prompt_sha(self) -> str:

@@ -48,10 +48,10 @@ def about_trained(name: str, tokens: TaskTokens, provenance: Mapping[str, Any]) 
 
 def load_tokens(task: Task, folder: Path) -> TaskTokens:
     """A task in the ids of a folder's model, a decoder or an encoder. Raises UsageError if it cannot answer the task."""
-    from pipeline.models.folders import is_encoder, load_config, load_tokenizer  # bring torch, which an exported folder does without
+    from pipeline.models import folders  # brings torch, which an exported folder does without
 
-    kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
-    return kind(task, load_tokenizer(folder))
+    kind = EncoderTokens if folders.is_encoder(folders.load_config(folder)) else TaskTokens
+    return kind(task, folders.load_tokenizer(folder), folders.context_limit(folder))
 
 
 def open_trained(folder: Path, tokens_of: Callable[[Task, Path], TaskTokens] = load_tokens) -> Trained:

@@ -244,11 +244,12 @@ class ContextParams(Frozen):
     """A list of contexts. `demonstrations: 0` without an instruction is the empty context of a zero-shot prompt."""
 
     demonstrations: Annotated[int, Field(ge=0)]
-    """Examples in each context, as many of each label as possible."""
+    """Examples in each context, as many of each label as possible. If there are more labels, draws cover them between them."""
     count: PositiveInt = 1
     """Contexts in the list."""
-    vary: Literal["order", "draw"] = "order"
-    """Contexts have the same demonstrations in another order, or each has its own draw."""
+    vary: Literal["order", "draw"] | None = None
+    """Contexts have the same demonstrations in another order, or each has its own draw, of what earlier ones showed least. Null: `draw` if
+    there are more labelled examples than one context takes, else `order`."""
     instruction: str = ""
     """Text before the demonstrations."""
     max_tokens: PositiveInt | None = None

@@ -187,10 +187,22 @@ def measured_on(document: Json) -> str:
 
 
 def context_tokens(found: Collected) -> str:
-    """How long the contexts are."""
+    """How long the contexts are, and how many labels they show no example of."""
     counted = found.files["metrics/prepare.json"]["contexts"]
     ends = {name: dict.fromkeys([min(own), max(own)]) for name, entry in counted.items() if any(own := entry["tokens"].values())}
-    return "; ".join(f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items())
+    absent = {name: len(entry["labels_not_shown"]) for name, entry in counted.items() if entry["labels_not_shown"]}
+    said = [f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items()]
+    said += [
+        f"`{name}`: no context shows an example of {count} of {len(found.params.task.labels)} labels" for name, count in absent.items()
+    ]
+    return "; ".join(said)
+
+
+def too_long(found: Collected) -> str:
+    """How many texts of each role do not fit which model, and what becomes of them; empty if all fit."""
+    counted, rule = found.files["metrics/prepare.json"]["cut"], found.params.task.long_texts
+    readers = [f"`{reader}`: {', '.join(f'{number(texts)} of {role}' for role, texts in own.items())}" for reader, own in counted.items()]
+    return f"Texts that do not fit, and of which `task.long_texts: {rule}` decides: {'; '.join(readers)}." if readers else ""
 
 
 def findings(document: Json) -> list[str]:

@@ -34,6 +34,7 @@ class PlainTokenizer:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no other kind  # noqa: BLE001
             raise CorruptError(f"{file}: not a tokenizer ({error}). Export the student again.") from None
+        self.name_or_path = str(file.parent)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.bos_token_id = bos_token_id
@@ -47,13 +48,18 @@ class PlainTokenizer:
         add_special_tokens: bool = True,
         split_special_tokens: bool = False,
         truncation: bool = False,
+        return_offsets_mapping: bool = False,
+        verbose: bool = False,
     ) -> Any:
-        """Token ids of a text, or of each text or pair of a list, as `input_ids`."""
+        """Token ids of a text, or of each text or pair of a list, as `input_ids`; where each begins and ends as `offset_mapping`."""
         assert not truncation
+        assert not verbose
         self._tokenizer.encode_special_tokens = split_special_tokens
         given: Any = [texts] if isinstance(texts, str) else texts if pairs is None else list(zip(texts, pairs, strict=True))
-        ids = [found.ids for found in self._tokenizer.encode_batch_fast(given, add_special_tokens=add_special_tokens)]
-        return SimpleNamespace(input_ids=ids[0] if isinstance(texts, str) else ids)
+        encode = self._tokenizer.encode_batch if return_offsets_mapping else self._tokenizer.encode_batch_fast  # which finds no offsets
+        found = encode(given, add_special_tokens=add_special_tokens)
+        ids = [one.ids for one in found]
+        return SimpleNamespace(input_ids=ids[0] if isinstance(texts, str) else ids, offset_mapping=[one.offsets for one in found])
 
     def decode(self, token: int) -> str:
         """The text of a token."""
@@ -66,7 +72,7 @@ def exported_tokens(task: Task, folder: Path) -> TaskTokens:
     if not isinstance(about, dict) or not {"encoder", "bos_token_id", "context_limit"} <= about.keys():
         raise CorruptError(f"{folder / MANIFEST}: says nothing of {ONNX_FILE}. Export the student again.")
     kind = EncoderTokens if about["encoder"] else TaskTokens
-    return kind(task, PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]))
+    return kind(task, PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]), about["context_limit"])
 
 
 class OnnxEngine:
@@ -82,7 +88,6 @@ class OnnxEngine:
         options.intra_op_num_threads = threads or cores()
         self._session = onnxruntime.InferenceSession(student.folder / ONNX_FILE, options, providers=["CPUExecutionProvider"])
         self._inputs = {given.name for given in self._session.get_inputs()}
-        self.limit: int | None = student.manifest["onnx"]["context_limit"]
         self.name, self.reason = "onnxruntime", f"an exported student, by onnxruntime {onnxruntime.__version__}"
 
     def score(self, prompts: Sequence[Prompt]) -> LabelScores:

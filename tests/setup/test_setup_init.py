@@ -137,11 +137,11 @@ def test_nothing_is_replaced_unless_told(folder):
         (OPTIONS, "no column 'label'; the columns are: body, urgency. Name the right one with --label-column."),
         ([*OPTIONS, *MAPPED[8:]], "no column 'text'; the columns are: body, urgency. Name the right one with --field text=COLUMN."),
         (MAPPED[:-2], "label '1' is not a word: say what a model should answer for each of them, for example: --verbaliser 1=yes"),
-        ([*MAPPED[:-1], "1=bad"], "their answers begin with the same word, 'bad'"),
+        ([*MAPPED[:-1], "1=bad"], "verbalisers: '0' and '1' are both ' bad', so no answer tells them apart; change one"),
         ([*MAPPED, "--verbaliser", "2=maybe"], "--verbaliser 2=…: no such label"),
         ([*MAPPED, "--template", "no field"], "template names no field"),
         ([*MAPPED, "--per-label", "30"], "--per-label"),
-        ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values"),
+        ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values in 40 rows, and a task has 2"),
         (
             ["--labelled", "mine/pile.jsonl", *OPTIONS[2:]],
             "no column 'label'; the columns are: body. Name the right one with --label-column.",
@@ -183,26 +183,17 @@ def test_asking_again_keeps_the_first_params_and_bad_rows_are_shown(folder):
         assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
 
 
-def test_long_texts_set_the_limit_and_none_is_left_out(folder, model_folder, monkeypatch):
-    three(folder, long=lambda n: sentence(n, words=300))
-    shotless(folder, "init", *FILES)
-    params = prepares(folder, model_folder("llama", max_position_embeddings=16384), monkeypatch)
-    longest = max(len(json.loads(line)["text"]) for line in (folder / "mine" / "u.jsonl").read_text().splitlines())
-    assert longest > 2000
-    assert params.task.max_chars == longest
-
-
-def test_texts_too_long_for_the_model_are_counted_and_left_out(folder, model_folder, monkeypatch):
+def test_a_few_texts_too_long_for_the_model_are_counted_and_cut(folder, model_folder, monkeypatch):
     model = model_folder("llama", max_position_embeddings=1024)
     shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
     small_students(folder)
     three(folder, long=lambda n: sentence(n, words=600))
     done = shotless(folder, "init", *FILES)
-    assert "u.jsonl: 7 texts are longer than " in done.stdout
-    params = prepares(folder, model, monkeypatch)
-    assert params.data.bad_rows_limit == 0.07
+    assert "u.jsonl: 7 texts do not fit behind a context, and are cut there (task.long_texts)" in done.stdout
+    prepares(folder, model, monkeypatch)
     counts = json.loads((folder / "metrics" / "prepare.json").read_text("utf-8"))
-    assert counts["sources"]["unlabelled"]["quarantined"] == {"too long": 7}
+    assert counts["sources"]["unlabelled"]["quarantined"] == {}
+    assert counts["cut"]["smollm2"] == {"transfer": 7}
 
 
 LONG = {  # words of a text (5 to 6 tokens each here), what the model takes, most demonstrations
@@ -210,6 +201,7 @@ LONG = {  # words of a text (5 to 6 tokens each here), what the model takes, mos
     "one of each label": (lambda n: 60, 2048, 2),
     "a few long ones": (lambda n: 20 if n % 8 else 160, 2048, 6),
     "more than half of the model": (lambda n: 100 + n % 5, 1024, 0),
+    "longer than the model": (lambda n: 100, 256, 0),
     "of every length": (lambda n: 1 + 3 * n % 120, 1024, 4),
 }
 
@@ -225,16 +217,7 @@ def test_it_never_stops_because_texts_are_long_and_a_run_takes_what_it_writes(fo
     demonstrations = prepares(folder, model, monkeypatch).contexts["orders"].demonstrations
     assert demonstrations <= most
     assert f"contexts: at most {demonstrations} demonstrations" in said
-    assert ("as many as fit beside the longest text" in said) == (demonstrations < 16)
-
-
-def test_texts_that_no_model_here_can_take_are_refused(folder, model_folder):
-    shutil.copytree(model_folder("llama", max_position_embeddings=256), folder / "artifacts" / "models" / "smollm2")
-    three(folder, text=lambda n: sentence(n, words=100))
-    done = shotless(folder, "init", *FILES, check=False)
-    assert done.returncode == 2
-    assert "l.jsonl: every text has more than the 224 tokens that a model here takes" in done.stderr
-    assert not (folder / "new.yaml").exists()
+    assert ("as many as fit beside an input" in said) == (demonstrations < 16)
 
 
 @pytest.mark.parametrize(("limit", "demonstrations"), [(1024, 2), (2048, 4), (16384, 16)])
@@ -261,11 +244,21 @@ def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monk
     assert params.contexts["orders"].demonstrations == 8
 
 
-def test_many_labels_have_a_demonstration_each(folder):
-    names = [f"{word} topic" for word in [*WORDS, "orchard", "prairie", "quarry", "ridge", "summit", "tundra"]]
-    three(folder, label=lambda n: names[n % 20])
-    shotless(folder, "init", *FILES, "--per-label", "1")
-    assert load_params(folder / "new.yaml").contexts["orders"].demonstrations == 20
+INTENTS = [f"{word}_topic_{n}" for n in range(6) for word in WORDS][:77]
+
+
+def test_77_labels_are_shown_by_several_contexts_between_them(folder, model_folder, monkeypatch):
+    for name, start in (("l", 0), ("t", 400)):
+        rows = [{"text": sentence(start + n, 6), "label": INTENTS[n % 77].title()} for n in range(77 * 2)]
+        write_rows(folder / "mine" / f"{name}.jsonl", rows)
+    write_rows(folder / "mine" / "u.jsonl", [{"text": sentence(1000 + n)} for n in range(60)])
+    said = shotless(folder, "init", *FILES).stdout
+    assert "and 65 more" in said
+    assert "contexts: at most 16 demonstrations, which show the 77 labels between them" in said
+    params = prepares(folder, model_folder("llama", max_position_embeddings=4096), monkeypatch)
+    assert params.task.verbalisers == {label.title(): f" {label.replace('_', ' ')}" for label in INTENTS}
+    assert (params.contexts["orders"].demonstrations, params.contexts["orders"].count) == (16, 5)
+    assert shotless(folder, "check").stdout.startswith("params.yaml is in order")
 
 
 def test_two_demonstrations_have_two_orders(folder):

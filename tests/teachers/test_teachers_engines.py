@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.models.forward import LOW_PRECISION_TOLERANCE_NATS, in_float32
-from pipeline.models.packed import PackedModel
+from pipeline.models.packed import PackedModel, tree_of
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.teachers import engines
@@ -24,7 +24,7 @@ from pipeline.teachers.engines import (
 )
 
 SINGLE = [[5], [9]]
-MULTI = [[5], [9, 3, 7], [11, 5]]
+MULTI = [[5], [9, 3, 7], [11, 5], [9, 3, 4], [9, 8], [9, 3, 12, 2]]
 KEPT = CacheParams(top_k=8)
 
 
@@ -278,7 +278,7 @@ def test_a_bfloat16_model_computes_in_float32_inside_the_block_alone(tiny_model,
 def read(logits, top_k):
     """Single-token labels 1 and 2, one answer position a row."""
     cache = CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None)
-    return read_scores(logits, [[1], [2]], cache, [Prompt((0,))] * len(logits))
+    return read_scores(logits, [tree_of([[1], [2]])] * len(logits), cache, [Prompt((0,))] * len(logits))
 
 
 def test_head_and_tail_make_the_whole_distribution():
