@@ -31,14 +31,14 @@ from pipeline.setup.estimate import SECONDS_A_STAGE, prepared_work
 SECONDS_BETWEEN_LINES = 30.0
 RUNNING = re.compile(r"Running stage '(.+)':")
 PASSED = re.compile(r"Stage '(.+)' (?:didn't change|is cached)")
-ERROR = re.compile(r"error: |Traceback |ERROR: ")
+ERROR = re.compile(r"error: |Traceback ")
 LINES_OF_ERROR = 40
 
 
 def due_stages(workspace: Path, targets: Sequence[str]) -> tuple[list[str], int]:
     """The stages that `dvc repro` runs if all outputs come out different, in its order; and how many there are.
 
-    Nothing is run; artifacts/params.yaml is up to date (`params.resolve`).
+    Nothing is run; artifacts/params.json is up to date (`params.resolve`).
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -84,7 +84,7 @@ class Watch:
             return ended
         if reading := read_meter(line):
             self.reading = reading
-        else:
+        elif line:
             self.printed.append(line)
         return None
 
@@ -180,10 +180,10 @@ def shown(path: Path) -> Path:
 
 
 def _fail(watch: Watch, log: Path) -> NoReturn:
-    """Raise what the stage that failed said, without what DVC says of it."""
-    first = next((number for number, line in enumerate(watch.printed) if ERROR.match(line)), -LINES_OF_ERROR)
-    said = [line for line in watch.printed[first:] if not line.startswith("ERROR: failed to reproduce")] or watch.printed
-    error = "\n".join(said[-LINES_OF_ERROR:]).strip().removeprefix("error: ").removeprefix("ERROR: ")
+    """Raise what the stage that failed said; if it named no error, all that it and DVC said."""
+    first = next((number for number, line in enumerate(watch.printed) if ERROR.match(line)), None)
+    said = watch.printed if first is None else [line for line in watch.printed[first:] if not line.startswith("ERROR: failed to reproduce")]
+    error = "\n".join(said[-LINES_OF_ERROR:]).removeprefix("error: ")
     where = f"{watch.stage}: " if watch.stage else ""
     raise ShotlessError(
         f"{where}{error}\nWhat is done stays done: the next run goes on from there. All that was printed is in {shown(log)}"
@@ -211,16 +211,17 @@ def running(
 
     def fill() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            queue.put(line)
+        with process.stdout:
+            for line in process.stdout:
+                queue.put(line)
         queue.put(None)
 
     def lines() -> Iterator[str | None]:
         while True:
             try:
                 yield queue.get(timeout=1.0)
-            except Empty:
-                yield ""
+            except Empty:  # a daemon that a stage has left may hold the pipe
+                yield "" if process.poll() is None else None
 
     reader = Thread(target=fill, daemon=True)
     reader.start()
@@ -230,6 +231,6 @@ def running(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
-        reader.join()
+        reader.join(timeout=1.0)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -76,6 +76,18 @@ def graph(tmp_path_factory, student):
     return write(student, tmp_path_factory.mktemp("exported") / "onnx")
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, student):
+    """The folder of an export in 8-bit integers by the command line, and what was said."""
+    folder = tmp_path_factory.mktemp("int8")
+    (student / "README.md").write_text(
+        "---\nlibrary_name: transformers\n---\n\n# cd\n\n## Loading it\n\nimport torch\n\n## Licences\n\nMIT\n", "utf-8"
+    )
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""]), "utf-8")
+    options = ("--format", "onnx", "--int8", "--most-changed", "0.5", "--check", "texts.jsonl")
+    return folder / "out" / "onnx", shotless(folder, "export", "--student", str(student), "-o", "out/onnx", *options).stdout
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "opt"])
 def test_a_decoders_graph_gives_its_probabilities_one_by_one_and_in_batches(tmp_path, model_folder, architecture):
     student = make_student(tmp_path / "cd", model_folder(architecture), template=PAIR)
@@ -112,9 +124,11 @@ def test_another_program_needs_the_graph_and_its_tokenizer_alone(tmp_path, encod
 
 
 @pytest.mark.parametrize(("kind", "by_batch"), [("decoder", 1e-4), ("encoder", 0.05)])
-def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tmp_path, student, encoder_folder, kind, by_batch):
-    student = student if kind == "decoder" else make_encoder(tmp_path / "encoder", encoder_folder("bert"))
-    folder = write(student, tmp_path / "onnx", int8=True)
+def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tmp_path, student, exported, encoder_folder, kind, by_batch):
+    folder, _ = exported
+    if kind == "encoder":
+        student = make_encoder(tmp_path / "encoder", encoder_folder("bert"))
+        folder = write(student, tmp_path / "onnx", int8=True)
     found = shares(folder, TEXTS)
     assert 0 < np.abs(found - shares(student, TEXTS)).max() < 0.05
     assert np.concatenate([shares(folder, [text]) for text in TEXTS]) == pytest.approx(found, abs=by_batch)
@@ -125,14 +139,8 @@ def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tm
     assert {weight.data_type for weight in weights.values() if list(weight.dims) == [words, 32]} == {onnx.TensorProto.INT8}
 
 
-def test_an_export_says_how_it_compares_in_print_manifest_and_card(tmp_path, student):
-    (student / "README.md").write_text(
-        "---\nlibrary_name: transformers\n---\n\n# cd\n\n## Loading it\n\nimport torch\n\n## Licences\n\nMIT\n", "utf-8"
-    )
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""]), "utf-8")
-    options = ("--format", "onnx", "--int8", "--most-changed", "0.5", "--check", "texts.jsonl")
-    said = shotless(tmp_path, "export", "--student", str(student), "-o", "out/onnx", *options).stdout
-    folder = tmp_path / "out" / "onnx"
+def test_an_export_says_how_it_compares_in_print_manifest_and_card(student, exported):
+    folder, said = exported
     found = read_json(folder / "manifest.json")["check"]
     assert {file.name for file in folder.iterdir()} == {"README.md", "manifest.json", "model.onnx", "model.onnx.data", "tokenizer.json"}
     before, after = shares(student, TEXTS), shares(folder, TEXTS)
