@@ -85,17 +85,33 @@ def run(
     preset: Annotated[str | None, typer.Option(help="Lay presets/NAME.yaml over params.yaml, and run in runs/NAME.")] = None,
 ) -> None:
     """Check params.yaml, run what has changed (`dvc repro`), and print what was gained."""
-    from pipeline.params import checked_params
-    from pipeline.params.presets import make_workspace, reproduce
+    from pipeline.commands.reproduce import reproduce
+    from pipeline.params import resolve
+    from pipeline.params.presets import make_workspace
 
     workspace = Path() if preset is None else make_workspace(preset, Path())
-    checked_params(workspace)
-    if not reproduce(workspace, Path(), stages or []):
-        raise ShotlessError("The run did not finish; the reason is above. What is done stays done: the next run goes on from there.")
+    resolve(workspace)  # as the first stage does: which other stages are due follows from it
+    reproduce(workspace, Path(), stages or [])
     if not stages:
         from pipeline.report.tables import print_summary
 
         print_summary(workspace)
+        print(_next_steps(workspace))
+
+
+def _next_steps(workspace: Path) -> str:
+    """Three things to try after a run."""
+    from pipeline.files import Folders, read_json
+    from pipeline.report.collect import ranked
+
+    best = next(iter(ranked(read_json(workspace / "report" / "metrics.json"), "student")), None)
+    student = best if workspace == Path() or best is None else Folders.here(workspace).artifacts / "students" / best
+    steps = [
+        *([f"use it:          shotless predict --student {student} --input new.jsonl --output answers.jsonl"] if best else []),
+        "another student: one more entry under `students` in params.yaml, and `shotless run`: only what is new runs",
+        "your own data:   shotless init --labelled labelled.csv --unlabelled pile.jsonl --test test.csv --force",
+    ]
+    return "Next:\n" + "\n".join(f"  {step}" for step in steps)
 
 
 def doctor() -> None:

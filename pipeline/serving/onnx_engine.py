@@ -5,7 +5,6 @@ all int64, and gives `label_logprobs` [N, L] float32 nats, over the sorted label
 """
 
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError, need
 from pipeline.files import MANIFEST, read_manifest
 from pipeline.models.trained import Trained
 from pipeline.schema import Prompt
@@ -25,12 +24,6 @@ TOKENS_A_PASS, STRETCH = 256, 1.25
 """Of a pass: tokens with padding, and the longest row by its shortest. Larger passes are no faster and take memory, and padding costs what
 text costs. MiniLM in int8, ms of CPU on a busy core: 5.4 for a text of 27 tokens, 3.9 each in passes of 8, 5.1 in passes of 32; texts of 9
 to 112 tokens, 16 at once: 5.0 each, and 9.5 in passes of 1024 tokens whatever their lengths."""
-
-
-def need(*packages: str) -> None:
-    """Raise UsageError if a package of the extra `onnx` is not installed."""
-    if absent := [name for name in packages if find_spec(name) is None]:
-        raise UsageError(f"ONNX needs {', '.join(absent)}, not installed here. Run `pip install -c constraints.txt 'shotless[onnx]'`.")
 
 
 class PlainTokenizer:
@@ -88,7 +81,7 @@ class OnnxEngine:
     """The graph of an exported folder, on the CPU."""
 
     def __init__(self, student: Trained, threads: int | None) -> None:
-        need("onnxruntime")
+        need("onnx", "onnxruntime")
         import onnxruntime
 
         from pipeline.models.process import cores

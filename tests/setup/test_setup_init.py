@@ -17,7 +17,7 @@ from pipeline.files import Folders
 from pipeline.params import TaskParams, load_params, read_yaml, resolve, write_yaml
 from pipeline.schema import Context, Example
 from pipeline.setup import format_choice
-from pipeline.setup.estimate import Trial, stage_count, token_work
+from pipeline.setup.estimate import stage_count, token_work
 from pipeline.setup.new_task import Answers, guess_label, guess_text, new_task, read_columns
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
@@ -497,15 +497,25 @@ def test_a_delimiter_and_an_encoding_that_are_said_are_written(folder):
 
 def test_work_is_counted_as_the_stages_do_it():
     params = load_params(PROJECT / "params.yaml")
-    trial = Trial(1000.0, 30.0, 3, 10**6, 30, "shared_prefix")
-    work = token_work(params, trial, transfer=800, evaluated=600)
-    assert work["teachers"] == 4 * (16 * 33 + 800 * 30) + 2 * 800 * 30
-    assert work["training"] == pytest.approx(3 * 30 * (24 / 30 * (150 * 8 + 40 * 16) + 24 * 16))
-    assert work["students"] == pytest.approx(2 * 600 * 30 * 24 / 30)
-    assert work["baselines"] == 4 * (16 * 33 + 600 * 30) + 2 * 600 * 30
+    sizes = {"query": 30.0, "answer": 3.0, "layers": 30, "transfer": 800, "evaluated": 600}
+    work = token_work(params, **sizes)
+    few_shot, plain = 4 * (16 * 33 + 600 * 30), 600 * 30
+    assert work == pytest.approx(
+        {
+            "tune@tuned": 3 * 30 * 24 * 16,
+            "teacher@few_shot": 4 * (16 * 33 + 800 * 30),
+            "teacher@zero_shot": 800 * 30,
+            "teacher@tuned": 800 * 30,
+        }
+        | {"student@cd": 3 * 30 * 24 / 30 * 150 * 8, "student@pbft": 3 * 30 * 24 / 30 * 40 * 16}
+        | {"evaluate@cd": plain * 24 / 30, "evaluate@pbft": plain * 24 / 30}
+        | {"baseline@zero_shot": plain, "baseline@icl": few_shot, "baseline@icl_calibrated": 0, "baseline@icl_ensemble": 0}
+        | {"baseline@teacher": plain}
+    )
+    assert sum(token_work(params, **sizes | {"layers": None}).values()) > sum(work.values()), "students count as whole models"
     seeds = params.students["cd"].model_copy(update={"seeds": (0, 1, 2)})
-    more = token_work(params.model_copy(update={"students": params.students | {"cd": seeds}}), trial, 800, 600)
-    assert more["training"] - work["training"] == pytest.approx(2 * 3 * 30 * 24 / 30 * 150 * 8)
+    more = token_work(params.model_copy(update={"students": params.students | {"cd": seeds}}), **sizes)
+    assert more["student@cd"] == pytest.approx(3 * work["student@cd"])
 
 
 def test_stages_are_those_that_dvc_makes(folder):
