@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.task import Fraction, Frozen, Key, Name
+from pipeline.params.task import Format, Fraction, Frozen, Key, Name
 
 RESERVED_SLICES = frozenset({"domain", "label", "length", "words", "score", "example_id"})
 DOWNLOADS = "downloads"
@@ -299,5 +299,8 @@ class ContextParams(Frozen):
     there are more labelled examples than one context takes, else `order`."""
     instruction: str = ""
     """Text before the demonstrations."""
+    format: Format = "plain"
+    """`plain`: instruction, demonstrations and input are one text. `chat`: they are turns of a conversation, by the chat template of the
+    teacher's model: the instruction is the system's, the demonstrations are the user's and the assistant's."""
     max_tokens: PositiveInt | None = None
     """Refuse longer contexts; by default what the teacher's model takes."""

@@ -69,7 +69,7 @@ class LocalBackend:
             self._engine, self._longest = open_engine(model, self._tokens, self._cache, probe), longest
             completion = self._tokens.task.params.completion
             if completion is not None and completion.source == "generated":
-                self._generator = Generator(model, self._tokens.tokenizer, completion)
+                self._generator = Generator(model, self._tokens.tokenizer, completion, self._tokens.end_ids)
         engine = self._engine
         return {"name": engine.name, "reason": engine.reason, "token_budget": engine.token_budget, "device": str(engine.model.device)}
 
@@ -303,6 +303,7 @@ def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str
     completion, settings = tokens.task.params.completion, folder / "generation_config.json"
     if completion is not None and completion.source == "generated":  # what ends an answer, and how it is read as text
         generation = sha256_file(settings) if settings.is_file() else None
+        identity |= {"end_ids": tokens.end_ids} if tokens.end_ids else {}
         identity |= {"completion": tokens.task.params.answering, "generation_config": generation, "tokenizer": tokenizer_sha256(folder)}
     return identity
 
