@@ -70,12 +70,13 @@ def measure(
     one_thread = one_thread and device.type == "cpu"
     counts = list(dict.fromkeys([threads, 1] if one_thread else [threads]))  # of threads
     use_machine(threads)
-    tokens = {model.folder: load_tokens(Task(task), model.folder) for model in models}
-    asked = [(model, [tokens[model.folder].prompts(context, examples) for context in model.contexts]) for model in models]
+    keys = [(model.folder, model.dtype, model.format) for model in models]
+    tokens = {key: load_tokens(Task(task, model.format), model.folder) for key, model in zip(keys, models, strict=True)}
+    asked = [(model, [tokens[key].prompts(one, examples) for one in model.contexts]) for key, model in zip(keys, models, strict=True)]
     subject = [[weights_sha256(model.folder), [[prompt.ids for prompt in own] for own in prompts]] for model, prompts in asked]
-    passes = [((model.folder, model.dtype), own) for model, prompts in asked for own in prompts]  # a context's prompts each
-    networks = {key: load_model(key[0], DTYPES[key[1]], device) for key in dict.fromkeys(key for key, _ in passes)}
-    by_network = [(network, [own for place, own in passes if place == key]) for key, network in networks.items()]
+    passes = [(key, own) for key, (_, prompts) in zip(keys, asked, strict=True) for own in prompts]  # a context's prompts each
+    networks = {(folder, dtype): load_model(folder, DTYPES[dtype], device) for folder, dtype in dict.fromkeys(key[:2] for key in keys)}
+    by_network = [(networks[key[:2]], [own for place, own in passes if place == key]) for key in tokens]
     latencies = [_latency_ms(by_network, timed, count) for count in counts]
     names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
     processor = next(names, platform.processor() or platform.machine())
@@ -94,15 +95,15 @@ def measure(
         "latency_ms": latencies[0],
         "peak_rss_bytes": peak_rss_bytes(),
         "parameters": sum(network.num_parameters() for network in networks.values()),
-        "disk_bytes": sum(file.stat().st_size for folder in tokens for file in folder.iterdir() if file.is_file()),
+        "disk_bytes": sum(file.stat().st_size for folder in {key[0] for key in keys} for file in folder.iterdir() if file.is_file()),
         "forward_passes": len(passes),
     }
     if device.type == "cuda":
         figures["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
     engines = []
-    for (folder, _), (network, prompts) in zip(networks, by_network, strict=True):
+    for own, (network, prompts) in zip(tokens.values(), by_network, strict=True):
         probes = max(prompts, key=lambda own: len(own[0].ids))[:PROBES]
-        engines.append((open_engine(network, tokens[folder], LABELS_ONLY, probes), prompts))
+        engines.append((open_engine(network, own, LABELS_ONLY, probes), prompts))
     few = min(len(examples), ONE_THREAD_EXAMPLES)
     batched = [_throughput(engines, len(examples) if count == threads else few, count) for count in counts]
     figures["throughput"] = batched[0]
