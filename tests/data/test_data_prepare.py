@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.errors import UsageError
-from pipeline.files import Folders
+from pipeline.files import Folders, write_json
 from pipeline.params import Params, parse_params
 from pipeline.schema import examples_schema, read_contexts, read_examples, read_table
 from pipeline.task import Task, TaskTokens
@@ -288,8 +287,7 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(raw: Raw) 
     expected = contents(*written)
     for folder in written:
         shutil.rmtree(folder)
-    with Path("artifacts/params.yaml").open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(params.model_dump(mode="json"), file)
+    write_json(params.model_dump(mode="json"), Path("artifacts/params.json"))
     for arguments in (["stages.source", "demos"], ["stages.source", "pool"], ["stages.source", "test"], ["stages.prepare"]):
         done = stage(*arguments, PYTHONHASHSEED="12345")
         assert done.returncode == 0, done.stderr
