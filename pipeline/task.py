@@ -502,7 +502,7 @@ class TextTokens(TaskTokens):
         """None is known of: the server reads control tokens in its own way."""
 
 
-def _beginning(completions: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+def _beginning(completions: Sequence[list[int]]) -> tuple[int, int] | None:
     """The numbers of two of which one's ids begin the other's, or are the same; None if there are none."""
     ordered = sorted(range(len(completions)), key=completions.__getitem__)  # what begins others stands before one of them
     return next((pair for pair in pairwise(ordered) if completions[pair[1]][: len(completions[pair[0]])] == completions[pair[0]]), None)

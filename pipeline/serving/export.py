@@ -138,8 +138,8 @@ def check_exportable(student: Trained) -> None:
     if long := [label for label, ids in zip(student.task.labels, student.tokens.completions, strict=True) if len(ids) > 1]:
         text = student.task.params.verbalisers[long[0]]
         raise UsageError(
-            f"{student.folder}: the verbaliser {text!r} of {long[0]!r} has several tokens, which one pass of a graph cannot score. Train a "
-            "student with task.verbalisers of one token each, or an encoder; or use --format transformers."
+            f"{student.folder}: the verbaliser {text!r} of {long[0]!r} has several tokens, or needs an end, which one pass of a graph "
+            "cannot score. Train a student with task.verbalisers of one token each, or an encoder; or use --format transformers."
         )
     if not hasattr(student.tokens.tokenizer, "backend_tokenizer"):
         raise UsageError(f"{student.folder}: its tokenizer is Python code, and has no {TOKENIZER_FILE}. Use --format transformers.")

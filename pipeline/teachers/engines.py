@@ -105,13 +105,12 @@ WORTH_SHARING = 8  # tokens from which a prefix is shared: attending to one cost
 LARGEST_BUDGET, LARGEST_GPU_BUDGET = 1024, 4096
 """Tokens a pass: enough for products to run at full rate. With more, results leave a CPU's caches (measured on SmolLM2-135M)."""
 ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30  # bytes that a pass may take for what it computes, at most
-MOST_NODES = 48
-"""Of a tree that is read whole. With more, a pass that reads the queries alone first saves more than it costs: see docs/teachers.md."""
-LEAST_SHARE = 1e-3
-"""A label is followed if its first token has at least this share of the probability of the best one's."""
+MOST_NODES = 128
+"""Of a tree that is read at once. Of a larger one, what can matter is found first. Queries are then read twice: not worth it for less."""
 MOST_LEFT = 1e-3
-"""Probability of what was not followed, over that of the labels that were: with more, all is followed. No label's probability among the
-labels can then be wrong by more."""
+"""Probability of labels that are not followed, over that of those that are: no label's share of both is wrong by more."""
+LABELS_SHARE = 0.1
+"""What labels have of the probability of their first tokens, as is assumed before they are read; if they have less, more are followed."""
 PROBED_LABELS = 8
 """Labels of a probe, of every length there is: each costs the plain pass a whole prompt, and one more shows nothing new."""
 
@@ -146,27 +145,34 @@ class Engine:
 
     def _followed(self, prompts: Sequence[Prompt], start: int) -> Scores:
         """Scores that follow whole the labels that can matter; of the others the first token's probability is a bound."""
-        device, first = self.model.device, [ids[0] for ids in self._labels]
-        sharing = torch.tensor([first.count(token) for token in first], device=device)  # labels that begin as each does
-        single = torch.tensor([len(ids) == 1 for ids in self._labels], device=device)
+        first = [ids[0] for ids in self._labels]
+        begins = {token: [ids for ids in self._labels if ids[0] == token] for token in first}  # F distinct first tokens
+        number = torch.tensor([list(begins).index(token) for token in first])  # [L]
+        nodes = torch.tensor([len(tree_of(ids).tokens) for ids in begins.values()])  # [F]
 
-        def read(rows: Sequence[int], followed: Tensor) -> Scores:
-            kinds = [tuple(own) for own in followed.tolist()]
-            trees = {kind: tree_of([ids if far else ids[:1] for ids, far in zip(self._labels, kind, strict=True)]) for kind in set(kinds)}
-            found = self._read([prompts[row] for row in rows], start, [trees[kind] for kind in kinds])
-            estimates = found.label_logprobs - torch.where(followed, 0.0, sharing.log())
-            return replace(found, label_logprobs=estimates, label_bounds=found.label_logprobs.masked_fill(followed, torch.nan))
+        def followed(found: Tensor) -> Tensor:
+            """Which first tokens are followed [N, F]: all but those that have next to nothing together, beside `found` [N, 1]."""
+            ascending, order = at_first.sort(-1)
+            own = (ascending.cumsum(-1) > MOST_LEFT * found).gather(-1, order.argsort(-1))
+            return own | (2 * (own * nodes).sum(-1, keepdim=True) > nodes.sum()) | (nodes == 0)  # half of the tree: all of it
 
-        rows, beginnings = range(len(prompts)), tree_of([[token] for token in first])
-        at_first = self._read(prompts, start, [beginnings] * len(rows)).label_logprobs.exp()
-        followed = single | (at_first >= LEAST_SHARE * at_first.amax(-1, keepdim=True))  # [N, L]
-        scores = read(rows, followed)
-        mass = scores.label_logprobs.exp()
-        left, found = (mass.where(own, 0).sum(-1) for own in (~followed, followed))
-        if again := (left > MOST_LEFT * found).nonzero().flatten().tolist():
+        def read(rows: Sequence[int], far: Tensor) -> Scores:
+            kinds = [tuple(own) for own in far[:, number].tolist()]
+            trees = {kind: tree_of([ids if own else ids[:1] for ids, own in zip(self._labels, kind, strict=True)]) for kind in set(kinds)}
+            scores = self._read([prompts[row] for row in rows], start, [trees[kind] for kind in kinds])
+            cut, logprobs = ~far[:, number].to(self.model.device), scores.label_logprobs
+            sharing = number.bincount()[number].log().to(self.model.device)  # labels share the probability of a token equally
+            return replace(scores, label_logprobs=logprobs - cut * sharing, label_bounds=logprobs.masked_fill(~cut, torch.nan))
+
+        rows = range(len(prompts))
+        at_first = self._read(prompts, start, [tree_of([[token] for token in begins])] * len(rows)).label_logprobs.exp().cpu()  # [N, F]
+        far = followed(LABELS_SHARE * at_first.sum(-1, keepdim=True))
+        scores = read(rows, far)
+        found = scores.label_logprobs.exp().cpu().where(far[:, number], 0).sum(-1, keepdim=True)
+        if again := (followed(found) & ~far).any(-1).nonzero().flatten().tolist():
             order = torch.arange(len(rows))
             order[again] = len(rows) + torch.arange(len(again))
-            scores = Scores.join([scores, read(again, torch.ones_like(followed[again]))], order)
+            scores = Scores.join([scores, read(again, (followed(found) | far)[again])], order)
         return scores
 
     def _read(self, prompts: Sequence[Prompt], start: int, trees: Sequence[Tree]) -> Scores:

@@ -90,6 +90,74 @@ def test_the_fast_engine_gives_the_plain_forwards_numbers(tiny_model, architectu
     assert_right(model, labels_of(engine, prompts), completions, prompts, expected)
 
 
+def many_labels():
+    """Sixteen first tokens, of which one is a label and the others begin one to four each."""
+    return [[300], *([first, second] for first in range(1, 16) for second in range(300, 301 + first % 4))]
+
+
+@pytest.fixture
+def sharp_model(tiny_model):
+    """It answers in the labels' tokens, with probabilities that differ by orders of magnitude, as a good teacher does."""
+
+    def make(architecture):
+        model = tiny_model(architecture)
+        others = torch.full((model.config.vocab_size,), -50.0)
+        others[list({token for ids in many_labels() for token in ids})] = 0
+        model.get_output_embeddings().register_forward_hook(lambda _module, _args, out: 4 * out / out.std(-1, keepdim=True) + others)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["generic", "shared_prefix"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "mistral", "phi"])
+def test_of_many_labels_those_that_can_matter_are_followed_and_the_rest_is_bounded(sharp_model, monkeypatch, architecture, name):
+    monkeypatch.setattr(engines, "MOST_NODES", 8)
+    monkeypatch.setattr(engines, "MOST_LEFT", 0.02)
+    model, labels, prompts = sharp_model(architecture), many_labels(), prompts_of(random_ids(20, 1), 5, 9, 3, 7)
+    expected = naive_scores(model, labels, prompts)
+    engine = open_for(model, prompts[:2], labels) if name == "shared_prefix" else Engine(model, None, labels, KEPT, 64)
+    assert engine.name == name, engine.reason
+    found = engine.score(prompts)
+    bounded = ~found.label_bounds.isnan()
+    assert bounded.any(-1).any(), "the example has something to leave out"
+    assert not bounded[:, 0].any(), "a label of one token is always known"
+    assert float((found.label_logprobs - expected)[~bounded].abs().max()) < 1e-4
+    assert (found.label_bounds >= expected - 1e-4)[bounded].all()
+    assert (found.label_bounds >= found.label_logprobs)[bounded].all()
+    first = torch.tensor([ids[0] for ids in labels])
+    for row, own in enumerate(bounded):
+        for token in first[own].unique():
+            mass = found.label_logprobs[row, first == token].exp().sum().log()  # shared by all labels that begin so
+            assert torch.allclose(mass, found.label_bounds[row, first == token], atol=1e-4)
+    assert float((found.label_logprobs.softmax(-1) - expected.softmax(-1)).abs().max()) < engines.MOST_LEFT
+    whole = engine.score(prompts, follow_all=True)
+    assert whole.label_bounds is None
+    assert_right(model, whole.label_logprobs, labels, prompts, expected)
+    assert torch.allclose(found.encoded["topk_logprobs"], whole.encoded["topk_logprobs"], atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [1e-9, 1.0, 1e9])
+def test_what_labels_are_assumed_to_have_changes_the_work_and_not_the_promise(sharp_model, monkeypatch, share):
+    monkeypatch.setattr(engines, "MOST_NODES", 8)
+    monkeypatch.setattr(engines, "LABELS_SHARE", share)
+    model, labels, prompts = sharp_model("llama"), many_labels(), prompts_of(random_ids(20, 1), 5, 9, 3, 7)
+    expected = naive_scores(model, labels, prompts)
+    found = open_for(model, prompts[:2], labels).score(prompts).label_logprobs
+    assert float((found.softmax(-1) - expected.softmax(-1)).abs().max()) < engines.MOST_LEFT
+
+
+def test_if_nothing_may_be_left_out_all_labels_are_followed(tiny_model, monkeypatch):
+    monkeypatch.setattr(engines, "MOST_LEFT", 0.0)
+    labels, prompts = many_labels(), prompts_of(random_ids(20, 1), 5, 9, 3)
+    engine = open_for(tiny_model("llama"), prompts[:2], labels)
+    whole = engine.score(prompts, follow_all=True)
+    monkeypatch.setattr(engines, "MOST_NODES", 8)
+    found = engine.score(prompts)
+    assert found.label_bounds.isnan().all()
+    assert torch.allclose(found.label_logprobs, whole.label_logprobs, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_generic_engine_gives_the_plain_forwards_numbers(tiny_model, architecture):
     model, prompts = tiny_model(architecture), prompts_of(random_ids(30, 1), 4, 9, 4, 2)

@@ -7,9 +7,10 @@ from teachers.conftest import CONTEXTS, TASK, TEXTS, TWO, example
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.errors import UsageError
 from pipeline.models.folders import load_model, save_model
 from pipeline.params import TaskParams
-from pipeline.schema import NO_CONTEXT, SCORES
+from pipeline.schema import NO_CONTEXT, SCORES, Context
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers import scorer as module
 from pipeline.teachers.engines import Engine
@@ -166,3 +167,44 @@ def test_what_a_text_holds_is_never_read_as_the_template_and_changes_no_other_an
     model = load_model(model_folder("llama"))
     for prompt, row in zip(scorer.tokens.prompts(TWO, odd), found[1:-1], strict=True):
         assert row == pytest.approx(naive_labels(model, prompt.ids, scorer.tokens.completions), abs=1e-4)
+
+
+WHOLE = {
+    "one token": ({"a": " x", "b": " a"}, False),
+    "shared first words": ({"a": " very negative", "b": " very positive", "c": " very", "d": " good"}, True),
+    "one begins another": ({"a": " card", "b": " card arrival", "c": " card linking"}, True),
+    "digits": ({str(number): f" {number}" for number in range(1, 6)}, False),
+    "emoji": ({"sad": " 😞", "glad": " 😀"}, False),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_label_s_score_is_that_of_its_whole_verbaliser(model_folder, tokenizer, architecture, name):
+    """In this tokenizer a space before a digit is a token of its own, and emoji begin with the same bytes."""
+    verbalisers, ends = WHOLE[name]
+    task = Task(TaskParams.model_validate(TASK | {"verbalisers": verbalisers}))
+    folder = model_folder(architecture)
+    scorer = Scorer(folder, task, work=None)
+    written = [tokenizer(verbalisers[label]).input_ids + tokenizer(task.params.separator).input_ids[:ends] for label in task.labels]
+    assert scorer.tokens.completions == written
+    context = Context("all", "", tuple(({"text": "a film"}, label) for label in task.labels))
+    found, model = scorer.label_scores([context], EXAMPLES[:3], "t")[0], load_model(folder)
+    for row, prompt in zip(found, scorer.tokens.prompts(context, EXAMPLES[:3]), strict=True):
+        assert row == pytest.approx(naive_labels(model, prompt.ids, written), abs=1e-4)
+        assert np.exp(row).sum() < 1
+
+
+@pytest.mark.parametrize(
+    ("verbalisers", "said"),
+    [
+        (
+            {"a": " card", "b": " card\n\nx"},
+            r"'a' and 'b' cannot be told apart: their tokens are \[.*\] and \[.*\]\. Give one another text",
+        ),
+        ({"a": "", "b": " card"}, r"task\.verbalisers\.a: '' has no token in this tokenizer"),
+    ],
+)
+def test_labels_that_nothing_tells_apart_are_refused(tokenizer, verbalisers, said):
+    with pytest.raises(UsageError, match=said):
+        TaskTokens(Task(TaskParams.model_validate(TASK | {"verbalisers": verbalisers})), tokenizer)
