@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing, sha256_ids, sha256_json
+from pipeline.params import Format
 
 SCHEMA_VERSION = 4
 SLICE = "slice."  # begins the name of a slice's column. No field's name does, since a field is an identifier.
@@ -40,16 +41,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Context:
-    """What stands in a teacher's prompt before the input: an instruction, then demonstrations as (fields, answer)."""
+    """What stands in a teacher's prompt before the input: an instruction, then demonstrations as (fields, answer); and as what."""
 
     name: str
     instruction: str = ""
     demonstrations: tuple[tuple[Mapping[str, str], str], ...] = ()
+    format: Format = "plain"
 
     @cached_property
     def context_id(self) -> str:
         """sha256 of what it holds; its name does not count."""
-        return sha256_json([self.instruction, [[dict(fields), answer] for fields, answer in self.demonstrations]])
+        shown = [[dict(fields), answer] for fields, answer in self.demonstrations]
+        return sha256_json([self.instruction, shown, *([self.format] if self.format == "chat" else [])])
 
 
 NO_CONTEXT = Context("none")
@@ -57,16 +60,28 @@ NO_CONTEXT = Context("none")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model sees of one example: token ids, and the answer's own ids if it is to score that answer."""
+    """What a model sees of one example: token ids, and the answer's own ids if it is to score that answer.
+
+    A server that tokenises for itself sees `request` in their place: text, or the (role, content) of each turn of a chat.
+    """
 
     ids: tuple[int, ...]
     answer: tuple[int, ...] | None = None
     cut: bool = field(default=False, compare=False)  # whether a part of the input is left out, since the model takes no more
+    request: str | tuple[tuple[str, str], ...] | None = None
 
     @cached_property
     def prompt_sha(self) -> str:
-        """The key of this prompt's score: sha256 of the exact token ids."""
+        """The key of this prompt's score: sha256 of the exact token ids, or of the request."""
+        if self.request is not None:
+            return sha256_json(self.request)
         return sha256_ids(self.ids) if self.answer is None else sha256_ids(self.ids, self.answer)
+
+    @property
+    def length(self) -> int:
+        """Its tokens; of a request about as many: one for every four bytes."""
+        texts = [self.request] if isinstance(self.request, str) else [content for _, content in self.request or ()]
+        return len(self.ids) + sum(len(text.encode()) // 4 + 1 for text in texts)
 
 
 FLOATS, LISTS = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32()))
@@ -92,6 +107,7 @@ CONTEXTS = _schema(
     name=pa.string(),  # "orders/0"
     instruction=pa.string(),
     demonstrations=pa.string(),  # JSON: [[fields, answer], …] in their order
+    format=pa.string(),
 )
 
 # What a model says of a prompt. Logarithms are in nats, over the whole vocabulary. Labels have one answer position, in front of the
@@ -191,6 +207,7 @@ def write_contexts(contexts: Iterable[Context], path: Path) -> None:
             "name": context.name,
             "instruction": context.instruction,
             "demonstrations": json.dumps([[dict(fields), answer] for fields, answer in context.demonstrations], ensure_ascii=False),
+            "format": context.format,
         }
         for context in contexts
     ]
@@ -200,6 +217,6 @@ def write_contexts(contexts: Iterable[Context], path: Path) -> None:
 def read_contexts(path: Path) -> list[Context]:
     """The contexts of a file that `write_contexts` wrote."""
     return [
-        Context(row["name"], row["instruction"], tuple((fields, answer) for fields, answer in json.loads(row["demonstrations"])))
+        Context(row["name"], row["instruction"], tuple(map(tuple, json.loads(row["demonstrations"]))), row["format"])
         for row in read_table(path, CONTEXTS).to_pylist()
     ]

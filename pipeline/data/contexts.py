@@ -71,7 +71,8 @@ def build_contexts(name: str, params: ContextParams, task: Task, demonstrations:
             mark = ids if vary == "order" else tuple(sorted(ids))
             if mark not in contexts:
                 shown.update([*ids, *(str(example.label) for example in own)])
-                contexts[mark] = Context(f"{name}/{at}", params.instruction, tuple((dict(e.fields), answer_of(e)) for e in own))
+                pairs = tuple((dict(e.fields), answer_of(e)) for e in own)
+                contexts[mark] = Context(f"{name}/{at}", params.instruction, pairs, params.format)
                 break
     return list(contexts.values())
 

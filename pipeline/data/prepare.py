@@ -29,16 +29,16 @@ def prepare(params: Params, folders: Folders) -> None:
     """
     task, data, folder = Task(params.task), params.data, folders.artifacts / "data"
     shutil.rmtree(folder, ignore_errors=True)
-    context_models, models = params.context_models(), dict[str, TaskTokens]()
-    for name in sorted(set[str]().union(*context_models.values())):
+    context_models, models = params.context_models(), dict[tuple[str, str], TaskTokens]()  # (model, format) → its own
+    for name, form in sorted({(name, form) for pairs in context_models.values() for name, form in pairs}):
         check_folder(own := folders.artifacts / "models" / name)
-        models[name] = load_tokens(task, own)
+        models[name, form] = load_tokens(replace(task, format=form), own)
 
     sources = {name: read_written_source(name, entry, task, folders) for name, entry in data.sources.items()}
     quarantine = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
-    reading = {(model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
-    reading |= {(model, "") for model in context_models[""]}
-    readers = [(models[model], Context("", instruction)) for model, instruction in sorted(reading)]
+    reading = {(*model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
+    reading |= {(*model, "") for model in context_models[""]}
+    readers = [(models[name, form], Context("", instruction)) for name, form, instruction in sorted(reading)]
     quarantine += "".join(entry.json_line() for source in sources.values() for entry in _set_faulty_aside(source, readers))
     write_text(quarantine, folder / "quarantine.jsonl")
     roles = assign(data, task.labels, sources)
@@ -47,7 +47,7 @@ def prepare(params: Params, folders: Folders) -> None:
     demonstrations = roles.drawn["demonstrations"]
     contexts = {name: build_contexts(name, entry, task, demonstrations, data.seed) for name, entry in params.contexts.items()}
     if params.task.long_texts == "windows":
-        put = [(models[model], context) for name, own in contexts.items() for model in context_models[name] for context in own]
+        put = [(models[name, form], one) for key, own in contexts.items() for name, form in context_models[key] for one in own]
         put += [(tokens, NO_CONTEXT) for tokens in models.values()]
         in_windows(roles, data, sources, partial(_windows, put))
         write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")
@@ -69,8 +69,8 @@ def prepare(params: Params, folders: Folders) -> None:
     for name, entry in params.contexts.items():
         write_contexts(contexts[name], folder / "contexts" / f"{name}.parquet")
         tokens = list[list[int]]()
-        for model in context_models[name]:
-            added, cut[f"{model} behind {name}"] = check_fit(f"contexts.{name}", entry, contexts[name], models[model], inputs)
+        for model, form in context_models[name]:
+            added, cut[f"{model} behind {name}"] = check_fit(f"contexts.{name}", entry, contexts[name], models[model, form], inputs)
             tokens.append(added)
         lengths = {context.name: max(of) for context, of in zip(contexts[name], zip(*tokens, strict=True), strict=False)}
         absent = not_shown(contexts[name], tuple(task.params.verbalisers))
@@ -81,9 +81,10 @@ def prepare(params: Params, folders: Folders) -> None:
             print(
                 f"contexts {name}: none shows {len(absent)} of {len(task.labels)} labels (metrics/prepare.json names them); raise `count`"
             )
-    for name, model in models.items():  # any of them may be a student's base, or be asked about the pool
+    for (name, form), model in models.items():  # any of them may be a student's base, or be asked about the pool
         alone = [*demonstrations, *inputs, *pool]
-        _, cut[name] = check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], model, alone)
+        place = f"{name} in chat turns" if form == "chat" else name
+        _, cut[place] = check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], model, alone)
 
     def numbers(examples: Sequence[Example]) -> dict[str, Any]:
         return {"drawn": len(examples), "labels": dict(sorted(Counter(str(example.label) for example in examples).items()))}

@@ -1,6 +1,6 @@
 """params.yaml as typed, frozen objects: `task`, `data` and `methods` have the blocks, `methods` the checks too, `reading` the file."""
 
-from pipeline.params.data import ContextParams, DataParams, Download, HubDownload, LabelRule, PypiDownload, SourceParams
+from pipeline.params.data import ContextParams, DataParams, Download, HubDownload, LabelRule, PypiDownload, ServerParams, SourceParams
 from pipeline.params.methods import (
     DEMONSTRATIONS_FILE,
     CacheParams,
@@ -25,4 +25,4 @@ from pipeline.params.reading import (
     write_yaml,
     yaml_text,
 )
-from pipeline.params.task import LEAST_TOKENS, CompletionParams, FormParams, TaskParams
+from pipeline.params.task import LEAST_TOKENS, CompletionParams, Format, FormParams, TaskParams

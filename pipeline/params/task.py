@@ -26,6 +26,8 @@ def _key(name: str) -> str:
 Key = Annotated[str, AfterValidator(_key)]
 """A key of a map whose keys are the user's own."""
 Name = Annotated[Key, AfterValidator(_slug)]
+Format = Literal["plain", "chat"]
+"""Of a prompt: text, or turns of a conversation by the model's chat template."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -165,7 +165,7 @@ def _text_writer(file: TextIO, form: str, names: Sequence[str]) -> Callable[[Seq
 
     def write(window: Sequence[Answered]) -> None:
         if form == "csv":
-            sheet.writerows(_flat(*row) for row in window)
+            sheet.writerows(_flat(*row) | ({"cut": "true"} if row[1].cut else {}) for row in window)
         else:
             file.writelines(json_line({"line": item.line, **item.kept, **found.as_json()}) for item, found in window)
         file.flush()

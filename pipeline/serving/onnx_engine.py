@@ -17,7 +17,7 @@ from pipeline.files import MANIFEST, read_manifest
 from pipeline.models.trained import Trained
 from pipeline.schema import Prompt
 from pipeline.serving.predictor import ONNX_FILE, LabelScores
-from pipeline.task import EncoderTokens, Task, TaskTokens
+from pipeline.task import ChatTokens, EncoderTokens, Task, TaskTokens
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENS_A_PASS, STRETCH = 256, 1.25
@@ -71,8 +71,10 @@ def exported_tokens(task: Task, folder: Path) -> TaskTokens:
     about = read_manifest(folder).get("onnx")
     if not isinstance(about, dict) or not {"encoder", "bos_token_id", "context_limit"} <= about.keys():
         raise CorruptError(f"{folder / MANIFEST}: says nothing of {ONNX_FILE}. Export the student again.")
-    kind = EncoderTokens if about["encoder"] else TaskTokens
-    return kind(task, PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]), about["context_limit"])
+    tokenizer, limit = PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]), about["context_limit"]
+    if task.format == "chat":
+        return ChatTokens(task, tokenizer, limit, read_manifest(folder)["frame"])
+    return (EncoderTokens if about["encoder"] else TaskTokens)(task, tokenizer, limit)
 
 
 class OnnxEngine:

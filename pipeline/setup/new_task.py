@@ -27,7 +27,8 @@ from pipeline.params.data import DOWNLOADS, FORMATS, source_entry
 from pipeline.schema import NO_CONTEXT, Context, Example
 from pipeline.setup.boundary import fitting_form, load_tokenizers
 from pipeline.setup.estimate import cost
-from pipeline.task import Task, TaskTokens
+from pipeline.setup.format_choice import choose_formats
+from pipeline.task import ChatTokens, Task, TaskTokens
 
 ROWS_A_LABEL = 2
 """On average, at least; a column with fewer holds something else than labels."""
@@ -108,6 +109,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
         demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
     except UsageError as error:
         raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
+    notes += choose_formats(raw, demonstrations, read["labelled"].examples, tokenizers)
     params, unlabelled = parse_params(raw), read["unlabelled"].examples
     notes += _prompt(params, demonstrations, unlabelled[0], tokenizers)
     return raw, [*notes, cost(params, unlabelled, len(read["test"].examples))]
@@ -225,8 +227,12 @@ def _prompt(params: Params, demonstrations: Sequence[Example], query: Example, t
     if params.contexts:
         name, entry = max(params.contexts.items(), key=lambda item: item[1].demonstrations)
         context = build_contexts(name, entry, task, demonstrations, params.data.seed)[0]
-    lengths = {name: len(TaskTokens(task, own).prompts(context, [query])[0].ids) for name, own in tokenizers.items()}
-    text = task.context_text(context) + task.query(query.fields)
+    task, text = replace(task, format=context.format), task.context_text(context) + task.query(query.fields)
+    if context.format == "chat":
+        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in task.messages(context, task.query(query.fields)))
+        tokenizers = {name: own for name, own in tokenizers.items() if own.chat_template}
+    kind = ChatTokens if context.format == "chat" else TaskTokens
+    lengths = {name: len(kind(task, own).prompts(context, [query])[0].ids) for name, own in tokenizers.items()}
     counted = "".join(f", {length:,} tokens for {name}" for name, length in lengths.items())
     yield f"A teacher's prompt, {len(context.demonstrations)} demonstrations{counted}:"
     cut = f"{text[: SHOWN_CHARS // 2]}\n[…]\n{text[-SHOWN_CHARS // 2 :]}" if len(text) > SHOWN_CHARS else text

@@ -69,7 +69,9 @@ class TeacherCache:
         self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer, tokens.limit) if reads_input else tokens
         self._content_free = set(manifest["content_free"])
         try:
-            check_belongs(manifest, {"task": described_task(self._tokens.task), "tokenizer_sha256": tokenizer_sha256}, folder)
+            task = self._tokens.task
+            wanted = {"task": described_task(task), "format": task.format, "tokenizer_sha256": tokenizer_sha256}
+            check_belongs({"format": "plain", **manifest}, wanted, folder)
         except MismatchError as error:
             raise MismatchError(f"{error} A student with another tokenizer learns from a target set over the labels.") from None
 

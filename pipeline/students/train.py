@@ -65,7 +65,7 @@ class _Job:
             raise UsageError(
                 f"{kind} {name}: `tuning: contrastive` compares the texts of a step; train it in one process, without torchrun."
             )
-        self.tokens = load_tokens(Task(params.task), self.base)
+        self.tokens = load_tokens(Task(params.task, student.format), self.base)
         self.sources: dict[str, str] = {}  # hashes of what is learnt from
         self.label_terms: list[LabelTerm] = []
         self.cache_terms: list[CacheTerm] = []

@@ -112,6 +112,8 @@ LEAST_SHARE = 1e-3
 MOST_LEFT = 1e-3
 """Probability of what was not followed, over that of the labels that were: with more, all is followed. No label's probability among the
 labels can then be wrong by more."""
+PROBED_LABELS = 8
+"""Labels of a probe, of every length there is: each costs the plain pass a whole prompt, and one more shows nothing new."""
 
 
 class Engine:
@@ -231,15 +233,16 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
     # a probability falls on one side of a number or the other.
     exact = cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None})
     longest = max(probe, key=lambda prompt: len(prompt.ids))
+    few = labels if len(labels) <= PROBED_LABELS else sorted(labels, key=len)[-1 :: -(len(labels) // PROBED_LABELS)]
 
     def probed(engine: Engine) -> list[Scores]:  # the second call has a prefix even if these prompts share nothing
         return [engine.score(probe, follow_all=True), engine.score([longest], longest.ids[:-1], follow_all=True)]
 
     def difference(packed: PackedModel) -> float:
-        return max(map(largest_difference, expected, probed(Engine(model, packed, labels, exact, budget))))
+        return max(map(largest_difference, expected, probed(Engine(model, packed, few, exact, budget))))
 
     with in_float32(model) as tolerance:
-        expected = probed(Engine(model, None, labels, exact, budget))
+        expected = probed(Engine(model, None, few, exact, budget))
         packed, reason = packed_if_exact(model, difference, tolerance)
     engine = Engine(model, packed, labels, cache, budget)
     engine.reason = reason

@@ -14,9 +14,13 @@ from serving_world import shotless
 from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.files import Folders
-from pipeline.params import load_params, read_yaml, resolve, write_yaml
+from pipeline.params import TaskParams, load_params, read_yaml, resolve, write_yaml
+from pipeline.schema import Context, Example
+from pipeline.setup import format_choice
 from pipeline.setup.estimate import stage_count, token_work
-from pipeline.setup.new_task import Answers, guess_label, guess_text, read_columns
+from pipeline.setup.new_task import Answers, guess_label, guess_text, new_task, read_columns
+from pipeline.task import Task
+from pipeline.teachers.scorer import Scorer
 
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
@@ -121,6 +125,55 @@ def test_it_says_what_a_run_will_cost_if_the_model_is_there(folder, model_folder
     assert "smollm2 on 20 rows" in done.stdout
     assert "A full run takes about" in done.stdout
     assert "GB of memory" in done.stdout
+
+
+@pytest.mark.parametrize(("right", "chosen"), [((9, 12), "chat turns"), ((12, 12), "plain text"), ((12, 9), "plain text")])
+def test_it_takes_the_format_in_which_the_model_answers_more_right(folder, model_folder, monkeypatch, right, chosen):
+    """Ties go to plain text. The counts are set here; another test counts them."""
+    shutil.copytree(model_folder("llama", max_position_embeddings=2048), own := folder / "artifacts" / "models" / "smollm2")
+    template = "{% for message in messages %}{{ message.role + ': ' + message.content + '<|end|>' }}{% endfor %}"
+    (own / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}", encoding="utf-8")
+    small_students(folder)
+    monkeypatch.chdir(folder)
+    asked = []
+
+    def counted(model, task, context, examples, threads):
+        asked.append((model, context, examples))
+        return {"plain": (0, right[0]), "chat": (30, right[1])}
+
+    monkeypatch.setattr(format_choice, "right_answers", counted)
+    three(folder)
+    files = [folder / "mine" / name for name in ("l.jsonl", "u.jsonl", "t.jsonl")]
+    raw, notes = new_task(read_yaml(folder / "params.yaml"), Answers(*files, "Text: {text}\nLabel:", {}, {}, "label"))
+    (model, context, examples), name = asked[0], "orders"
+    assert (len(asked), str(model)) == (1, "artifacts/models/smollm2")
+    shown = {fields["text"] for fields, _ in context.demonstrations}
+    assert 8 <= len(examples) <= 32
+    assert shown.isdisjoint(example.fields["text"] for example in examples)
+    assert [example.label for example in examples[:4]] == ["no", "yes"] * 2
+    assert raw["contexts"][name].get("format", "plain") == ("chat" if chosen == "chat turns" else "plain")
+    assert (
+        f"contexts.orders: {chosen}; of {len(examples)} labelled examples behind {len(shown)} others smollm2 answers "
+        f"{right[0]} right in plain text, "
+        f"{right[1]} in chat turns" in notes
+    )
+    assert ("user: Text: " in "\n".join(notes)) == (chosen == "chat turns")
+
+
+def test_right_answers_are_counted_in_both_formats(folder, model_folder):
+    model = folder / "model"
+    shutil.copytree(model_folder("llama"), model)
+    template = "{% for message in messages %}{{ message.role + ': ' + message.content + '<|end|>' }}{% endfor %}assistant: "
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    task = TaskParams(template="Text: {text}\nLabel:", verbalisers={"no": " no", "yes": " yes"})
+    examples = [Example({"text": sentence(n)}, ["no", "yes"][n % 2]) for n in range(9)]
+    context = Context("few", "", (({"text": "x"}, "no"),))
+    found = format_choice.right_answers(model, task, context, examples, 1)
+    for form in ("plain", "chat"):
+        scores = Scorer(model, Task(task, form), work=None, threads=1).label_scores([context], examples, "t")[0]
+        odds = scores[:, 1] - scores[:, 0]  # of "yes"
+        gold = [example.label == "yes" for example in examples]
+        assert found[form] == (sum((odds > 0) == gold), sum((odds > odds.mean()) == gold))
 
 
 def test_nothing_is_replaced_unless_told(folder):

@@ -327,3 +327,16 @@ def test_the_token_budget_follows_the_memory(tiny_model):
     assert engines.LARGEST_BUDGET == token_budget(model, 1 << 40) >= token_budget(model, 1 << 20) >= 64
     assert token_budget(model.to("meta"), 1 << 40) == engines.LARGEST_GPU_BUDGET  # the meta device stands for a GPU
     assert token_budget(model, sum(p.numel() * p.element_size() for p in model.parameters())) == 64
+
+
+def test_a_probe_of_many_labels_costs_the_plain_pass_few_prompts(tiny_model, monkeypatch):
+    model, rows, plain = tiny_model("llama"), [], engines.plain_logits
+    monkeypatch.setattr(engines, "plain_logits", lambda model, own, layers: rows.extend(own) or plain(model, own, layers))
+    labels = [[3 + n, *range(7, 7 + n % 4)] for n in range(77)]
+    prompts = prompts_of(random_ids(20, 0), 4, 9)
+    expected = naive_scores(model, labels, prompts)
+    engine = open_for(model, prompts, labels)
+    assert engine.name == "shared_prefix"
+    assert all(1 < len(row.tree.paths) <= 9 for row in rows)
+    assert {len(path) for row in rows for path in row.tree.paths} == {1, 2, 3}, "all but the last token, of labels of every length"
+    assert_right(model, engine.score(prompts, follow_all=True).label_logprobs, labels, prompts, expected)
