@@ -5,7 +5,7 @@ BIN := $(CURDIR)/.venv/bin
 PRESET ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-ray lint docs setup clean bench-teacher bench-student bench-serve bench-cache
+.PHONY: help run test test-fast test-ray lint docs setup clean bench-teacher bench-student bench-serve bench-cache check-gpu
 
 help:
 	@echo "make run              set up, download model and data, run the pipeline, print what was gained"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-student    training speed and memory beside Trainer, SFTTrainer and the limit (after make run)"
 	@echo "make bench-serve      requests a second of shotless serve (after make run; BENCH_ARGS=\"--student FOLDER\")"
 	@echo "make bench-cache      bytes of the score cache against what it loses (after make run)"
+	@echo "make check-gpu        the default model on a GPU: probe, teacher, student, vLLM; ten minutes at most (after make run)"
 	@echo "make clean            remove everything that runs have made, scores too (the environment stays)"
 
 run: setup
@@ -46,6 +47,9 @@ docs: setup
 
 bench-teacher bench-student bench-serve bench-cache: bench-%: setup
 	@"$(BIN)/python" -m benchmarks.$* $(BENCH_ARGS)
+
+check-gpu: setup
+	@"$(BIN)/python" -m benchmarks.check_gpu
 
 setup: .venv/.installed
 

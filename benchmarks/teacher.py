@@ -52,12 +52,12 @@ def main(
     machine = about() | {"dtype": dtype, "texts": texts()[1], "formula_of_limit": FORMULA}
     rows: list[dict[str, Any]] = []
     for tokens in map(int, contexts.split(",")):
-        rows += _at(tokens, engines.split(","), dtype, gguf)
+        rows += rows_at(tokens, engines.split(","), dtype, gguf)
         _print(rows)
         write_json({"machine": machine, "rows": rows}, output)  # a run that is cut off keeps what it has measured
     measured = {"machine": machine, "rows": rows}
     if 1024 in map(int, contexts.split(",")) and "shared_prefix" in engines:
-        line = [row for count in LINE for row in _at(1024, ["shared_prefix"], dtype, gguf, count) if row["engine"] == "shared_prefix"]
+        line = [row for count in LINE for row in rows_at(1024, ["shared_prefix"], dtype, gguf, count) if row["engine"] == "shared_prefix"]
         _print_line(line)
         measured |= {"line": line, "profile_seconds": _profile(dtype)}
         _print_profile(measured["profile_seconds"])
@@ -68,14 +68,14 @@ def main(
     print(f"written to {output}")
 
 
-def _at(context: int, engines: list[str], dtype: str, gguf: Path | None, count: int = QUERIES) -> list[dict[str, Any]]:
+def rows_at(context: int, engines: list[str], dtype: str, gguf: Path | None, count: int = QUERIES) -> list[dict[str, Any]]:
     """Rows of all engines at one length of context."""
     prompts = build(load_tokenizer(MODEL), context, QUERY_TOKENS, count)
     given = asdict(prompts) | {"labels": LABELS, "dtype": dtype}
     rows, reference = [], None
     for engine in engines:
-        fast = engine in {"shared_prefix", "llama_cpp"}
-        number = count if fast else min(count, SLOW[context])
+        fast = engine in {"shared_prefix", "llama_cpp", "vllm"}
+        number = count if fast or torch.cuda.is_available() else min(count, SLOW[context])
         part = given | {name: given[name][:number] for name in ("queries", "query_ids")} | {"repeats": 3 if fast or context == 0 else 1}
         print(f"{engine}, {len(prompts.context_ids)} context tokens, {number} queries …", file=sys.stderr, flush=True)
         figures = _run(engine, part, gguf)
@@ -93,7 +93,11 @@ def _at(context: int, engines: list[str], dtype: str, gguf: Path | None, count: 
             "query_tokens": sum(map(len, prompts.query_ids)) / count,
             "queries": number,
         }
-        kept = {key: figures[key] for key in ("seconds", "peak_rss_bytes", "model_bytes", "product_flops_per_s") if key in figures}
+        kept = {
+            key: figures[key]
+            for key in ("seconds", "peak_rss_bytes", "peak_device_bytes", "model_bytes", "product_flops_per_s")
+            if key in figures
+        }
         rows.append(
             {"engine": engine, **shape, "examples_per_s": number / figures["seconds"], "largest_difference_nats": difference, **kept}
         )
@@ -116,6 +120,8 @@ def _run(engine: str, prompts: dict[str, Any], gguf: Path | None) -> dict[str, A
                 python_of("llama_cpp", LLAMA_CPP),
                 ["benchmarks/llama_cpp_engine.py", str(gguf or GGUF), str(file)],
             )
+        elif engine == "vllm":
+            command = ["benchmarks/vllm_engine.py", str(MODEL), str(file)]
         elif engine == "profile":
             command = ["-m", "benchmarks.where_time_goes", str(MODEL), str(file)]
         if python is None:
