@@ -57,15 +57,27 @@ NO_CONTEXT = Context("none")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model sees of one example: token ids, and the answer's own ids if it is to score that answer."""
+    """What a model sees of one example: token ids, and the answer's own ids if it is to score that answer.
+
+    A server that tokenises for itself sees `request` in their place: text, or the (role, content) of each turn of a chat.
+    """
 
     ids: tuple[int, ...]
     answer: tuple[int, ...] | None = None
+    request: str | tuple[tuple[str, str], ...] | None = None
 
     @cached_property
     def prompt_sha(self) -> str:
-        """The key of this prompt's score: sha256 of the exact token ids."""
+        """The key of this prompt's score: sha256 of the exact token ids, or of the request."""
+        if self.request is not None:
+            return sha256_json(self.request)
         return sha256_ids(self.ids) if self.answer is None else sha256_ids(self.ids, self.answer)
+
+    @property
+    def length(self) -> int:
+        """Its tokens; of a request about as many: one for every four bytes."""
+        texts = [self.request] if isinstance(self.request, str) else [content for _, content in self.request or ()]
+        return len(self.ids) + sum(len(text.encode()) // 4 + 1 for text in texts)
 
 
 FLOATS, LISTS = pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32()))

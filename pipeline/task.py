@@ -198,6 +198,28 @@ class EncoderTokens(TaskTokens):
         """No input can be taken for control tokens."""
 
 
+class TextTokens(TaskTokens):
+    """A task in text, for a server that tokenises for itself: prompts have no ids, and labels no completions."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.tokenizer, self.completions = task, None, []
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest possible answer, about: one for every four bytes."""
+        if self.task.params.completion is not None:
+            return self.task.params.completion.max_tokens
+        return max(len(verbaliser.encode()) // 4 + 1 for verbaliser in self.task.verbalisers)
+
+    def prompts(self, context: Context, examples: Sequence[Example]) -> list[Prompt]:
+        """One prompt for each example behind `context`."""
+        before = self.task.context_text(context)
+        return [Prompt((), request=before + self.task.query(example.fields)) for example in examples]
+
+    def fault_of(self, example: Example, context: Context = NO_CONTEXT) -> None:
+        """None is known of: the server reads control tokens in its own way."""
+
+
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Number of ids that both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

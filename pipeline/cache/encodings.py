@@ -74,11 +74,11 @@ def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: Cac
     norms = [(log_tail / t).logsumexp(-1) for t in at[1:]]
     return {
         "topk_ids": top.indices.to(torch.int32),  # [P, K] int32, most probable first
-        "topk_logprobs": _rounded(kept, params),  # [P, K] float32; -inf: no entry
+        "topk_logprobs": rounded(kept, params),  # [P, K] float32; -inf: no entry
         "sampled_ids": ids,  # [P, M] int32, rising
-        "sampled_logprobs": _rounded(log_p.gather(-1, ids.long()), params),  # [P, M] float32
+        "sampled_logprobs": rounded(log_p.gather(-1, ids.long()), params),  # [P, M] float32
         "sampled_counts": counts,  # [P, M] int32; 0: no entry
-        "full_logprobs": _rounded(log_p, params) if full else log_p.new_zeros(positions, 0),  # [P, V] float32, by token id
+        "full_logprobs": rounded(log_p, params) if full else log_p.new_zeros(positions, 0),  # [P, V] float32, by token id
         "log_z": log_z,  # [P] float32, log-sum-exp of the logits
         "tail_mass": tail.sum(-1),  # [P] float32, probability outside the top k; 0 if all is kept
         "log_norms": torch.stack(norms, -1) if norms else log_p.new_zeros(positions, 0),  # [P, T - 1] float32, of the tail at each τ ≠ 1
@@ -87,7 +87,8 @@ def _encode(logits: Tensor, uniforms: Tensor, hidden_states: Tensor, params: Cac
     }
 
 
-def _rounded(values: Tensor, params: CacheParams) -> Tensor:
+def rounded(values: Tensor, params: CacheParams) -> Tensor:
+    """Log-probabilities as multiples of `resolution_nats`."""
     return values if params.resolution_nats is None else (values / params.resolution_nats).round() * params.resolution_nats
 
 

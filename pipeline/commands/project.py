@@ -130,9 +130,14 @@ def clean(
     made = ("teachers/*/manifest.json", "rounds/*/calibration.json")
     files = [path for name in made for path in (*folders.artifacts.glob(name), *Path("runs").glob(f"**/artifacts/{name}"))]
     used = {sha256_json(read_json(path)["identity"])[:32] for path in files}
-    entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name != "scores"}
+    entries = {path: path.name for path in sorted(folders.work.glob("*")) if path.name not in {"scores", "servers"}}
     for folder, identity in stores(folders.work).items():
-        entries[folder] = "scores, damaged" if identity is None else f"scores of weights {identity['weights'][:12]}, {identity['dtype']}"
+        if identity is None:
+            entries[folder] = "scores, damaged"
+        elif "server" in identity:
+            entries[folder] = f"scores of {identity['server']['model']} behind a server"
+        else:
+            entries[folder] = f"scores of weights {identity['weights'][:12]}, {identity['dtype']}"
     going = {path: what for path, what in entries.items() if everything or path.name not in used}
     sizes = {path: sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) for path in going}
     for path, what in going.items():
@@ -219,7 +224,7 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
         size = sum(file["bytes"] for file in manifest["files"].values())
         print(f"{name}: {sum(manifest['shards'].values()):,} rows, {size:,} bytes, all intact")
     try:
-        wanted = {"model": teacher.model, "cache": teacher.cache.model_dump(mode="json"), "task": described_task(task)}
+        wanted = {"model": teacher.model, "cache": params.kept_of(name).model_dump(mode="json"), "task": described_task(task)}
         check_belongs(manifest, wanted, folder)
     except MismatchError as error:
         print(f"{name}: {error}")

@@ -34,6 +34,7 @@ from pipeline.params.data import MODEL_FILES
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBES = ("A warm, funny film.", " It's 1,024 tokens\n\nlong", "Größe: 5 € 你好 🙂", "\tdef f(x):  return x")
+SERVER = "server.json"
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Entries of transformers' configs that list something for each layer."""
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text")
@@ -246,10 +247,17 @@ def load_model(
 
 
 def context_limit(folder: Path) -> int | None:
-    """The longest sequence that the model takes, in tokens; None if its config does not say."""
+    """The longest sequence that the model takes, in tokens; None if its config or server does not say."""
+    if (server := server_of(folder)) is not None:
+        return server["found"]["context_tokens"]
     config = load_config(folder).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     return limit - config.pad_token_id - 1 if limit is not None and config.model_type in OFFSET_POSITIONS else limit
+
+
+def server_of(folder: Path) -> dict[str, Any] | None:
+    """What the stage `server` wrote of a server: its `settings`, and what was `found`; None for a folder with a model."""
+    return read_json(folder / SERVER) if (folder / SERVER).is_file() else None
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pipeline.errors import CorruptError, MismatchError, UsageError
 from pipeline.files import MANIFEST, check_manifest
 from pipeline.params import TaskParams
-from pipeline.task import EncoderTokens, Task, TaskTokens
+from pipeline.task import EncoderTokens, Task, TaskTokens, TextTokens
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,17 @@ def about_trained(name: str, tokens: TaskTokens, provenance: Mapping[str, Any]) 
 
 
 def load_tokens(task: Task, folder: Path) -> TaskTokens:
-    """A task in the ids of a folder's model, a decoder or an encoder. Raises UsageError if it cannot answer the task."""
-    from pipeline.models.folders import is_encoder, load_config, load_tokenizer  # bring torch, which an exported folder does without
+    """A task in the ids of a folder's model, or of a server's. Raises UsageError if it cannot answer the task."""
+    from pipeline.models.folders import (
+        is_encoder,
+        load_config,
+        load_tokenizer,
+        server_of,
+    )  # bring torch, which an exported folder does without
 
+    if (server := server_of(folder)) is not None:
+        own = server["settings"]["tokenizer"]
+        return TextTokens(task) if own is None else TaskTokens(task, load_tokenizer(folder.parent.parent / own))
     kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
     return kind(task, load_tokenizer(folder))
 

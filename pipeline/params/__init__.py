@@ -1,6 +1,6 @@
 """params.yaml as typed, frozen objects: `task`, `data` and `methods` have the blocks, `methods` the checks too, `reading` the file."""
 
-from pipeline.params.data import ContextParams, DataParams, Download, HubDownload, LabelRule, PypiDownload, SourceParams
+from pipeline.params.data import ContextParams, DataParams, Download, HubDownload, LabelRule, PypiDownload, ServerParams, SourceParams
 from pipeline.params.methods import (
     DEMONSTRATIONS_FILE,
     CacheParams,

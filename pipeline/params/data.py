@@ -2,9 +2,9 @@
 
 import re
 from pathlib import PurePath, PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.errors import choices
 from pipeline.params.task import Fraction, Frozen, Key, Name
@@ -107,6 +107,53 @@ class ModelParams(Frozen):
     """From the project's folder, or absolute."""
     licence: str = "the user's own"
     """For a local model; a download states its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_a_server(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (keys := {"server", "url"} & given.keys()):
+            entry = "`servers: {NAME: {url: …, model: …}}`, and teachers say `model: servers/NAME`"
+            raise ValueError(f"`{min(keys)}` is about a server, and a model here is a folder or file; write {entry}")
+        return given
+
+
+class PriceParams(Frozen):
+    """What a server asks for a million tokens, in whichever money `budget` is in."""
+
+    input: Annotated[float, Field(ge=0)]
+    """For a million tokens of prompts."""
+    output: Annotated[float, Field(ge=0)]
+    """For a million tokens of answers."""
+
+
+class ServerParams(Frozen):
+    """A server that teachers ask over HTTP: vLLM, SGLang, llama.cpp's, or any that speaks OpenAI's protocol and gives log-probabilities."""
+
+    url: str = Field(pattern=r"^https?://[^@\s?#]+$")
+    """Up to the version, as `http://127.0.0.1:8000/v1`."""
+    model: str
+    """The name that the server gives its model."""
+    kind: Literal["auto", "openai", "vllm", "sglang", "llama_cpp"] = "auto"
+    """What the server is; `auto` asks it. `openai` is any other."""
+    tokenizer: str | None = None
+    """`models/NAME` with the model's tokenizer (its weights are not used): prompts are then token ids, made as for a local teacher, and
+    students may learn its distributions. Null: the server is sent text."""
+    key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Name of the environment variable that holds the key; null: none is sent."""
+    price: PriceParams | None = None
+    """For estimates, costs so far and `budget`."""
+    budget: PositiveFloat | None = None
+    """Most that one run of a stage may spend."""
+    concurrency: PositiveInt = 8
+    """Requests at a time, at most; fewer while the server is busy."""
+    timeout_seconds: PositiveFloat = 120.0
+    """After which a request is made again."""
+
+    @model_validator(mode="after")
+    def _budget_has_a_price(self) -> Self:
+        if self.budget is not None and self.price is None:
+            raise ValueError("`budget` needs a `price`: {input: …, output: …}, for a million tokens")
+        return self
 
 
 class LabelRule(Frozen):

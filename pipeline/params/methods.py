@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.data import DOWNLOADS, ContextParams, DataParams, Download, ModelParams
+from pipeline.params.data import DOWNLOADS, ContextParams, DataParams, Download, ModelParams, ServerParams
 from pipeline.params.task import Fraction, Frozen, Name, TaskParams
 
 DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
@@ -38,13 +38,13 @@ class TeacherParams(Frozen):
     """A model and the contexts it answers in."""
 
     model: str
-    """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME."""
+    """A model folder under artifacts/: models/NAME, tuned/NAME or students/NAME; or servers/NAME, a model behind a server."""
     contexts: str
     """A list in `contexts`."""
     scores: Literal["answers", "input_tokens"] = "answers"
     """What it gives distributions of: the answer, or every token of the input (for a student's `auxiliary` loss)."""
     cache: CacheParams = CacheParams()
-    """What is kept of each distribution."""
+    """What is kept of each distribution. A server gives at most its 20 most probable tokens, which are kept with the others' mass."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the forward pass; `auto` is bfloat16 if the machine has matrix units for it, else float32."""
 
@@ -242,6 +242,8 @@ class StudentParams(TuningParams):
         return {f"seeds/{seed}" if n else "": self.model_copy(update={"seed": seed, "seeds": None}) for n, seed in enumerate(seeds)}
 
 
+SERVER_TOP = 20
+"""Most probable tokens that a server is asked for: what OpenAI and vLLM give unless they are set otherwise."""
 MONITOR_TESTS = 6
 """Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
 
@@ -332,6 +334,7 @@ class Params(Frozen):
     task: TaskParams
     downloads: dict[Name, Download] = Field(default={})
     models: dict[Name, ModelParams] = Field(min_length=1)
+    servers: dict[Name, ServerParams] = Field(default={})
     data: DataParams
     contexts: dict[Name, ContextParams] = Field(default={})
     tuned: dict[Name, TunedParams] = Field(default={})
@@ -346,7 +349,17 @@ class Params(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        checks = (self._names, self._roles, self._labels, self._targets, self._rounds, self._learning, self._baselines, self._order)
+        checks = (
+            self._names,
+            self._servers,
+            self._roles,
+            self._labels,
+            self._targets,
+            self._rounds,
+            self._learning,
+            self._baselines,
+            self._order,
+        )
         if faults := [fault for check in checks for fault in check()]:
             raise ValueError("\n".join(faults))
         return self
@@ -363,18 +376,26 @@ class Params(Frozen):
         return {f"{kind}/{name}" for kind, entries in maps.items() for name in entries}
 
     def base_model(self, folder: str) -> str:
-        """The name in `models` of what a model folder was made from: its tokenizer is that model's."""
+        """The name in `models` whose tokenizer a model folder or server has: of what it was made from; empty for a server without one."""
         kind, _, name = folder.partition("/")
-        while kind != "models":
-            base = self.tuned[name].base if kind == "tuned" else self.students[name].base
-            kind, _, name = base.partition("/")
+        while kind not in {"models", ""}:
+            base = {"tuned": self.tuned, "students": self.students, "servers": self.servers}[kind][name]
+            kind, _, name = ((base.tokenizer or "") if isinstance(base, ServerParams) else base.base).partition("/")
         return name
+
+    def kept_of(self, teacher: str) -> CacheParams:
+        """What is kept of a teacher's distributions: as its `cache` says, as far as a server gives it."""
+        cache = self.teachers[teacher].cache
+        if not self.teachers[teacher].model.startswith("servers/"):
+            return cache
+        return cache.model_copy(update={"encoding": "top_k_tail", "top_k": min(cache.top_k, SERVER_TOP)})
 
     def context_models(self) -> dict[str, list[str]]:
         """Context → names in `models` whose tokenizers it is put to: the teachers that use it. Under '': those without a context alone."""
         used: dict[str, set[str]] = {name: set() for name in self.contexts}
         for teacher in self.teachers.values():
-            used[teacher.contexts].add(self.base_model(teacher.model))
+            if model := self.base_model(teacher.model):
+                used[teacher.contexts].add(model)
         bases = {entry.base for entry in [*self.tuned.values(), *self.students.values()]}
         bases |= self.folders().intersection(entry.prompts for entry in self.baselines.values())
         alone = {self.base_model(folder) for folder in bases}.difference(*used.values())
@@ -390,12 +411,33 @@ class Params(Frozen):
         for name, tuned in self.tuned.items():
             yield from _known(f"tuned.{name}.base", tuned.base, folders)
         for name, teacher in self.teachers.items():
-            yield from _known(f"teachers.{name}.model", teacher.model, folders)
+            yield from _known(f"teachers.{name}.model", teacher.model, folders | {f"servers/{server}" for server in self.servers})
             yield from _known(f"teachers.{name}.contexts", teacher.contexts, self.contexts)
         for name, student in self.students.items():
             yield from _known(f"students.{name}.base", student.base, folders)
             if name in self.baselines:
                 yield f"students.{name}, baselines.{name}: a student and a baseline of the same name; rename one"
+
+    def _servers(self) -> Iterator[str]:
+        for name, server in self.servers.items():
+            if server.tokenizer is not None:
+                yield from _known(f"servers.{name}.tokenizer", server.tokenizer, {f"models/{model}" for model in self.models})
+        for name, teacher in self.teachers.items():
+            kind, _, server = teacher.model.partition("/")
+            if kind != "servers":
+                continue
+            if teacher.scores == "input_tokens":
+                yield f"teachers.{name}.scores: `input_tokens`, and a server gives distributions of its answer alone; use a local model"
+            if teacher.cache.temperatures or teacher.cache.hidden_layers:
+                yield f"teachers.{name}.cache: a server gives neither hidden states nor what other temperatures need; leave both out"
+            if teacher.dtype != "auto":
+                yield f"teachers.{name}.dtype: {teacher.dtype!r}, and the number format is the server's matter; leave it out"
+            if server in self.servers and self.servers[server].tokenizer is None:
+                learning = [f"students.{one}.learn_from" for one, own in self.students.items() if own.learn_from == f"teachers/{name}"]
+                learning += [f"targets.{one}.auxiliary_caches" for one, own in self.targets.items() if name in own.auxiliary_caches]
+                why = f"is behind servers.{server}, which tokenises for itself, so that its distributions are not kept"
+                for where in learning:
+                    yield f"{where}: teacher {name!r} {why}; give servers.{server} a `tokenizer`, or learn from a target set"
 
     def _roles(self) -> Iterator[str]:
         sources, transfer, pool = self.data.sources, self.data.transfer, self.data.pool

@@ -46,7 +46,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
     with Scorer(
         folders.artifacts / teacher.model,
         task,
-        teacher.cache,
+        params.kept_of(name),
         work=folders.work,
         threads=params.runtime.threads,
         dtype=teacher.dtype,
@@ -60,8 +60,8 @@ def capture(name: str, params: Params, folders: Folders) -> None:
             "teacher": name,
             "model": teacher.model,
             "identity": scorer.identity,
-            "tokenizer_sha256": tokenizer_sha256(scorer.model_folder),
-            "cache": teacher.cache.model_dump(mode="json"),
+            "tokenizer_sha256": scorer.server["found"]["tokenizer_sha256"] if scorer.server else tokenizer_sha256(scorer.model_folder),
+            "cache": scorer.cache.model_dump(mode="json"),
             "task": described_task(task),
             "labels": list(task.labels),
             "contexts": [_described(context, scorer) for context in contexts],
@@ -74,7 +74,8 @@ def capture(name: str, params: Params, folders: Folders) -> None:
         size = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
         positions, tokens = sum(map(len, rows["tail_mass"])), sum(rows["prompt_tokens"].to_pylist())
         sizes = {"positions": positions, "bytes_per_row": size / len(keys), "bytes_per_position": size / positions}
-        measured = {"rows": len(keys), **_rounded(sizes), **_fidelity(scorer, store, contexts, examples)}
+        fidelity_of = _fidelity if scorer.server is None else _server_fidelity
+        measured = {"rows": len(keys), **_rounded(sizes), **fidelity_of(scorer, store, contexts, examples)}
         write_json(measured, folders.metrics / "fidelity" / f"{name}.json")
         runtime = {"seconds": round(store.seconds(keys), 3), "rows": len(keys), "rows_timed": len(keys), "prompt_tokens": tokens}
         write_json(runtime, folders.metrics / "runtime" / f"teacher-{name}.json")
@@ -90,7 +91,7 @@ def _described(context: Context, scorer: Scorer) -> dict[str, Any]:
     """A context in the manifest; `tokens` are those that it adds to a prompt."""
     probe = [Example(dict.fromkeys(scorer.tokens.task.fields, "some text"), completion="")]
     behind, alone = (scorer.tokens.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
-    return {"context_id": context.context_id, "name": context.name, "tokens": len(behind.ids) - len(alone.ids)}
+    return {"context_id": context.context_id, "name": context.name, "tokens": behind.length - alone.length}
 
 
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
@@ -108,8 +109,7 @@ def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], example
         return read_json(kept)
     except (FileNotFoundError, CorruptError):
         pass
-    order = sorted(range(len(examples)), key=lambda number: examples[number].example_id)
-    numbers = order[:: max(1, len(examples) // FIDELITY_ROWS)][:FIDELITY_ROWS]
+    numbers = _numbers(examples)
     chosen = [examples[number] for number in numbers]
     has_context = any(context.context_id != NO_CONTEXT.context_id for context in contexts)
 
@@ -125,4 +125,29 @@ def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], example
     figures = fidelity(pieces(), scorer.cache.resolution_nats)
     del figures["positions"]
     write_json({"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **_rounded(figures)}, kept)
+    return read_json(kept)
+
+
+def _numbers(examples: Sequence[Example]) -> list[int]:
+    """Which examples are scored once more."""
+    order = sorted(range(len(examples)), key=lambda number: examples[number].example_id)
+    return order[:: max(1, len(examples) // FIDELITY_ROWS)][:FIDELITY_ROWS]
+
+
+def _server_fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, Any]:
+    """Figures of `teachers.servers.server_fidelity`, measured once for a request as those of `_fidelity` are."""
+    from pipeline.teachers.servers import server_fidelity
+
+    keys = scorer.keys
+    kept = store.folder / f"fidelity-{sha256_json(list(keys))[:32]}.json"
+    try:
+        return read_json(kept)
+    except (FileNotFoundError, CorruptError):
+        pass
+    numbers, some = _numbers(examples), contexts[:FIDELITY_CONTEXTS]
+    columns = ["label_logprobs", "label_bounds", "tail_mass"]
+    chosen = store.read([keys[place * len(examples) + number] for place in range(len(some)) for number in numbers], columns)
+    again = scorer.asked_again(some, [examples[number] for number in numbers])
+    figures = server_fidelity(store.read(keys, columns), chosen, again)
+    write_json({"scored_again": len(chosen), **_rounded(figures)}, kept)
     return read_json(kept)

@@ -62,6 +62,8 @@ class ScoringWorker:
 class RayBackend:
     """A pool of workers, each busy with its own jobs: `count` of them, or one for each GPU, or for each machine if there is none."""
 
+    note = ""
+
     def __init__(self, settings: dict[str, Any], identity: Mapping[str, Any], count: int | None, threads: int | None) -> None:
         self._settings, self._identity, self._count, self._threads = settings, identity, count, threads
         self._ray: Any = None

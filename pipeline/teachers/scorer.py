@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from pipeline.cache.encodings import columns_of
 from pipeline.cache.store import Store
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
-from pipeline.models.folders import context_limit, load_model, tokenizer_sha256, weights_sha256
+from pipeline.models.folders import context_limit, load_model, server_of, tokenizer_sha256, weights_sha256
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, give_back_memory, use_machine
 from pipeline.models.trained import load_tokens
 from pipeline.params import CacheParams
@@ -32,6 +32,7 @@ from pipeline.teachers.generation import Generator
 
 if TYPE_CHECKING:
     from pipeline.teachers.ray import RayBackend
+    from pipeline.teachers.servers import ServerBackend
 
 ENGINE_VERSION = 3  # raised when the engines' numbers change by more than rounding: old rows are then scored again
 ROWS_PER_PART = 256  # rows between two writes: what a kill costs at most
@@ -48,6 +49,8 @@ class Job:
 
 class LocalBackend:
     """The model in this process."""
+
+    note = ""  # behind the figures of the progress line
 
     def __init__(self, folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str) -> None:
         self._folder, self._tokens, self._cache, self._dtype = folder, tokens, cache, dtype
@@ -124,14 +127,20 @@ class Scorer:
         self.tokens = load_tokens(task, model_folder)
         self.cache = cache
         use_machine(threads)
-        self.dtype = fast_dtype(default_device()) if dtype == "auto" else dtype
+        self.server = server_of(model_folder)
+        """What the stage `server` found of a server (`teachers.servers`); None for a model in a folder."""
+        self.dtype = "server" if self.server else fast_dtype(default_device()) if dtype == "auto" else dtype
         self.identity = identity_of(model_folder, self.tokens, cache, self.dtype)
         self.store = None if work is None else Store(work, self.identity)
         self.engine_report: dict[str, Any] | None = None
         """The engine of this process' last work: name, reason, token_budget, device; None if nothing had to be scored."""
         self.keys: list[str] = []  # the `prompt_sha` of each row of the last request, contexts outermost
-        self.backend: LocalBackend | RayBackend
-        if on_ray:
+        self.backend: LocalBackend | RayBackend | ServerBackend
+        if self.server is not None:
+            from pipeline.teachers import servers
+
+            self.backend = servers.ServerBackend(model_folder, self.tokens, cache)
+        elif on_ray:
             from pipeline.teachers import ray
 
             settings = {"model_folder": model_folder.resolve(), "task": task, "cache": cache, "dtype": self.dtype}
@@ -190,7 +199,16 @@ class Scorer:
         self.backend.open(self._spread(prompts))
         # without a context nothing is shared, so that a context that is held stays so
         shared = shared_prefix(prompts) if context.context_id != NO_CONTEXT.context_id else ()
-        return (self.backend.distributions(prompt, shared) for prompt in prompts)
+        backend = cast("LocalBackend | RayBackend", self.backend)  # a server has none
+        return (backend.distributions(prompt, shared) for prompt in prompts)
+
+    def asked_again(self, contexts: Sequence[Context], examples: Sequence[Example]) -> pa.Table:
+        """Rows (`schema.STORED`) as a server answers them now, whatever the store has: contexts outermost."""
+        prompts = [prompt for context in contexts for prompt in self.tokens.prompts(context, examples)]
+        self.backend.open(prompts)
+        rows = pa.concat_tables([rows for rows, _ in self.backend.score([Job(prompts, ())])])
+        place = {key: number for number, key in enumerate(rows["prompt_sha"].to_pylist())}
+        return rows.take([place[prompt.prompt_sha] for prompt in prompts])
 
     def _asked(self, contexts: Sequence[Context], examples: Sequence[Example]) -> list[_Asked]:
         """A request, after everything that may be wrong with its prompts was looked at."""
@@ -204,7 +222,7 @@ class Scorer:
                 needed = self.tokens_of(prompt) - 1  # an answer's last token is not read
                 if limit is not None and needed > limit:
                     raise UsageError(
-                        f"{_origin(example)} makes a prompt of {len(prompt.ids):,} tokens behind context {context.name!r}, {needed:,} with "
+                        f"{_origin(example)} makes a prompt of {prompt.length:,} tokens behind context {context.name!r}, {needed:,} with "
                         f"the answer, and {self.model_folder} takes {limit:,}. Use fewer or shorter demonstrations "
                         "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
                     )
@@ -218,13 +236,20 @@ class Scorer:
         if not missing:
             return
         self.engine_report = self.backend.open(max((own.probe for own in asked), key=lambda probe: self.tokens_of(probe[-1])))
+        if self.server is not None:
+            cast("ServerBackend", self.backend).announce(self._lengths(asked, examples, missing))
         cached = f", {count - len(missing):,} of {count:,} rows were in the store" if count > len(missing) else ""
         tokens, started = 0, time.monotonic()
         with progress(title, len(missing), "rows") as meter:
             for rows, seconds in self.backend.score(self._jobs(asked, examples, missing, self.engine_report["token_budget"])):
                 yield rows, seconds
                 tokens += sum(rows["prompt_tokens"].to_pylist())
-                meter.advance(len(rows), f"{rate(tokens, time.monotonic() - started):,.0f} prompt tokens/s{cached}")
+                meter.advance(len(rows), f"{rate(tokens, time.monotonic() - started):,.0f} prompt tokens/s{cached}{self.backend.note}")
+
+    def _lengths(self, asked: Sequence[_Asked], examples: Sequence[Example], missing: set[str]) -> list[int]:
+        """Tokens of each missing prompt."""
+        prompts = (prompt for own in asked for prompt in self.tokens.prompts(own.context, examples))
+        return list({prompt.prompt_sha: prompt.length for prompt in prompts if prompt.prompt_sha in missing}.values())
 
     def _jobs(self, asked: Sequence[_Asked], examples: Sequence[Example], missing: set[str], token_budget: int) -> Iterator[Job]:
         """The missing prompts of each part. Parts follow from the whole request, so that a killed run goes on in the same batches."""
@@ -249,7 +274,7 @@ class Scorer:
 
     def tokens_of(self, prompt: Prompt) -> int:
         """Tokens of a prompt with its answer, or with the longest one that it may get."""
-        return len(prompt.ids) + (self.tokens.longest_answer if prompt.answer is None else len(prompt.answer))
+        return prompt.length + (self.tokens.longest_answer if prompt.answer is None else len(prompt.answer))
 
     def _spread(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """A few prompts, from the shortest to the longest, whatever their order; none of none."""
@@ -259,11 +284,14 @@ class Scorer:
 
 def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str) -> dict[str, Any]:
     """All that decides a row's numbers except its prompt, as JSON."""
+    server = server_of(folder)
     identity = {
-        "weights": weights_sha256(folder),
+        **(
+            {"weights": weights_sha256(folder)} if server is None else {"server": {"model": server["settings"]["model"], **server["found"]}}
+        ),
         "dtype": dtype,
         "cache": cache.model_dump(mode="json"),
-        "completions": tokens.completions,
+        "completions": tokens.completions or tokens.task.verbalisers,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "engine_version": ENGINE_VERSION,
