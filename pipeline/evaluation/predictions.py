@@ -118,7 +118,11 @@ def predict(name: str, models: Sequence[Answering], params: Params, folders: Fol
     task, examples = Task(params.task), _unique(sets)
     place = {example: row for row, example in enumerate(examples)}
     asked, title = list(examples.values()), f"evaluate {name}"
-    scored = np.concatenate([model.scorer(task, params).label_scores(model.contexts, asked, title) for model in models])  # [C, all, L]
+    each_scored = []
+    for model in models:
+        with model.scorer(task, params) as scorer:
+            each_scored.append(scorer.label_scores(model.contexts, asked, title))
+    scored = np.concatenate(each_scored)  # [C, all, L]
     rows = []
     for key, own in sets.items():
         scores = scored[:, [place[example.example_id] for example in own]]  # [C, N, L]
@@ -144,8 +148,10 @@ def answer(name: str, models: Sequence[Answering], params: Params, sets: Sets) -
     task, examples = Task(params.task.model_copy(update={"completion": writes})), list(_unique(sets).values())
     said: dict[str, dict[str, tuple[str, int]]] = {}  # run → example → answer, tokens
     for model in models:
-        scorer, names = model.scorer(task, params), {context.context_id: context.name for context in model.contexts}
-        for row in scorer.score(model.contexts, examples, f"evaluate {name}").to_pylist():
+        names = {context.context_id: context.name for context in model.contexts}
+        with model.scorer(task, params) as scorer:
+            answered = scorer.score(model.contexts, examples, f"evaluate {name}").to_pylist()
+        for row in answered:
             run = names[row["context_id"]] if model.run is None else model.run
             text = scorer.tokens.tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
             said.setdefault(run, {})[row["example_id"]] = text, len(row["completion_ids"])

@@ -426,6 +426,8 @@ class Params(Frozen):
             kind, _, server = teacher.model.partition("/")
             if kind != "servers":
                 continue
+            if self.task.completion is not None:
+                yield f"teachers.{name}.model: {teacher.model!r}, and answers are free text, which servers are not asked for; use a local model"
             if teacher.scores == "input_tokens":
                 yield f"teachers.{name}.scores: `input_tokens`, and a server gives distributions of its answer alone; use a local model"
             if teacher.cache.temperatures or teacher.cache.hidden_layers:

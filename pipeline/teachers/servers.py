@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,7 @@ NEGLIGIBLE_NATS = math.log(1e4)  # below the best label: a label's further token
 DRIFT_NATS = 0.25  # that probe answers may move: servers' batches change the last bits, other weights change more
 PROBES = ("The capital of France is", "2 + 2 =", "Review: a warm and funny film\nSentiment:")
 PROBE_TOP = 5
+UNLISTED = (" Zanzibar", " hexagon")  # texts that the first probe's answer does not begin with
 
 Token = int | str  # its id, or its text if the server tokenises
 Label = Sequence[int] | str
@@ -79,7 +80,7 @@ class _BusyError(Exception):
 
 def _wait_seconds(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
-    return max(wait_exponential_jitter(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)(state), getattr(error, "seconds", 0.0))
+    return max(wait_exponential_jitter(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)(state), getattr(error, "seconds", 0.0))
 
 
 class _Gate:
@@ -124,6 +125,7 @@ class Server:
                 raise UsageError(f"{self.where}.key_env: the environment variable {settings.key_env} is not set. Put the key into it.")
             headers["Authorization"] = f"Bearer {self._key}"
         self._client = httpx2.Client(headers=headers, timeout=settings.timeout_seconds, follow_redirects=False)
+        self.attempts = ATTEMPTS if found else 3  # a server that refuses what it lacks with status 500 is met soon
         self._gate, self._lock = _Gate(settings.concurrency), threading.Lock()
         self.requests, self.tokens = 0, [0, 0]  # of prompts and of answers, so far
         self.reports = str(found.get("reports", ""))  # the model that answers say they are of
@@ -160,14 +162,14 @@ class Server:
         """The JSON that a request is answered with; asked again while the server is busy or out of reach.
 
         Raises UsageError for a refused key and for a redirect, NotOfferedError for what the server does not know, ShotlessError after
-        `ATTEMPTS` attempts.
+        `attempts` attempts.
         """
         kinds = retry_if_exception_type((httpx2.TransportError, _BusyError))
         try:
-            return Retrying(retry=kinds, wait=_wait_seconds, stop=stop_after_attempt(ATTEMPTS), reraise=True)(self._once, url, body)
+            return Retrying(retry=kinds, wait=_wait_seconds, stop=stop_after_attempt(self.attempts), reraise=True)(self._once, url, body)
         except (httpx2.TransportError, _BusyError) as error:
             raise ShotlessError(
-                f"{self.where}: {url} gave no answer in {ATTEMPTS} attempts, at last: {self._hidden(str(error) or type(error).__name__)}. "
+                f"{self.where}: {url} gave no answer in {self.attempts} attempts, at last: {self._hidden(str(error) or repr(error))}. "
                 "What was answered before is kept: see to the server and run again."
             ) from None
 
@@ -211,7 +213,7 @@ class Server:
         """
         said = self._top(prompt, behind)
         if self.found.get("exact") and (missing := [token for token in wanted if token not in said.logprobs]):
-            said = Said(said.logprobs | self._exactly(prompt, behind, missing), said.floor, said.prompt_tokens)
+            said = Said(said.logprobs | self.exactly(prompt, behind, missing), said.floor, said.prompt_tokens)
         return said
 
     def _top(self, prompt: Prompt, behind: Label) -> Said:
@@ -226,16 +228,26 @@ class Server:
     def _body(self, prompt: Prompt, behind: Label) -> dict[str, Any]:
         return {"prompt": _behind(prompt, behind), "logprobs": TOP}
 
-    def _exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
-        """Of each token by itself, repeated by the server at the prompt's end: `echo`, which costs a request each."""
-        assert isinstance(behind, tuple)
-        found = {}
+    def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
+        """Each by itself, behind a prompt that the server repeats with log-probabilities (`echo`): token ids, or texts of any length.
+
+        A text whose tokens are not apart from those before it is left out.
+        """
+        found: dict[Token, float] = {}
         for token in wanted:
-            reply = self._asked("/completions", {"prompt": [*_behind(prompt, behind), token], "echo": True, "logprobs": 1, "max_tokens": 0})
-            given = (_choice(reply).get("logprobs") or {}).get("token_logprobs") or []
-            if len(given) != len(prompt.ids) + len(behind) + 1:
-                raise self._wrong(f"{len(given)} log-probabilities for a prompt of {len(prompt.ids) + len(behind) + 1} tokens")
-            found[token] = self._checked(given[-1])
+            before = _behind(prompt, behind)
+            whole = before + token if isinstance(token, str) else [*before, token]
+            reply = self._asked("/completions", {"prompt": whole, "echo": True, "logprobs": 1})
+            about = _choice(reply).get("logprobs") or {}
+            values, starts = about.get("token_logprobs") or [], about.get("text_offset") or []
+            own = [len(before)]
+            if isinstance(token, str):
+                own = [at for at, start in enumerate(starts) if len(before) <= start < len(whole)]
+                if not own or starts[own[0]] != len(before):
+                    continue
+            if len(values) <= own[-1]:
+                raise self._wrong(f"{len(values)} log-probabilities of a prompt of {len(whole)} tokens")
+            found[token] = sum(self._checked(values[at]) for at in own)
         return found
 
     def _is_chat(self, prompt: Prompt) -> bool:
@@ -303,7 +315,10 @@ class Vllm(Server):
     way = "gives the log-probability of any token (logprob_token_ids), so that every label's is exact"
     AT_ONCE: ClassVar[int] = 128
 
-    def _exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
+    def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
+        """See `Server`."""
+        if prompt.request is not None:
+            return super().exactly(prompt, behind, wanted)
         found: dict[Token, float] = {}
         for start in range(0, len(wanted), self.AT_ONCE):
             part = wanted[start : start + self.AT_ONCE]
@@ -332,8 +347,9 @@ class Sglang(Server):
         said, named = self._generate(prompt, behind, wanted)
         return Said(said.logprobs | named, said.floor, said.prompt_tokens)
 
-    def _exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
-        return self._generate(prompt, behind, wanted)[1]
+    def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
+        """See `Server`."""
+        return self._generate(prompt, behind, wanted)[1] if prompt.request is None else {}
 
     def _generate(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> tuple[Said, dict[Token, float]]:
         is_text = prompt.request is not None
@@ -366,9 +382,10 @@ class LlamaCpp(Server):
         listed = {self._named(prompt, entry): entry.get("logprob") for entry in position.get("top_logprobs") or ()}
         return self._listed(listed, prompt, behind, int(reply.get("tokens_evaluated") or 0))
 
-    def _exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
-        found = {}
-        for token in wanted:
+    def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
+        """See `Server`."""
+        found: dict[Token, float] = {}
+        for token in wanted if prompt.request is None else ():
             _, position = self._completion(prompt, behind, {"n_probs": 1, "logit_bias": [[token, self.SURE]]})
             if self._named(prompt, position) != token:
                 raise NotOfferedError(f"{self.where}: token {position.get('id')!r} was drawn in place of {token}")
@@ -423,7 +440,7 @@ def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_o
             for number in own:
                 logprobs[number], bounds[number] = -negative - math.log(len(own)), -negative
             continue
-        said = server.next_token(prompt, path, dict.fromkeys(labels[number][len(path)] for number in own))
+        said = server.next_token(prompt, path, dict.fromkeys(_wanted(labels[number], len(path)) for number in own))
         first = first or said
         known: dict[Token, list[int]] = {}
         censored = []
@@ -442,6 +459,10 @@ def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_o
                 heapq.heappush(nodes, (-value, reached, going))
     assert first is not None
     return logprobs, bounds, first
+
+
+def _wanted(label: Label, done: int) -> Token:
+    return label[done:] if isinstance(label, str) else label[done]
 
 
 def _begins(rest: Label, said: Said) -> Token | None:
@@ -467,18 +488,31 @@ def ask_server(name: str, settings: ServerParams, folders: Folders) -> None:
     """
     own = None if settings.tokenizer is None else folders.artifacts / settings.tokenizer
     tokenizer = None if own is None else load_tokenizer(own)
-    server = KINDS["openai" if settings.kind == "auto" else settings.kind](name, settings, {}, tokenizer)
-    try:
-        listed = {str(entry["id"]): entry for entry in server.call(f"{settings.url.rstrip('/')}/models")["data"]}
-    except NotOfferedError:
-        listed = {}
+    with closing(Server(name, settings, {})) as any_kind:
+        try:
+            listed = {str(entry["id"]): entry for entry in any_kind.call(f"{settings.url.rstrip('/')}/models")["data"]}
+        except NotOfferedError:
+            listed = {}
     if listed and settings.model not in listed:
         raise UsageError(f"servers.{name}.model: the server has no {settings.model!r}; it has: {choices(listed)}")
     about = listed.get(settings.model, {})
-    if settings.kind == "auto":
-        kind = next((kind for kind in KINDS.values() if kind.owner == about.get("owned_by")), Server)
-        server = kind(name, settings, {}, tokenizer)
-    limit = about.get("max_model_len")
+    kind = next((kind for kind in KINDS.values() if kind.owner == about.get("owned_by")), Server)
+    kind = kind if settings.kind == "auto" else KINDS[settings.kind]
+    with closing(kind(name, settings, {}, tokenizer)) as server:
+        found = _found(server, about)
+    found["tokenizer_sha256"] = None if own is None else tokenizer_sha256(own)
+    kept = folders.work / "servers" / f"{name}.json"  # the first answers that this model gave: later ones are compared with them
+    earlier = read_json(kept) if kept.is_file() else {}
+    if {**earlier, "probe": None} == {**found, "probe": None} and not has_moved(earlier["probe"], found["probe"]):
+        found = earlier
+    write_json(found, kept)
+    print(f"servers.{name}: {found['kind']}, model {found['reports'] or settings.model!r}: {found['way']}", flush=True)
+    write_json({"settings": settings.model_dump(mode="json"), "found": found}, folders.artifacts / "servers" / name / SERVER)
+
+
+def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
+    """What a server is and can; `about` is its own entry of the model."""
+    limit, tokenizer = about.get("max_model_len"), server.tokenizer
     if server.kind == "llama_cpp":
         limit = server.call(f"{server.root}/props")["default_generation_settings"]["n_ctx"]
     found: dict[str, Any] = {"kind": server.kind, "chat_alone": False, "exact": False}
@@ -486,34 +520,28 @@ def ask_server(name: str, settings: ServerParams, folders: Folders) -> None:
     try:
         said = server.next_token(prompt, () if tokenizer is not None else "")
     except NotOfferedError as error:
-        found["chat_alone"] = tokenizer is None
+        if tokenizer is not None:
+            raise UsageError(
+                f"{error}\n{server.where}: no log-probabilities behind token ids. Leave `tokenizer` out to send text."
+            ) from None
+        found["chat_alone"] = True
         server.found = dict(found)
         try:
             said = server.next_token(prompt, "")
         except NotOfferedError as second:
             raise UsageError(
-                f"{error}\n{second}\nservers.{name}: no log-probabilities, without which its answers are no distributions. Start vLLM, SGLang or "
-                "llama-server with this model, or take a model of the service that gives `logprobs`."
+                f"{error}\n{second}\n{server.where}: no log-probabilities, without which its answers are no distributions. Start vLLM, "
+                "SGLang or llama-server with this model, or take a model of the service that gives `logprobs`."
             ) from None
-    if tokenizer is not None:
+    if not found["chat_alone"]:
         found["exact"] = _is_exact(server, prompt, said)
     server.found = dict(found)
-    way = (
-        server.way if found["exact"] else f"lists the {len(said.logprobs)} most probable tokens; labels outside are known by a bound alone"
-    )
+    way = server.way
+    if not found["exact"]:
+        way = f"lists the {len(said.logprobs)} most probable tokens, and of labels outside a bound alone is known"
     if found["chat_alone"]:
         way += "; it takes chat messages alone, so that a prompt is one message and an answer cannot be begun"
-    found |= {"reports": server.reports, "context_tokens": limit, "way": way, "probe": probe_answers(server)}
-    found["tokenizer_sha256"] = None if own is None else tokenizer_sha256(own)
-    kept = folders.work / "servers" / f"{name}.json"  # the first answers that this model gave: later ones are compared with them
-    earlier = read_json(kept) if kept.is_file() else {}
-    if {**earlier, "probe": None} == {**found, "probe": None} and not has_moved(earlier["probe"], found["probe"]):
-        found = earlier
-    write_json(found, kept)
-    print(f"servers.{name}: {server.kind}, model {server.reports or settings.model!r}: {way}", flush=True)
-    shown = settings.model_dump(mode="json")
-    write_json({"settings": shown, "found": found}, folders.artifacts / "servers" / name / SERVER)
-    server.close()
+    return found | {"reports": server.reports, "context_tokens": limit, "way": way, "probe": probe_answers(server)}
 
 
 def probe_prompts(tokenizer: Any) -> list[Prompt]:
@@ -546,9 +574,10 @@ def has_moved(before: Sequence[Any], now: Sequence[Any]) -> bool:
 def _is_exact(server: Server, prompt: Prompt, said: Said) -> bool:
     """Whether a server gives any token's log-probability that it is asked for: the first one's as it was listed, and an unlisted one's."""
     top = max(said.logprobs, key=said.logprobs.__getitem__)
-    unlisted = next(token for token in range(len(server.tokenizer)) if token not in said.logprobs)
+    some = UNLISTED if server.tokenizer is None else range(len(server.tokenizer))
+    unlisted = next(token for token in some if token not in said.logprobs)
     try:
-        given = server._exactly(prompt, (), [top, unlisted])
+        given = server.exactly(prompt, () if prompt.request is None else "", [top, unlisted])
     except ShotlessError:
         return False
     return abs(given.get(top, math.inf) - said.logprobs[top]) < DRIFT_NATS and given.get(unlisted, math.inf) <= said.floor + DRIFT_NATS
@@ -584,13 +613,11 @@ class ServerBackend:
     @property
     def most_requests(self) -> int:
         """Requests that a row may take: one for each beginning of a label that goes on, and one more for each token that is not listed."""
-        beginnings = (
-            {label[:end] for label in self._labels for end in range(len(label))} if self._server.tokenizer is not None else self._labels
-        )
-        apart = self._server.found["exact"] * (
-            0 if self._server.kind == "sglang" else len(self._labels) if self._server.kind != "vllm" else 1
-        )
-        return 1 if self._server.found["chat_alone"] else len(beginnings) * (1 + apart)
+        if self._server.found["chat_alone"]:
+            return 1
+        beginnings = {label[:end] for label in self._labels for end in range(len(label))}
+        apart = {"sglang": 0, "vllm": 1}.get(self._server.kind, len(self._labels)) if self._server.found["exact"] else 0
+        return len(beginnings) * (1 + apart)
 
     def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:  # noqa: ARG002
         """Ask the probe again. Raises MismatchError if it is no longer answered as the stage `server` met it."""
@@ -601,7 +628,8 @@ class ServerBackend:
         if has_moved(before, now):
             raise MismatchError(
                 f"{server.where}: the server answers otherwise than when it was met, so its model is another teacher.\n"
-                f"then: {before}\nnow:  {now}\nStart the model of then, or run `dvc repro --force server@{server.where.partition('.')[2]}`: all is then asked again."
+                f"then: {before}\nnow:  {now}\nStart the model of then, or ask all of this one: "
+                f"`dvc repro --force server@{server.where.partition('.')[2]}`."
             )
         return {"name": "server", "reason": server.found["way"], "token_budget": 1, "device": "server"}
 
@@ -618,13 +646,13 @@ class ServerBackend:
         )
         if server.settings.budget is not None and least > server.settings.budget:
             raise UsageError(
-                f"{server.where}.budget: {server.settings.budget:g}, and {rows:,} rows cost {least:,.2f} or more. Raise it, or ask for less: "
-                "data.transfer.limit, contexts.*.count, shorter contexts."
+                f"{server.where}.budget: {server.settings.budget:g}, and {rows:,} rows cost {least:,.2f} or more. Raise it, or ask for "
+                "less: data.transfer.limit, contexts.*.count, shorter contexts."
             )
 
     def score(self, jobs: Iterable[Job]) -> Iterator[tuple[pa.Table, float]]:
         """Rows (`schema.STORED`) as they come, some at a time, and the seconds that they took. An error waits for what is under way."""
-        server = self._server
+        server, ahead = self._server, 2 * self._server.settings.concurrency
         failure: BaseException | None = None
         prompts = (prompt for job in jobs for prompt in job.prompts)
         waiting: dict[Future[_Row], float] = {}  # → what it may cost
@@ -632,13 +660,13 @@ class ServerBackend:
         began = time.monotonic()
         with ThreadPoolExecutor(server.settings.concurrency) as pool:
             while True:
-                while failure is None and len(waiting) < 2 * server.settings.concurrency and (prompt := next(prompts, None)) is not None:
+                while failure is None and len(waiting) < ahead and (prompt := next(prompts, None)) is not None:
                     most = server.cost(self.most_requests * prompt.length, self.most_requests)
                     budget = server.settings.budget
                     if budget is not None and server.spent + sum(waiting.values()) + most > budget:
                         failure = ShotlessError(
-                            f"{server.where}.budget: {budget:g}, and {server.spent:,.2f} are spent: the next request could pass it. What was "
-                            "answered is kept; run again to go on, with a budget of its own."
+                            f"{server.where}.budget: {budget:g}, and {server.spent:,.2f} are spent: the next request could pass it. What "
+                            "was answered is kept; run again to go on, with a budget of its own."
                         )
                         break
                     waiting[pool.submit(self._row, prompt)] = most
@@ -689,9 +717,8 @@ class ServerBackend:
         count = 0 if tokenizer is None else min(self._cache.top_k, TOP)
         ids, logprobs = torch.zeros(len(said), count, dtype=torch.int32), torch.full((len(said), count), -math.inf)
         for number, one in enumerate(said):
-            known = sorted(
-                (-value, token) for token, value in one.logprobs.items() if not isinstance(token, str) and value > NO_PROBABILITY
-            )[:count]
+            listed = {token: value for token, value in one.logprobs.items() if isinstance(token, int) and value >= one.floor}
+            known = sorted((-value, token) for token, value in listed.items())[:count]
             ids[number, : len(known)] = torch.tensor([token for _, token in known], dtype=torch.int32)
             logprobs[number, : len(known)] = torch.tensor([-value for value, _ in known])
         tail = (1 - logprobs.double().exp().sum(-1)).clamp_min(0.0).float()

@@ -1,0 +1,176 @@
+"""A local HTTP server that answers as vLLM, SGLang, llama.cpp or any server of OpenAI's protocol do, with a tiny model; and with faults."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+MODEL = "tiny-1"
+OWNERS = {"vllm": "vllm", "sglang": "sglang", "llama_cpp": "llamacpp", "openai": "someone"}
+
+
+class FakeServer:
+    """`faults` are what the next requests get: a status, "cut", "slow", "redirect", "text", or a change of the reply."""
+
+    def __init__(self, kind, model, tokenizer, exact=True, ids=True, completions=True, listed=20):
+        self.kind, self.model, self.tokenizer, self.listed = kind, model, tokenizer, listed
+        self.exact, self.ids, self.completions = exact, ids, completions
+        self.name, self.faults, self.asked, self.headers, self.shift = MODEL, [], [], [], 0.0
+        self.inside = self.most_inside = 0
+        self.lock = threading.Lock()
+
+    @torch.no_grad()
+    def logprobs(self, ids):
+        logits = self.model(torch.tensor([list(ids)])).logits[0].double()
+        logits[:, 7] += self.shift
+        return logits.log_softmax(-1)
+
+    def text(self, token):
+        return self.tokenizer.decode([token])
+
+    def tokens(self, prompt):
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert self.ids
+        return prompt
+
+    def top(self, row, count):
+        values, tokens = row.topk(min(count, self.listed))
+        return list(zip(tokens.tolist(), values.tolist(), strict=True))
+
+    def reply(self, path, body):
+        """Status and JSON."""
+        if path == "/v1/models":
+            return 200, {"data": [{"id": MODEL, "owned_by": OWNERS[self.kind], **({"max_model_len": 512} if self.kind == "vllm" else {})}]}
+        if path == "/props" and self.kind == "llama_cpp":
+            return 200, {"default_generation_settings": {"n_ctx": 512}}
+        if path == "/v1/completions" and self.completions and self.kind != "llama_cpp":
+            return self.openai(body)
+        if path == "/generate" and self.kind == "sglang":
+            return self.sglang(body)
+        if path == "/completion" and self.kind == "llama_cpp":
+            return self.llama_cpp(body)
+        if path == "/v1/chat/completions":
+            row = self.logprobs(self.tokens("".join(f"{turn['role']}: {turn['content']}\n" for turn in body["messages"])))[-1]
+            top = [
+                {"token": self.text(t), "logprob": v, "bytes": list(self.text(t).encode())} for t, v in self.top(row, body["top_logprobs"])
+            ]
+            return 200, {"model": self.name, "choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}], "usage": {"prompt_tokens": 9}}
+        return 404, {"error": f"no {path}"}
+
+    def openai(self, body):
+        if not self.ids and not isinstance(body["prompt"], str):
+            return 400, {"error": "prompt: not a text"}
+        assert body["max_tokens"] == 1  # some servers take 0 for no end
+        prompt, rows = self.tokens(body["prompt"]), None
+        rows = self.logprobs(prompt)
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": 1}
+        if body.get("echo"):
+            if not self.exact or self.kind != "openai":
+                return 400, {"error": "echo is not offered"}
+            texts = [self.text(token) for token in prompt]
+            values = [None, *(float(rows[at, token]) for at, token in enumerate(prompt[1:])), float(rows[-1].max())]
+            starts = [len("".join(texts[:at])) for at in range(len(texts) + 1)]
+            return 200, {"model": self.name, "choices": [{"logprobs": {"token_logprobs": values, "text_offset": starts}}], "usage": usage}
+        asked = body.get("logprob_token_ids") if self.exact and self.kind == "vllm" else None
+        given = self.top(rows[-1], body["logprobs"]) if asked is None else [(token, float(rows[-1, token])) for token in asked]
+        assert asked is None or len(asked) <= 128
+        as_ids = self.kind == "vllm" and body.get("return_tokens_as_token_ids")
+        top = {f"token_id:{token}" if as_ids else self.text(token): value for token, value in given}
+        return 200, {"model": self.name, "choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}], "usage": usage}
+
+    def sglang(self, body):
+        prompt = self.tokens(body["input_ids"] if "input_ids" in body else body["text"])
+        row = self.logprobs(prompt)[-1]
+        shown = body["return_text_in_logprobs"]
+        top = [[value, token, self.text(token) if shown else None] for token, value in self.top(row, body["top_logprobs_num"])]
+        named = [[float(row[token]), token, None] for token in body.get("token_ids_logprob", ())]
+        about = {"prompt_tokens": len(prompt), "output_top_logprobs": [top]}
+        return 200, {"meta_info": about | ({"output_token_ids_logprobs": [named]} if self.exact else {})}
+
+    def llama_cpp(self, body):
+        assert body["post_sampling_probs"] is False
+        prompt = self.tokens(body["prompt"])
+        row = self.logprobs(prompt)[-1]
+        drawn = body["logit_bias"][0][0] if self.exact and body.get("logit_bias") else int(row.argmax())
+
+        def entry(token):
+            value = float(row[token])
+            return {"id": token, "token": self.text(token), "bytes": list(self.text(token).encode()), "logprob": value}
+
+        position = entry(drawn) | {"top_logprobs": [entry(token) for token, _ in self.top(row, body["n_probs"])]}
+        return 200, {"model": self.name, "tokens_evaluated": len(prompt), "completion_probabilities": [position]}
+
+    @contextmanager
+    def running(self):
+        """The server's address."""
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def answer(self, body):
+                with fake.lock:
+                    fake.asked.append((self.path, body))
+                    fake.headers.append(dict(self.headers))
+                    fake.inside += 1
+                    fake.most_inside = max(fake.most_inside, fake.inside)
+                    fault = fake.faults.pop(0) if fake.faults else None
+                try:
+                    status, reply = fake.reply(self.path, body)
+                    self.send(fault, status, reply)
+                finally:
+                    with fake.lock:
+                        fake.inside -= 1
+
+            def send(self, fault, status, reply):
+                headers = {}
+                if isinstance(fault, int):
+                    status, headers = fault, {"Retry-After": "0"} if fault == 429 else {}
+                elif fault == "redirect":
+                    status, headers = 302, {"Location": "http://elsewhere.example/v1"}
+                elif callable(fault):
+                    reply = fault(reply)
+                text = b"not json" if fault == "text" else json.dumps(reply).encode()
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                if fault == "cut":
+                    self.wfile.write(text[: len(text) // 2])
+                    self.close_connection = True
+                    return
+                if fault == "slow":
+                    for at in range(0, len(text), 50):
+                        time.sleep(0.2)
+                        try:
+                            self.wfile.write(text[at : at + 50])
+                            self.wfile.flush()
+                        except OSError:
+                            return
+                    return
+                self.wfile.write(text)
+
+            def do_GET(self):
+                self.answer(None)
+
+            def do_POST(self):
+                self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()

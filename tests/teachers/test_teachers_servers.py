@@ -1,0 +1,318 @@
+"""Teachers behind servers: their labels against the same model asked here, faults, what a kill costs, keys, budgets, other models."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from teachers.conftest import TWO, World
+from teachers.fake_server import MODEL, FakeServer
+
+from pipeline.errors import MismatchError, ShotlessError, UsageError
+from pipeline.models.folders import load_model
+from pipeline.params import ServerParams
+from pipeline.schema import Context
+from pipeline.teachers import servers
+from pipeline.teachers.servers import Said, ask_server, score_labels
+
+CONTEXTS, TEXTS = [Context("shots/0"), TWO], ["a warm and funny film", "a dull, lifeless mess", "cold food", "late x"]
+ROWS = len(CONTEXTS) * (2 + len(TEXTS))
+
+
+class ServerWorld(World):
+    """Captures of a teacher behind a fake server of the same tiny model that the world has in a folder."""
+
+    def __init__(self, root, model_folder, url, **settings):
+        super().__init__(root, model_folder)
+        self.write_contexts(CONTEXTS)
+        self.write_transfer(TEXTS)
+        self.settings = {"url": url, "model": MODEL, "tokenizer": "models/tiny", "concurrency": 4, **settings}
+        self.teacher = {}
+
+    def params(self):
+        params = super().params()
+        servers_block = {"big": ServerParams.model_validate(self.settings)}
+        teachers = params.teachers | {"few": params.teachers["few"].model_copy(update={"model": "servers/big"})}
+        return params.model_copy(update={"servers": servers_block, "teachers": teachers})
+
+    def meet(self):
+        ask_server("big", ServerParams.model_validate(self.settings), self.folders)
+        return json.loads((self.folders.artifacts / "servers/big/server.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, model_folder):
+    """Label log-probabilities of the same rows, scored here."""
+    world = World(tmp_path_factory.mktemp("local"), model_folder("llama"))
+    world.write_contexts(CONTEXTS)
+    world.write_transfer(TEXTS)
+    return np.array(world.capture().rows["label_logprobs"].to_pylist())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(servers, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(servers, "LONGEST_WAIT_SECONDS", 0.02)
+
+
+@pytest.fixture
+def serve(tmp_path, model_folder, tokenizer, small_parts, quick):
+    """`serve("vllm", …)` → a world and its running server."""
+    running = []
+
+    def start(kind, settings=(), **habits):
+        server = FakeServer(kind, load_model(model_folder("llama")), tokenizer, **habits)
+        context = server.running()
+        url = context.__enter__()
+        running.append(context)
+        return ServerWorld(tmp_path / f"server{len(running)}", model_folder("llama"), url, **dict(settings)), server
+
+    yield start
+    for context in running:
+        context.__exit__(None, None, None)
+
+
+def check_labels(rows, local):
+    """Which labels are known; these are right, and the others' bounds hold."""
+    values, bounds = np.array(rows["label_logprobs"].to_pylist()), rows["label_bounds"].to_pylist()
+    bounds = np.array([own or [math.nan] * 3 for own in bounds])
+    known = np.isnan(bounds)
+    assert values[known] == pytest.approx(local[known], abs=1e-3)
+    assert (local[~known] <= bounds[~known] + 1e-3).all()
+    assert (values[~known] <= bounds[~known] + 1e-6).all()
+    return known
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama_cpp", "openai"])
+def test_labels_are_those_of_the_model_itself(serve, local, kind):
+    """Labels of several tokens, and outside of the most probable tokens: each kind gives any token's log-probability in its own way."""
+    world, _ = serve(kind, listed=5)
+    found = world.meet()["found"]
+    assert (found["kind"], found["exact"]) == (kind, True)
+    cache = world.capture()
+    known = check_labels(cache.rows, local)
+    assert known[:, 1:].all()  # all but the unlikely one of several tokens
+    assert cache.manifest["engines"][0]["name"] == "server"
+    assert cache.manifest["cache"]["encoding"] == "top_k_tail"
+    row = cache.rows.to_pylist()[0]
+    assert len(row["topk_ids"][0]) == (4 if kind == "openai" else 5)  # the text of one is that of another token too
+    assert row["tail_mass"][0] == pytest.approx(1 - np.exp(row["topk_logprobs"][0]).sum(), abs=0.1)
+
+
+def test_the_same_without_exact_tokens_has_bounds_that_hold(serve, local):
+    world, _ = serve("vllm", exact=False, listed=20)
+    assert not world.meet()["found"]["exact"]
+    rows = world.capture().rows
+    known = check_labels(rows, local)
+    assert 0 < known[:, 1:].mean() < 1
+    figures = json.loads(world.metrics())
+    assert figures["censored_labels"] == pytest.approx((~known).mean(), abs=1e-5)
+    assert 0 < figures["censored_mass"] <= figures["censored_mass_most"] <= 1
+    assert figures["moved_most"] < 1e-5
+
+
+def test_a_server_that_tokenises_is_sent_text(serve, local):
+    world, server = serve("openai", {"tokenizer": None})
+    found = world.meet()["found"]
+    assert found["exact"]
+    rows = world.capture().rows
+    check_labels(rows, local)
+    assert rows["topk_ids"].to_pylist() == [[[]]] * ROWS
+    assert all(isinstance(body["prompt"], str) for path, body in server.asked if path == "/v1/completions")
+
+
+def test_a_server_for_chat_alone_gets_one_message_and_labels_without_their_space(serve):
+    world, server = serve("openai", {"tokenizer": None}, completions=False)
+    assert world.meet()["found"]["chat_alone"]
+    rows = world.capture().rows
+    assert len(rows) == ROWS
+    assert np.isfinite(np.array(rows["label_logprobs"].to_pylist())).all()
+    assert {path for path, _ in server.asked} >= {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("fault", [429, 500, "cut", "slow", "text"])
+def test_what_passes_is_asked_again(serve, local, fault):
+    world, server = serve("sglang", {"timeout_seconds": 1.0} if fault == "slow" else {})
+    world.meet()
+    server.faults = [None] * 5 + [fault] * 2
+    rows = world.capture().rows
+    assert not server.faults
+    check_labels(rows, local)
+
+
+def changed(**changes):
+    def change(reply):
+        return {"meta_info": reply["meta_info"] | changes}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (changed(prompt_tokens=3), r"servers\.big: the server answered with 3 tokens for a prompt of \d+ token ids"),
+        (changed(output_top_logprobs=[[[math.nan, 1, None]]]), "nan as a log-probability"),
+        (changed(output_top_logprobs=[[[0.5, 1, None]]]), "0.5 as a log-probability"),
+        (changed(output_top_logprobs=[[[-0.1, 1, None], [-0.1, 2, None]]]), "probabilities that sum to 1.810"),
+        (changed(output_top_logprobs=[[]]), "an answer without log-probabilities"),
+        (lambda reply: [reply], "list in place of an object"),
+        (lambda reply: reply | {"model": "tiny-2"}, "is of model 'tiny-2', and the stage `server` met 'tiny-1'"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_and_what_was_answered_is_kept(serve, local, fault, message):
+    world, server = serve("sglang")
+    world.meet()
+    if "tiny-2" in message:
+        path = world.folders.artifacts / "servers/big/server.json"
+        path.write_text(path.read_text("utf-8").replace('"reports": ""', '"reports": "tiny-1"'), "utf-8")
+    server.faults = [None] * 16 + [fault]
+    with pytest.raises(ShotlessError, match=message):
+        world.capture()
+    kept = world.scored()
+    assert 0 < len(kept) < ROWS
+    before = len(server.asked)
+    check_labels(world.capture().rows, local)
+    assert len(world.scored()) == len(set(world.scored())) == ROWS
+    assert (
+        len(server.asked) - before < 2 * 3 + 4 * (ROWS - len(kept)) + 4 * ROWS
+    )  # probes, rows that lacked, fidelity, which asks few rows twice
+
+
+def test_nothing_answers(serve):
+    world, server = serve("vllm")
+    world.meet()
+    server.faults = [503] * 400
+    with pytest.raises(ShotlessError, match=r"servers\.big: .*/v1/completions gave no answer in 8 attempts, at last: status 503"):
+        world.capture()
+
+
+def test_a_redirect_is_not_followed_and_the_key_is_nowhere(serve, monkeypatch, capfd):
+    monkeypatch.setenv("BIG_KEY", "sk-very-secret")
+    world, server = serve("vllm", {"key_env": "BIG_KEY"})
+    world.meet()
+    assert all(headers["Authorization"] == "Bearer sk-very-secret" for headers in server.headers)
+    server.faults = ["redirect"]
+    with pytest.raises(UsageError, match=r"sends on to 'http://elsewhere\.example/v1'\. It is not followed"):
+        world.capture()
+    server.faults = [lambda reply: reply | {"model": "sk-very-secret"}]
+    with pytest.raises(MismatchError, match="is of model '…'"):
+        world.capture()
+    server.faults = [401]
+    with pytest.raises(UsageError, match=r"refuses access.*the key is in \$BIG_KEY"):
+        world.capture()
+    world.capture()
+    shown = "".join(capfd.readouterr())
+    written = [
+        file.read_bytes()
+        for root in (world.folders.artifacts, world.folders.metrics, world.folders.work)
+        for file in root.rglob("*")
+        if file.is_file()
+    ]
+    assert "secret" not in shown
+    assert not any(b"secret" in content for content in written)
+    monkeypatch.delenv("BIG_KEY")
+    with pytest.raises(UsageError, match=r"servers\.big\.key_env: the environment variable BIG_KEY is not set"):
+        world.capture()
+
+
+def test_another_model_is_another_teacher(serve):
+    world, server = serve("vllm")
+    world.meet()
+    world.capture()
+    server.shift = 5.0
+    world.write_transfer([*TEXTS, "one more"])
+    with pytest.raises(MismatchError, match=r"answers otherwise than when it was met(.|\n)*then: \[\[(.|\n)*now:  \[\["):
+        world.capture()
+    world.meet()
+    before = len(set(world.scored()))
+    world.capture()
+    assert len(world.scored()) == before + ROWS + len(CONTEXTS)  # all is asked again, in a store of its own
+
+
+def test_a_little_drift_is_the_same_teacher(serve):
+    world, server = serve("vllm")
+    first = world.meet()
+    world.capture()
+    rows = world.bytes()
+    server.shift = 0.05
+    assert world.meet() == first
+    asked = len(server.asked)
+    world.capture()
+    assert world.bytes() == rows
+    assert len(server.asked) == asked
+
+
+def test_the_budget_stops_before_it_is_passed(serve, capfd):
+    price = {"input": 1e6 / 40, "output": 0.0}  # a prompt of 40 tokens costs one
+    world, _ = serve("sglang", {"price": price, "budget": 1.0, "concurrency": 1})
+    world.meet()
+    with pytest.raises(UsageError, match=r"servers\.big\.budget: 1, and \d+ rows cost [\d.]+ or more"):
+        world.capture()
+    assert not world.scored()
+    said = capfd.readouterr().out
+    assert f"servers.big: {ROWS} to " in said
+    assert " requests, " in said
+    world.settings["budget"] = 12.0
+    world.meet()
+    with pytest.raises(ShotlessError, match=r"servers\.big\.budget: 12, and [\d.]+ are spent: the next request could pass it"):
+        world.capture()
+    kept = world.scored()
+    assert kept
+    world.settings["budget"] = 500.0
+    world.meet()
+    world.capture()
+    assert len(world.scored()) == len(set(world.scored()))
+    assert set(kept) < set(world.scored())
+
+
+def test_requests_at_a_time_are_bounded(serve):
+    world, server = serve("sglang", {"concurrency": 2})
+    world.meet()
+    world.capture()
+    assert server.most_inside == 2
+
+
+def test_a_server_without_log_probabilities_is_refused_with_what_to_do(serve):
+    world, _ = serve("openai", {"tokenizer": None}, completions=False, listed=0)
+    with pytest.raises(UsageError, match=r"servers\.big: no log-probabilities(.|\n)*Start vLLM, SGLang or llama-server"):
+        world.meet()
+    world, _ = serve("openai", ids=False)
+    with pytest.raises(UsageError, match=r"no log-probabilities behind token ids\. Leave `tokenizer` out to send text"):
+        world.meet()
+    world, _ = serve("vllm", {"model": "other"})
+    with pytest.raises(UsageError, match=r"servers\.big\.model: the server has no 'other'; it has: tiny-1"):
+        world.meet()
+
+
+class Told:
+    """A server that says what it is told of each beginning; all else has one other token."""
+
+    def __init__(self, said):
+        self.said, self.asked = said, []
+
+    def next_token(self, prompt, behind, wanted=()):
+        self.asked.append(behind)
+        logprobs = {token: math.log(p) for token, p in self.said[behind].items()}
+        return Said(logprobs, min(logprobs.values()), 1)
+
+
+def test_censored_labels_share_the_mass_that_is_missing_and_stay_under_the_floor():
+    server = Told({(): {1: 0.6, 9: 0.1}})
+    values, bounds, _ = score_labels(server, None, [(1,), (2,), (3,)])
+    assert np.exp(values) == pytest.approx([0.6, 0.1, 0.1])  # 0.3 is missing for two, and none is over 0.1
+    assert np.exp(bounds[1:]) == pytest.approx([0.1, 0.1])
+    assert math.isnan(bounds[0])
+
+
+def test_labels_that_begin_alike_are_told_apart_behind_their_beginning_if_they_matter():
+    server = Told({(): {1: 0.6, 2: 0.3, 3: 1e-5}, (1,): {5: 0.9, 6: 0.1}})
+    values, bounds, _ = score_labels(server, None, [(1, 5), (1, 6), (2,), (3, 5), (3, 6)])
+    assert server.asked == [(), (1,)]
+    assert np.exp(values) == pytest.approx([0.54, 0.06, 0.3, 5e-6, 5e-6])
+    assert np.exp(bounds[3:]) == pytest.approx([1e-5, 1e-5])
+    texts = Told({"": {" ": 0.1, " card": 0.7, " c": 0.1}, " card": {" arrival": 0.5, " link": 0.4}, " card link": {"ing": 0.9}})
+    values, bounds, _ = score_labels(texts, None, [" card arrival", " card linking"])
+    assert np.exp(values) == pytest.approx([0.35, 0.7 * 0.4 * 0.9])
+    values, bounds, _ = score_labels(texts, None, [" card arrival", " card linking"], goes_on=False)
+    assert np.exp(values) == pytest.approx([0.35, 0.35])
+    assert np.exp(bounds) == pytest.approx([0.7, 0.7])
