@@ -5,7 +5,7 @@ BIN := $(CURDIR)/.venv/bin
 PRESET ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-ray lint docs setup clean bench-teacher bench-student bench-serve bench-cache check-gpu
+.PHONY: help run test test-fast test-ray test-servers lint docs setup clean bench-teacher bench-student bench-serve bench-cache check-gpu
 
 help:
 	@echo "make run              set up, download model and data, run the pipeline, print what was gained"
@@ -13,6 +13,7 @@ help:
 	@echo "make test             set up, lint, check types, run the tests"
 	@echo "make test-fast        the tests without the real model"
 	@echo "make test-ray         every way in which a worker of Ray may fail; make test has one of them"
+	@echo "make test-servers     a teacher behind llama.cpp's own server, compiled in an environment of its own (after make run)"
 	@echo "make lint             ruff and pyright"
 	@echo "make docs             write docs/params.md from the params"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
@@ -36,6 +37,9 @@ test-fast: setup
 
 test-ray: setup
 	@SHOTLESS_RAY=1 "$(BIN)/python" -m pytest tests/teachers/test_teachers_ray.py
+
+test-servers: setup
+	@SHOTLESS_SERVERS=1 "$(BIN)/python" -m pytest -rP tests/teachers/test_teachers_real_server.py
 
 lint: setup
 	@"$(BIN)/ruff" check .

@@ -48,7 +48,7 @@ def check(dtype: str) -> None:
     """The probe and the teacher's engines in `dtype`, then training, which is float32."""
     _say("probe", probe(dtype))
     for context in CONTEXTS:
-        for row in teacher.rows_at(context, ENGINES, dtype, None):
+        for row in teacher.rows_at(context, ENGINES, dtype, {}):
             _say("teacher", row)
     with tempfile.TemporaryDirectory() as scratch:
         lesson = student.write_lesson(teacher.MODEL, PREPARED, STEPS * BATCH_SIZE, Path(scratch) / "lesson.json")
