@@ -5,7 +5,7 @@ BIN := $(CURDIR)/.venv/bin
 PRESET ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-ray test-servers lint docs setup clean bench-teacher bench-student bench-serve bench-cache check-gpu
+.PHONY: help run test test-fast test-ray test-servers lint docs setup setup-dev clean bench-teacher bench-student bench-serve bench-cache check-gpu
 
 help:
 	@echo "make run              set up, download model and data, run the pipeline, print what was gained"
@@ -29,19 +29,19 @@ run: setup
 # Several workers, a test file always on one, each on a core of its own (tests/conftest.py).
 PYTEST := "$(BIN)/python" -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: setup lint
+test: setup-dev lint
 	@$(PYTEST)
 
-test-fast: setup
+test-fast: setup-dev
 	@$(PYTEST) -m "not real"
 
-test-ray: setup
+test-ray: setup-dev
 	@SHOTLESS_RAY=1 "$(BIN)/python" -m pytest tests/teachers/test_teachers_ray.py
 
-test-servers: setup
+test-servers: setup-dev
 	@SHOTLESS_SERVERS=1 "$(BIN)/python" -m pytest -rP tests/teachers/test_teachers_real_server.py
 
-lint: setup
+lint: setup-dev
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
 	@"$(BIN)/pyright" --pythonpath "$(BIN)/python"
@@ -49,23 +49,26 @@ lint: setup
 docs: setup
 	@"$(BIN)/python" -m docs.params_page
 
-bench-teacher bench-student bench-serve bench-cache: bench-%: setup
+bench-teacher bench-student bench-serve bench-cache: bench-%: setup-dev
 	@"$(BIN)/python" -m benchmarks.$* $(BENCH_ARGS)
 
-check-gpu: setup
+check-gpu: setup-dev
 	@"$(BIN)/python" -m benchmarks.check_gpu
 
+# What a run needs, and what tests, benchmarks and all extras (pyproject.toml) need.
 setup: .venv/.installed
+setup-dev: .venv/.installed-dev
 
 # Twice --quiet: pip's warnings, of an index for example, are not this project's to explain. Errors are shown. A home that cannot be written
 # to has no place for pip's cache, which pip itself does not see if it is run by root.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed-dev: EXTRAS := [dev]
+.venv/.installed .venv/.installed-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	@echo "setting up .venv; this takes some minutes"
 	@$(PYTHON) -m venv .venv
 	@cache="$$("$(BIN)/python" -m pip cache dir)"; mkdir -p "$$cache" 2>/dev/null && [ -w "$$cache" ] || export PIP_NO_CACHE_DIR=1; \
-	  "$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	@touch $@
+	  "$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".$(EXTRAS)"
+	@touch .venv/.installed $@
 
 clean:
 	rm -rf artifacts downloads metrics report runs .work dvc.lock .dvc/cache .dvc/tmp

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.folders import load_model, load_tokenizer
-from pipeline.models.packed import PackedModel, Row, pack
+from pipeline.models.packed import PackedModel, Row, pack, tree_of
 from pipeline.params import load_params
 from pipeline.schema import NO_CONTEXT, read_contexts, read_examples
 from pipeline.task import Task, TaskTokens
@@ -51,7 +51,7 @@ def _logits(model: PackedModel, context: list[int], queries: list[list[int]], ea
     prefix, parts = model.read_context(context), []
     for start in range(0, len(queries), REVIEWS_A_PASS):
         batch = queries[start : start + REVIEWS_A_PASS]
-        packed = pack([Row(query[:1], (query[1:],)) for query in batch], len(context))  # a branch gives logits at every token
+        packed = pack([Row(query[:1], tree_of([[*query[1:], 0]])) for query in batch], len(context))  # every node gives logits
         logits = model.logits(packed, prefix)
         first = 0
         for query in batch:

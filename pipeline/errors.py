@@ -9,6 +9,7 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 class ShotlessError(Exception):
@@ -40,6 +41,12 @@ class ThresholdError(ShotlessError):
 def choices(names: Iterable[object]) -> str:
     """Names for an error message: sorted and comma-separated, or a dash if there are none."""
     return ", ".join(sorted(map(str, names))) or "–"
+
+
+def need(extra: str, *packages: str) -> None:
+    """Raise UsageError if a package of an extra of pyproject.toml is not installed."""
+    if absent := [name for name in packages if find_spec(name) is None]:
+        raise UsageError(f"{', '.join(absent)}: not installed. Run `pip install -c constraints.txt 'shotless[{extra}]'`.")
 
 
 NEXT_STEPS = {

@@ -1,19 +1,37 @@
 """Progress for work of more than a few seconds: a live bar on a terminal, plain lines elsewhere, with the rate and the time left."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_SECONDS_BETWEEN_LINES = 10.0
+PLAIN_SECONDS_BETWEEN_LINES = 5.0
+LINE = re.compile(r".+: ([\d,]+)/([\d,]+) \w+, [\d,.]+/s, ")
 
 
 def rate(count: float, seconds: float) -> float:
     """`count` a second; 0 if no time has passed."""
     return count / seconds if seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A plain line of a meter."""
+
+    done: int
+    total: int  # at least 1
+    text: str
+
+
+def read_meter(line: str) -> Reading | None:
+    """What a plain line of a meter says; None if it is another line."""
+    found = LINE.match(line)
+    return Reading(int(found[1].replace(",", "")), max(1, int(found[2].replace(",", ""))), line) if found else None
 
 
 class Meter:

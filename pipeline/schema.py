@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import replacing, sha256_ids, sha256_json
+from pipeline.params import Format
 
 SCHEMA_VERSION = 4
 SLICE = "slice."  # begins the name of a slice's column. No field's name does, since a field is an identifier.
@@ -40,16 +41,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Context:
-    """What stands in a teacher's prompt before the input: an instruction, then demonstrations as (fields, answer)."""
+    """What stands in a teacher's prompt before the input: an instruction, then demonstrations as (fields, answer); and as what."""
 
     name: str
     instruction: str = ""
     demonstrations: tuple[tuple[Mapping[str, str], str], ...] = ()
+    format: Format = "plain"
 
     @cached_property
     def context_id(self) -> str:
         """sha256 of what it holds; its name does not count."""
-        return sha256_json([self.instruction, [[dict(fields), answer] for fields, answer in self.demonstrations]])
+        shown = [[dict(fields), answer] for fields, answer in self.demonstrations]
+        return sha256_json([self.instruction, shown, *([self.format] if self.format == "chat" else [])])
 
 
 NO_CONTEXT = Context("none")
@@ -64,6 +67,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     answer: tuple[int, ...] | None = None
+    cut: bool = field(default=False, compare=False)  # whether a part of the input is left out, since the model takes no more
     request: str | tuple[tuple[str, str], ...] | None = None
 
     @cached_property
@@ -103,6 +107,7 @@ CONTEXTS = _schema(
     name=pa.string(),  # "orders/0"
     instruction=pa.string(),
     demonstrations=pa.string(),  # JSON: [[fields, answer], …] in their order
+    format=pa.string(),
 )
 
 # What a model says of a prompt. Logarithms are in nats, over the whole vocabulary. Labels have one answer position, in front of the
@@ -202,6 +207,7 @@ def write_contexts(contexts: Iterable[Context], path: Path) -> None:
             "name": context.name,
             "instruction": context.instruction,
             "demonstrations": json.dumps([[dict(fields), answer] for fields, answer in context.demonstrations], ensure_ascii=False),
+            "format": context.format,
         }
         for context in contexts
     ]
@@ -211,6 +217,6 @@ def write_contexts(contexts: Iterable[Context], path: Path) -> None:
 def read_contexts(path: Path) -> list[Context]:
     """The contexts of a file that `write_contexts` wrote."""
     return [
-        Context(row["name"], row["instruction"], tuple((fields, answer) for fields, answer in json.loads(row["demonstrations"])))
+        Context(row["name"], row["instruction"], tuple(map(tuple, json.loads(row["demonstrations"]))), row["format"])
         for row in read_table(path, CONTEXTS).to_pylist()
     ]

@@ -1,4 +1,4 @@
-"""Check params.yaml and write it with all defaults → artifacts/params.yaml."""
+"""Check params.yaml and write it with all defaults → artifacts/params.json."""
 
 from pipeline.params import resolve
 from stages import run

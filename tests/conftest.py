@@ -165,6 +165,15 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # torch counted the cores when it was imported
 
 
+LONGEST = (
+    "test_real_pipeline", "test_serving_onnx", "test_student_training", "test_student_runs", "test_stages_changes", "test_setup_init",
+    "test_student_processes", "test_teachers_ray", "test_serving_server", "test_params_docs", "test_report", "test_benchmarks_student",
+    "test_evaluation_cost", "test_data_prepare",
+)  # fmt: skip
+"""Files of tests by what they take, the longest first; the rest are quick."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes comes first, so that no worker is left alone with it."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """What takes longest comes first, so that no worker is left alone with it."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

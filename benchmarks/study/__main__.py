@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import ShotlessError, UsageError, choices, ending_with_a_message
+from pipeline.commands.reproduce import reproduce
+from pipeline.errors import UsageError, choices, ending_with_a_message
 from pipeline.files import write_json
-from pipeline.params import parse_params, read_yaml
-from pipeline.params.presets import merge, reproduce, write_workspace
+from pipeline.params import parse_params, read_yaml, resolve
+from pipeline.params.presets import merge, write_workspace
 
 PLAN = Path(__file__).parent / "plan.yaml"
 WORKSPACES = Path("runs/study")
@@ -36,8 +37,8 @@ def part_params(plan: dict[str, Any], group: str, draw: int) -> dict[str, Any]:
 def run(part: str, raw: dict[str, Any]) -> None:
     """Run one part up to its comparison."""
     workspace = write_workspace(raw, WORKSPACES / part, Path())
-    if not reproduce(workspace, Path(), ["compare"]):
-        raise ShotlessError(f"{workspace}: this part failed; what failed is above. The next run goes on from there.")
+    resolve(workspace)
+    reproduce(workspace, Path(), ["compare"])
 
 
 def gather(parts: dict[str, tuple[str, int]]) -> dict[str, dict[str, list[dict[str, float]]]]:

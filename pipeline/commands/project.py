@@ -85,17 +85,33 @@ def run(
     preset: Annotated[str | None, typer.Option(help="Lay presets/NAME.yaml over params.yaml, and run in runs/NAME.")] = None,
 ) -> None:
     """Check params.yaml, run what has changed (`dvc repro`), and print what was gained."""
-    from pipeline.params import checked_params
-    from pipeline.params.presets import make_workspace, reproduce
+    from pipeline.commands.reproduce import reproduce
+    from pipeline.params import resolve
+    from pipeline.params.presets import make_workspace
 
     workspace = Path() if preset is None else make_workspace(preset, Path())
-    checked_params(workspace)
-    if not reproduce(workspace, Path(), stages or []):
-        raise ShotlessError("The run did not finish; the reason is above. What is done stays done: the next run goes on from there.")
+    resolve(workspace)  # as the first stage does: which other stages are due follows from it
+    reproduce(workspace, Path(), stages or [])
     if not stages:
         from pipeline.report.tables import print_summary
 
         print_summary(workspace)
+        print(_next_steps(workspace))
+
+
+def _next_steps(workspace: Path) -> str:
+    """Three things to try after a run."""
+    from pipeline.files import Folders, read_json
+    from pipeline.report.collect import ranked
+
+    best = next(iter(ranked(read_json(workspace / "report" / "metrics.json"), "student")), None)
+    student = best if workspace == Path() or best is None else Folders.here(workspace).artifacts / "students" / best
+    steps = [
+        *([f"use it:          shotless predict --student {student} --input new.jsonl --output answers.jsonl"] if best else []),
+        "another student: one more entry under `students` in params.yaml, and `shotless run`: only what is new runs",
+        "your own data:   shotless init --labelled labelled.csv --unlabelled pile.jsonl --test test.csv --force",
+    ]
+    return "Next:\n" + "\n".join(f"  {step}" for step in steps)
 
 
 def doctor() -> None:
@@ -196,7 +212,8 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
 
     name = cache.rstrip("/").rpartition("/")[2]
     params, folders = load_params(), Folders.here()
-    teacher, task = pick("teachers", params.teachers, name), Task(params.task)
+    teacher = pick("teachers", params.teachers, name)
+    task = Task(params.task, params.contexts[teacher.contexts].format)
     if teacher.scores == "input_tokens":
         task = task.of_input_tokens()
     folder = cache if "://" in cache else folders.artifacts / "teachers" / name
@@ -225,7 +242,7 @@ def _verify(cache: str, repair: bool) -> tuple[bool, bool]:
         print(f"{name}: {sum(manifest['shards'].values()):,} rows, {size:,} bytes, all intact")
     try:
         wanted = {"model": teacher.model, "cache": params.kept_of(name).model_dump(mode="json"), "task": described_task(task)}
-        check_belongs(manifest, wanted, folder)
+        check_belongs({"format": "plain", **manifest}, {**wanted, "format": task.format}, folder)
     except MismatchError as error:
         print(f"{name}: {error}")
         return not faults, False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.errors import UsageError, choices
+from pipeline.errors import UsageError, choices, need
 
 if TYPE_CHECKING:
     from pipeline.models.trained import Trained
@@ -114,6 +114,7 @@ def serve(
     threads: Threads = None,
 ) -> None:
     """Answer over HTTP: POST /predict, GET /health, GET /metrics (Prometheus)."""
+    need("serve", "fastapi", "prometheus_client", "starlette", "uvicorn")
     import uvicorn
 
     if host not in {"127.0.0.1", "::1", "localhost"}:

@@ -1,83 +1,117 @@
 """Contexts: ordered lists of demonstrations, refused before a teacher starts if they do not fit its model.
 
-Contexts of one list differ in the order of the same demonstrations, or in a balanced draw of them, and are all distinct. They follow from
-the seed and their number alone: a larger `count` adds contexts and leaves the earlier ones as they were, and two lists with the same
-settings share theirs, and the teacher's scores.
+Contexts of one list differ in the order of the same demonstrations, or in a balanced draw of them, and are all distinct. A draw takes
+what was shown least so far, so contexts cover labels and examples between them. They follow from the seed and their number alone: a
+larger `count` adds contexts and leaves the earlier ones as they were, and two lists with the same settings share theirs, and the teacher's
+scores.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import count
 from operator import attrgetter
 
 from pipeline.errors import UsageError
 from pipeline.files import sha256_text
-from pipeline.params import ContextParams
+from pipeline.params import LEAST_TOKENS, ContextParams
 from pipeline.schema import NO_CONTEXT, Context, Example
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task, TaskTokens, TooLongError
 
-LONGEST = 16
-"""Inputs that are put behind each context: those of most tokens, since the tokens at the border depend on the input."""
+BORDER = 8
+"""Tokens by which a prompt may differ from the sum of context and query: those at the border depend on both."""
+
+
+def variation(params: ContextParams, held: int) -> str:
+    """`params.vary`, or what it is by default with `held` labelled examples."""
+    return params.vary or ("draw" if 0 < params.demonstrations < held else "order")
+
+
+def different_contexts(params: ContextParams, labels: int, per_label: int) -> int:
+    """How many different contexts there can be of `per_label` examples of each label (free text: of one label)."""
+    if variation(params, labels * per_label) == "order":
+        return math.factorial(params.demonstrations)
+    share, more = divmod(params.demonstrations, labels)
+    return math.comb(labels, more) * math.comb(per_label, share + 1) ** more * math.comb(per_label, share) ** (labels - more)
 
 
 def build_contexts(name: str, params: ContextParams, task: Task, demonstrations: Sequence[Example], seed: int) -> list[Context]:
-    """One list of contexts; `demonstrations` are in rank order. Raises UsageError if there are fewer distinct ones than asked for."""
-    by_label = [[example for example in demonstrations if example.label == label] for label in task.labels] or [list(demonstrations)]
-    # If labels cannot be equal in number, the first labels have one more.
-    shares = [params.demonstrations // len(by_label) + (i < params.demonstrations % len(by_label)) for i in range(len(by_label))]
-    fixed = [example for own, share in zip(by_label, shares, strict=True) for example in own[:share]]
-    if params.vary == "order":
-        possible, remedy = math.factorial(len(fixed)), "raise `demonstrations`"
-    else:
-        possible = math.prod(math.comb(len(own), share) for own, share in zip(by_label, shares, strict=True))
-        remedy = "raise data.demonstrations.per_label above what one context takes"
+    """One list of contexts. `demonstrations` are in rank order, as many of each label. If a context cannot have as many of each, some
+    labels have one more: in each draw others.
+
+    Raises UsageError if there are fewer distinct ones than asked for.
+    """
+    by_label = {label: [example for example in demonstrations if example.label == label] for label in task.labels}
+    by_label = by_label or {"": list(demonstrations)}
+    vary, possible = variation(params, len(demonstrations)), different_contexts(params, len(by_label), min(map(len, by_label.values())))
     if params.count > possible:
+        remedy = {"order": "raise `demonstrations`", "draw": "raise data.demonstrations.per_label above what one context takes"}[vary]
         raise UsageError(
-            f"contexts.{name}.count: {params.count}, and {params.demonstrations} demonstrations with `vary: {params.vary}` make only "
+            f"contexts.{name}.count: {params.count}, and {params.demonstrations} demonstrations with `vary: {vary}` make only "
             f"{possible} different contexts. Lower `count`, or {remedy}."
         )
     answer_of = attrgetter("label" if task.params.completion is None else "completion")  # params see to it that there is one
-    contexts: dict[tuple[str, ...], Context] = {}
+    share, more = divmod(params.demonstrations, len(by_label))
+    fixed = [example for i, group in enumerate(by_label.values()) for example in group[: share + (i < more)]]
+
+    def draw(key: str, seen: Counter[str]) -> list[Example]:
+        """Of what was `seen` least: `share` examples of each label, one more of some."""
+        longer = sorted(by_label, key=lambda label: (seen[label], sha256_text(f"{key}\0label\0{label}")))[:more]
+        groups = {label: sorted(_shuffled(group, f"{key}\0draw"), key=lambda e: seen[e.example_id]) for label, group in by_label.items()}
+        return [example for label, group in groups.items() for example in group[: share + (label in longer)]]
+
+    contexts, shown = dict[tuple[str, ...], Context](), Counter[str]()  # `shown`: labels and examples in earlier contexts
     for at in range(params.count):
         for attempt in count():
-            key, own = f"{seed}\0{params.vary}\0{at}\0{attempt}", fixed
-            if params.vary == "draw":
-                own = [e for group, share in zip(by_label, shares, strict=True) for e in _shuffled(group, f"{key}\0draw")[:share]]
+            key = f"{seed}\0{vary}\0{at}\0{attempt}"
+            # What was shown least may make up an earlier context as a whole; then any will do.
+            own = fixed if vary == "order" else draw(key, Counter() if attempt else shown)
             own = _shuffled(own, key)
             ids = tuple(example.example_id for example in own)
-            mark = ids if params.vary == "order" else tuple(sorted(ids))
+            mark = ids if vary == "order" else tuple(sorted(ids))
             if mark not in contexts:
-                contexts[mark] = Context(f"{name}/{at}", params.instruction, tuple((dict(e.fields), answer_of(e)) for e in own))
+                shown.update([*ids, *(str(example.label) for example in own)])
+                pairs = tuple((dict(e.fields), answer_of(e)) for e in own)
+                contexts[mark] = Context(f"{name}/{at}", params.instruction, pairs, params.format)
                 break
     return list(contexts.values())
 
 
-def check_fit(
-    where: str, params: ContextParams, contexts: Sequence[Context], tokens: TaskTokens, limit: int | None, examples: Sequence[Example]
-) -> list[int]:
-    """Tokens that each context adds to a prompt. `limit` is the model's, in tokens; `examples` are all inputs that may follow.
+def not_shown(contexts: Iterable[Context], labels: Sequence[str]) -> list[str]:
+    """The labels that no context shows an example of; none if contexts have no demonstrations."""
+    shown = {answer for context in contexts for _, answer in context.demonstrations}
+    return [label for label in labels if shown and label not in shown]
 
-    Raises UsageError if a context is longer than `max_tokens`, or a whole prompt with its answer is longer than the model takes.
+
+def check_fit(
+    where: str, params: ContextParams, contexts: Sequence[Context], tokens: TaskTokens, examples: Sequence[Example]
+) -> tuple[list[int], set[str]]:
+    """Tokens that each context adds to a prompt, and the ids of those `examples` that do not fit behind the longest.
+
+    `examples` are all inputs that may follow. Raises UsageError if a context is longer than `max_tokens`, or does not fit the model with an
+    answer and a little of an input, TooLongError if `task.long_texts` refuses an input.
     """
-    answer = tokens.longest_answer
-    alone = [len(prompt.ids) for prompt in tokens.prompts(NO_CONTEXT, examples)]
-    longest = sorted(range(len(examples)), key=lambda at: -alone[at])[:LONGEST]
-    added = []
+    probe, added = [Example(dict.fromkeys(tokens.task.fields, "some text"), completion="")], list[int]()
     for context in contexts:
-        whole = [len(prompt.ids) for prompt in tokens.prompts(context, [examples[at] for at in longest])]
-        added.append(length := whole[0] - alone[longest[0]])
+        try:
+            behind, alone = (tokens.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
+        except TooLongError:
+            raise UsageError(
+                f"{where}: context {context.name} does not fit {tokens.tokenizer.name_or_path}, which takes {tokens.limit:,} tokens, with "
+                f"an answer and {LEAST_TOKENS} tokens of an input. Lower `demonstrations` or data.demonstrations.max_words, or choose a "
+                "model with a longer limit."
+            ) from None
+        added.append(length := len(behind.ids) - len(alone.ids))
         if params.max_tokens is not None and length > params.max_tokens:
             raise UsageError(
                 f"{where}: context {context.name} of {len(context.demonstrations)} demonstrations has {length} tokens, max_tokens "
                 f"is {params.max_tokens}. Raise max_tokens, or lower `demonstrations` or data.demonstrations.max_words."
             )
-        if limit is not None and max(whole) + answer > limit:
-            raise UsageError(
-                f"{where}: the longest prompt of context {context.name} has {max(whole):,} tokens, {length:,} of the context. "
-                f"With {answer:,} of the longest answer it does not fit the {limit:,} that {tokens.tokenizer.name_or_path} takes. Lower "
-                "`demonstrations`, task.max_chars or data.demonstrations.max_words, or choose a model with a longer limit."
-            )
-    return added
+    room = math.inf if tokens.limit is None else tokens.limit + 1 - max(added) - BORDER
+    asked = zip(examples, tokens.prompts(NO_CONTEXT, examples), strict=True)
+    near = [example for example, prompt in asked if prompt.cut or tokens.tokens_of(prompt) > room]
+    behind_longest = tokens.prompts(contexts[added.index(max(added))], near)
+    return added, {example.example_id for example, prompt in zip(near, behind_longest, strict=True) if prompt.cut}
 
 
 def _shuffled(examples: Sequence[Example], key: str) -> list[Example]:

@@ -101,7 +101,7 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     if not path.exists():
         raise UsageError(f"data.sources.{name}.path: {str(path)!r} is not a file or folder. Correct it, or run the download it comes from.")
     columns = {field: (params.fields or {}).get(field, field) for field in task.fields}
-    rule, answers, max_chars = params.label, params.completion, task.params.max_chars
+    rule, answers = params.label, params.completion
     label_of = None if rule is None else label_reader(rule, task)
     asked = [*columns.values(), *params.slices.values(), *(column for column in (rule and rule.column, answers) if column)]
     rows = left_out = last = 0
@@ -119,9 +119,9 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
             continue
         values, label = dict(zip(asked, read.values, strict=True)), None
         try:
-            fields = {field: field_text(column, values[column], max_chars) for field, column in columns.items()}
+            fields = {field: field_text(column, values[column]) for field, column in columns.items()}
             slices = {known: label_text(column, values[column], "slice") or None for known, column in params.slices.items()}
-            answer = None if answers is None else field_text(answers, values[answers], max_chars)
+            answer = None if answers is None else field_text(answers, values[answers])
         except BadValueError as bad:
             set_aside(read, bad.field_name, bad.reason, bad.value)
             continue
@@ -220,18 +220,16 @@ def shorten(text: str) -> str:
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
 
 
-def field_text(column: str, value: Any, max_chars: int | None) -> str:
+def field_text(column: str, value: Any) -> str:
     """A field's value as the models see it: without outer white space, otherwise as it is. One rule for training and for serving.
 
-    Raises BadValueError if it is missing, not a text, empty, longer than `max_chars`, or has a character that no text has.
+    Raises BadValueError if it is missing, not a text, empty, or has a character that no text has.
     """
     if value is MISSING or value is None:
         raise BadValueError(column, "missing", "")
     if not isinstance(value, str):
         raise BadValueError(column, "not a text", value)
     text = value.strip()
-    if max_chars is not None and len(text) > max_chars:
-        raise BadValueError(column, "too long", f"{len(text):,} characters: {text}")
     if found := NOT_TEXT.search(text):
         reason = "lone surrogate" if found[0] >= "\ud800" else "control character"
         raise BadValueError(column, reason, f"U+{ord(found[0]):04X} in {text!r}")

@@ -8,13 +8,14 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from pipeline.data.contexts import build_contexts, check_fit
+from pipeline.data.contexts import build_contexts, check_fit, not_shown
 from pipeline.data.examples import Quarantined, SourceExamples, read_written_source, shorten
-from pipeline.data.roles import UNLABELLED, assign, text_of
+from pipeline.data.roles import UNLABELLED, assign, in_windows, text_of
 from pipeline.files import Folders, write_json, write_text
-from pipeline.models.folders import check_folder, context_limit
+from pipeline.models.folders import check_folder
 from pipeline.models.trained import load_tokens
 from pipeline.params import ContextParams, Params
 from pipeline.schema import NO_CONTEXT, Context, Example, write_contexts, write_examples
@@ -28,22 +29,30 @@ def prepare(params: Params, folders: Folders) -> None:
     """
     task, data, folder = Task(params.task), params.data, folders.artifacts / "data"
     shutil.rmtree(folder, ignore_errors=True)
-    context_models, models = params.context_models(), dict[str, tuple[TaskTokens, int | None]]()
-    for name in sorted(set[str]().union(*context_models.values())):
+    context_models, models = params.context_models(), dict[tuple[str, str], TaskTokens]()  # (model, format) → its own
+    for name, form in sorted({(name, form) for pairs in context_models.values() for name, form in pairs}):
         check_folder(own := folders.artifacts / "models" / name)
-        models[name] = load_tokens(task, own), context_limit(own)
+        models[name, form] = load_tokens(replace(task, format=form), own)
 
     sources = {name: read_written_source(name, entry, task, folders) for name, entry in data.sources.items()}
     quarantine = "".join((folders.artifacts / "sources" / name / "quarantine.jsonl").read_text(encoding="utf-8") for name in sources)
-    reading = {(model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
-    reading |= {(model, "") for model in context_models[""]}
-    readers = [(models[model][0], Context("", instruction)) for model, instruction in sorted(reading)]
+    reading = {(*model, entry.instruction) for name, entry in params.contexts.items() for model in context_models[name]}
+    reading |= {(*model, "") for model in context_models[""]}
+    readers = [(models[name, form], Context("", instruction)) for name, form, instruction in sorted(reading)]
     quarantine += "".join(entry.json_line() for source in sources.values() for entry in _set_faulty_aside(source, readers))
     write_text(quarantine, folder / "quarantine.jsonl")
     roles = assign(data, task.labels, sources)
+    texts = {role: len(own) for role, own in roles.drawn.items()}
     write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")
+    demonstrations = roles.drawn["demonstrations"]
+    contexts = {name: build_contexts(name, entry, task, demonstrations, data.seed) for name, entry in params.contexts.items()}
+    if params.task.long_texts == "windows":
+        put = [(models[name, form], one) for key, own in contexts.items() for name, form in context_models[key] for one in own]
+        put += [(tokens, NO_CONTEXT) for tokens in models.values()]
+        in_windows(roles, data, sources, partial(_windows, put))
+        write_text(quarantine + "".join(entry.json_line() for entry in roles.quarantined.values()), folder / "quarantine.jsonl")
 
-    demonstrations, unlabelled = roles.drawn["demonstrations"], {role: roles.drawn[role] for role in UNLABELLED if role in roles.drawn}
+    unlabelled = {role: roles.drawn[role] for role in UNLABELLED if role in roles.drawn}
     transfer, pool = unlabelled["transfer"], unlabelled.get("pool", [])
     evaluation = {name: roles.drawn[f"evaluation.{name}"] for name in data.evaluation}
     write_examples(demonstrations, task.fields, folder / "demonstrations.parquet")
@@ -56,18 +65,26 @@ def prepare(params: Params, folders: Folders) -> None:
         write_examples(examples, task.fields, folder / "evaluation" / f"{name}.parquet", slices)
 
     inputs = [*transfer, *(example for examples in evaluation.values() for example in examples)]
-    lengths: dict[str, dict[str, int]] = {}
+    about_contexts, cut = dict[str, dict[str, Any]](), dict[str, set[str]]()
     for name, entry in params.contexts.items():
-        contexts = build_contexts(name, entry, task, demonstrations, data.seed)
-        write_contexts(contexts, folder / "contexts" / f"{name}.parquet")
-        tokens = [check_fit(f"contexts.{name}", entry, contexts, *models[model], inputs) for model in context_models[name]]
-        lengths[name] = {context.name: max(of) for context, of in zip(contexts, zip(*tokens, strict=True), strict=False)}
+        write_contexts(contexts[name], folder / "contexts" / f"{name}.parquet")
+        tokens = list[list[int]]()
+        for model, form in context_models[name]:
+            added, cut[f"{model} behind {name}"] = check_fit(f"contexts.{name}", entry, contexts[name], models[model, form], inputs)
+            tokens.append(added)
+        lengths = {context.name: max(of) for context, of in zip(contexts[name], zip(*tokens, strict=True), strict=False)}
+        absent = not_shown(contexts[name], tuple(task.params.verbalisers))
+        about_contexts[name] = {"tokens": lengths, "labels_not_shown": absent}
         if tokens:
-            print(f"contexts {name}: {', '.join(map(str, lengths[name].values()))} tokens")
-
-    for name, model in models.items():  # any of them may be asked about the pool, or learn it
-        if alone := [*(inputs if name in context_models[""] else ()), *pool]:
-            check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], *model, alone)
+            print(f"contexts {name}: {', '.join(map(str, lengths.values()))} tokens")
+        if absent:
+            print(
+                f"contexts {name}: none shows {len(absent)} of {len(task.labels)} labels (metrics/prepare.json names them); raise `count`"
+            )
+    for (name, form), model in models.items():  # any of them may be a student's base, or be asked about the pool
+        alone = [*demonstrations, *inputs, *pool]
+        place = f"{name} in chat turns" if form == "chat" else name
+        _, cut[place] = check_fit(f"models.{name}", ContextParams(demonstrations=0), [NO_CONTEXT], model, alone)
 
     def numbers(examples: Sequence[Example]) -> dict[str, Any]:
         return {"drawn": len(examples), "labels": dict(sorted(Counter(str(example.label) for example in examples).items()))}
@@ -80,6 +97,7 @@ def prepare(params: Params, folders: Folders) -> None:
             **{
                 role: {  # without labels, which stay in the sources
                     "drawn": len(own),
+                    **({"texts": texts[role]} if params.task.long_texts == "windows" else {}),  # before they were read in windows
                     "copies_of_evaluation_removed": removed[role],
                     "copies_of_demonstrations_removed": roles.copies[role]["demonstrations"],
                 }
@@ -87,7 +105,12 @@ def prepare(params: Params, folders: Folders) -> None:
             },
             "evaluation": {name: numbers(examples) for name, examples in evaluation.items()},
         },
-        "contexts": {name: {"tokens": own} for name, own in lengths.items()},
+        "contexts": about_contexts,
+        "cut": {  # reader → role → texts that do not fit
+            reader: {role: count for role, own in roles.drawn.items() if (count := sum(example.example_id in ids for example in own))}
+            for reader, ids in cut.items()
+            if ids
+        },
     }
     write_json(counts, folders.metrics / "prepare.json")
     sets = ", ".join(f"{name} {len(examples):,}" for name, examples in evaluation.items())
@@ -95,6 +118,16 @@ def prepare(params: Params, folders: Folders) -> None:
     print(f"drawn: {len(demonstrations)} demonstrations, {len(transfer):,} for transfer{more}; evaluation: {sets}")
     copies = ", ".join(f"{sum(of.values())} from {role}" for role, of in removed.items())
     print(f"near copies of evaluation examples kept out: {copies}")
+    for reader, own in counts["cut"].items():
+        too_long = ", ".join(f"{count:,} of {role}" for role, count in own.items())
+        print(f"texts that do not fit {reader} (task.long_texts: {params.task.long_texts}): {too_long}")
+
+
+def _windows(put: Sequence[tuple[TaskTokens, Context]], examples: Sequence[Example]) -> list[Example]:
+    """The examples, each that does not fit as windows that fit all models behind all contexts that they are put to."""
+    for tokens, context in put:
+        examples = [window for own in tokens.windows(context, examples) for window in own]
+    return list(examples)
 
 
 def _set_faulty_aside(source: SourceExamples, readers: Sequence[tuple[TaskTokens, Context]]) -> list[Quarantined]:

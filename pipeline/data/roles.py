@@ -7,7 +7,7 @@ since no one learns from them. Transfer set and pool are drawn from all texts of
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.data.examples import Quarantined, SourceExamples, shorten
@@ -68,6 +68,22 @@ def assign(data: DataParams, labels: Sequence[str], sources: Mapping[str, Source
                 )
             roles.drawn[role] = roles.drawn.get(role, []) + drawn
     return roles
+
+
+def in_windows(
+    roles: Roles, data: DataParams, sources: Mapping[str, SourceExamples], windows: Callable[[Sequence[Example]], list[Example]]
+) -> None:
+    """Put `windows` of them in the place of the texts of the unlabelled roles, each once, but for near copies, which texts are free of."""
+    seen = set[str]()
+    for role in (role for role in UNLABELLED if role in roles.drawn):
+        drawn, roles.drawn[role] = roles.drawn[role], []
+        for source in dict.fromkeys(example.source for example in drawn):
+            own = [example for example in drawn if example.source == source]
+            pieces, checked = {window.example_id: window for window in windows(own)}, {example.example_id for example in own}
+            fresh = [window for key, window in pieces.items() if key not in checked]
+            checked |= {window.example_id for window in _Draw(role, sources[source], data, roles).first(fresh, None)}
+            roles.drawn[role] += [window for key, window in pieces.items() if key in checked and key not in seen]
+            seen |= pieces.keys()
 
 
 class _Draw:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
 
@@ -21,7 +22,7 @@ from pipeline.errors import ShotlessError
 from pipeline.evaluation.metrics import Json
 from pipeline.evaluation.predictions import Answering
 from pipeline.files import Folders, sha256_json, write_json
-from pipeline.models.folders import load_model, weights_sha256
+from pipeline.models.folders import load_model, server_of, weights_sha256
 from pipeline.models.forward import plain_logits
 from pipeline.models.machine import DTYPES, cpu_info, default_device, use_machine
 from pipeline.models.packed import Row
@@ -48,12 +49,46 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
     timed, threads = min(params.evaluation.cost_examples, len(examples)), params.runtime.threads or cores()
     asked = examples[: max(timed, THROUGHPUT_EXAMPLES)]
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            figures = process.submit(measure, models, params.task, asked, timed, threads, name in params.students).result()
+        if any(server_of(model.folder) for model in models):
+            figures = measure_served(models, params, examples[:timed], threads)
+        else:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                figures = process.submit(measure, models, params.task, asked, timed, threads, name in params.students).result()
     except BrokenProcessPool:
         raise ShotlessError(f"The process that measures the cost of {name} was killed, perhaps for lack of memory. Run it again.") from None
     write_json(figures, folders.metrics / "cost" / f"{name}.json")
     return figures
+
+
+def measure_served(models: Sequence[Answering], params: Params, examples: Sequence[Example], threads: int) -> Json:
+    """Figures of `measure` for models of which one at least is behind a server: examples one by one, as asked."""
+    task, seconds, tokens = Task(params.task), [], 0
+    with ExitStack() as stack:
+        scorers = [stack.enter_context(replace(model, work=None).scorer(task, params)) for model in models]
+        asked = list(zip(scorers, models, strict=True))
+        for example in (examples[0], *examples):  # the first to warm up
+            start = time.perf_counter()
+            rows = [scorer.asked_again(model.contexts, [example]) for scorer, model in asked]
+            seconds.append(time.perf_counter() - start)
+            tokens += sum(sum(own["prompt_tokens"].to_pylist()) for own in rows) if len(seconds) > 1 else 0
+        subject = [[scorer.identity, [context.context_id for context in model.contexts]] for scorer, model in asked]
+    latency = 1000 * float(np.median(seconds[1:]))
+    return {
+        "measured": {
+            "subject": sha256_json(subject),
+            "examples": len(examples),
+            "batched": len(examples),
+            "device": "server",
+            "processor": "a server",
+            "dtypes": sorted({model.dtype for model in models} - {"server"}),
+            "threads": threads,
+            "torch": torch.__version__,
+        },
+        "prompt_tokens": tokens / len(examples),
+        "latency_ms": round(latency, 2),
+        "forward_passes": sum(len(model.contexts) for model in models),
+        "throughput": {"examples": len(examples), "examples_per_second": round(1000 / latency, 3), "engine": "server"},
+    }
 
 
 def measure(
@@ -70,12 +105,13 @@ def measure(
     one_thread = one_thread and device.type == "cpu"
     counts = list(dict.fromkeys([threads, 1] if one_thread else [threads]))  # of threads
     use_machine(threads)
-    tokens = {model.folder: load_tokens(Task(task), model.folder) for model in models}
-    asked = [(model, [tokens[model.folder].prompts(context, examples) for context in model.contexts]) for model in models]
+    keys = [(model.folder, model.dtype, model.format) for model in models]
+    tokens = {key: load_tokens(Task(task, model.format), model.folder) for key, model in zip(keys, models, strict=True)}
+    asked = [(model, [tokens[key].prompts(one, examples) for one in model.contexts]) for key, model in zip(keys, models, strict=True)]
     subject = [[weights_sha256(model.folder), [[prompt.ids for prompt in own] for own in prompts]] for model, prompts in asked]
-    passes = [((model.folder, model.dtype), own) for model, prompts in asked for own in prompts]  # a context's prompts each
-    networks = {key: load_model(key[0], DTYPES[key[1]], device) for key in dict.fromkeys(key for key, _ in passes)}
-    by_network = [(network, [own for place, own in passes if place == key]) for key, network in networks.items()]
+    passes = [(key, own) for key, (_, prompts) in zip(keys, asked, strict=True) for own in prompts]  # a context's prompts each
+    networks = {(folder, dtype): load_model(folder, DTYPES[dtype], device) for folder, dtype in dict.fromkeys(key[:2] for key in keys)}
+    by_network = [(networks[key[:2]], [own for place, own in passes if place == key]) for key in tokens]
     latencies = [_latency_ms(by_network, timed, count) for count in counts]
     names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
     processor = next(names, platform.processor() or platform.machine())
@@ -94,15 +130,15 @@ def measure(
         "latency_ms": latencies[0],
         "peak_rss_bytes": peak_rss_bytes(),
         "parameters": sum(network.num_parameters() for network in networks.values()),
-        "disk_bytes": sum(file.stat().st_size for folder in tokens for file in folder.iterdir() if file.is_file()),
+        "disk_bytes": sum(file.stat().st_size for folder in {key[0] for key in keys} for file in folder.iterdir() if file.is_file()),
         "forward_passes": len(passes),
     }
     if device.type == "cuda":
         figures["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
     engines = []
-    for (folder, _), (network, prompts) in zip(networks, by_network, strict=True):
+    for own, (network, prompts) in zip(tokens.values(), by_network, strict=True):
         probes = max(prompts, key=lambda own: len(own[0].ids))[:PROBES]
-        engines.append((open_engine(network, tokens[folder], LABELS_ONLY, probes), prompts))
+        engines.append((open_engine(network, own, LABELS_ONLY, probes), prompts))
     few = min(len(examples), ONE_THREAD_EXAMPLES)
     batched = [_throughput(engines, len(examples) if count == threads else few, count) for count in counts]
     figures["throughput"] = batched[0]

@@ -13,8 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-from scipy import stats
-from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, log_loss
 
 from pipeline.errors import CorruptError, choices
 from pipeline.schema import SLICE, Example
@@ -50,6 +48,8 @@ def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: i
 
 
 def _run_metrics(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, float]:
+    from sklearn.metrics import brier_score_loss, f1_score, log_loss
+
     gold, predicted, probabilities = frame["label"].to_list(), frame["predicted"].to_list(), probabilities_of(frame)
     right = frame.select(RIGHT).to_series().to_numpy()
     return {
@@ -117,6 +117,8 @@ def mean_interval(samples: Sequence[Floats], *, resamples: int, seed: int, lowes
     A sample has a value in [lowest, 1] for each example and is resampled by itself. If all values are alike the bootstrap has no spread,
     and the exact binomial bound (Clopper-Pearson) is used: at most a share of the examples departs from this value, as far as it can.
     """
+    from scipy import stats
+
     if all(np.ptp(sample) == 0 for sample in samples):
         value = float(np.mean([sample.mean() for sample in samples]))
         share = float(stats.binomtest(0, sum(map(len, samples))).proportion_ci(0.95, method="exact").high)
@@ -182,6 +184,8 @@ def detail(table: pa.Table, labels: Sequence[str], members: Scores, domains: Map
     `table` follows `schema.PREDICTIONS`; `members[set]` says which slices its examples belong to (`membership`), `domains[set]` is "in" or
     "out". Rows of several runs are pooled in bins and in the matrix; in slices an example's score is their mean.
     """
+    from sklearn.metrics import confusion_matrix
+
     by_set, sets = frames(table, labels), {}
     for name, frame in by_set.items():
         confidence, right = probabilities_of(frame).max(axis=1), frame.select(RIGHT).to_series().to_numpy()

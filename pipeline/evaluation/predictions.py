@@ -7,7 +7,7 @@ baselines that put the same prompts to the same model share them; a student's ar
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import MismatchError
 from pipeline.files import Folders, read_json, read_manifest
 from pipeline.models.trained import open_trained
-from pipeline.params import Params
+from pipeline.params import Format, Params
 from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples
 from pipeline.targets.calibration import combination_of, normalised
 from pipeline.task import Task
@@ -33,6 +33,7 @@ class Answering:
 
     folder: Path
     contexts: tuple[Context, ...] = (NO_CONTEXT,)
+    format: Format = "plain"
     dtype: str = "float32"
     run: str | None = None  # its run in the table; None: the name of each context
     work: Path | None = None  # where its scores are kept; None: nowhere
@@ -40,7 +41,7 @@ class Answering:
 
     def scorer(self, task: Task, params: Params) -> Scorer:
         """A scorer of this model. Raises MismatchError if it is not the model that the prompts were calibrated with."""
-        scorer = Scorer(self.folder, task, work=self.work, threads=params.runtime.threads, dtype=self.dtype)
+        scorer = Scorer(self.folder, replace(task, format=self.format), work=self.work, threads=params.runtime.threads, dtype=self.dtype)
         other = [key for key, value in (self.identity or {}).items() if key != "cache" and scorer.identity.get(key) != value]
         if other:
             raise MismatchError(
@@ -69,13 +70,14 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
     if name in params.students:
         seeds, folder = params.students[name].seeds or (), folders.artifacts / "students" / name
         runs = {f"seed {seed}": folder / "seeds" / str(seed) if at else folder for at, seed in enumerate(seeds)}
-        found = [Answering(own, run=run) for run, own in (runs if len(seeds) > 1 else {"": folder}).items()]
-        for model in found:
-            open_trained(model.folder).check_task(params.task)
+        found = []
+        for run, own in (runs if len(seeds) > 1 else {"": folder}).items():
+            (trained := open_trained(own)).check_task(params.task)
+            found.append(Answering(own, format=trained.task.format, run=run))
         return found
     prompts = params.baselines[name].prompts
     if not prompts.startswith(("targets/", "teachers/")):
-        return [Answering(folders.artifacts / prompts, run="", work=folders.work)]
+        return [Answering(folders.artifacts / prompts, format=params.format_of(prompts), run="", work=folders.work)]
     if prompts.startswith("teachers/"):
         manifest = read_manifest(folders.artifacts / prompts)
         asked = [(manifest, manifest["contexts"])]
@@ -83,16 +85,12 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
         calibration = read_calibration(name, params, folders)
         listed = calibration["contexts"]
         asked = [(entry, [one for one in listed if one["teacher"] == teacher]) for teacher, entry in calibration["teachers"].items()]
-    return [
-        Answering(
-            folders.artifacts / teacher["model"],
-            tuple(_context(one, folders) for one in contexts),
-            teacher["identity"]["dtype"],
-            work=folders.work,
-            identity=teacher["identity"],
-        )
-        for teacher, contexts in asked
-    ]
+    found = []
+    for teacher, listed in asked:
+        contexts, identity = tuple(_context(one, folders) for one in listed), teacher["identity"]
+        model = folders.artifacts / teacher["model"]
+        found.append(Answering(model, contexts, contexts[0].format, identity["dtype"], work=folders.work, identity=identity))
+    return found
 
 
 def read_calibration(baseline: str, params: Params, folders: Folders) -> dict[str, Any]:

@@ -25,31 +25,37 @@ TOLERANCE_NATS, LOW_PRECISION_TOLERANCE_NATS = 1e-4, 1e-3
 def plain_logits(model: PreTrainedModel, rows: Sequence[Row], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
     """Logits [N, V] at the rows' outputs by the plain forward, with a gradient if one is enabled; and `layers`' outputs there, [N, D].
 
-    N is in `pack`'s order: for each row the query's last token, then every branch token. Each branch costs a pass of its own. An encoder's
-    logits are those of its labels, and its states those of the first token.
+    N is in `pack`'s order: for each row the query's last token, then every node of its tree. Each path through a tree costs a pass of its
+    own. An encoder's logits are those of its labels, and its states those of the first token.
     """
     if is_encoder(model.config):
         with hidden_states(model, layers) as states_at:
             logits_of_labels = _classifier_logits(model, [row.query for row in rows])
         return logits_of_labels, states_at(slice(1))[:, 0] if layers else None
     prompts: list[list[int]] = []
-    shapes: list[tuple[int, int]] = []  # of each prompt: its tokens, and how many of the last ones are outputs
+    outputs: list[list[int]] = []  # of each prompt: the numbers of the outputs that its last tokens are
+    first = 0
     for row in rows:
-        for number, branch in enumerate(row.branches or ((),)):
-            prompts.append([*row.query, *branch])
-            shapes.append((len(prompts[-1]), len(branch) + (number == 0)))
+        new = set(range(-1, len(row.tree.tokens)))
+        for path in row.tree.paths:
+            prompts.append([*row.query, *(row.tree.tokens[node] for node in path)])
+            outputs.append([first + 1 + node for node in (-1, *path) if node in new])
+            new.difference_update((-1, *path))
+        first += row.outputs
+    shapes = [(len(prompt), len(own)) for prompt, own in zip(prompts, outputs, strict=True)]
     logits: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
     for (_, positions), group in groupby(sorted(range(len(prompts)), key=shapes.__getitem__), key=shapes.__getitem__):
         numbers = list(group)
         tokens = torch.tensor([prompts[number] for number in numbers], dtype=torch.long, device=model.device)
+        own = [output for number in numbers for output in outputs[number]]
         with hidden_states(model, layers) as states_at:
             out = model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits[:, -positions:]
-        logits |= dict(zip(numbers, out, strict=True))
+        logits |= dict(zip(own, out.flatten(0, 1), strict=True))
         if layers:
-            states |= dict(zip(numbers, states_at(slice(-positions, None)), strict=True))
-    order = range(len(prompts))
-    return torch.cat([logits[number] for number in order]), torch.cat([states[number] for number in order]) if layers else None
+            states |= dict(zip(own, states_at(slice(-positions, None)).flatten(0, 1), strict=True))
+    order = range(first)
+    return torch.stack([logits[number] for number in order]), torch.stack([states[number] for number in order]) if layers else None
 
 
 def _classifier_logits(model: PreTrainedModel, inputs: Sequence[Sequence[int]]) -> Tensor:

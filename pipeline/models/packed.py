@@ -11,13 +11,14 @@ architecture's name: `models.forward.packed_if_exact` compares the pass with the
 The last layer runs on answer positions alone: its keys and values are recorded on all tokens, by leaving the layer as soon as its attention
 is reached, and the layer is then run on the tokens that are asked for.
 
-Letters of shapes: B rows, L places of the longest row, T packed tokens, H query heads, D head size, N outputs.
+Letters of shapes: B rows, L places of the longest row, T packed tokens, H query heads, D head size, N outputs, O of the row with most.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,36 +32,100 @@ Completions = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
+class Tree:
+    """What is read of completions behind a query, all but the last token of each: what several begin with is one node."""
+
+    tokens: Sequence[int] = ()  # of each node
+    parents: Sequence[int] = ()  # the earlier node that each continues; -1: the query's last token
+    steps: Sequence[Sequence[tuple[int, int]]] = ()  # of each completion: its tokens, each with the node (or -1) whose logits hold it
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """Nodes before each."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether each node continues the one before it, so that nothing has to be hidden from it."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Which nodes each node sees, those that it continues and itself: [nodes, nodes] bool."""
+        seen = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """The nodes from the query to each node that none continues; one empty path if there is no node."""
+        found: list[list[int]] = []
+        for leaf in sorted({-1, *range(len(self.tokens))}.difference(self.parents) or {-1}):
+            path, node = list[int](), leaf
+            while node >= 0:
+                path.append(node)
+                node = self.parents[node]
+            found.append(path[::-1])
+        return found
+
+    def label_scores(self, logits: Tensor, log_z: Tensor) -> Tensor:
+        """Σ (logit − log Z) over each completion's tokens: logits [B, 1 + nodes, V] and log Z [B, 1 + nodes] → [B, L]."""
+        longest = max(map(len, self.steps))
+        padded = [[*own, *[(-2, 0)] * (longest - len(own))] for own in self.steps]
+        nodes, tokens = torch.tensor(padded, device=logits.device).unbind(-1)  # [L, tokens] each
+        found = logits[:, nodes + 1, tokens] - log_z[:, nodes + 1]
+        return found.where(nodes >= -1, 0.0).sum(-1)
+
+
+def tree_of(completions: Completions) -> Tree:
+    """The tree of some completions: every distinct beginning after which one goes on is a node."""
+    numbers: dict[tuple[int, int], int] = {}  # of (parent, token)
+    steps: list[list[tuple[int, int]]] = []
+    for ids in completions:
+        node, own = -1, list[tuple[int, int]]()
+        for token in ids:
+            if own:
+                node = numbers.setdefault(own[-1], len(numbers))
+            own.append((node, token))
+        steps.append(own)
+    return Tree([token for _, token in numbers], [parent for parent, _ in numbers], steps)
+
+
+@dataclass(frozen=True)
 class Row:
-    """One row of a pass: a query, and branches that each continue it."""
+    """One row of a pass: a query, and what continues it."""
 
     query: Sequence[int]
-    branches: tuple[Sequence[int], ...] = ()
-    """Token ids that follow the query, each branch blind to the others: all but the last token of multi-token completions."""
+    tree: Tree = field(default_factory=Tree)
 
     @property
     def length(self) -> int:
         """Tokens of the row."""
-        return len(self.query) + sum(map(len, self.branches))
+        return len(self.query) + len(self.tree.tokens)
 
-
-def rows_of(queries: Sequence[Sequence[int]], completions: Completions) -> list[Row]:
-    """Queries with the branches that multi-token completions need; a completion's last token is never read."""
-    branches = tuple(ids[:-1] for ids in completions if len(ids) > 1)
-    return [Row(query, branches) for query in queries]
+    @property
+    def outputs(self) -> int:
+        """Tokens of the row whose logits are asked for: the query's last, then every node."""
+        return 1 + len(self.tree.tokens)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid end to end: T tokens in all, B rows of at most L tokens, N outputs."""
+    """Rows laid end to end: T tokens in all, B rows of at most L tokens; N outputs, at most O of a row."""
 
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T]
     gather: Tensor  # [B, L] token of each row's place; padding repeats the row's first token
     scatter: Tensor  # [T] place in B·L of each token
-    outputs: Tensor  # [N] tokens whose logits are asked for: for each row the query's last, then every branch token
-    output_rows: Tensor  # [N] row of each output
-    output_mask: Tensor  # [N, L] added to an output's scores of its row's places: 0 if it sees one, else -inf
+    outputs: Tensor  # [N] tokens whose logits are asked for, row by row
+    output_gather: Tensor  # [B, O] output of each row's place among its outputs; padding repeats the row's first output
+    output_scatter: Tensor  # [N] place in B·O of each output
+    output_mask: Tensor  # [B, 1, O, L] added to an output's scores of its row's places: 0 if it sees one, else -inf
     mask: Tensor | None  # [B, 1, L, L] the same of every place, if rows branch; None: causal
 
 
@@ -69,37 +134,40 @@ def pack(rows: Sequence[Row], start: int, device: torch.device | str = "cpu") ->
     ids: list[int] = []
     positions: list[int] = []
     outputs: list[int] = []
-    lengths = torch.tensor([row.length for row in rows])
-    places = torch.arange(int(lengths.max()))
-    seen = torch.ones(len(rows), len(places), len(places), dtype=torch.bool).tril()  # which places of its row each place sees
+    gather, scatter = _padding([row.length for row in rows])
+    output_gather, output_scatter = _padding([row.outputs for row in rows])
+    width = gather.shape[1]
+    seen = torch.ones(len(rows), width, width, dtype=torch.bool).tril()  # which places of its row each place sees
     for number, row in enumerate(rows):
-        first, query = len(ids), len(row.query)
-        ids += row.query
-        positions += range(start, start + query)
-        outputs.append(len(ids) - 1)
-        for branch in row.branches:
-            begin = len(ids) - first
-            seen[number, begin:, query:begin] = False
-            outputs += range(len(ids), len(ids) + len(branch))
-            ids += branch
-            positions += range(start + query, start + query + len(branch))
-    real = places < lengths[:, None]
-    scatter = real.flatten().nonzero().flatten()
-    output_places = scatter[outputs]
+        query = len(row.query)
+        outputs += range(len(ids) + query - 1, len(ids) + row.length)
+        ids += [*row.query, *row.tree.tokens]
+        positions += [*range(start, start + query), *(start + query + depth for depth in row.tree.depths)]
+        if not row.tree.is_chain:
+            seen[number, query : row.length, query : row.length] = row.tree.seen
 
     def added_to_scores(seen: Tensor) -> Tensor:
-        return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(device)
+        return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None].to(device)
 
     return Packed(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
-        gather=((lengths.cumsum(0) - lengths)[:, None] + places * real).to(device),
+        gather=gather.to(device),
         scatter=scatter.to(device),
         outputs=torch.tensor(outputs, device=device),
-        output_rows=(output_places // len(places)).to(device),
-        output_mask=added_to_scores(seen.flatten(0, 1)[output_places]),
-        mask=added_to_scores(seen[:, None]) if any(row.branches for row in rows) else None,
+        output_gather=output_gather.to(device),
+        output_scatter=output_scatter.to(device),
+        output_mask=added_to_scores(seen.flatten(0, 1)[scatter[outputs]][output_gather]),
+        mask=None if all(row.tree.is_chain for row in rows) else added_to_scores(seen),
     )
+
+
+def _padding(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Parts laid end to end: the element at each place of each part, padded with its first [B, L], and each element's place in B·L."""
+    own = torch.tensor(lengths)[:, None]
+    places = torch.arange(max(lengths))
+    real = places < own
+    return own.cumsum(0) - own + places * real, real.flatten().nonzero().flatten()
 
 
 ATTENTION = "shotless_packed"
@@ -334,8 +402,7 @@ def own_part(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: f
 
 def answer_part(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float) -> tuple[Tensor, Tensor]:
     """Answer positions alone, query [1, H, N, D], against their rows' recorded keys → [N, H, D], [N, H]."""
-    places = packed.gather[packed.output_rows]  # [N, L]
-    keys, values = (x[0].transpose(0, 1)[places].transpose(1, 2) for x in (key, value))
-    single = query[0].transpose(0, 1).unsqueeze(2)  # [N, H, 1, D]
-    out, lse = attention_with_lse(single, keys, values, scale=scale, mask=packed.output_mask[:, None, None])
-    return out.squeeze(2), lse.squeeze(2)
+    places = (packed.output_gather, packed.gather, packed.gather)
+    padded = [x[0].transpose(0, 1)[own].transpose(1, 2) for x, own in zip((query, key, value), places, strict=True)]
+    out, lse = attention_with_lse(*padded, scale=scale, mask=packed.output_mask)
+    return tuple(x.transpose(1, 2).flatten(0, 1)[packed.output_scatter] for x in (out, lse))  # type: ignore[return-value]

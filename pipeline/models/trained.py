@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pipeline.errors import CorruptError, MismatchError, UsageError
 from pipeline.files import MANIFEST, check_manifest
 from pipeline.params import TaskParams
-from pipeline.task import EncoderTokens, Task, TaskTokens, TextTokens
+from pipeline.task import ChatTokens, EncoderTokens, Task, TaskTokens, TextTokens
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,22 @@ def about_trained(name: str, tokens: TaskTokens, provenance: Mapping[str, Any]) 
     task = tokens.task
     completions = dict(zip(task.labels, tokens.completions, strict=False))  # none if answers are free text, which may have labels too
     about = {"name": name, "task": task.params.model_dump(mode="json"), "labels": list(task.labels), "completions": completions}
+    about |= {"format": task.format, "frame": tokens.frame}
     return {**about, **provenance}
 
 
 def load_tokens(task: Task, folder: Path) -> TaskTokens:
-    """A task in the ids of a folder's model, or of a server's. Raises UsageError if it cannot answer the task."""
-    from pipeline.models.folders import (
-        is_encoder,
-        load_config,
-        load_tokenizer,
-        server_of,
-    )  # bring torch, which an exported folder does without
+    """A task in the ids of a folder's model, or of a server's. Raises UsageError if it cannot answer the task in its format."""
+    from pipeline.models import folders  # brings torch, which an exported folder does without
 
-    if (server := server_of(folder)) is not None:
-        own = server["settings"]["tokenizer"]
-        return TextTokens(task) if own is None else TaskTokens(task, load_tokenizer(folder.parent.parent / own))
-    kind = EncoderTokens if is_encoder(load_config(folder)) else TaskTokens
-    return kind(task, load_tokenizer(folder))
+    kind, own = ChatTokens if task.format == "chat" else TaskTokens, folder
+    if (server := folders.server_of(folder)) is not None:
+        if server["settings"]["tokenizer"] is None:
+            return TextTokens(task)
+        own = folder.parent.parent / server["settings"]["tokenizer"]
+    elif folders.is_encoder(folders.load_config(folder)):
+        kind = EncoderTokens
+    return kind(task, folders.load_tokenizer(own), folders.context_limit(folder))
 
 
 def open_trained(folder: Path, tokens_of: Callable[[Task, Path], TaskTokens] = load_tokens) -> Trained:
@@ -74,12 +73,15 @@ def open_trained(folder: Path, tokens_of: Callable[[Task, Path], TaskTokens] = l
         )
     manifest = check_manifest(folder)
     try:
-        task, name, completions = Task(TaskParams.model_validate(manifest["task"])), str(manifest["name"]), dict(manifest["completions"])
+        task = Task(TaskParams.model_validate(manifest["task"]), "chat" if manifest.get("format") == "chat" else "plain")
+        name, completions = str(manifest["name"]), dict(manifest["completions"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise CorruptError(
             f"{folder / MANIFEST}: not a trained model's manifest ({error}). Make the folder again with `dvc repro`."
         ) from None
     tokens = tokens_of(task, folder)
+    if tokens.frame != (trained := manifest.get("frame", {})):
+        raise MismatchError(f"{folder}: its chat template writes {tokens.frame}, and in training it wrote {trained}. Run `dvc repro`.")
     for label, ids in zip(task.labels, tokens.completions, strict=False):
         if ids != completions.get(label):
             raise MismatchError(

@@ -43,8 +43,8 @@ class Sample:
 def answer(predictor: Predictor, items: Iterable[Item], origin: str, params: MonitorParams, least: int = LEAST_ROWS) -> Sample:
     """Draw `params.max_rows` of the usable items, in one reading that keeps no more than these, and answer them.
 
-    All items are checked for fields that cannot be used; a text too long for the model is found among the drawn ones only. Raises
-    UsageError if fewer than `least` can be answered.
+    All items are checked for fields that cannot be used; a text that `task.long_texts: refuse` refuses is found among the drawn ones only.
+    Raises UsageError if fewer than `least` can be answered.
     """
     rows = Counter[str]()
 

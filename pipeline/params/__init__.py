@@ -25,4 +25,4 @@ from pipeline.params.reading import (
     write_yaml,
     yaml_text,
 )
-from pipeline.params.task import CompletionParams, FormParams, TaskParams
+from pipeline.params.task import LEAST_TOKENS, CompletionParams, Format, FormParams, TaskParams

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.errors import choices
-from pipeline.params.task import Fraction, Frozen, Key, Name
+from pipeline.params.task import Format, Fraction, Frozen, Key, Name
 
 RESERVED_SLICES = frozenset({"domain", "label", "length", "words", "score", "example_id"})
 DOWNLOADS = "downloads"
@@ -291,12 +291,16 @@ class ContextParams(Frozen):
     """A list of contexts. `demonstrations: 0` without an instruction is the empty context of a zero-shot prompt."""
 
     demonstrations: Annotated[int, Field(ge=0)]
-    """Examples in each context, as many of each label as possible."""
+    """Examples in each context, as many of each label as possible. If there are more labels, draws cover them between them."""
     count: PositiveInt = 1
     """Contexts in the list."""
-    vary: Literal["order", "draw"] = "order"
-    """Contexts have the same demonstrations in another order, or each has its own draw."""
+    vary: Literal["order", "draw"] | None = None
+    """Contexts have the same demonstrations in another order, or each has its own draw, of what earlier ones showed least. Null: `draw` if
+    there are more labelled examples than one context takes, else `order`."""
     instruction: str = ""
     """Text before the demonstrations."""
+    format: Format = "plain"
+    """`plain`: instruction, demonstrations and input are one text. `chat`: they are turns of a conversation, by the chat template of the
+    teacher's model: the instruction is the system's, the demonstrations are the user's and the assistant's."""
     max_tokens: PositiveInt | None = None
     """Refuse longer contexts; by default what the teacher's model takes."""

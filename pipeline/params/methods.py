@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.errors import choices
 from pipeline.params.data import DOWNLOADS, ContextParams, DataParams, Download, ModelParams, ServerParams
-from pipeline.params.task import Fraction, Frozen, Name, TaskParams
+from pipeline.params.task import Format, Fraction, Frozen, Name, TaskParams
 
 DEMONSTRATIONS_FILE = "data/demonstrations.parquet"
 Calibration = Literal["none", "contextual", "batch", "batch_log"]
@@ -102,6 +102,8 @@ class LoraParams(Frozen):
 class TuningParams(Frozen):
     """How weights are learnt; shared by students and tuned teachers."""
 
+    format: Format = "plain"
+    """What an input is to this model: `plain` text, or with `chat` the user's turn in its chat template. A teacher's may be another."""
     steps: Annotated[int, Field(ge=0)]
     """Optimiser steps; 0 is for `tuning: contrastive`, which then leaves the encoder as it is and fits its head."""
     batch_size: PositiveInt = 8
@@ -390,16 +392,24 @@ class Params(Frozen):
             return cache
         return cache.model_copy(update={"encoding": "top_k_tail", "top_k": min(cache.top_k, SERVER_TOP)})
 
-    def context_models(self) -> dict[str, list[str]]:
-        """Context → names in `models` whose tokenizers it is put to: the teachers that use it. Under '': those without a context alone."""
-        used: dict[str, set[str]] = {name: set() for name in self.contexts}
+    def format_of(self, folder: str) -> Format:
+        """How a model folder is asked without a context: as it was trained."""
+        kind, _, name = folder.partition("/")
+        return self.tuned[name].format if kind == "tuned" else self.students[name].format if kind == "students" else "plain"
+
+    def context_models(self) -> dict[str, list[list[str]]]:
+        """Context → pairs of a name in `models` whose tokenizer it is put to, and a format: the teachers that use it.
+
+        Under '': those without a context alone.
+        """
+        used: dict[str, set[tuple[str, str]]] = {name: set() for name in self.contexts}
         for teacher in self.teachers.values():
             if model := self.base_model(teacher.model):
-                used[teacher.contexts].add(model)
-        bases = {entry.base for entry in [*self.tuned.values(), *self.students.values()]}
-        bases |= self.folders().intersection(entry.prompts for entry in self.baselines.values())
-        alone = {self.base_model(folder) for folder in bases}.difference(*used.values())
-        return {name: sorted(models) for name, models in {**used, "": alone}.items()}
+                used[teacher.contexts].add((model, self.contexts[teacher.contexts].format))
+        alone = {(self.base_model(entry.base), entry.format) for entry in [*self.tuned.values(), *self.students.values()]}
+        asked = self.folders().intersection(entry.prompts for entry in self.baselines.values())
+        alone |= {(self.base_model(folder), self.format_of(folder)) for folder in asked}
+        return {name: sorted(map(list, pairs)) for name, pairs in {**used, "": alone.difference(*used.values())}.items()}
 
     def _names(self) -> Iterator[str]:
         paths = {f"models.{name}.path": model.path for name, model in self.models.items()}
@@ -413,6 +423,8 @@ class Params(Frozen):
         for name, teacher in self.teachers.items():
             yield from _known(f"teachers.{name}.model", teacher.model, folders | {f"servers/{server}" for server in self.servers})
             yield from _known(f"teachers.{name}.contexts", teacher.contexts, self.contexts)
+            if teacher.contexts in self.contexts and teacher.model in folders:
+                yield from self._formats(f"teachers.{name}", teacher, self.contexts[teacher.contexts].format)
         for name, student in self.students.items():
             yield from _known(f"students.{name}.base", student.base, folders)
             if name in self.baselines:
@@ -427,7 +439,7 @@ class Params(Frozen):
             if kind != "servers":
                 continue
             if self.task.completion is not None:
-                yield f"teachers.{name}.model: {teacher.model!r}, and answers are free text, which servers are not asked for; use a local model"
+                yield f"teachers.{name}.model: {teacher.model!r}, and answers are free text; use a local model"
             if teacher.scores == "input_tokens":
                 yield f"teachers.{name}.scores: `input_tokens`, and a server gives distributions of its answer alone; use a local model"
             if teacher.cache.temperatures or teacher.cache.hidden_layers:
@@ -440,6 +452,13 @@ class Params(Frozen):
                 why = f"is behind servers.{server}, which tokenises for itself, so that its distributions are not kept"
                 for where in learning:
                     yield f"{where}: teacher {name!r} {why}; give servers.{server} a `tokenizer`, or learn from a target set"
+
+    def _formats(self, where: str, teacher: TeacherParams, asked: Format) -> Iterator[str]:
+        if asked == "chat" and teacher.scores == "input_tokens":
+            yield f"{where}.contexts: {teacher.contexts!r} is `format: chat`, and `scores: input_tokens` reads plain text; name others"
+        if not teacher.model.startswith("models/") and (trained := self.format_of(teacher.model)) != asked:
+            asks = f"{teacher.contexts!r} is `format: {asked}`"
+            yield f"{where}.contexts: {asks}, and {teacher.model} learns in `{trained}`; give both the same"
 
     def _roles(self) -> Iterator[str]:
         sources, transfer, pool = self.data.sources, self.data.transfer, self.data.pool
@@ -527,6 +546,14 @@ class Params(Frozen):
                 else:
                     own = AuxiliaryParams(loss=student.loss, temperature=student.temperature)
                     yield from _cache_faults(where, own, self.teachers[source].cache)
+            learnt = {f"{where}.auxiliary.{teacher}": teacher for teacher in student.auxiliary}
+            learnt |= {f"{where}.learn_from": source} if kind == "teachers" else {}
+            for place, teacher in learnt.items():
+                own = self.teachers.get(teacher)
+                context = None if own is None or own.scores == "input_tokens" else self.contexts.get(own.contexts)
+                if context is not None and context.format != student.format:
+                    theirs = f"{teacher!r} answers in `format: {context.format}`, and the student in `{student.format}`"
+                    yield f"{place}: {theirs}, whose answers have other tokens; give both the same, or learn from a target set"
             beside = self.targets[source].auxiliary_caches if kind == "targets" else (source,) if kind == "teachers" else ()
             for teacher, term in student.auxiliary.items():
                 yield from _known(f"{where}.auxiliary", teacher, beside)

@@ -5,17 +5,12 @@ DAG with the merged params. It shares the DVC cache and `.work` with the project
 """
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError, choices
-from pipeline.files import Folders
 from pipeline.params.data import DOWNLOADS
 from pipeline.params.reading import parse_params, read_yaml, write_yaml
 
@@ -78,10 +73,3 @@ def write_workspace(raw: dict[str, Any], workspace: Path, project: Path) -> Path
     with (workspace / ".dvc" / "config").open("w", encoding="utf-8") as file:
         settings.write(file)
     return workspace
-
-
-def reproduce(workspace: Path, project: Path, stages: Sequence[str] = ()) -> bool:
-    """Run `dvc repro` in a workspace, with this Python and the project's `.work`; whether it went well."""
-    environment = os.environ | {"SHOTLESS_PYTHON": sys.executable, "SHOTLESS_WORK": str(Folders.here(project).work.resolve())}
-    command = [sys.executable, "-m", "dvc", "repro", *stages]
-    return subprocess.run(command, cwd=workspace, env=environment, check=False).returncode == 0  # noqa: S603  names of stages

@@ -1,8 +1,9 @@
 """From params.yaml to typed params, with every fault named by its path, the value and the choices; and the resolved params.
 
 YAML is read as DVC reads it (1.2, so that `1e-4` is a float). The first stage of a run writes the params, defaults filled in, to
-artifacts/params.yaml. Every other stage tracks its part of that file, so a default that changes in code is a change to DVC like any other.
-It also has `versions`, of the libraries that results depend on, and `context_models`, which `prepare` goes by.
+artifacts/params.json. Every other stage tracks its part of that file, so a default that changes in code is a change to DVC like any other.
+It also has `versions`, of the libraries that results depend on, and `context_models`, which `prepare` goes by. It is JSON because DVC reads
+it once for each stage, and its reader of YAML takes a hundred times as long.
 """
 
 import copy
@@ -20,11 +21,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import UsageError, choices
-from pipeline.files import write_text
+from pipeline.files import read_json, write_json, write_text
 from pipeline.params.data import DOWNLOADS, HubDownload, PypiDownload
 from pipeline.params.methods import Params
 
-RESOLVED = Path("artifacts/params.yaml")
+RESOLVED = Path("artifacts/params.json")
 VERSIONS = {
     "models": ("torch", "transformers", "tokenizers", "peft", "gguf", "scikit-learn"),
     "tables": ("numpy", "polars", "pyarrow", "scipy", "scikit-learn"),
@@ -85,7 +86,7 @@ def resolved_params(path: Path = RESOLVED) -> Params:
     """
     if faults := other_versions(Path("constraints.txt")):
         raise UsageError("\n".join(faults))
-    return parse_params({key: value for key, value in read_yaml(path).items() if key in Params.model_fields}, path)
+    return parse_params({key: value for key, value in read_json(path).items() if key in Params.model_fields}, path)
 
 
 def checked_params(project: Path = Path()) -> Params:
@@ -98,11 +99,11 @@ def checked_params(project: Path = Path()) -> Params:
 
 
 def resolve(project: Path = Path()) -> None:
-    """Check params.yaml as `checked_params` does, and write artifacts/params.yaml."""
+    """Check params.yaml as `checked_params` does, and write artifacts/params.json."""
     params = checked_params(project)
     versions = {group: {name: version(name) for name in names} for group, names in VERSIONS.items()}
     derived = {"versions": versions, "context_models": params.context_models()}
-    write_yaml({**params.model_dump(mode="json"), **derived}, project / RESOLVED)
+    write_json({**params.model_dump(mode="json"), **derived}, project / RESOLVED)
 
 
 def absent_files(params: Params, project: Path = Path()) -> list[str]:

@@ -26,6 +26,8 @@ def _key(name: str) -> str:
 Key = Annotated[str, AfterValidator(_key)]
 """A key of a map whose keys are the user's own."""
 Name = Annotated[Key, AfterValidator(_slug)]
+Format = Literal["plain", "chat"]
+"""Of a prompt: text, or turns of a conversation by the model's chat template."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -35,6 +37,8 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+LEAST_TOKENS = 16
+"""Of an input's text, that a context must leave."""
 RESERVED_FIELDS = frozenset({"example_id", "label", "completion", "source", "line"})
 
 
@@ -86,8 +90,11 @@ class TaskParams(Frozen):
     """Text after each demonstration."""
     content_free: tuple[str, ...] = Field(default=("N/A",), min_length=1, strict=False)
     """Inputs without content, each put into every field, for contextual calibration (2102.09690)."""
-    max_chars: PositiveInt = 2000
-    """A row with a longer field is set aside."""
+    long_texts: Literal["refuse", "head", "head_tail", "windows"] = "head_tail"
+    """Of a text that does not fit a model beside its context: `head` keeps the beginning, `head_tail` the beginning and the end. `windows`
+    reads all of it, piece by piece: an unlabelled text becomes several, elsewhere probabilities are averaged. `refuse` stops the run."""
+    max_tokens: Annotated[int, Field(ge=LEAST_TOKENS)] | None = None
+    """Most tokens of an input's text, in all fields; a longer one does not fit. null: as many as the model takes."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -112,8 +119,14 @@ class TaskParams(Frozen):
             raise ValueError("completion.source: `input` is for teachers with `scores: input_tokens`; a task's are generated or given")
         if (count := len(self.verbalisers)) < 2 and self.completion is None:
             raise ValueError(f"verbalisers: {count} given, and a task needs two or more, or `completion` for answers in free text")
+        labels: dict[str, str] = {}
+        for label, text in self.verbalisers.items():
+            if (other := labels.setdefault(text, label)) != label:
+                raise ValueError(f"verbalisers: {other!r} and {label!r} are both {text!r}, so no answer tells them apart; change one")
         if self.completion is not None and self.verbalisers:
             raise ValueError("verbalisers and completion are both given; answers are labels or free text: leave one out")
+        if self.completion is not None and self.long_texts == "windows":
+            raise ValueError("long_texts: `windows` averages the probabilities of labels, and answers are free text; choose `head_tail`")
         return self
 
     @model_validator(mode="after")

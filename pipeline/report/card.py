@@ -12,7 +12,7 @@ from jinja2 import Environment
 
 from pipeline.params import HubDownload
 from pipeline.report.collect import DOMAINS, Collected
-from pipeline.report.prose import context_sizes, layers, learnt, licence_of, number, percent, plural, scaled
+from pipeline.report.prose import context_sizes, in_chat, layers, learnt, licence_of, number, percent, plural, scaled
 from pipeline.report.tables import weakest_slice
 
 
@@ -30,9 +30,13 @@ def render_card(environment: Environment, found: Collected, student: str) -> str
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     # JSON strings are Python strings too; jinja2's own `tojson` escapes quotes for HTML.
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    frame = found.files[f"artifacts/students/{student}/manifest.json"].get("frame", {})
+    words = {label: frame["lead"] + text.strip() if frame else text for label, text in params.task.verbalisers.items()}
     return environment.get_template("card.md.jinja").render(
         found=found,
         name=student,
+        frame=frame,
+        words=words,
         encoder=str(found.of("train", student).get("architecture")).endswith("ForSequenceClassification"),
         distilled=not params.students[student].learn_from.startswith("data/"),
         base=base,
@@ -52,7 +56,7 @@ def _facts(found: Collected, student: str) -> dict[str, str]:
     kind, _, target = entry.learn_from.partition("/")
     if kind == "targets":
         contexts, demonstrations = context_sizes(params, target)
-        teachers = ", ".join(f"{name} ({params.teachers[name].model})" for name in params.targets[target].teachers)
+        teachers = ", ".join(f"{name}{in_chat(params, name)} ({params.teachers[name].model})" for name in params.targets[target].teachers)
         facts["teachers"] = f"{teachers}; {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}"
         facts["transfer examples"] = number(found.of("targets", target).get("rows"))
     if kind == "rounds":

@@ -79,7 +79,12 @@ def about(found: Collected, method: str) -> str:
     baseline = params.baselines[method]
     target, contexts = params.targets[baseline.target_set], context_sizes(params, baseline.target_set)[0]
     how = "" if contexts == 1 else ", one context at a time" if baseline.contexts == "each" else f", mean of {contexts} contexts"
-    return f"prompts {' + '.join(target.teachers)}; {calibrated(target)}{how}"
+    return f"prompts {' + '.join(name + in_chat(params, name) for name in target.teachers)}; {calibrated(target)}{how}"
+
+
+def in_chat(params: Params, teacher: str) -> str:
+    """A note behind a teacher that is asked in chat turns."""
+    return " (chat)" if params.contexts[params.teachers[teacher].contexts].format == "chat" else ""
 
 
 def learnt(params: Params, name: str) -> str:
@@ -97,7 +102,7 @@ def learnt(params: Params, name: str) -> str:
     alone = "the demonstrations’ labels alone"
     by_labels = f"{'texts contrasted, and a head fitted' if student.steps else 'a head fitted'}, by {alone}"
     first["data"] = by_labels if student.tuning == "contrastive" else f"trained on {alone}"
-    return ", plus ".join([first[kind], *terms])
+    return ", plus ".join([first[kind], *terms]) + (", in chat turns" if student.format == "chat" else "")
 
 
 def calibrated(target: TargetParams) -> str:
@@ -121,7 +126,7 @@ def context_sizes(params: Params, targets: str) -> tuple[int, int]:
 
 def title(params: Params) -> str:
     """The page's heading: which models, how many students."""
-    models = dict.fromkeys(params.base_model(teacher.model) for teacher in params.teachers.values())
+    models = dict.fromkeys(params.base_model(teacher.model) or teacher.model for teacher in params.teachers.values())
     return f"{' + '.join(models)}: from prompt to {plural(len(params.students), 'student')}"
 
 
@@ -132,7 +137,10 @@ def lead(found: Collected) -> list[str]:
     if target := params.baselines[reference].target_set:
         contexts, demonstrations = context_sizes(params, target)
         models = listed(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers))
-        first = f"The teacher is {models}, prompted with {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}."
+        formats = {params.contexts[params.teachers[name].contexts].format for name in params.targets[target].teachers}
+        form = "" if formats == {"plain"} else " in chat turns" if formats == {"chat"} else ", some of them in chat turns"
+        shown = f"{plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}"
+        first = f"The teacher is {models}, prompted with {shown}{form}."
         first += f" Students learn from its answers to {found.of('targets', target)['rows']:,} unlabelled examples."
     lines = [first]
     for name, student in params.students.items():
@@ -187,10 +195,22 @@ def measured_on(document: Json) -> str:
 
 
 def context_tokens(found: Collected) -> str:
-    """How long the contexts are."""
+    """How long the contexts are, and how many labels they show no example of."""
     counted = found.files["metrics/prepare.json"]["contexts"]
     ends = {name: dict.fromkeys([min(own), max(own)]) for name, entry in counted.items() if any(own := entry["tokens"].values())}
-    return "; ".join(f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items())
+    absent = {name: len(entry["labels_not_shown"]) for name, entry in counted.items() if entry["labels_not_shown"]}
+    said = [f"`{name}`: {' to '.join(map(number, own))} tokens" for name, own in ends.items()]
+    said += [
+        f"`{name}`: no context shows an example of {count} of {len(found.params.task.labels)} labels" for name, count in absent.items()
+    ]
+    return "; ".join(said)
+
+
+def too_long(found: Collected) -> str:
+    """How many texts of each role do not fit which model, and what becomes of them; empty if all fit."""
+    counted, rule = found.files["metrics/prepare.json"]["cut"], found.params.task.long_texts
+    readers = [f"`{reader}`: {', '.join(f'{number(texts)} of {role}' for role, texts in own.items())}" for reader, own in counted.items()]
+    return f"Texts that do not fit, and of which `task.long_texts: {rule}` decides: {'; '.join(readers)}." if readers else ""
 
 
 def findings(document: Json) -> list[str]:

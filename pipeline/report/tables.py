@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
@@ -21,8 +23,9 @@ from pipeline.params import Params
 from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 from pipeline.report.prose import DASH, about, most_answered, number, p_value, percent, plural, points, span
 
-MOST_LABELS, MOST_SLICES, COMPARED = 12, 40, 3
-"""What is shown at most: labels of a confusion matrix, slices of each dimension, students side by side (the best ones)."""
+MOST_LABELS, MOST_CONFUSIONS, MOST_SLICES, COMPARED = 12, 20, 40, 3
+"""What is shown at most: labels of a confusion matrix, else confusions; slices of each dimension; students side by side (the best ones)."""
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -181,23 +184,72 @@ def calibration(found: Collected) -> Table:
 
 
 def confusion(found: Collected) -> Table | None:
-    """Gold label by predicted label, of the best student and the reference; the sets of a domain are pooled."""
-    methods = [*ranked(found.document, "student")[:1], found.document["reference"]]
-    labels = found.params.task.labels
+    """Gold label by predicted label, of the best student and the reference; the sets of a domain are pooled. None if labels are many."""
+    labels, methods = found.params.task.labels, _judged(found)
     if len(labels) > MOST_LABELS:
         return None
     bodies: dict[str, list[Row]] = {}
     for domain in domains_of(found.document):
-        rows = bodies[DOMAINS[domain]] = [[gold] for gold in labels]
-        for row, gold in zip(rows, labels, strict=True):
-            for name in methods:
-                matrices = [found.of("detail", name)["sets"][where]["confusion"][gold] for where in sets_of(found.document, domain)]
-                counts = [sum(matrix[label] for matrix in matrices) for label in labels]
-                shares = [count / max(1, sum(counts)) for count in counts]
-                row += [Cell(percent(share), f"{n:,}", heat=round(share, 2)) for share, n in zip(shares, counts, strict=True)]
+        matrices = [_matrix(found, name, domain) for name in methods]
+        bodies[DOMAINS[domain]] = [
+            [gold, *(_share(own, i, j) for own in matrices for j in range(len(labels)))] for i, gold in enumerate(labels)
+        ]
     caption = "Of the examples with a gold label (row), the percentage answered with each label (column), and their number."
     groups = [("", 1), *((name, len(labels)) for name in methods)]
     return Table("confusion", caption, ["Gold label", *labels * len(methods)], bodies, groups)
+
+
+def confusions(found: Collected) -> Table | None:
+    """Of many labels, the most frequent confusions of the best student, beside the reference. None if labels are few."""
+    labels, methods, bodies = found.params.task.labels, _judged(found), dict[str, list[Row]]()
+    if len(labels) <= MOST_LABELS:
+        return None
+    for domain in domains_of(found.document):
+        matrices = [_matrix(found, name, domain) for name in methods]
+        wrong = np.where(np.eye(len(labels), dtype=bool), 0, matrices[0])
+        pairs = [divmod(int(at), len(labels)) for at in np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]]
+        bodies[DOMAINS[domain]] = [[labels[i], labels[j], *(_share(own, i, j) for own in matrices)] for i, j in pairs if wrong[i, j]]
+    caption = f"The most frequent confusions of {methods[0]}: the percentage of the gold label’s examples, and their number."
+    return Table("confusions", caption, ["Gold label", "<answered", *methods], bodies)
+
+
+def classes(found: Collected) -> Table | None:
+    """Precision, recall and F1 of each label, of the best student and the reference; first the labels that most examples are missed of.
+
+    The sets of a domain are pooled. None if there are two labels, of which the confusion says it all.
+    """
+    labels, methods, bodies = found.params.task.labels, _judged(found), dict[str, list[Row]]()
+    if len(labels) == 2:
+        return None
+    for domain in domains_of(found.document):
+        counts = np.stack([_matrix(found, name, domain) for name in methods])
+        right, gold, said = counts.diagonal(axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
+        scores = np.stack([right / said.clip(1), right / gold.clip(1), 2 * right / (said + gold).clip(1)], axis=-1)  # (methods, labels, 3)
+        missed, extra = (gold - right)[0], (said - right)[0]
+        rows = bodies[DOMAINS[domain]] = []
+        for i in np.lexsort((-extra, -missed)).tolist():
+            shares = [Cell(percent(score), heat=round(score, 2)) for own in scores[:, i].tolist() for score in own]
+            rows.append([labels[i], number(int(gold[0, i])), number(int(missed[i])), number(int(extra[i])), *shares])
+    caption = f"Precision, recall and F1 of each label in percent, sorted by the examples of it that {methods[0]} missed."
+    groups = [("", 2), (methods[0], 5), *((name, 3) for name in methods[1:])]
+    columns = ["Label", "examples", "missed", "wrongly given", *["precision", "recall", "F1"] * len(methods)]
+    return Table("classes", caption, columns, bodies, groups)
+
+
+def _judged(found: Collected) -> list[str]:
+    """The methods whose labels are looked at one by one: the best student and the reference."""
+    return [*ranked(found.document, "student")[:1], found.document["reference"]]
+
+
+def _matrix(found: Collected, method: str, domain: str) -> Counts:
+    """Answers by gold label (row) and predicted label (column), over the sets of a domain and all runs: (labels, labels)."""
+    matrices = [found.of("detail", method)["sets"][where]["confusion"] for where in sets_of(found.document, domain)]
+    return np.array([[[row[label] for label in matrix] for row in matrix.values()] for matrix in matrices]).sum(axis=0)
+
+
+def _share(counts: Counts, gold: int, predicted: int) -> Cell:
+    count, share = int(counts[gold, predicted]), float(counts[gold, predicted] / max(1, counts[gold].sum()))
+    return Cell(percent(share), f"{count:,}", heat=round(share, 2))
 
 
 def slices(found: Collected) -> Table:
@@ -206,7 +258,8 @@ def slices(found: Collected) -> Table:
     own, domains = {name: _by_slice(found, name) for name in methods}, domains_of(found.document)
     titles = {"label": "By gold label", "length": "By length, in thirds of each set"}
     bodies: dict[str, list[Row]] = {}
-    for dimension, name in dict.fromkeys((dimension, name) for rows in own.values() for dimension, _, name in rows):
+    few = len(found.params.task.labels) <= MOST_LABELS  # of many labels, `classes` has each
+    for dimension, name in dict.fromkeys((kind, name) for rows in own.values() for kind, _, name in rows if few or kind != "label"):
         row: Row = [name]
         for domain in domains:
             entries = [rows.get((dimension, domain, name)) for rows in own.values()]

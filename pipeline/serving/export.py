@@ -143,7 +143,7 @@ def check_exportable(student: Trained) -> None:
         )
     if not hasattr(student.tokens.tokenizer, "backend_tokenizer"):
         raise UsageError(f"{student.folder}: its tokenizer is Python code, and has no {TOKENIZER_FILE}. Use --format transformers.")
-    need("onnx", "onnxruntime", "onnxscript")
+    need("onnx", "onnx", "onnxruntime", "onnxscript")
 
 
 def write_onnx(student: Trained, folder: Path, int8: bool) -> dict[str, Any]:

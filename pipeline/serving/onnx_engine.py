@@ -5,7 +5,6 @@ all int64, and gives `label_logprobs` [N, L] float32 nats, over the sorted label
 """
 
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,24 +12,18 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError, need
 from pipeline.files import MANIFEST, read_manifest
 from pipeline.models.trained import Trained
 from pipeline.schema import Prompt
 from pipeline.serving.predictor import ONNX_FILE, LabelScores
-from pipeline.task import EncoderTokens, Task, TaskTokens
+from pipeline.task import ChatTokens, EncoderTokens, Task, TaskTokens
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENS_A_PASS, STRETCH = 256, 1.25
 """Of a pass: tokens with padding, and the longest row by its shortest. Larger passes are no faster and take memory, and padding costs what
 text costs. MiniLM in int8, ms of CPU on a busy core: 5.4 for a text of 27 tokens, 3.9 each in passes of 8, 5.1 in passes of 32; texts of 9
 to 112 tokens, 16 at once: 5.0 each, and 9.5 in passes of 1024 tokens whatever their lengths."""
-
-
-def need(*packages: str) -> None:
-    """Raise UsageError if a package of the extra `onnx` is not installed."""
-    if absent := [name for name in packages if find_spec(name) is None]:
-        raise UsageError(f"ONNX needs {', '.join(absent)}, not installed here. Run `pip install -c constraints.txt 'shotless[onnx]'`.")
 
 
 class PlainTokenizer:
@@ -41,6 +34,7 @@ class PlainTokenizer:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises no other kind  # noqa: BLE001
             raise CorruptError(f"{file}: not a tokenizer ({error}). Export the student again.") from None
+        self.name_or_path = str(file.parent)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.bos_token_id = bos_token_id
@@ -54,13 +48,18 @@ class PlainTokenizer:
         add_special_tokens: bool = True,
         split_special_tokens: bool = False,
         truncation: bool = False,
+        return_offsets_mapping: bool = False,
+        verbose: bool = False,
     ) -> Any:
-        """Token ids of a text, or of each text or pair of a list, as `input_ids`."""
+        """Token ids of a text, or of each text or pair of a list, as `input_ids`; where each begins and ends as `offset_mapping`."""
         assert not truncation
+        assert not verbose
         self._tokenizer.encode_special_tokens = split_special_tokens
         given: Any = [texts] if isinstance(texts, str) else texts if pairs is None else list(zip(texts, pairs, strict=True))
-        ids = [found.ids for found in self._tokenizer.encode_batch_fast(given, add_special_tokens=add_special_tokens)]
-        return SimpleNamespace(input_ids=ids[0] if isinstance(texts, str) else ids)
+        encode = self._tokenizer.encode_batch if return_offsets_mapping else self._tokenizer.encode_batch_fast  # which finds no offsets
+        found = encode(given, add_special_tokens=add_special_tokens)
+        ids = [one.ids for one in found]
+        return SimpleNamespace(input_ids=ids[0] if isinstance(texts, str) else ids, offset_mapping=[one.offsets for one in found])
 
     def decode(self, token: int) -> str:
         """The text of a token."""
@@ -72,15 +71,17 @@ def exported_tokens(task: Task, folder: Path) -> TaskTokens:
     about = read_manifest(folder).get("onnx")
     if not isinstance(about, dict) or not {"encoder", "bos_token_id", "context_limit"} <= about.keys():
         raise CorruptError(f"{folder / MANIFEST}: says nothing of {ONNX_FILE}. Export the student again.")
-    kind = EncoderTokens if about["encoder"] else TaskTokens
-    return kind(task, PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]))
+    tokenizer, limit = PlainTokenizer(folder / TOKENIZER_FILE, about["bos_token_id"]), about["context_limit"]
+    if task.format == "chat":
+        return ChatTokens(task, tokenizer, limit, read_manifest(folder)["frame"])
+    return (EncoderTokens if about["encoder"] else TaskTokens)(task, tokenizer, limit)
 
 
 class OnnxEngine:
     """The graph of an exported folder, on the CPU."""
 
     def __init__(self, student: Trained, threads: int | None) -> None:
-        need("onnxruntime")
+        need("onnx", "onnxruntime")
         import onnxruntime
 
         from pipeline.models.process import cores
@@ -89,7 +90,6 @@ class OnnxEngine:
         options.intra_op_num_threads = threads or cores()
         self._session = onnxruntime.InferenceSession(student.folder / ONNX_FILE, options, providers=["CPUExecutionProvider"])
         self._inputs = {given.name for given in self._session.get_inputs()}
-        self.limit: int | None = student.manifest["onnx"]["context_limit"]
         self.name, self.reason = "onnxruntime", f"an exported student, by onnxruntime {onnxruntime.__version__}"
 
     def score(self, prompts: Sequence[Prompt]) -> LabelScores:

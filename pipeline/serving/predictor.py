@@ -12,7 +12,8 @@ gets a prediction that says why, and the others get their answers.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from pipeline.errors import UsageError
 from pipeline.files import sha256_json
 from pipeline.models.trained import Trained, open_trained
 from pipeline.schema import NO_CONTEXT, Example, Prompt
+from pipeline.task import TooLongError
 
 Input = str | Mapping[str, Any]
 """A text, if the template has one field, or a value for each field."""
@@ -39,7 +41,6 @@ class LabelEngine(Protocol):
 
     name: str
     reason: str  # why it was chosen
-    limit: int | None  # tokens of the longest sequence that it takes; None if nothing says it
 
     def score(self, prompts: Sequence[Prompt]) -> LabelScores:
         """Scores of the prompts, in order."""
@@ -68,15 +69,17 @@ class Prediction:
     confidence: float | None = None  # its probability
     probabilities: dict[str, float] | None = None  # of each label; they sum to 1
     error: str | None = None
-    ids: tuple[int, ...] = field(default=(), repr=False)  # token ids of the prompt
+    cut: bool = False  # the text is longer than the student takes: it was cut, or read in windows, as `task.long_texts` says
+    ids: tuple[int, ...] = field(default=(), repr=False)  # token ids of the prompt; of its windows, one after the other
     state: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
-    """The last layer's output at the answer position, [H]; [0] if the predictor does not keep states."""
+    """The last layer's output at the answer position, [H], the mean of the windows'; [0] if the predictor does not keep states."""
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as a JSON object: `label`, `confidence` and `probabilities`, or `error`."""
+        """The answer as a JSON object: `label`, `confidence` and `probabilities`, and `cut` if it was; or `error`."""
         if self.error is not None:
             return {"error": self.error}
-        return {"label": self.label, "confidence": self.confidence, "probabilities": self.probabilities}
+        answer = {"label": self.label, "confidence": self.confidence, "probabilities": self.probabilities}
+        return answer | ({"cut": True} if self.cut else {})
 
 
 class Predictor:
@@ -117,16 +120,25 @@ class Predictor:
                 examples[place] = self.example(value)
             except BadValueError as bad:
                 found[place] = Prediction(error=f"{bad.field_name}: {bad.reason}")
-        prompts: dict[int, Prompt] = {}
-        for place, prompt in zip(examples, self._tokens.prompts(NO_CONTEXT, list(examples.values())), strict=True):
-            needed = len(prompt.ids) + self._tokens.longest_answer - 1  # the answer's last token is not read
-            if self.engine.limit is not None and needed > self.engine.limit:
-                found[place] = Prediction(error=f"too long: {needed:,} tokens with the answer, and the student takes {self.engine.limit:,}")
-            else:
-                prompts[place] = prompt
+        prompts = dict[int, list[Prompt]]()
+        try:
+            prompts |= zip(examples, self._windows(list(examples.values())), strict=True)
+        except TooLongError:  # one after the other, to see which
+            for place, example in examples.items():
+                try:
+                    prompts |= zip([place], self._windows([example]), strict=True)
+                except TooLongError as error:
+                    found[place] = Prediction(error=f"too long: {error.reason}")
         if prompts:
             found |= zip(prompts, self._answers(list(prompts.values())), strict=True)
         return [found[place] for place in range(len(inputs))]
+
+    def _windows(self, examples: Sequence[Example]) -> list[list[Prompt]]:
+        """The prompts of each example: one, or one for each window."""
+        windows = self._tokens.windows(NO_CONTEXT, examples)
+        prompts = iter(self._tokens.prompts(NO_CONTEXT, [window for own in windows for window in own]))
+        read = [(own != [example], list(islice(prompts, len(own)))) for example, own in zip(examples, windows, strict=True)]
+        return [[replace(prompt, cut=True) for prompt in own] if is_cut else own for is_cut, own in read]
 
     def example(self, value: Input) -> Example:
         """An input's fields, as the student was trained to see them. Raises BadValueError if they cannot be used; length is not checked."""
@@ -137,7 +149,7 @@ class Predictor:
             value = {first: value}
         if not isinstance(value, Mapping):
             raise BadValueError(first, "neither a text nor an object", value)
-        example = Example({name: field_text(name, value.get(name, MISSING), None) for name in self.task.fields})
+        example = Example({name: field_text(name, value.get(name, MISSING)) for name in self.task.fields})
         for name, text in example.fields.items():
             if len(text) > self._max_chars:
                 raise BadValueError(name, f"longer than {self._max_chars:,} characters", text)
@@ -145,17 +157,22 @@ class Predictor:
             raise BadValueError(first, fault, value)
         return example
 
-    def _answers(self, prompts: Sequence[Prompt]) -> Iterator[Prediction]:
-        logprobs, states = self.engine.score(prompts)
+    def _answers(self, prompts: Sequence[Sequence[Prompt]]) -> Iterator[Prediction]:
+        """A prediction for each input, from the mean probabilities of its prompts."""
+        logprobs, states = self.engine.score([prompt for own in prompts for prompt in own])
         with np.errstate(invalid="ignore"):  # what is not a number is found below
-            shares = np.exp(logprobs.astype(np.float64) - logprobs.max(-1, keepdims=True))  # [N, L]
-        for prompt, row, state in zip(prompts, (shares / shares.sum(-1, keepdims=True)).tolist(), states, strict=True):
+            shares = np.exp(logprobs.astype(np.float64) - logprobs.max(-1, keepdims=True))  # [windows, L]
+        shares, end = shares / shares.sum(-1, keepdims=True), 0
+        for own in prompts:
+            start, end = end, end + len(own)
+            row = shares[start:end].mean(0).tolist()
             if not all(map(math.isfinite, row)):
                 yield Prediction(error="the student's probabilities are not numbers; train it again")
                 continue
             confidence = max(row)
-            label = self.labels[row.index(confidence)]
-            yield Prediction(label, confidence, dict(zip(self.labels, row, strict=True)), None, prompt.ids, state)
+            label, cut = self.labels[row.index(confidence)], own[0].cut
+            ids = tuple(token for prompt in own for token in prompt.ids)
+            yield Prediction(label, confidence, dict(zip(self.labels, row, strict=True)), None, cut, ids, states[start:end].mean(0))
 
 
 def _open_engine(student: Trained, threads: int | None, keep_states: bool) -> LabelEngine:

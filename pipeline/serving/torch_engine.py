@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from pipeline.errors import CorruptError
 from pipeline.files import Folders, read_json, sha256_file, sha256_json, write_json
 from pipeline.models import folders
-from pipeline.models.folders import context_limit, load_model
+from pipeline.models.folders import load_model
 from pipeline.models.machine import default_device, memory_bytes, use_machine
 from pipeline.models.packed import PackedModel
 from pipeline.models.trained import Trained
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example, Prompt
 from pipeline.serving.predictor import LabelScores
+from pipeline.task import TooLongError
 from pipeline.teachers import engines
 from pipeline.teachers.engines import Engine, open_engine, token_budget
 
@@ -34,7 +35,6 @@ class TorchEngine:
         model = load_model(student.folder, device=str(default_device()))
         self._engine = self._open(model, CacheParams(encoding="top_k", top_k=1, hidden_layers=(-1,) if keep_states else ()))
         self.name, self.reason = self._engine.name, self._engine.reason
-        self.limit = context_limit(student.folder)
 
     def score(self, prompts: Sequence[Prompt]) -> LabelScores:
         """Scores of the prompts, in order."""
@@ -51,8 +51,11 @@ class TorchEngine:
         try:
             answers_only, reason = read_json(note)
         except (OSError, CorruptError, TypeError, ValueError):
-            probes = [Example(dict.fromkeys(self._student.task.fields, text)) for text in PROBES]
-            engine = open_engine(model, self._tokens, cache, self._tokens.prompts(NO_CONTEXT, probes))
+            prompts = list[Prompt]()
+            for text in PROBES:
+                with suppress(TooLongError):  # `task.long_texts: refuse`, and a limit of a few dozen tokens
+                    prompts += self._tokens.prompts(NO_CONTEXT, [Example(dict.fromkeys(self._student.task.fields, text))])
+            engine = open_engine(model, self._tokens, cache, prompts)
             with suppress(OSError):  # where nothing can be written, it is chosen each time
                 if note.parent.parent.is_dir():
                     write_json([engine.packed and engine.packed.answers_only, engine.reason], note)

@@ -44,18 +44,16 @@ def better_form(task: TaskParams) -> TaskParams:
 
 
 def fitting_form(task: TaskParams, tokenizers: Collection[Any]) -> TaskParams:
-    """`better_form`, or the one with the space in the prompt if only that tells labels apart, as with digits in many tokenizers.
+    """`better_form`, or the one with the space in the prompt if in that form a tokenizer begins all labels with a token of mere space.
 
-    Raises UsageError if neither does.
+    Many tokenizers do so before digits. Raises UsageError if labels cannot be told apart.
     """
     better = better_form(task)
-    bare = {label: word.lstrip(" ") for label, word in better.verbalisers.items()}
-    try:
-        _ids(better, tokenizers)
-    except UsageError:
-        spaced = better.model_copy(update={"template": f"{better.template} ", "verbalisers": bare})
-        _ids(spaced, tokenizers)
-        return spaced
+    begins = [{one.decode(ids[0]) for ids in TaskTokens(Task(better), one).completions} for one in tokenizers]
+    if any(len(first) == 1 and not first.pop().strip() for first in begins):
+        bare = {label: word.lstrip(" ") for label, word in better.verbalisers.items()}
+        better = better.model_copy(update={"template": f"{better.template} ", "verbalisers": bare})
+    _ids(better, tokenizers)
     return better
 
 

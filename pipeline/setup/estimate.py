@@ -12,7 +12,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import Params, read_yaml
+from pipeline.params import Params, load_params, read_yaml
 from pipeline.schema import NO_CONTEXT, Example
 from pipeline.task import Task
 
@@ -60,32 +60,53 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
     return Trial(total / seconds, total / len(prompts), answer, model.num_parameters(), layers, engine.name, engine.reason)
 
 
-def token_work(params: Params, trial: Trial, transfer: int, evaluated: int) -> dict[str, float]:
-    """Tokens for teachers, training, and the evaluation of students and baselines; `transfer` and `evaluated` are numbers of examples."""
-    from pipeline.models.folders import parse_layers  # brings torch
+def token_work(params: Params, query: float, answer: float, layers: int | None, transfer: int, evaluated: int) -> dict[str, float]:
+    """Stage of dvc.yaml → tokens through the whole model, for stages that pass texts through one.
 
-    query = trial.query_tokens
+    `query` and `answer` are tokens of a text and of the longest answer, `layers` those of the model (None: students are counted as whole
+    models), `transfer` and `evaluated` numbers of examples.
+    """
+
+    def share_of(kept: str | None) -> float:
+        if not kept or layers is None:
+            return 1.0
+        from pipeline.models.folders import parse_layers  # brings torch
+
+        return len(parse_layers(kept, layers)) / layers
 
     def asked(teacher: str, examples: int) -> float:
         context = params.contexts[params.teachers[teacher].contexts]
-        return context.count * (context.demonstrations * (query + trial.answer_tokens) + examples * query)
+        return context.count * (context.demonstrations * (query + answer) + examples * query)
 
-    trained, answered = float(sum(tuned.steps * tuned.batch_size for tuned in params.tuned.values())), 0.0  # queries
-    for student in params.students.values():
-        kept = len(parse_layers(student.layers, trial.layers)) if student.layers else trial.layers
-        share = kept / trial.layers * len(student.runs)
+    work = {f"tune@{name}": 3.0 * tuned.steps * tuned.batch_size * query for name, tuned in params.tuned.items()}
+    work |= {f"teacher@{name}": asked(name, transfer) for name in params.teachers}
+    for name, student in params.students.items():
+        share = len(student.runs) * share_of(student.layers)
         rows = student.batch_size + sum(term.batch_size or student.batch_size for term in student.auxiliary.values())
-        trained += student.steps * rows * share
-        answered += evaluated * share
-    prompts = [baseline.prompts.partition("/") for baseline in params.baselines.values()]
-    used = {name for kind, _, name in prompts if kind == "teachers"}
-    used |= {teacher for kind, _, name in prompts if kind == "targets" for teacher in params.targets[name].teachers}
-    return {
-        "teachers": sum(asked(name, transfer) for name in params.teachers),
-        "training": 3 * trained * query,
-        "students": answered * query,
-        "baselines": sum(asked(name, evaluated) for name in used),  # those of the same teachers share the store's rows
-    }
+        work |= {f"student@{name}": 3 * student.steps * rows * share * query, f"evaluate@{name}": evaluated * share * query}
+    scored = set[str]()  # baselines of the same teachers share the store's rows
+    for name, baseline in params.baselines.items():
+        kind, _, prompts = baseline.prompts.partition("/")
+        used = set(params.targets[prompts].teachers if kind == "targets" else [prompts] if kind == "teachers" else [])
+        work[f"baseline@{name}"] = sum(asked(teacher, evaluated) for teacher in used - scored)
+        scored |= used
+    return work
+
+
+PARTS = {"teachers": ("teacher",), "training": ("tune", "student"), "students": ("evaluate",), "baselines": ("baseline",)}
+"""What the stages' work is summed to."""
+
+
+def prepared_work(project: Path) -> dict[str, float]:
+    """Stage → texts through a model, from a project's params and the number of texts prepared; empty if there are none yet."""
+    data = project / "artifacts" / "data"
+    if not (data / "transfer.parquet").is_file():
+        return {}
+    import pyarrow.parquet as pq
+
+    transfer = pq.read_metadata(data / "transfer.parquet").num_rows
+    evaluated = sum(pq.read_metadata(file).num_rows for file in (data / "evaluation").glob("*.parquet"))
+    return token_work(load_params(project / "params.yaml"), 1.0, 0.0, None, transfer, evaluated)
 
 
 def stage_count(params: Params, dag: Path) -> int:
@@ -105,7 +126,8 @@ def cost(params: Params, transfer: Sequence[Example], evaluated: int) -> str:
         )
     rows = transfer[:ROWS_TRIED]
     trial = try_rows(folder, Task(params.task), rows, params.runtime.threads)
-    work = token_work(params, trial, len(transfer), evaluated)
+    each = token_work(params, trial.query_tokens, trial.answer_tokens, trial.layers, len(transfer), evaluated)
+    work = {part: sum(tokens for stage, tokens in each.items() if stage.partition("@")[0] in kinds) for part, kinds in PARTS.items()}
     rate, length = trial.tokens_per_second, trial.query_tokens
     stages, peak = stage_count(params, Path("dvc.yaml")), PROCESS_BYTES + TRAINING_BYTES * trial.parameters
     minutes = (sum(work.values()) / rate + stages * SECONDS_A_STAGE) / 60

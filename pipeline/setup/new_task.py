@@ -4,12 +4,11 @@ On a terminal `ask` completes the options first. Everything that a run would che
 that demonstrations fit the models. What does not fit is chosen smaller or left out, and a note says so.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress, islice
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,23 @@ import numpy as np
 import typer
 from pydantic import ValidationError
 
-from pipeline.data.contexts import build_contexts
+from pipeline.data.contexts import build_contexts, different_contexts
 from pipeline.data.examples import BadValueError, SourceExamples, check_limit, label_text, read_source, shorten
 from pipeline.data.readers import MISSING, BadRow, MissingColumnError, Row, json_keys, source_rows
 from pipeline.data.roles import assign, text_of
 from pipeline.errors import UsageError, choices
-from pipeline.params import Params, SourceParams, TaskParams, parse_params
+from pipeline.params import ContextParams, Params, SourceParams, TaskParams, parse_params
 from pipeline.params.data import DOWNLOADS, FORMATS, source_entry
 from pipeline.schema import NO_CONTEXT, Context, Example
 from pipeline.setup.boundary import fitting_form, load_tokenizers
 from pipeline.setup.estimate import cost
-from pipeline.task import Task, TaskTokens
+from pipeline.setup.format_choice import choose_formats
+from pipeline.task import ChatTokens, Task, TaskTokens
 
-MOST_LABELS = 20
+ROWS_A_LABEL = 2
+"""On average, at least; a column with fewer holds something else than labels."""
+LABELS_SHOWN = 12
+"""Labels that are listed, and asked for one by one on a terminal."""
 WORDS = {
     ("0", "1"): ("no", "yes"),
     ("-1", "0", "1"): ("negative", "neutral", "positive"),
@@ -41,13 +44,13 @@ KEPT = ("tuned", "teachers", "targets", "students", "baselines", "evaluation", "
 """Blocks of the present params that have nothing to do with its task."""
 PER_LABEL = 8
 DEMONSTRATIONS = 16
-"""In a context, if they fit: as many of each label as this allows, and one at least."""
+"""In a context, at most, if they fit: as many of each label, or of more labels than that one of each in several contexts."""
+MOST_CONTEXTS = 8
+"""In a list, to show every label; each costs the teacher as much as the first."""
 ROWS_SHOWN, ROWS_READ = 3, 500  # to show what a file holds, and to guess at its columns
 SHOWN_CHARS = 1500
-LONG_SHARE, OUTLIER = 0.01, 4
-"""A text is left out if it is this many times as long as all but this share of its file."""
-MOST_LEFT_OUT = 20
-"""Percent of a file that may be left out for demonstrations to have half of the room; if more were, inputs may take all of it."""
+MOST_CUT = 20
+"""Percent of a file's texts that may be cut for demonstrations to have half of the room."""
 BYTES_A_TOKEN = 2
 UNKNOWN_LIMIT = 8192
 """For a model that is not there yet: bytes that a token has at least, as a rule, and tokens that the model takes."""
@@ -87,7 +90,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
         form = fitting_form(parse_params(raw).task, tokenizers.values())
         raw["task"] |= {"template": form.template, "verbalisers": form.verbalisers}
         params = parse_params(raw)
-        task = Task(params.task.model_copy(update={"max_chars": 10**12}))  # `_choose_length` chooses how long texts may be
+        task = Task(params.task)
         read = {name: read_source(name, entry, Path(entry.path), task) for name, entry in params.data.sources.items()}
     except MissingColumnError as missing:
         option = "--label-column" if missing.column == answers.label_column else f"--field {missing.column}=COLUMN"
@@ -97,14 +100,16 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
     tokens = partial(_token_counts, params=params, tokenizers=tokenizers)
     notes = [line for source in read.values() for line in _about(source)]
     notes += [f"students.{name}: left out, since it learns from a round of more texts, and here is no pool of them" for name in taught]
-    notes.append("labels: " + ", ".join(f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in counts.items()))
+    labels = [f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in islice(counts.items(), LABELS_SHOWN)]
+    notes.append(f"labels: {', '.join(labels)}" + (f" and {len(counts) - len(labels):,} more" if len(counts) > len(labels) else ""))
     if form.template.endswith(" "):
-        notes.append("task.template: it ends in a space, since only so the first tokens of the answers differ")
-    room = _choose_length(raw, read, tokens, _room(params, tokenizers), notes)
+        notes.append("task.template: it ends in a space, since tokenizers begin all answers with a space of its own")
+    room = _context_room(read, task, tokens, _room(params, tokenizers), notes)
     try:
         demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
     except UsageError as error:
         raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
+    notes += choose_formats(raw, demonstrations, read["labelled"].examples, tokenizers)
     params, unlabelled = parse_params(raw), read["unlabelled"].examples
     notes += _prompt(params, demonstrations, unlabelled[0], tokenizers)
     return raw, [*notes, cost(params, unlabelled, len(read["test"].examples))]
@@ -141,10 +146,10 @@ def label_counts(answers: Answers) -> dict[str, int]:
     if list(counts) == [""] and (keys := columns_of(answers, path)) and column not in keys:
         raise MissingColumnError(path, column, keys)
     del counts[""]
-    if not 2 <= len(counts) <= MOST_LABELS:
+    if len(counts) < 2 or counts.total() < ROWS_A_LABEL * len(counts):
         raise UsageError(
-            f"{path}: column {column!r} has {len(counts)} different values, and a task has 2 to {MOST_LABELS} labels; "
-            "name the right column with --label-column."
+            f"{path}: column {column!r} has {len(counts):,} different values in {counts.total():,} rows, and a task has 2 labels or more, "
+            f"with {ROWS_A_LABEL} rows each on average; name the right column with --label-column."
         )
     return dict(sorted(counts.items()))
 
@@ -159,15 +164,7 @@ def _verbalisers(labels: Sequence[str], given: Mapping[str, str]) -> dict[str, s
     if bare:
         options = " ".join(f"--verbaliser {label}={guesses[label]}" for label in bare)
         raise UsageError(f"label {bare[0]!r} is not a word: say what a model should answer for each of them, for example: {options}")
-    words = {label: f" {chosen.get(label, guesses[label]).strip()}" for label in labels}
-    first: dict[str, str] = {}
-    for label, word in words.items():
-        if (other := first.setdefault(word.split()[0], label)) != label:
-            raise UsageError(
-                f"labels {other!r} and {label!r}: their answers begin with the same word, {word.split()[0]!r}, so a model's first token "
-                f"cannot tell them apart. Choose others with --verbaliser {label}=WORD."
-            )
-    return words
+    return {label: f" {chosen.get(label, guesses[label]).strip()}" for label in labels}
 
 
 def word_guesses(labels: Iterable[str]) -> dict[str, str]:
@@ -230,8 +227,12 @@ def _prompt(params: Params, demonstrations: Sequence[Example], query: Example, t
     if params.contexts:
         name, entry = max(params.contexts.items(), key=lambda item: item[1].demonstrations)
         context = build_contexts(name, entry, task, demonstrations, params.data.seed)[0]
-    lengths = {name: len(TaskTokens(task, own).prompts(context, [query])[0].ids) for name, own in tokenizers.items()}
-    text = task.context_text(context) + task.query(query.fields)
+    task, text = replace(task, format=context.format), task.context_text(context) + task.query(query.fields)
+    if context.format == "chat":
+        text = "\n".join(f"{turn['role']}: {turn['content']}" for turn in task.messages(context, task.query(query.fields)))
+        tokenizers = {name: own for name, own in tokenizers.items() if own.chat_template}
+    kind = ChatTokens if context.format == "chat" else TaskTokens
+    lengths = {name: len(kind(task, own).prompts(context, [query])[0].ids) for name, own in tokenizers.items()}
     counted = "".join(f", {length:,} tokens for {name}" for name, length in lengths.items())
     yield f"A teacher's prompt, {len(context.demonstrations)} demonstrations{counted}:"
     cut = f"{text[: SHOWN_CHARS // 2]}\n[…]\n{text[-SHOWN_CHARS // 2 :]}" if len(text) > SHOWN_CHARS else text
@@ -256,44 +257,22 @@ def _token_counts(texts: Sequence[str], params: Params, tokenizers: Mapping[str,
     return [max(of_one) for of_one in zip(*counts, strict=True)]
 
 
-def _choose_length(raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Tokens, most: int, notes: list[str]) -> int:
-    """Set `task.max_chars` so that few texts are left out, take longer ones out of `read`, and return the tokens left for a context.
-
-    Inputs may have half of the `most` tokens that a model takes, or all if too many would be left out.
-    """
-    task = Task(parse_params(raw).task)
-    chars = {name: np.array([max(map(len, e.fields.values())) for e in source.examples], int) for name, source in read.items()}
-    sizes = {name: np.array(tokens([task.query(e.fields) for e in source.examples]), int) for name, source in read.items()}
-    usual: int = TaskParams.model_fields["max_chars"].default
-    ranked = [np.sort(own) for own in chars.values() if len(own)]
-    wanted = max([usual, *(min(own[-1], OUTLIER * own[-1 - int(LONG_SHARE * len(own))]) for own in ranked)])
-    longest, left_out, percent = wanted, dict[str, int](), dict[str, int]()
-    for room in (most // 2, most):
-        longest = int(min([wanted, *(chars[name][sizes[name] > room].min(initial=wanted + 1) - 1 for name in read)]))
-        left_out = {name: int((own > longest).sum()) for name, own in chars.items()}
-        percent = {name: -(-100 * (source.bad_rows + left_out[name]) // source.counts["rows"]) for name, source in read.items()}
-        if max(percent.values()) <= MOST_LEFT_OUT:
-            break
-    if longest != usual:
-        raw["task"]["max_chars"] = longest
-        notes.append(f"task.max_chars: {longest:,}")
-    for name, source in read.items():
-        source.examples = list(compress(source.examples, chars[name] <= longest))
-        if left_out[name]:
-            notes.append(f"{source.file}: {left_out[name]:,} texts are longer than {longest:,} characters and are left out")
-            raw["data"]["bad_rows_limit"] = max(raw["data"]["bad_rows_limit"], percent[name] / 100)
-        if not source.examples:
-            raise UsageError(
-                f"{source.file}: every text has more than the {most:,} tokens that a model here takes. Take a model that takes "
-                "more, or shorten the texts."
-            )
-    return min(most // 2, most - max(int(sizes[name][chars[name] <= longest].max()) for name in read))
+def _context_room(read: Mapping[str, SourceExamples], task: Task, tokens: Tokens, most: int, notes: list[str]) -> int:
+    """Tokens for a context: half of the `most` that a model takes, or what nearly all inputs of each file leave, if that is less."""
+    sizes = {source.file: np.array(tokens([task.query(e.fields) for e in source.examples])) for source in read.values() if source.examples}
+    usual = max((int(np.percentile(own, 100 - MOST_CUT, method="higher")) for own in sizes.values()), default=0)
+    room = max(0, min(most // 2, most - usual))
+    for file, own in sizes.items():
+        if count := int((own > most - room).sum()):
+            notes.append(f"{file}: {count:,} texts do not fit behind a context, and are cut there (task.long_texts)")
+    return room
 
 
 def _choose_demonstrations(
     raw: dict[str, Any], read: Mapping[str, SourceExamples], tokens: Tokens, room: int, notes: list[str]
 ) -> list[Example]:
-    """Set how many demonstrations contexts have, and how long they may be, so that they fit in `room` tokens; the drawn ones.
+    """Set how many demonstrations contexts have, how long they may be, so that they fit in `room` tokens, and how many contexts show every
+    label; the drawn ones.
 
     Roles are drawn as `prepare` will draw them, so a file with too few rows, or nothing but copies, is refused here. If no demonstration
     fits, contexts have none.
@@ -302,7 +281,11 @@ def _choose_demonstrations(
     task, data = Task(params.task), params.data
     labels = len(task.labels)
     words = [len(text_of(example).split()) for example in read["labelled"].examples]
-    wanted = max(1, min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)) // labels)  # of each label
+
+    def balanced(count: int) -> int:
+        return count // labels * labels or count
+
+    wanted = balanced(min(DEMONSTRATIONS, max((entry["demonstrations"] for entry in contexts), default=0)))
     found = list[tuple[int, int | None, list[Example]]]()
     for words_allowed in (None, *map(int, np.quantile(words, (0.75, 0.5, 0.25), method="lower"))):
         demonstrations = data.demonstrations.model_copy(update={"max_words": words_allowed})
@@ -313,19 +296,21 @@ def _choose_demonstrations(
                 raise
             continue
         one_each = [task.context_text(Context("", "", ((example.fields, example.label or ""),))) for example in drawn]
-        found.append((min(wanted, room // (max(tokens(one_each)) * labels)) if contexts else wanted, words_allowed, drawn))
+        found.append((min(wanted, balanced(room // max(tokens(one_each)))), words_allowed, drawn))
         if found[-1][0] == wanted:
             break
-    share, most, chosen = max(found, key=itemgetter(0))  # the first of these: the longest texts
+    fitting, most, chosen = max(found, key=itemgetter(0))  # the first of these: the longest texts
     if most is not None:
         raw["data"]["demonstrations"]["max_words"] = most
         notes.append(f"data.demonstrations.max_words: {most}, so that demonstrations fit")
     for entry in contexts:
-        entry["demonstrations"] = min(share, max(1, entry["demonstrations"] // labels)) * labels
-        orders, draws = math.factorial(entry["demonstrations"]), math.comb(data.demonstrations.per_label, share) ** labels
-        entry["count"] = min(entry.get("count", 1), draws if entry.get("vary") == "draw" else orders)
-    why = ", as many as fit beside the longest text" if share < wanted else ""
-    notes.append(f"contexts: at most {share * labels} demonstrations{why}; {room:,} tokens are left for them")
+        entry["demonstrations"] = min(fitting, balanced(entry["demonstrations"]))
+        covering = min(MOST_CONTEXTS, -(-labels // max(1, entry["demonstrations"])))
+        possible = different_contexts(ContextParams.model_validate(entry | {"count": 1}), labels, data.demonstrations.per_label)
+        entry["count"] = min(max(entry.get("count", 1), covering), possible)
+    why = ", as many as fit beside an input" if fitting < wanted else ""
+    why += f", which show the {labels:,} labels between them" if 0 < fitting < labels <= MOST_CONTEXTS * fitting else ""
+    notes.append(f"contexts: at most {fitting} demonstrations{why}; {room:,} tokens are left for them")
     return chosen
 
 
@@ -355,7 +340,7 @@ def ask(answers: Answers, *, template: bool, label_column: bool) -> Answers:
     if label_column:
         answers = replace(answers, label_column=typer.prompt("Column of the labels", guess_label(columns, list(fields.values()))))
     counts, words = label_counts(answers), dict(answers.verbalisers)
-    for label, guess in word_guesses(counts).items():
+    for label, guess in word_guesses(counts).items() if len(counts) <= LABELS_SHOWN else ():
         if label not in words:
             words[label] = typer.prompt(f"Label {label!r}, {counts[label]:,} rows: the model answers", guess)
     return replace(answers, verbalisers=words, fields={name: column for name, column in fields.items() if name != column})
@@ -376,5 +361,5 @@ def guess_text(columns: Mapping[str, Sequence[str]]) -> str:
 def guess_label(columns: Mapping[str, Sequence[str]], texts: Sequence[str]) -> str:
     """Of the columns that are not `texts` the one with the fewest different values, unless one is called so."""
     different = {name: len(set(values)) for name, values in columns.items() if name not in texts}
-    few = [name for name, count in different.items() if 2 <= count <= MOST_LABELS] or list(different)
+    few = [name for name, count in different.items() if 2 <= count <= len(columns[name]) // ROWS_A_LABEL] or list(different)
     return "label" if "label" in columns else min(few, key=lambda name: different[name], default="label")

@@ -23,7 +23,7 @@ from pipeline.cache.distributions import Distributions, check_retained, decode, 
 from pipeline.cache.folder import CacheReader, check_belongs, described_task, read_cache
 from pipeline.errors import MismatchError, UsageError
 from pipeline.models.forward import packed_logits, plain_logits
-from pipeline.models.packed import PackedModel, Row, rows_of
+from pipeline.models.packed import PackedModel, Row, tree_of
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, SCORES, Example
 from pipeline.students.data import StudentRow, shortest_and_longest
@@ -52,7 +52,7 @@ class CachedRow(StudentRow):
     @property
     def packed(self) -> Row:
         """The prompt, continued by the answer up to its last token."""
-        return rows_of([self.ids], [self.answer])[0]
+        return Row(self.ids, tree_of([self.answer]))
 
 
 class TeacherCache:
@@ -66,10 +66,12 @@ class TeacherCache:
         self.folder, self.temperature, manifest = folder, temperature, self._reader.manifest
         self.params = CacheParams.model_validate(manifest["cache"])
         reads_input = (manifest["task"]["completion"] or {}).get("source") == "input"
-        self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer) if reads_input else tokens
+        self._tokens = TaskTokens(tokens.task.of_input_tokens(), tokens.tokenizer, tokens.limit) if reads_input else tokens
         self._content_free = set(manifest["content_free"])
         try:
-            check_belongs(manifest, {"task": described_task(self._tokens.task), "tokenizer_sha256": tokenizer_sha256}, folder)
+            task = self._tokens.task
+            wanted = {"task": described_task(task), "format": task.format, "tokenizer_sha256": tokenizer_sha256}
+            check_belongs({"format": "plain", **manifest}, wanted, folder)
         except MismatchError as error:
             raise MismatchError(f"{error} A student with another tokenizer learns from a target set over the labels.") from None
 

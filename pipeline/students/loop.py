@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from pipeline.errors import ShotlessError
 from pipeline.models.folders import is_encoder, label_layer
 from pipeline.models.forward import TOLERANCE_NATS, packed_if_exact
-from pipeline.models.packed import Completions, PackedModel, rows_of
+from pipeline.models.packed import Completions, PackedModel, Row, tree_of
 from pipeline.params import TuningParams
 from pipeline.progress import progress, rate
 from pipeline.students.auxiliary import CachedRow, CacheLoss, CacheTerm, logits_of
@@ -150,7 +150,7 @@ class StudentForward:
         self, model: PreTrainedModel, completions: Completions, label_rows: Sequence[TargetRow], cache_terms: Sequence[CacheTerm] = ()
     ) -> None:
         self._model, self._completions = model, completions
-        self.branch_tokens = sum(len(ids) - 1 for ids in completions)  # that it reads for each row over the labels
+        self.branch_tokens = len(tree_of(completions).tokens)  # that it reads for each row over the labels
         self._small: SmallVocabulary | None = None
         self._label_probe = shortest_and_longest(label_rows) if label_rows else []
         self._cache_probe = [row.packed for term in cache_terms for row in shortest_and_longest(term.rows)]
@@ -159,7 +159,7 @@ class StudentForward:
             self.description = f"plain: an encoder, rows padded to at most {MOST_PADDED} times their length"
             return
         self._expected = self._probed()
-        if not cache_terms and all(len(ids) == 1 for ids in completions):
+        if not cache_terms and not self.branch_tokens:
             self._small = SmallVocabulary(model, [token for ids in (*(row.ids for row in label_rows), *completions) for token in ids])
             if not self._difference(None) <= TOLERANCE_NATS:
                 self._small.restore()
@@ -172,10 +172,10 @@ class StudentForward:
         return self._in_groups(rows, self._label_log_probabilities)
 
     def _label_log_probabilities(self, rows: Sequence[TargetRow]) -> Tensor:
-        ids, completions = [row.ids for row in rows], self._completions
-        if self._small is not None:
-            ids, completions = [self._small.ids(one) for one in ids], [self._small.ids(one) for one in completions]
-        return label_log_probabilities(logits_of(self._model, self.packed, rows_of(ids, completions))[0], completions)
+        ids_of: Callable[[Sequence[int]], Sequence[int]] = tuple if self._small is None else self._small.ids
+        tree = tree_of([ids_of(ids) for ids in self._completions])
+        inputs = [Row(ids_of(row.ids), tree) for row in rows]
+        return label_log_probabilities(logits_of(self._model, self.packed, inputs)[0], tree)
 
     def embeddings(self, rows: Sequence[TargetRow]) -> Tensor:
         """What an encoder's last layer makes logits of, [B, H]."""

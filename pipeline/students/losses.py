@@ -14,28 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.models.packed import Completions
+from pipeline.models.packed import Tree
 from pipeline.students.data import LabelTerm, TargetRow
 
 Divergence = Literal["kl", "reverse_kl", "jensen_shannon"]
 TINY = torch.finfo(torch.float32).tiny
 
 
-def label_log_probabilities(logits: Tensor, completions: Completions) -> Tensor:
-    """Log-probability of each label among the labels, nats: [B · positions, V] → [B, L] float32.
+def label_log_probabilities(logits: Tensor, tree: Tree) -> Tensor:
+    """Log-probability of each label among the labels, nats: [B · (1 + nodes), V] → [B, L] float32.
 
-    `logits` are those of `rows_of(queries, completions)`: of each row its answer position, then all but the last token of each verbaliser.
+    `logits` are those of rows with `tree`, the tree of the labels' verbalisers.
     """
-    positions = 1 + sum(len(ids) - 1 for ids in completions)
-    logits = logits.float().reshape(-1, positions, logits.shape[-1])
-    scores, place = [], 1
-    for ids in completions:
-        score = logits[:, 0, ids[0]]
-        for token in ids[1:]:
-            score = score + logits[:, place].log_softmax(-1)[:, token]
-            place += 1
-        scores.append(score)
-    return torch.stack(scores, -1).log_softmax(-1)
+    logits = logits.float().reshape(-1, 1 + len(tree.tokens), logits.shape[-1])
+    log_z = functional.pad(logits[:, 1:].logsumexp(-1), (1, 0))  # that of the answer position would cancel
+    return tree.label_scores(logits, log_z).log_softmax(-1)
 
 
 def label_divergence(divergence: Divergence, target: Tensor, log_probabilities: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class _Job:
             raise UsageError(
                 f"{kind} {name}: `tuning: contrastive` compares the texts of a step; train it in one process, without torchrun."
             )
-        self.tokens = load_tokens(Task(params.task), self.base)
+        self.tokens = load_tokens(Task(params.task, student.format), self.base)
         self.sources: dict[str, str] = {}  # hashes of what is learnt from
         self.label_terms: list[LabelTerm] = []
         self.cache_terms: list[CacheTerm] = []
@@ -147,11 +147,11 @@ class _Job:
     def _check_lengths(self) -> None:
         terms = [*self.label_terms, *self.cache_terms, *([self.validation] if self.validation is not None else [])]
         longest = max((row for term in terms for row in term.rows), key=lambda row: row.tokens)
-        tokens, limit = longest.tokens + max(map(len, self.tokens.completions), default=1) - 1, models.context_limit(self.base)
-        if limit is not None and tokens > limit:
+        tokens, limit = longest.tokens + max(map(len, self.tokens.completions), default=1) - 1, self.tokens.limit
+        if limit is not None and tokens > limit:  # what a teacher of a longer limit read token by token is not cut for this one
             raise UsageError(
-                f"example {longest.example_id} has {tokens} tokens with its answer, and {self.base} takes {limit}. Lower `task.max_chars`, "
-                "which quarantines longer inputs."
+                f"example {longest.example_id} has {tokens} tokens with its answer, and {self.base} takes {limit}. Set `task.max_tokens`, "
+                "so that the teacher reads no more of a text than the student can."
             )
 
     def _provenance(self, entry: StudentParams) -> dict[str, Any]:

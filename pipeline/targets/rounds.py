@@ -4,6 +4,8 @@ A student costs a small part of its teachers, so it can answer many more texts t
 teachers, with texts of its own.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 from scipy.special import softmax
@@ -27,7 +29,7 @@ def build_round(name: str, params: Params, folders: Folders) -> None:
     student = open_trained(folders.artifacts / "students" / entry.student)
     student.check_task(params.task)
     examples = [e for role in ("transfer", "pool") for e in read_examples(folders.artifacts / "data" / f"{role}.parquet", task.fields)]
-    scorer = Scorer(student.folder, task, work=folders.work, threads=params.runtime.threads)
+    scorer = Scorer(student.folder, replace(task, format=student.task.format), work=folders.work, threads=params.runtime.threads)
     probabilities = softmax(scorer.label_scores([NO_CONTEXT], examples, f"round {name}")[0] / entry.temperature, axis=-1)  # [N, L]
     columns = {
         "example_id": [example.example_id for example in examples],

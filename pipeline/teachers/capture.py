@@ -35,8 +35,9 @@ def capture(name: str, params: Params, folders: Folders) -> None:
     are not scored again. Raises UsageError if a prompt does not fit the model.
     """
     teacher = pick("teachers", params.teachers, name)
-    task, data = Task(params.task), folders.artifacts / "data"
+    data = folders.artifacts / "data"
     contexts = read_contexts(data / "contexts" / f"{teacher.contexts}.parquet")
+    task = Task(params.task, contexts[0].format)
     free = content_free(task)
     examples = [*free, *read_examples(data / "transfer.parquet", task.fields)]
     if len({example.example_id for example in examples}) < len(examples):
@@ -63,6 +64,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
             "tokenizer_sha256": scorer.server["found"]["tokenizer_sha256"] if scorer.server else tokenizer_sha256(scorer.model_folder),
             "cache": scorer.cache.model_dump(mode="json"),
             "task": described_task(task),
+            "format": task.format,
             "labels": list(task.labels),
             "contexts": [_described(context, scorer) for context in contexts],
             "content_free": [example.example_id for example in free],

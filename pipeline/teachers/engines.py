@@ -6,7 +6,7 @@ generic engine runs full prompts, as plain transformers does, whatever the archi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, cycle, islice
 from typing import Self
 
@@ -19,7 +19,7 @@ from pipeline.cache.encodings import DRAWN, Encoded, concatenate, encode
 from pipeline.models.folders import is_encoder
 from pipeline.models.forward import in_float32, packed_if_exact, packed_logits, plain_logits
 from pipeline.models.machine import memory_bytes
-from pipeline.models.packed import Completions, LayerKeyValues, PackedModel, Row, rows_of
+from pipeline.models.packed import Completions, LayerKeyValues, PackedModel, Row, Tree, tree_of
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.task import TaskTokens, common_length
@@ -56,16 +56,18 @@ class Scores:
         )
 
 
-def read_scores(logits: Tensor, labels: Completions, cache: CacheParams, prompts: Sequence[Prompt], hidden: Tensor | None = None) -> Scores:
-    """Scores from the logits of the prompts' rows: for each its answer position, then every branch token, [Σ(1 + branch tokens), V].
+def read_scores(
+    logits: Tensor, trees: Sequence[Tree], cache: CacheParams, prompts: Sequence[Prompt], hidden: Tensor | None = None
+) -> Scores:
+    """Scores from the logits at the outputs of the prompts' rows, [Σ(1 + nodes), V]; `hidden` [the same, D] are the kept layers' outputs.
 
-    `hidden` [the same, D] are the kept layers' outputs there. `labels` are token ids of the verbalisers. Either all prompts have an answer,
-    and all positions are kept, or none has, and the answer position alone is kept.
+    `trees` are the rows' own: of the prompt's answer, whose positions are all kept, or of the labels' verbalisers, and the answer position
+    alone is kept. Either all prompts have an answer, or none has.
     """
     logits = logits.float()
     uniforms = torch.from_numpy(np.concatenate([_uniforms(prompt, cache) for prompt in prompts]))
     if not (answers := [prompt.answer for prompt in prompts if prompt.answer is not None]):
-        return _label_scores(logits, labels, cache, uniforms, hidden)
+        return _label_scores(logits, trees, cache, uniforms, hidden)
     encoded = encode(logits, cache, uniforms, hidden)
     tokens = torch.tensor([token for answer in answers for token in answer], device=logits.device)
     return Scores(
@@ -82,23 +84,20 @@ def _uniforms(prompt: Prompt, cache: CacheParams) -> np.ndarray:
     return np.random.default_rng(int(prompt.prompt_sha[:16], 16)).random(count) if cache.encoding in DRAWN else np.zeros(count)
 
 
-def _label_scores(logits: Tensor, labels: Completions, cache: CacheParams, uniforms: Tensor, hidden: Tensor | None) -> Scores:
-    per_row = 1 + sum(len(ids) - 1 for ids in labels)
-    logits = logits.reshape(-1, per_row, logits.shape[-1])
-    log_z = logits.logsumexp(-1)  # [N, per_row]
-    columns, place = [], 1
-    for ids in labels:
-        total = logits[:, 0, ids[0]] - log_z[:, 0]
-        for token in ids[1:]:
-            total = total + logits[:, place, token] - log_z[:, place]
-            place += 1
-        columns.append(total)
-    at_answers = None if hidden is None else hidden.reshape(len(logits), per_row, -1)[:, 0]
+def _label_scores(logits: Tensor, trees: Sequence[Tree], cache: CacheParams, uniforms: Tensor, hidden: Tensor | None) -> Scores:
+    sizes = [1 + len(tree.tokens) for tree in trees]
+    log_z = logits.logsumexp(-1)
+    if all(tree is trees[0] for tree in trees):
+        found = trees[0].label_scores(logits.reshape(len(trees), sizes[0], -1), log_z.reshape(len(trees), -1))
+    else:
+        own = zip(trees, logits.split(sizes), log_z.split(sizes), strict=True)
+        found = torch.cat([tree.label_scores(of_row[None], log_z_of_row[None]) for tree, of_row, log_z_of_row in own])
+    at_answers = torch.tensor([0, *accumulate(sizes)][:-1], device=logits.device)
     return Scores(
-        label_logprobs=torch.stack(columns, -1),
-        positions=torch.ones(len(logits), dtype=torch.long),
+        label_logprobs=found,
+        positions=torch.ones(len(trees), dtype=torch.long),
         completion_logprobs=logits.new_zeros(0),
-        encoded=encode(logits[:, 0], cache, uniforms, at_answers),
+        encoded=encode(logits[at_answers], cache, uniforms, None if hidden is None else hidden[at_answers]),
     )
 
 
@@ -106,6 +105,15 @@ WORTH_SHARING = 8  # tokens from which a prefix is shared: attending to one cost
 LARGEST_BUDGET, LARGEST_GPU_BUDGET = 1024, 4096
 """Tokens a pass: enough for products to run at full rate. With more, results leave a CPU's caches (measured on SmolLM2-135M)."""
 ACTIVATIONS, GPU_ACTIVATIONS = 512 << 20, 4 << 30  # bytes that a pass may take for what it computes, at most
+MOST_NODES = 48
+"""Of a tree that is read whole. With more, a pass that reads the queries alone first saves more than it costs: see docs/teachers.md."""
+LEAST_SHARE = 1e-3
+"""A label is followed if its first token has at least this share of the probability of the best one's."""
+MOST_LEFT = 1e-3
+"""Probability of what was not followed, over that of the labels that were: with more, all is followed. No label's probability among the
+labels can then be wrong by more."""
+PROBED_LABELS = 8
+"""Labels of a probe, of every length there is: each costs the plain pass a whole prompt, and one more shows nothing new."""
 
 
 class Engine:
@@ -117,27 +125,58 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, packed: PackedModel | None, labels: Completions, cache: CacheParams, token_budget: int
     ) -> None:
-        """`labels` are token ids of the verbalisers; none if each prompt has an answer of its own."""
+        """`labels` are token ids of the verbalisers, none the beginning of another; none if each prompt has an answer of its own."""
         self.model, self.token_budget = model, token_budget
         self.name, self.reason = "generic" if packed is None else "shared_prefix", ""
-        self.packed, self._labels, self._cache = packed, labels, cache
+        self.packed, self._labels, self._tree, self._cache = packed, labels, tree_of(labels), cache
         self._held: tuple[tuple[int, ...], list[LayerKeyValues]] = ((), [])
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None) -> Scores:
+    def score(self, prompts: Sequence[Prompt], shared: Sequence[int] | None = None, *, follow_all: bool = False) -> Scores:
         """Scores of the prompts, in order; either all have an answer of their own, or none has.
 
         `shared` are ids that all begin with, so that several calls share them; None: what these prompts have in common. Raises ValueError
-        if a prompt does not begin with them or has nothing after them.
+        if a prompt does not begin with them or has nothing after them. Of more than `MOST_NODES` beginnings of labels, those that can
+        matter are read, unless `follow_all`.
         """
         start = self._share(prompts, shared)
-        completions = [self._labels if prompt.answer is None else [prompt.answer] for prompt in prompts]
-        rows = [rows_of([prompt.ids[start:]], own)[0] for prompt, own in zip(prompts, completions, strict=True)]
-        batches = plan_batches([row.length for row in rows], self.token_budget)
-        parts = []
+        if len(self._tree.tokens) > MOST_NODES and not follow_all and prompts[0].answer is None:
+            return self._followed(prompts, start)
+        return self._read(prompts, start, [self._tree if prompt.answer is None else tree_of([prompt.answer]) for prompt in prompts])
+
+    def _followed(self, prompts: Sequence[Prompt], start: int) -> Scores:
+        """Scores that follow whole the labels that can matter; of the others the first token's probability is a bound."""
+        device, first = self.model.device, [ids[0] for ids in self._labels]
+        sharing = torch.tensor([first.count(token) for token in first], device=device)  # labels that begin as each does
+        single = torch.tensor([len(ids) == 1 for ids in self._labels], device=device)
+
+        def read(rows: Sequence[int], followed: Tensor) -> Scores:
+            kinds = [tuple(own) for own in followed.tolist()]
+            trees = {kind: tree_of([ids if far else ids[:1] for ids, far in zip(self._labels, kind, strict=True)]) for kind in set(kinds)}
+            found = self._read([prompts[row] for row in rows], start, [trees[kind] for kind in kinds])
+            estimates = found.label_logprobs - torch.where(followed, 0.0, sharing.log())
+            return replace(found, label_logprobs=estimates, label_bounds=found.label_logprobs.masked_fill(followed, torch.nan))
+
+        rows, beginnings = range(len(prompts)), tree_of([[token] for token in first])
+        at_first = self._read(prompts, start, [beginnings] * len(rows)).label_logprobs.exp()
+        followed = single | (at_first >= LEAST_SHARE * at_first.amax(-1, keepdim=True))  # [N, L]
+        scores = read(rows, followed)
+        mass = scores.label_logprobs.exp()
+        left, found = (mass.where(own, 0).sum(-1) for own in (~followed, followed))
+        if again := (left > MOST_LEFT * found).nonzero().flatten().tolist():
+            order = torch.arange(len(rows))
+            order[again] = len(rows) + torch.arange(len(again))
+            scores = Scores.join([scores, read(again, torch.ones_like(followed[again]))], order)
+        return scores
+
+    def _read(self, prompts: Sequence[Prompt], start: int, trees: Sequence[Tree]) -> Scores:
+        """Scores of prompts with the trees that continue them."""
+        rows = [Row(prompt.ids[start:], tree) for prompt, tree in zip(prompts, trees, strict=True)]
+        batches, parts = plan_batches([row.length for row in rows], self.token_budget), []
         for batch in batches:
-            logits, hidden = self._logits([rows[number] for number in batch], start)
-            parts.append(read_scores(logits, self._labels, self._cache, [prompts[number] for number in batch], hidden))
+            own = [rows[number] for number in batch]
+            logits, hidden = self._logits(own, start)
+            parts.append(read_scores(logits, [row.tree for row in own], self._cache, [prompts[number] for number in batch], hidden))
         order = torch.tensor([number for batch in batches for number in batch])
         return Scores.join(parts, order.argsort())
 
@@ -194,15 +233,16 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
     # a probability falls on one side of a number or the other.
     exact = cache.model_copy(update={"encoding": "top_k_tail", "resolution_nats": None})
     longest = max(probe, key=lambda prompt: len(prompt.ids))
+    few = labels if len(labels) <= PROBED_LABELS else sorted(labels, key=len)[-1 :: -(len(labels) // PROBED_LABELS)]
 
     def probed(engine: Engine) -> list[Scores]:  # the second call has a prefix even if these prompts share nothing
-        return [engine.score(probe), engine.score([longest], longest.ids[:-1])]
+        return [engine.score(probe, follow_all=True), engine.score([longest], longest.ids[:-1], follow_all=True)]
 
     def difference(packed: PackedModel) -> float:
-        return max(map(largest_difference, expected, probed(Engine(model, packed, labels, exact, budget))))
+        return max(map(largest_difference, expected, probed(Engine(model, packed, few, exact, budget))))
 
     with in_float32(model) as tolerance:
-        expected = probed(Engine(model, None, labels, exact, budget))
+        expected = probed(Engine(model, None, few, exact, budget))
         packed, reason = packed_if_exact(model, difference, tolerance)
     engine = Engine(model, packed, labels, cache, budget)
     engine.reason = reason

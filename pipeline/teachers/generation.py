@@ -27,13 +27,14 @@ CACHE_BYTES = 512 << 20  # keys and values of all rows of a batch, with their co
 class Generator:
     """Writes answers with one model; its attention implementation is set to a plain one for the time of a call."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, params: CompletionParams) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, params: CompletionParams, end_ids: Sequence[int] = ()) -> None:
+        """`end_ids` end an answer beside the tokens that end the model's text."""
         self.model = model
         self.tokenizer = tokenizer
         self.params = params
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = tokenizer.eos_token_id if ends is None else ends
-        self.end_ids: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.end_ids: list[int] = [*([] if ends is None else [ends] if isinstance(ends, int) else ends), *end_ids]
         self.shares_prefix: bool | None = None  # whether a prefix's keys and values serve the prompts behind it; None before the first one
         self._held: tuple[tuple[int, ...], DynamicCache] | None = None
 

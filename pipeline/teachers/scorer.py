@@ -15,18 +15,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
+from scipy.special import log_softmax, logsumexp
 
 from pipeline.cache.encodings import columns_of
 from pipeline.cache.store import Store
 from pipeline.errors import UsageError
 from pipeline.files import sha256_file
-from pipeline.models.folders import context_limit, load_model, server_of, tokenizer_sha256, weights_sha256
+from pipeline.models.folders import load_model, server_of, tokenizer_sha256, weights_sha256
 from pipeline.models.machine import DTYPES, default_device, fast_dtype, give_back_memory, use_machine
 from pipeline.models.trained import load_tokens
 from pipeline.params import CacheParams
 from pipeline.progress import progress, rate
 from pipeline.schema import NO_CONTEXT, SCHEMA_VERSION, SCORES, STORED, Context, Example, Prompt
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task, TaskTokens, origin_of
 from pipeline.teachers.engines import LABELS_ONLY, Engine, Scores, open_engine, plan_batches, shared_prefix
 from pipeline.teachers.generation import Generator
 
@@ -68,7 +69,7 @@ class LocalBackend:
             self._engine, self._longest = open_engine(model, self._tokens, self._cache, probe), longest
             completion = self._tokens.task.params.completion
             if completion is not None and completion.source == "generated":
-                self._generator = Generator(model, self._tokens.tokenizer, completion)
+                self._generator = Generator(model, self._tokens.tokenizer, completion, self._tokens.end_ids)
         engine = self._engine
         return {"name": engine.name, "reason": engine.reason, "token_budget": engine.token_budget, "device": str(engine.model.device)}
 
@@ -159,15 +160,29 @@ class Scorer:
         return pa.concat_tables(self.tables(contexts, examples, title))
 
     def label_scores(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> np.ndarray:
-        """Log-probabilities of the sorted labels, [C, N, L] float64 nats: not normalised over the labels."""
+        """Log-probabilities of the sorted labels, [C, N, L] float64 nats: not normalised over the labels.
+
+        Of an example that is read in windows they are normalised, the logarithm of the windows' mean probabilities.
+        """
+        windows = [self.tokens.windows(context, examples) for context in contexts]
+        if all(own == [example] for of_context in windows for own, example in zip(of_context, examples, strict=True)):
+            return self._label_logprobs(contexts, examples, title)
+        means = []
+        for context, of_context in zip(contexts, windows, strict=True):
+            found = self._label_logprobs([context], [window for own in of_context for window in own], title)[0]  # [windows, L]
+            each = np.split(found, np.cumsum([len(own) for own in of_context])[:-1])
+            means.append([own[0] if len(own) == 1 else logsumexp(log_softmax(own, axis=-1), axis=0) - np.log(len(own)) for own in each])
+        return np.array(means)
+
+    def _label_logprobs(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> np.ndarray:
         rows = self.score(contexts, examples, title)
         return np.array(rows["label_logprobs"].to_pylist(), dtype=np.float64).reshape(len(contexts), len(examples), -1)
 
     def tables(self, contexts: Sequence[Context], examples: Sequence[Example], title: str) -> Iterator[pa.Table]:
         """Rows of `schema.SCORES` of every example behind every context: a table for each context.
 
-        What is missing is scored at the call. Raises UsageError if a prompt is longer than the model takes, or an example cannot be told
-        from the template's control tokens.
+        What is missing is scored at the call. Raises UsageError if a text cannot be made to fit, or an example cannot be told from the
+        template's control tokens.
         """
         asked = self._asked(contexts, examples)
         keys = self.keys = [key for own in asked for key in own.keys]
@@ -214,18 +229,10 @@ class Scorer:
         """A request, after everything that may be wrong with its prompts was looked at."""
         for example in examples:
             if fault := self.tokens.fault_of(example):
-                raise UsageError(f"{_origin(example)} {fault}. Leave it out, or write the template without them.")
-        limit, asked = context_limit(self.model_folder), []
+                raise UsageError(f"{origin_of(example)} {fault}. Leave it out, or write the template without them.")
+        asked = []
         for context in contexts:
             prompts = self.tokens.prompts(context, examples)
-            for example, prompt in zip(examples, prompts, strict=True):
-                needed = self.tokens_of(prompt) - 1  # an answer's last token is not read
-                if limit is not None and needed > limit:
-                    raise UsageError(
-                        f"{_origin(example)} makes a prompt of {prompt.length:,} tokens behind context {context.name!r}, {needed:,} with "
-                        f"the answer, and {self.model_folder} takes {limit:,}. Use fewer or shorter demonstrations "
-                        "(contexts.*.demonstrations, data.demonstrations.max_words), or lower task.max_chars."
-                    )
             asked.append(_Asked(context, [prompt.prompt_sha for prompt in prompts], self._spread(prompts)))
         return asked
 
@@ -235,7 +242,7 @@ class Scorer:
         missing, count = set(keys), sum(len(own.keys) for own in asked)
         if not missing:
             return
-        self.engine_report = self.backend.open(max((own.probe for own in asked), key=lambda probe: self.tokens_of(probe[-1])))
+        self.engine_report = self.backend.open(max((own.probe for own in asked), key=lambda probe: self.tokens.tokens_of(probe[-1])))
         if self.server is not None:
             cast("ServerBackend", self.backend).announce(self._lengths(asked, examples, missing))
         cached = f", {count - len(missing):,} of {count:,} rows were in the store" if count > len(missing) else ""
@@ -262,9 +269,9 @@ class Scorer:
             prompts = self.tokens.prompts(own.context, examples)
             shared = shared_prefix(prompts)
             by_key = {prompt.prompt_sha: prompt for prompt in prompts if prompt.prompt_sha in new}
-            ordered = sorted(by_key.values(), key=lambda prompt: (self.tokens_of(prompt), prompt.prompt_sha))
+            ordered = sorted(by_key.values(), key=lambda prompt: (self.tokens.tokens_of(prompt), prompt.prompt_sha))
             part: list[Prompt] = []
-            batches = plan_batches([self.tokens_of(prompt) - len(shared) for prompt in ordered], token_budget)
+            batches = plan_batches([self.tokens.tokens_of(prompt) - len(shared) for prompt in ordered], token_budget)
             for number, batch in enumerate(batches, 1):
                 part += [ordered[row] for row in batch]
                 if len(part) >= ROWS_PER_PART or number == len(batches):
@@ -272,13 +279,9 @@ class Scorer:
                         yield Job(lacking, shared)
                     part = []
 
-    def tokens_of(self, prompt: Prompt) -> int:
-        """Tokens of a prompt with its answer, or with the longest one that it may get."""
-        return prompt.length + (self.tokens.longest_answer if prompt.answer is None else len(prompt.answer))
-
     def _spread(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """A few prompts, from the shortest to the longest, whatever their order; none of none."""
-        order = sorted(prompts, key=lambda prompt: (self.tokens_of(prompt), prompt.prompt_sha))
+        order = sorted(prompts, key=lambda prompt: (self.tokens.tokens_of(prompt), prompt.prompt_sha))
         return [order[round(number * (len(order) - 1) / (PROBE_ROWS - 1))] for number in range(PROBE_ROWS) if order]
 
 
@@ -300,12 +303,9 @@ def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str
     completion, settings = tokens.task.params.completion, folder / "generation_config.json"
     if completion is not None and completion.source == "generated":  # what ends an answer, and how it is read as text
         generation = sha256_file(settings) if settings.is_file() else None
+        identity |= {"end_ids": tokens.end_ids} if tokens.end_ids else {}
         identity |= {"completion": tokens.task.params.answering, "generation_config": generation, "tokenizer": tokenizer_sha256(folder)}
     return identity
-
-
-def _origin(example: Example) -> str:
-    return f"the input on line {example.line} of {example.source}" if example.source else f"example {example.example_id[:12]}"
 
 
 def stored_rows(prompts: Sequence[Prompt], asked: Sequence[Prompt], scores: Scores) -> pa.Table:

@@ -48,6 +48,7 @@ NEGLIGIBLE_NATS = math.log(1e4)  # below the best label: a label's further token
 DRIFT_NATS = 0.25  # that probe answers may move: servers' batches change the last bits, other weights change more
 PROBES = ("The capital of France is", "2 + 2 =", "Review: a warm and funny film\nSentiment:")
 PROBE_TOP = 5
+MORE = (2000, 100)  # that a server which gives no other tokens is asked for
 UNLISTED = (" Zanzibar", " hexagon")  # texts that the first probe's answer does not begin with
 
 Token = int | str  # its id, or its text if the server tokenises
@@ -136,6 +137,11 @@ class Server:
         return self.settings.url.rstrip("/").removesuffix("/v1")
 
     @property
+    def top(self) -> int:
+        """Most probable tokens that it is asked for."""
+        return self.found.get("top", TOP)
+
+    @property
     def spent(self) -> float:
         """Money so far; 0 without a price."""
         return self.cost(*self.tokens)
@@ -208,7 +214,7 @@ class Server:
         return text.replace(self._key, "…") if self._key else text
 
     def next_token(self, prompt: Prompt, behind: Label, wanted: Iterable[Token] = ()) -> Said:
-        """Log-probabilities of what follows a prompt and the beginning of an answer: of the `TOP` most probable tokens, and of those
+        """Log-probabilities of what follows a prompt and the beginning of an answer: of the `top` most probable tokens, and of those
         `wanted` as far as the server gives them. Raises ShotlessError if an answer is not of what was asked.
         """
         said = self._top(prompt, behind)
@@ -217,16 +223,16 @@ class Server:
         return said
 
     def _top(self, prompt: Prompt, behind: Label) -> Said:
-        if self._is_chat(prompt):
+        if self.is_chat(prompt):
             turns = prompt.request if isinstance(prompt.request, tuple) else [("user", prompt.request)]
             messages = [{"role": role, "content": content} for role, content in turns or ()]
-            reply = self._asked("/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": TOP})
+            reply = self._asked("/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": self.top})
         else:
             reply = self._asked("/completions", self._body(prompt, behind))
         return self._said(_choice(reply), prompt, behind, _usage(reply))
 
     def _body(self, prompt: Prompt, behind: Label) -> dict[str, Any]:
-        return {"prompt": _behind(prompt, behind), "logprobs": TOP}
+        return {"prompt": _behind(prompt, behind), "logprobs": self.top}
 
     def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
         """Each by itself, behind a prompt that the server repeats with log-probabilities (`echo`): token ids, or texts of any length.
@@ -250,7 +256,8 @@ class Server:
             found[token] = sum(self._checked(values[at]) for at in own)
         return found
 
-    def _is_chat(self, prompt: Prompt) -> bool:
+    def is_chat(self, prompt: Prompt) -> bool:
+        """Whether a prompt is sent as chat messages, so that its answer cannot be begun and has no space before it."""
         return isinstance(prompt.request, tuple) or (prompt.request is not None and bool(self.found.get("chat_alone")))
 
     def _asked(self, path: str, body: dict[str, Any], root: str | None = None) -> Any:
@@ -341,7 +348,7 @@ class Sglang(Server):
 
     def next_token(self, prompt: Prompt, behind: Label, wanted: Iterable[Token] = ()) -> Said:
         """See `Server`."""
-        if self._is_chat(prompt):
+        if self.is_chat(prompt):
             return super().next_token(prompt, behind)
         wanted = list(wanted) if prompt.request is None and self.found.get("exact") else []
         said, named = self._generate(prompt, behind, wanted)
@@ -357,7 +364,7 @@ class Sglang(Server):
             "text" if is_text else "input_ids": _behind(prompt, behind),
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_logprob": True,
-            "top_logprobs_num": TOP,
+            "top_logprobs_num": self.top,
             "return_text_in_logprobs": is_text,
             **({"token_ids_logprob": wanted} if wanted else {}),
         }
@@ -376,9 +383,9 @@ class LlamaCpp(Server):
     SURE: ClassVar[float] = 1e4  # a bias that no logit outweighs; what is reported is from before it
 
     def _top(self, prompt: Prompt, behind: Label) -> Said:
-        if self._is_chat(prompt):
+        if self.is_chat(prompt):
             return super()._top(prompt, behind)
-        reply, position = self._completion(prompt, behind, {"n_probs": TOP})
+        reply, position = self._completion(prompt, behind, {"n_probs": self.top})
         listed = {self._named(prompt, entry): entry.get("logprob") for entry in position.get("top_logprobs") or ()}
         return self._listed(listed, prompt, behind, int(reply.get("tokens_evaluated") or 0))
 
@@ -515,7 +522,7 @@ def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
     limit, tokenizer = about.get("max_model_len"), server.tokenizer
     if server.kind == "llama_cpp":
         limit = server.call(f"{server.root}/props")["default_generation_settings"]["n_ctx"]
-    found: dict[str, Any] = {"kind": server.kind, "chat_alone": False, "exact": False}
+    found: dict[str, Any] = {"kind": server.kind, "chat_alone": False, "exact": False, "top": TOP}
     prompt = probe_prompts(tokenizer)[0]
     try:
         said = server.next_token(prompt, () if tokenizer is not None else "")
@@ -535,6 +542,16 @@ def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
             ) from None
     if not found["chat_alone"]:
         found["exact"] = _is_exact(server, prompt, said)
+    server.found = dict(found)
+    for count in MORE if not found["exact"] else ():
+        server.found = {**found, "top": count}
+        try:
+            more = server.next_token(prompt, () if tokenizer is not None else "")
+        except ShotlessError:
+            continue
+        if len(more.logprobs) > len(said.logprobs):
+            said, found["top"] = more, count
+            break
     server.found = dict(found)
     way = server.way
     if not found["exact"]:
@@ -597,9 +614,7 @@ class ServerBackend:
     def __init__(self, folder: Path, tokens: TaskTokens, cache: CacheParams) -> None:
         self._server, self._cache = open_server(folder), cache
         self._labels: list[Label] = [tuple(ids) for ids in tokens.completions]
-        if not self._labels:
-            chat = self._server.found["chat_alone"]
-            self._labels = [text.strip() if chat else text for text in tokens.task.verbalisers]
+        self._labels = self._labels or list(tokens.task.verbalisers)
         self._request_seconds = 0.0
 
     @property
@@ -620,8 +635,10 @@ class ServerBackend:
         return len(beginnings) * (1 + apart)
 
     def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:  # noqa: ARG002
-        """Ask the probe again. Raises MismatchError if it is no longer answered as the stage `server` met it."""
-        server = self._server
+        """Ask the probe again, once. Raises MismatchError if it is no longer answered as the stage `server` met it."""
+        server, report = self._server, {"name": "server", "reason": self._server.found["way"], "token_budget": 1, "device": "server"}
+        if self._request_seconds:  # it was asked
+            return report
         began = time.monotonic()
         before, now = server.found["probe"], probe_answers(server)
         self._request_seconds = (time.monotonic() - began) / len(PROBES)
@@ -631,7 +648,7 @@ class ServerBackend:
                 f"then: {before}\nnow:  {now}\nStart the model of then, or ask all of this one: "
                 f"`dvc repro --force server@{server.where.partition('.')[2]}`."
             )
-        return {"name": "server", "reason": server.found["way"], "token_budget": 1, "device": "server"}
+        return report
 
     def announce(self, lengths: Sequence[int]) -> None:
         """Say what rows with prompts of so many tokens will take. Raises UsageError if that is more than `budget`."""
@@ -694,7 +711,9 @@ class ServerBackend:
         self._server.close()
 
     def _row(self, prompt: Prompt) -> _Row:
-        return _Row(prompt, *score_labels(self._server, prompt, self._labels, goes_on=not self._server.found["chat_alone"]))
+        chat = self._server.is_chat(prompt)
+        labels = [text.strip() if isinstance(text, str) else text for text in self._labels] if chat else self._labels
+        return _Row(prompt, *score_labels(self._server, prompt, labels, goes_on=not chat))
 
     def _table(self, rows: Sequence[_Row]) -> pa.Table:
         bounds = torch.tensor([row.bounds for row in rows])

@@ -16,7 +16,7 @@ from pipeline.files import Folders, sha256_json
 from pipeline.params import LabelRule, Params, SourceParams, TaskParams, parse_params
 from pipeline.task import Task
 
-TASK = Task(TaskParams(template="Q: {text} A:", verbalisers={"negative": " no", "positive": " yes"}, max_chars=20))
+TASK = Task(TaskParams(template="Q: {text} A:", verbalisers={"negative": " no", "positive": " yes"}))
 
 
 def read(tmp_path: Path, rows: list[Any], form: str = "jsonl", task: Task = TASK, **entry: Any) -> SourceExamples:
@@ -41,7 +41,6 @@ def test_each_bad_value_has_its_line_field_and_reason(tmp_path: Path) -> None:
     rows = [
         {"text": " kept &amp; stripped ", "label": "positive"},
         {"text": "  ", "label": "positive"},
-        {"text": "x" * 21, "label": "positive"},
         {"text": 5, "label": "positive"},
         {"text": None, "label": "positive"},
         {"label": "positive"},
@@ -54,16 +53,15 @@ def test_each_bad_value_has_its_line_field_and_reason(tmp_path: Path) -> None:
     source = read(tmp_path, rows)
     assert reasons(source) == [
         (2, "text", "empty"),
-        (3, "text", "too long"),
-        (4, "text", "not a text"),
+        (3, "text", "not a text"),
+        (4, "text", "missing"),
         (5, "text", "missing"),
-        (6, "text", "missing"),
-        (7, "text", "control character"),
-        (8, "text", "lone surrogate"),
-        (9, "", "not JSON"),
-        (11, "text", "empty"),
+        (6, "text", "control character"),
+        (7, "text", "lone surrogate"),
+        (8, "", "not JSON"),
+        (10, "text", "empty"),
     ]
-    assert json.loads(source.quarantine[6].json_line())["value"] == "U+D800 in '\\ud800'"
+    assert json.loads(source.quarantine[5].json_line())["value"] == "U+D800 in '\\ud800'"
     first, last = source.examples
     assert last.fields == {"text": "a\tb\nc\x0cd\u2028e"}, "white space is not a control character"
     assert first.fields == {"text": "kept &amp; stripped"}
@@ -184,12 +182,10 @@ def test_of_several_answers_to_one_text_the_first_is_kept(tmp_path: Path) -> Non
 
 def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     draw = random.Random(0)
-    rows = [
-        {"text": draw.choice(["a", "b", "c", "", "d" * 21]), "label": draw.choice(["positive", "negative", None, "x"])} for _ in range(99)
-    ]
+    rows = [{"text": draw.choice(["a", "b", "c", "", "d"]), "label": draw.choice(["positive", "negative", None, "x"])} for _ in range(99)]
     source = read(tmp_path, [*rows, "", "{"])
     counts = source.counts
-    of_fields = sum(counts["quarantined"].get(reason, 0) for reason in ("empty", "too long", "not JSON"))
+    of_fields = sum(counts["quarantined"].get(reason, 0) for reason in ("empty", "not JSON"))
     assert counts["rows"] == 100 == of_fields + counts["exact_repeats_removed"] + counts["examples"]
     assert len(source.quarantine) == sum(counts["quarantined"].values()) + counts["conflicting_labels_removed"]
     assert counts["labelled"] == sum(label is not None for label in labels(source).values())

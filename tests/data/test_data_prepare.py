@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.errors import UsageError
-from pipeline.files import Folders
+from pipeline.files import Folders, write_json
 from pipeline.params import Params, parse_params
 from pipeline.schema import examples_schema, read_contexts, read_examples, read_table
+from pipeline.task import Task, TaskTokens
 
 PROJECT = Path(__file__).resolve().parents[2]
 Raw = dict[str, Any]
@@ -91,16 +91,27 @@ def test_a_users_own_files_become_examples_contexts_and_counts(raw: Raw, tokeniz
 
     found = counts()
     pool = found["sources"]["pool"]
-    assert (pool["rows"], pool["quarantined"], pool["exact_repeats_removed"]) == (44, {"empty": 1, "too long": 1}, 1)
+    assert (pool["rows"], pool["quarantined"], pool["exact_repeats_removed"]) == (44, {"empty": 1}, 1)
     removed = found["roles"]["transfer"]["copies_of_evaluation_removed"]["test"]
-    assert found["roles"]["transfer"]["drawn"] == len(learnt) == 41 - removed
+    assert found["roles"]["transfer"]["drawn"] == len(learnt) == 42 - removed
     assert found["roles"]["evaluation"]["test"]["labels"] == {"negative": 10, "positive": 10}
     assert [set(found["contexts"][name]["tokens"]) for name in ("orders", "unused")] == [{"orders/0", "orders/1", "orders/2"}, set()]
     assert found["contexts"]["none"]["tokens"] == {"none/0": 0}
     entries = [(entry["file"], entry["line"], entry["field"], entry["reason"]) for entry in quarantine()]
-    assert entries[:2] == [("pool.jsonl", 43, "text", "empty"), ("pool.jsonl", 44, "text", "too long")]
-    assert len(entries) == 2 + removed
+    assert entries[:1] == [("pool.jsonl", 43, "text", "empty")]
+    assert len(entries) == 1 + removed
+    assert found["cut"] == {reader: {"transfer": 1} for reader in ("tiny behind none", "tiny behind orders", "tiny")}
     assert all(len(entry["value"]) <= 80 for entry in quarantine())
+
+
+def test_a_label_that_no_context_shows_is_said(raw: Raw, capsys: pytest.CaptureFixture[str]) -> None:
+    raw["contexts"] = {"none": {"demonstrations": 0}, "one": {"demonstrations": 1}, "orders": {"demonstrations": 1, "count": 2}}
+    run(raw)
+    counted = json.loads(Path("metrics/prepare.json").read_text(encoding="utf-8"))["contexts"]
+    ((_, answer),) = read_contexts(Path("artifacts/data/contexts/one.parquet"))[0].demonstrations
+    absent = {name: entry["labels_not_shown"] for name, entry in counted.items()}
+    assert absent == {"none": [], "one": [{"negative": "positive", "positive": "negative"}[answer]], "orders": []}
+    assert "contexts one: none shows 1 of 2 labels (metrics/prepare.json names them)" in capsys.readouterr().out
 
 
 def test_a_slice_reaches_the_evaluation_set_and_nothing_that_is_learnt_from(raw: Raw) -> None:
@@ -143,8 +154,30 @@ def test_a_text_that_spells_a_control_token_is_set_aside_before_any_model_runs(r
     assert [(entry["file"], entry["line"]) for entry in found] == [("pool.jsonl", 45), ("test.tsv", 31)]
     assert found[0]["value"] == "Cannot open <|end|>, please help"
     assert "holds <|end|>, a control token of this model" in found[0]["reason"]
-    assert counts()["sources"]["pool"]["quarantined"] == {"empty": 1, "too long": 1, "control token": 1}
+    assert counts()["sources"]["pool"]["quarantined"] == {"empty": 1, "control token": 1}
     assert counts()["roles"]["evaluation"]["test"]["drawn"] == 30
+
+
+def test_a_long_text_is_read_in_windows_that_fit_every_context_and_copy_no_evaluation_text(raw: Raw, tokenizer: Any) -> None:
+    held_out = Path("test.tsv").read_text(encoding="utf-8").splitlines()[0].partition("\t")[2]
+    long = " ".join(f"chapter {number} of many" for number in range(400))
+    with Path("pool.jsonl").open("a", encoding="utf-8") as sink:
+        sink.write(json.dumps({"text": long}) + "\n" + json.dumps({"text": (held_out + " ") * 100}) + "\n")
+    raw["data"]["evaluation"]["test"]["per_label"] = None
+    raw["task"]["long_texts"] = "windows"
+    run(raw)
+    learnt = read_examples(Path("artifacts/data/transfer.parquet"), ["text"])
+    windows = [example for example in learnt if example.line == 45]
+    assert len(windows) > 4
+    assert all(window.fields["text"] in long for window in windows)
+    assert {word for window in windows for word in window.fields["text"].split()} >= set(long.split())
+    tokens = TaskTokens(Task(parse_params(raw).task), tokenizer, 512)
+    for context in read_contexts(Path("artifacts/data/contexts/orders.parquet")):
+        assert not any(prompt.cut for prompt in tokens.prompts(context, learnt))
+    assert not [example for example in learnt if example.line == 46], "a window of a text may be a copy that the whole text is not"
+    assert len({example.example_id for example in learnt}) == len(learnt) == counts()["roles"]["transfer"]["drawn"]
+    assert counts()["roles"]["transfer"]["texts"] < len(learnt)
+    assert counts()["cut"] == {}
 
 
 def test_a_pool_has_no_labels_is_counted_and_fits_every_model(raw: Raw, model_folder: Callable[..., Path]) -> None:
@@ -170,7 +203,10 @@ def test_a_pool_has_no_labels_is_counted_and_fits_every_model(raw: Raw, model_fo
         sink.write(json.dumps({"text": "long " * 390}) + "\n")
     config = Path("artifacts/models/tiny/config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 380}))
-    with pytest.raises(UsageError, match=r"models\.tiny: the longest prompt of context none .* does not fit the 380"):
+    run(raw)
+    assert counts()["cut"]["tiny"]["pool"] == 1
+    raw["task"]["long_texts"] = "refuse"
+    with pytest.raises(UsageError, match=r"the input on line \d+ of (pool|more) is too long: its text has .* fit artifacts/models/tiny"):
         run(raw)
 
 
@@ -195,16 +231,14 @@ def test_a_model_that_is_only_trained_reads_the_inputs_too(raw: Raw, model_folde
     assert (entry["line"], entry["reason"].split()[:2]) == (45, ["holds", "<filename>,"])
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
-    with pytest.raises(UsageError, match=r"models\.other: the longest prompt .* does not fit the 20 that artifacts/models/other takes"):
+    with pytest.raises(UsageError, match=r"is too long: its text has .* fit artifacts/models/other\. 16 must\. Take a shorter template"):
         run(raw)
 
 
 def test_demonstrations_that_do_not_fit_the_model_are_refused(raw: Raw) -> None:
     config = json.loads(Path("artifacts/models/tiny/config.json").read_text())
     Path("artifacts/models/tiny/config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
-    with pytest.raises(
-        UsageError, match=r"contexts\.orders: the longest prompt of context orders/0 .* 100 that artifacts/models/tiny takes"
-    ):
+    with pytest.raises(UsageError, match=r"contexts\.orders: context orders/0 does not fit artifacts/models/tiny, which takes 100 tokens"):
         run(raw)
 
 
@@ -253,8 +287,7 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(raw: Raw) 
     expected = contents(*written)
     for folder in written:
         shutil.rmtree(folder)
-    with Path("artifacts/params.yaml").open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(params.model_dump(mode="json"), file)
+    write_json(params.model_dump(mode="json"), Path("artifacts/params.json"))
     for arguments in (["stages.source", "demos"], ["stages.source", "pool"], ["stages.source", "test"], ["stages.prepare"]):
         done = stage(*arguments, PYTHONHASHSEED="12345")
         assert done.returncode == 0, done.stderr

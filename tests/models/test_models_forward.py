@@ -6,9 +6,15 @@ from conftest import ARCHITECTURES
 
 from pipeline.errors import UsageError
 from pipeline.models.forward import packed_if_exact, packed_logits, plain_logits
-from pipeline.models.packed import ATTENTION, PackedModel, Row, decoder_layers
+from pipeline.models.packed import ATTENTION, PackedModel, Row, Tree, decoder_layers, tree_of
 
-ROWS = [Row([5, 9, 3, 7], ([11, 5], [12])), Row([8]), Row([1, 2, 3, 4, 5, 6], ([7, 8, 9],)), Row([3, 4, 5, 6])]
+ROWS = [
+    Row([5, 9, 3, 7], tree_of([[11, 5, 2], [12, 3], [11, 6, 2], [11, 5, 7, 4]])),
+    Row([8]),
+    Row([1, 2, 3, 4, 5, 6], tree_of([[7, 8, 9, 1]])),
+    Row([3, 4, 5, 6]),
+    Row([3, 4, 5], Tree([7, 8, 9, 1, 7], [-1, -1, 0, 1, -1])),
+]
 UNUSUAL = {"mamba": {"state_size": 4}, "bloom": {"n_head": 4, "n_layer": 4}}
 
 
@@ -16,7 +22,10 @@ def naive(model, rows, layers=()):
     """Every output as the last token of a full prompt of its own: logits [N, V], and the layers' outputs there, side by side."""
     logits, states = [], []
     for row in rows:
-        for prompt in [row.query, *([*row.query, *branch[: place + 1]] for branch in row.branches for place in range(len(branch)))]:
+        continued: list = [list(row.query)]
+        for token, parent in zip(row.tree.tokens, row.tree.parents, strict=True):
+            continued.append([*continued[parent + 1], token])
+        for prompt in continued:
             caught = []
 
             def catch(_module, _args, out, caught=caught):

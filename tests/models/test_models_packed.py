@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.models import packed
-from pipeline.models.packed import PackedModel, Row, UnsupportedModelError, attention_with_lse, decoder_layers, merge, pack
+from pipeline.models.packed import PackedModel, Row, UnsupportedModelError, attention_with_lse, decoder_layers, merge, pack, tree_of
 
 SEVERAL = ["llama", "gpt2", "opt", "qwen2", "gpt_neox", "mistral"]
 RESHAPING = {("gpt2", True)}  # reshapes by the sequence length, so its last layer does not run on answer positions alone
@@ -15,9 +15,9 @@ def random_ids(count, seed):
 
 
 ROWS = [
-    Row(random_ids(9, 1), ([3, 7], [5])),
+    Row(random_ids(9, 1), tree_of([[3, 7, 1], [5, 1], [3, 8, 1], [3, 7, 2, 1]])),
     Row(random_ids(1, 2)),
-    Row(random_ids(14, 3), ([11], [12, 13, 14], [11, 12])),
+    Row(random_ids(14, 3), tree_of([[11, 1], [12, 13, 14, 1], [11, 12, 1]])),
     Row(random_ids(5, 4)),
 ]
 CONTEXT = random_ids(23, 5)
@@ -49,8 +49,10 @@ def naive_logits(model, context, rows):
     """Every answer position as the last token of a full prompt of its own."""
     found = []
     for row in rows:
-        continued = [[*row.query, *branch[: place + 1]] for branch in row.branches for place in range(len(branch))]
-        for prompt in [row.query, *continued]:
+        continued = [list(row.query)]
+        for token, parent in zip(row.tree.tokens, row.tree.parents, strict=True):
+            continued.append([*continued[parent + 1], token])
+        for prompt in continued:
             found.append(model(torch.tensor([[*context, *prompt]]), use_cache=False).logits[0, -1])
     return torch.stack(found)
 

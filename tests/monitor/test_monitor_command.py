@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
-from serving_world import PROJECT, VERBALISERS, make_student, shotless
+from serving_world import PROJECT, TEMPLATE, VERBALISERS, make_student, seal, shotless
 
 from pipeline.monitor.sample import answer
-from pipeline.params import MonitorParams, read_yaml, write_yaml
+from pipeline.params import MonitorParams, TaskParams, read_yaml, write_yaml
 from pipeline.schema import Example, write_examples
 from pipeline.serving.files import Item
 from pipeline.serving.predictor import Predictor
+from pipeline.task import Task
 
 NOUNS = ["film", "plot", "picture", "actors", "minute", "mess", "service", "food"]
 WORDS = ["a warm", "a dull, lifeless", "the strange", "every", "this little", "bored and", "funny", "late cold", "terrible", "I loved"]
@@ -100,7 +101,9 @@ def test_a_predictions_log_is_read_back(folder):
 
 
 def test_all_rows_are_counted_and_the_drawn_ones_are_kept(folder):
-    predictor = Predictor(folder / "artifacts" / "students" / "cd", 1, keep_states=True)
+    student = folder / "artifacts" / "students" / "cd"
+    seal(student, Task(TaskParams(template=TEMPLATE, verbalisers=VERBALISERS, long_texts="refuse")))
+    predictor = Predictor(student, 1, keep_states=True)
 
     def items():
         for line in range(3000):

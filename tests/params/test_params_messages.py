@@ -209,8 +209,8 @@ WRONG = [  # a value for a key, and what the message has to say
     ("task.template", "{label}", "the field name label is reserved"),
     ("task.verbalisers", {"one": " x"}, "1 given, and a task needs two or more"),
     ("task.completion", {}, "verbalisers and completion are both given"),
-    ("task.max_chars", 0, "task.max_chars"),
-    ("task.max_chars", "2000", "task.max_chars: input should be a valid integer, found '2000'"),
+    ("task.max_tokens", 15, "task.max_tokens"),
+    ("task.max_tokens", "2000", "task.max_tokens: input should be a valid integer, found '2000'"),
     ("contexts.orders.demonstrations", 20, "contexts.orders.demonstrations: 20 asked for, and data.demonstrations.per_label draws only 16"),
     ("teachers.few_shot.model", "smollm2", "teachers.few_shot.model: no 'smollm2'; choose one of: models/smollm2"),
     ("teachers.few_shot.model", "../secrets", "teachers.few_shot.model: no '../secrets'"),
@@ -374,7 +374,7 @@ def test_a_pool_that_no_student_answers_is_refused(raw_params: Raw) -> None:
 def test_a_student_that_learns_the_labels_may_teach(raw_params: Raw) -> None:
     raw_params["students"]["tuned"] = LEARNT | {"learn_from": "data/demonstrations.parquet"}
     raw_params["teachers"]["second"] = {"model": "students/tuned", "contexts": "none"}
-    assert parse_params(raw_params).context_models()["none"] == ["smollm2"]
+    assert parse_params(raw_params).context_models()["none"] == [["smollm2", "plain"]]
 
 
 def test_each_context_of_teachers_that_share_contexts_is_refused(raw_params: Raw) -> None:
@@ -419,3 +419,74 @@ def test_what_a_file_leaves_out_has_its_default(raw_params: Raw) -> None:
     assert parse_params(put(copy.deepcopy(raw_params), "task.completion", None)) == parse_params(raw_params)
     for block, named in {"tuned": "no 'tuned/tuned'", "downloads": "no 'smollm2'"}.items():
         assert named in message({key: value for key, value in raw_params.items() if key != block})
+
+
+SERVER = {"url": "http://127.0.0.1:8000/v1", "model": "m"}
+ON_SERVER = [
+    ("models.big", SERVER, "models.big: `url` is about a server, and a model here is a folder or file; write `servers: {NAME: "),
+    ("servers.big", SERVER | {"url": "http://me:secret@host/v1"}, "servers.big.url: string should match pattern"),
+    ("servers.big", SERVER | {"budget": 2.0}, "servers.big: `budget` needs a `price`"),
+    ("servers.big", SERVER | {"tokenizer": "models/none"}, "servers.big.tokenizer: no 'models/none'; choose one of: models/smollm2"),
+    (
+        "teachers.few_shot.model",
+        "servers/other",
+        "teachers.few_shot.model: no 'servers/other'; choose one of: models/smollm2, servers/big, ",
+    ),
+    (
+        "teachers.few_shot.scores",
+        "input_tokens",
+        "teachers.few_shot.scores: `input_tokens`, and a server gives distributions of its answer",
+    ),
+    ("teachers.few_shot.cache", {"temperatures": [2.0]}, "teachers.few_shot.cache: a server gives neither hidden states nor"),
+    ("teachers.few_shot.dtype", "float16", "teachers.few_shot.dtype: 'float16', and the number format is the server's matter"),
+    (
+        "targets.mix.auxiliary_caches",
+        ["few_shot"],
+        "targets.mix.auxiliary_caches: teacher 'few_shot' is behind servers.big, which tokenises",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "said"), ON_SERVER, ids=lambda value: str(value)[:40])
+def test_a_teacher_behind_a_server_has_its_own_combinations(raw_params: Raw, path: str, value: Any, said: str) -> None:
+    raw = put(put(raw_params, "servers", {"big": dict(SERVER)}), "teachers.few_shot.model", "servers/big")
+    params = parse_params(raw)
+    kept = params.kept_of("few_shot")
+    assert (kept.encoding, kept.top_k) == ("top_k_tail", 20)
+    assert params.context_models()["orders"] == []
+    assert parse_params(put(raw, "servers.big.tokenizer", "models/smollm2")).context_models()["orders"] == [["smollm2", "plain"]]
+    raw["servers"]["big"] = dict(SERVER)
+    assert said in message(put(raw, path, value))
+
+
+CHAT = {"demonstrations": 16, "format": "chat"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"contexts.orders": CHAT}, ""),
+        ({"contexts.none.format": "chat"}, "teachers.tuned.contexts: 'none' is `format: chat`, and tuned/tuned learns in `plain`"),
+        ({"contexts.none.format": "chat", "tuned.tuned.format": "chat"}, ""),
+        ({"contexts.orders": CHAT, "teachers.few_shot.scores": "input_tokens"}, "`scores: input_tokens` reads plain text"),
+        (
+            {"contexts.orders": CHAT, "students.cd.learn_from": "teachers/few_shot"},
+            "students.cd.learn_from: 'few_shot' answers in `format: chat`",
+        ),
+        ({"students.cd.learn_from": "teachers/few_shot", "students.cd.format": "chat"}, "and the student in `chat`"),
+        ({"contexts.orders": CHAT, "students.cd.learn_from": "teachers/few_shot", "students.cd.format": "chat"}, ""),
+        ({"contexts.orders.format": "markdown"}, "contexts.orders.format"),
+    ],
+)
+def test_formats_that_are_learnt_from_are_the_same(raw_params: Raw, changes: Raw, said: str) -> None:
+    for path, value in changes.items():
+        put(raw_params, path, value)
+    if changes.get("teachers.few_shot.scores") or "students.cd.learn_from" in changes:
+        raw_params["students"]["cd"].pop("ce_weight", None)
+    assert said in message(raw_params) if said else parse_params(raw_params)
+
+
+def test_a_model_is_checked_in_each_format_that_it_is_asked_in(raw_params: Raw) -> None:
+    put(put(raw_params, "contexts.orders.format", "chat"), "students.cd.format", "chat")
+    found = parse_params(raw_params).context_models()
+    assert (found["orders"], found["none"], found[""]) == ([["smollm2", "chat"]], [["smollm2", "plain"]], [])

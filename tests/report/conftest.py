@@ -70,6 +70,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Collected]:
+    """The same with 77 labels of long names, which are often taken for the next one: its folder and what is in it."""
+    raw, root = _raw(), tmp_path_factory.mktemp("many")
+    words = ["balance", "card_not_updated", "top_up_reverted_after_cheque_or_cash_deposit", "Refund"]
+    raw["task"]["verbalisers"] = {f"{words[n % 4]}_{n:02}": f" {words[n % 4]} {n:02}" for n in range(77)}
+    for source in raw["data"]["sources"].values():
+        source["label"] = {"column": "rating"}
+    params = _write_run(raw, root, examples=400)
+    build_report(params, Folders.here(root), root)
+    return root, collect(params, Folders.here(root))
+
+
+@pytest.fixture(scope="session")
 def page(root: Path) -> str:
     return (root / "report" / "index.html").read_text(encoding="utf-8")
 
@@ -105,7 +118,7 @@ def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
 
 
 def _examples(name: str, params: Params, count: int) -> list[Example]:
-    gold = np.random.default_rng(len(name)).integers(2, size=count)
+    gold = np.random.default_rng(len(name)).integers(len(params.task.labels), size=count)
     text = "is thin <b>& bold</b>, and it drags"
     return [Example(dict.fromkeys(params.task.fields, f"Plot {i} of {name} {text}"), params.task.labels[gold[i]]) for i in range(count)]
 
@@ -122,9 +135,12 @@ def predictions(params: Params, method: str, sets: dict[str, list[Example]]) -> 
                 right = rng.random() < ACCURACY.get(method, (0.75, 0.75))[number % 2]
                 row = {"set": name, "run": run, "example_id": example.example_id, "label": example.label}
                 if params.task.completion is None:
-                    answer = params.task.labels.index(str(example.label)) ^ (not right)
-                    sure = rng.uniform(0.5, 1)
-                    row |= {"predicted": params.task.labels[answer], "probabilities": [sure, 1 - sure][:: 1 if answer == 0 else -1]}
+                    labels, sure = params.task.labels, rng.uniform(0.5, 1)
+                    answer = (labels.index(str(example.label)) + (0 if right else rng.choice((1, 1, 2)) if len(labels) > 2 else 1)) % len(
+                        labels
+                    )
+                    probabilities = [sure if n == answer else (1 - sure) / (len(labels) - 1) for n in range(len(labels))]
+                    row |= {"predicted": labels[answer], "probabilities": probabilities}
                 else:
                     said = json.dumps({"sentiment": example.label, "because": "<b>flat</b>"})
                     row |= {"answer": said if right else "what?", "tokens": 10}
@@ -156,8 +172,9 @@ def cost(params: Params, method: str) -> dict[str, Any]:
 def _write_rest(params: Params, folders: Folders) -> None:
     """What training, teachers, target sets, prepare and the risk checks would leave."""
     metrics, artifacts, labels = folders.metrics, folders.artifacts, params.task.labels
-    change = {"shares_raw": dict(zip(labels, (0.08, 0.92), strict=True)), "shares_calibrated": dict.fromkeys(labels, 0.5)}
-    change |= {"offset_nats": dict(zip(labels, (0.81, -0.81), strict=True))}
+    change = {
+        key: dict.fromkeys(labels, value) for key, value in {"shares_raw": 0.08, "shares_calibrated": 0.5, "offset_nats": 0.81}.items()
+    }
     for name, target in params.targets.items():
         teachers = {teacher: {"weight": 1.0, "contexts": {"orders/0": change}} for teacher in target.teachers}
         write_json({"rows": 1200, "teachers": teachers, "agreement": 0.82}, metrics / "targets" / f"{name}.json")
@@ -182,8 +199,9 @@ def _write_rest(params: Params, folders: Folders) -> None:
         roles["pool"] = {"drawn": 5000, "copies_of_evaluation_removed": {"movie": 2, "tweets": 1}}
     for name in params.rounds:
         write_json({"seconds": 7.0, "rows": 6200, "rows_timed": 6200}, metrics / "runtime" / f"round-{name}.json")
-    contexts = {"orders": {"tokens": {"orders/0": 478, "orders/1": 481}}}
+    contexts = {"orders": {"tokens": {"orders/0": 478, "orders/1": 481}, "labels_not_shown": list(labels[2:])}}
     counts = {"sources": dict.fromkeys(params.data.sources, source), "roles": roles, "contexts": contexts}
+    counts["cut"] = {"smollm2 behind orders": {"transfer": 1200, "evaluation.movie": 3}}
     write_json(counts, metrics / "prepare.json")
     bad = {"source": "movie", "file": "movie.tsv", "line": 17, "field": "", "reason": "not UTF-8", "value": "<i>caf\ufffd"}
     (artifacts / "data" / "quarantine.jsonl").write_text(json.dumps(bad) + "\n", encoding="utf-8")

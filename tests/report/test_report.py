@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json
 from pipeline.params import parse_params
 from pipeline.report import charts, prose, tables
-from pipeline.report.collect import collect, comparison
+from pipeline.report.collect import collect, comparison, ranked
 from pipeline.report.page import SECTIONS, build_report
 
 VOID = {"meta", "br", "path", "line", "rect", "circle"}
@@ -143,6 +145,11 @@ def test_costs_of_another_model_are_not_shown_and_the_machine_is_named(page):
         assert fact in page
 
 
+def test_texts_that_do_not_fit_are_counted(page):
+    counted = "<code>smollm2 behind orders</code>: 1,200 of transfer, 3 of evaluation.movie."
+    assert f"<code>task.long_texts: head_tail</code> decides: {counted}" in page
+
+
 def test_copies_kept_out_and_licences_are_shown(page):
     assert ["transfer set", "movie, amazon, tweets, editorials", "1,200", "11"] in table_of(page, "roles")
     assert all(row[1] == "MIT" for row in table_of(page, "sources")[1:])
@@ -257,6 +264,35 @@ def test_confusion_counts_every_prediction_of_a_domain(root, found):
         counts = [(own["predicted"] == label).sum() for label in found.params.task.labels]
         assert [cell.note for cell in row[1:3]] == [str(count) for count in counts]
         assert [float(cell.text) for cell in row[1:3]] == pytest.approx([100 * count / sum(counts) for count in counts], abs=0.051)
+
+
+def test_many_labels_have_their_confusions_and_scores_instead_of_a_grid(many):
+    root, found = many
+    frame = pl.read_parquet(root / "artifacts" / "predictions" / f"{ranked(found.document, 'student')[0]}.parquet")
+    frame = frame.filter(pl.col("set") == "tweets")
+    gold, said = frame["label"].to_list(), frame["predicted"].to_list()
+    wrong = Counter((label, answer) for label, answer in zip(gold, said, strict=True) if label != answer)
+    rows = tables.confusions(found).bodies["Out of domain"]
+    assert [int(row[2].note) for row in rows] == [count for _, count in wrong.most_common(20)]
+    for label, answer, cell, _ in rows:
+        assert (int(cell.note), float(cell.text)) == (
+            wrong[label, answer],
+            pytest.approx(100 * int(cell.note) / gold.count(label), abs=0.051),
+        )
+    rows = tables.classes(found).bodies["Out of domain"]
+    labels = [row[0] for row in rows]
+    assert sorted(labels) == list(found.params.task.labels)
+    scores = np.array(precision_recall_fscore_support(gold, said, labels=labels, zero_division=0)[:3]).T
+    assert np.array([[float(cell.text) for cell in row[4:7]] for row in rows]) == pytest.approx(100 * scores, abs=0.051)
+    missed = [sum(g == label != s for g, s in zip(gold, said, strict=True)) for label in labels]
+    given = [sum(g != label == s for g, s in zip(gold, said, strict=True)) for label in labels]
+    counts = [gold.count(label) for label in labels]
+    assert [tuple(map(int, row[1:4])) for row in rows] == list(zip(counts, missed, given, strict=True))
+    assert missed == sorted(missed, reverse=True)
+    page = (root / "report" / "index.html").read_text(encoding="utf-8")
+    assert [name for name in re.findall(r'<table id="([^"]+)">', page) if name.startswith(("conf", "cl"))] == ["confusions", "classes"]
+    assert "By gold label" not in page
+    assert "no context shows an example of 75 of 77 labels" in page
 
 
 def test_reliability_pools_the_sets_of_a_domain(found):

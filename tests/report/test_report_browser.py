@@ -34,8 +34,10 @@ onload = () => {
 </script></body>"""
 
 
-def test_nothing_is_wider_than_the_screen_and_no_label_is_cut_off(root, tmp_path):
-    shutil.copy(root / "report" / "index.html", tmp_path / "report.html")
+@pytest.mark.parametrize("run", ["root", "many"])
+def test_nothing_is_wider_than_the_screen_and_no_label_is_cut_off(request, run, tmp_path):
+    folder = request.getfixturevalue("root") if run == "root" else request.getfixturevalue("many")[0]
+    shutil.copy(folder / "report" / "index.html", tmp_path / "report.html")
     frames = "".join(f'<iframe src="report.html" style="border:0;width:{width}px;height:900px"></iframe>' for width in WIDTHS)
     (tmp_path / "measure.html").write_text(MEASURE % frames, encoding="utf-8")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path))

@@ -16,12 +16,13 @@ from serving_world import LONG_VERBALISERS, PROJECT, TEXTS, make_student, seal, 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from pipeline import errors
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import read_json, write_json, write_manifest
 from pipeline.models.folders import load_model, load_tokenizer, save_model
 from pipeline.models.trained import about_trained, load_tokens, open_trained
 from pipeline.params import CompletionParams, TaskParams
-from pipeline.serving import Predictor, export, onnx_engine
+from pipeline.serving import Predictor, export
 from pipeline.serving.measure import answered
 from pipeline.serving.server import Limits, make_app
 from pipeline.task import Task
@@ -67,12 +68,24 @@ def shares(folder, inputs):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, model_folder):
-    return make_student(tmp_path_factory.mktemp("students") / "cd", model_folder("llama"))
+    return make_student(tmp_path_factory.mktemp("students") / "cd", model_folder("llama"), template="{text}<|end|>answer:")
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory, student):
     return write(student, tmp_path_factory.mktemp("exported") / "onnx")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, student):
+    """The folder of an export in 8-bit integers by the command line, and what was said."""
+    folder = tmp_path_factory.mktemp("int8")
+    (student / "README.md").write_text(
+        "---\nlibrary_name: transformers\n---\n\n# cd\n\n## Loading it\n\nimport torch\n\n## Licences\n\nMIT\n", "utf-8"
+    )
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""]), "utf-8")
+    options = ("--format", "onnx", "--int8", "--most-changed", "0.5", "--check", "texts.jsonl")
+    return folder / "out" / "onnx", shotless(folder, "export", "--student", str(student), "-o", "out/onnx", *options).stdout
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "opt"])
@@ -111,9 +124,11 @@ def test_another_program_needs_the_graph_and_its_tokenizer_alone(tmp_path, encod
 
 
 @pytest.mark.parametrize(("kind", "by_batch"), [("decoder", 1e-4), ("encoder", 0.05)])
-def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tmp_path, student, encoder_folder, kind, by_batch):
-    student = student if kind == "decoder" else make_encoder(tmp_path / "encoder", encoder_folder("bert"))
-    folder = write(student, tmp_path / "onnx", int8=True)
+def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tmp_path, student, exported, encoder_folder, kind, by_batch):
+    folder, _ = exported
+    if kind == "encoder":
+        student = make_encoder(tmp_path / "encoder", encoder_folder("bert"))
+        folder = write(student, tmp_path / "onnx", int8=True)
     found = shares(folder, TEXTS)
     assert 0 < np.abs(found - shares(student, TEXTS)).max() < 0.05
     assert np.concatenate([shares(folder, [text]) for text in TEXTS]) == pytest.approx(found, abs=by_batch)
@@ -124,14 +139,8 @@ def test_8_bit_integers_move_probabilities_a_little_whatever_shares_the_batch(tm
     assert {weight.data_type for weight in weights.values() if list(weight.dims) == [words, 32]} == {onnx.TensorProto.INT8}
 
 
-def test_an_export_says_how_it_compares_in_print_manifest_and_card(tmp_path, student):
-    (student / "README.md").write_text(
-        "---\nlibrary_name: transformers\n---\n\n# cd\n\n## Loading it\n\nimport torch\n\n## Licences\n\nMIT\n", "utf-8"
-    )
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""]), "utf-8")
-    options = ("--format", "onnx", "--int8", "--most-changed", "0.5", "--check", "texts.jsonl")
-    said = shotless(tmp_path, "export", "--student", str(student), "-o", "out/onnx", *options).stdout
-    folder = tmp_path / "out" / "onnx"
+def test_an_export_says_how_it_compares_in_print_manifest_and_card(student, exported):
+    folder, said = exported
     found = read_json(folder / "manifest.json")["check"]
     assert {file.name for file in folder.iterdir()} == {"README.md", "manifest.json", "model.onnx", "model.onnx.data", "tokenizer.json"}
     before, after = shares(student, TEXTS), shares(folder, TEXTS)
@@ -215,9 +224,9 @@ def test_what_is_missing_or_does_not_go_together_is_named(tmp_path, student, gra
     assert "no such file" in refused("--format", "onnx", "--check", "nothing.csv")
     with pytest.raises(UsageError, match="Give its own folder"):
         Predictor(graph, 1, keep_states=True)
-    monkeypatch.setattr(onnx_engine, "find_spec", lambda _: None)
+    monkeypatch.setattr(errors, "find_spec", lambda _: None)
     assert "shotless[onnx]" in refused("--format", "onnx")
-    with pytest.raises(UsageError, match="onnxruntime, not installed"):
+    with pytest.raises(UsageError, match="onnxruntime: not installed"):
         Predictor(graph, 1)
 
 
@@ -233,11 +242,9 @@ def test_predict_brings_neither_torch_nor_transformers(tmp_path, student, graph)
     assert np.array(found) == pytest.approx(shares(student, TEXTS), abs=1e-4)
 
 
-def test_inputs_that_cannot_be_used_have_the_same_errors_as_with_torch(tmp_path, model_folder):
-    student = make_student(tmp_path / "cd", model_folder("llama"), template="{text}<|end|>answer:")
-    folder = write(student, tmp_path / "onnx")
+def test_inputs_that_cannot_be_used_have_the_same_errors_as_with_torch(student, graph):
     inputs = ["", 7, "a <|end|> in it", "long " * 600, "a film", "x" * 50]
-    expected, found = (Predictor(own, 1, max_chars=2400).predict(inputs) for own in (student, folder))
+    expected, found = (Predictor(own, 1, max_chars=2400).predict(inputs) for own in (student, graph))
     assert [row.error for row in found] == [row.error for row in expected]
     assert [row.ids for row in found] == [row.ids for row in expected]
     assert [row.error is None for row in found] == [False, False, False, False, True, True]

@@ -12,8 +12,8 @@ import pytest
 from serving_world import PROJECT, TEXTS, VERBALISERS, make_student, shotless, shotless_process
 
 from pipeline.params import read_yaml, write_yaml
-from pipeline.serving.files import Item, predict_items
-from pipeline.serving.predictor import Predictor
+from pipeline.serving.files import Item, predict_items, writing
+from pipeline.serving.predictor import Prediction, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,16 @@ def test_every_output_format_holds_the_same_answers_in_order(folder):
     assert [float(row["p_positive"]) for row in sheet] == pytest.approx(table["p_positive"].to_list(), abs=1e-12)
     assert set(table["error"].to_list()) == {None}
     assert not list(folder.glob(".out*"))
+
+
+def test_every_output_format_says_which_text_was_cut(tmp_path):
+    whole, cut = (Prediction("yes", 0.75, {"no": 0.25, "yes": 0.75}, cut=is_cut) for is_cut in (False, True))
+    for form in ("jsonl", "csv", "parquet"):
+        with writing(str(tmp_path / f"out.{form}"), form, ["no", "yes"], []) as write:
+            write([(Item(1, {}), whole), (Item(2, {}), cut)])
+    assert [json.loads(line).get("cut") for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()] == [None, True]
+    assert [line.split(",")[-2] for line in (tmp_path / "out.csv").read_text("utf-8").splitlines()] == ["cut", "", "true"]
+    assert pl.read_parquet(tmp_path / "out.parquet")["cut"].to_list() == [None, True]
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "parquet"])

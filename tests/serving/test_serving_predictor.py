@@ -73,7 +73,7 @@ def test_the_three_lines_of_the_documentation_run(student):
 
 
 def test_an_input_that_cannot_be_used_leaves_the_others_their_answers(predictor):
-    bad = ["", "   ", 7, None, {"txt": "a"}, {"text": 3}, "a \x00 b", "\ud800", "long " * 600]
+    bad = ["", "   ", 7, None, {"txt": "a"}, {"text": 3}, "a \x00 b", "\ud800"]
     mixed = [value for pair in zip(TEXTS[: len(bad)], bad, strict=True) for value in pair]
     found = predictor.predict(mixed)
     alone = predictor.predict(TEXTS[: len(bad)])
@@ -82,9 +82,7 @@ def test_an_input_that_cannot_be_used_leaves_the_others_their_answers(predictor)
     assert [p.error for p in found[1::2]] == [
         "text: empty", "text: empty", "text: neither a text nor an object", "text: neither a text nor an object", "text: missing",
         "text: not a text", "text: control character", "text: lone surrogate",
-        found[-1].error,
     ]  # fmt: skip
-    assert "and the student takes 512" in found[-1].error
     assert all(p.label is p.confidence is p.probabilities is None for p in found[1::2])
 
 

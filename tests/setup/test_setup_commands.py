@@ -11,7 +11,7 @@ from conftest import PROJECT
 from serving_world import shotless
 from small_project import make_project
 
-from pipeline.files import sha256_json
+from pipeline.files import read_json, sha256_json
 from pipeline.params import read_yaml, write_yaml
 from pipeline.params.reading import resolve
 
@@ -95,7 +95,7 @@ def test_run_runs_stages_in_the_project_and_in_a_preset_that_shares_the_store(tm
     shotless(tmp_path, "run", "--preset", "more", "source@pile")
     workspace = tmp_path / "runs" / "more"
     assert (workspace / "artifacts" / "sources" / "pile" / "examples.parquet").exists()
-    assert read_yaml(workspace / "artifacts" / "params.yaml")["data"]["transfer"]["limit"] == 5
+    assert read_json(workspace / "artifacts" / "params.json")["data"]["transfer"]["limit"] == 5
     assert not (workspace / ".dvc" / "cache").exists()
     assert shotless(tmp_path, "run", "teacher@nope", check=False).returncode == 1
 

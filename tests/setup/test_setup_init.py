@@ -14,9 +14,13 @@ from serving_world import shotless
 from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.files import Folders
-from pipeline.params import load_params, read_yaml, resolve, write_yaml
-from pipeline.setup.estimate import Trial, stage_count, token_work
-from pipeline.setup.new_task import Answers, guess_label, guess_text, read_columns
+from pipeline.params import TaskParams, load_params, read_yaml, resolve, write_yaml
+from pipeline.schema import Context, Example
+from pipeline.setup import format_choice
+from pipeline.setup.estimate import stage_count, token_work
+from pipeline.setup.new_task import Answers, guess_label, guess_text, new_task, read_columns
+from pipeline.task import Task
+from pipeline.teachers.scorer import Scorer
 
 OPTIONS = ["--labelled", "mine/labelled.csv", "--unlabelled", "mine/pile.jsonl", "--test", "mine/test.parquet"]
 MAPPED = [*OPTIONS, "--field", "text=body", "--label-column", "urgency", "--verbaliser", "0=bad", "--verbaliser", "1=good"]
@@ -123,6 +127,55 @@ def test_it_says_what_a_run_will_cost_if_the_model_is_there(folder, model_folder
     assert "GB of memory" in done.stdout
 
 
+@pytest.mark.parametrize(("right", "chosen"), [((9, 12), "chat turns"), ((12, 12), "plain text"), ((12, 9), "plain text")])
+def test_it_takes_the_format_in_which_the_model_answers_more_right(folder, model_folder, monkeypatch, right, chosen):
+    """Ties go to plain text. The counts are set here; another test counts them."""
+    shutil.copytree(model_folder("llama", max_position_embeddings=2048), own := folder / "artifacts" / "models" / "smollm2")
+    template = "{% for message in messages %}{{ message.role + ': ' + message.content + '<|end|>' }}{% endfor %}"
+    (own / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}", encoding="utf-8")
+    small_students(folder)
+    monkeypatch.chdir(folder)
+    asked = []
+
+    def counted(model, task, context, examples, threads):
+        asked.append((model, context, examples))
+        return {"plain": (0, right[0]), "chat": (30, right[1])}
+
+    monkeypatch.setattr(format_choice, "right_answers", counted)
+    three(folder)
+    files = [folder / "mine" / name for name in ("l.jsonl", "u.jsonl", "t.jsonl")]
+    raw, notes = new_task(read_yaml(folder / "params.yaml"), Answers(*files, "Text: {text}\nLabel:", {}, {}, "label"))
+    (model, context, examples), name = asked[0], "orders"
+    assert (len(asked), str(model)) == (1, "artifacts/models/smollm2")
+    shown = {fields["text"] for fields, _ in context.demonstrations}
+    assert 8 <= len(examples) <= 32
+    assert shown.isdisjoint(example.fields["text"] for example in examples)
+    assert [example.label for example in examples[:4]] == ["no", "yes"] * 2
+    assert raw["contexts"][name].get("format", "plain") == ("chat" if chosen == "chat turns" else "plain")
+    assert (
+        f"contexts.orders: {chosen}; of {len(examples)} labelled examples behind {len(shown)} others smollm2 answers "
+        f"{right[0]} right in plain text, "
+        f"{right[1]} in chat turns" in notes
+    )
+    assert ("user: Text: " in "\n".join(notes)) == (chosen == "chat turns")
+
+
+def test_right_answers_are_counted_in_both_formats(folder, model_folder):
+    model = folder / "model"
+    shutil.copytree(model_folder("llama"), model)
+    template = "{% for message in messages %}{{ message.role + ': ' + message.content + '<|end|>' }}{% endfor %}assistant: "
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    task = TaskParams(template="Text: {text}\nLabel:", verbalisers={"no": " no", "yes": " yes"})
+    examples = [Example({"text": sentence(n)}, ["no", "yes"][n % 2]) for n in range(9)]
+    context = Context("few", "", (({"text": "x"}, "no"),))
+    found = format_choice.right_answers(model, task, context, examples, 1)
+    for form in ("plain", "chat"):
+        scores = Scorer(model, Task(task, form), work=None, threads=1).label_scores([context], examples, "t")[0]
+        odds = scores[:, 1] - scores[:, 0]  # of "yes"
+        gold = [example.label == "yes" for example in examples]
+        assert found[form] == (sum((odds > 0) == gold), sum((odds > odds.mean()) == gold))
+
+
 def test_nothing_is_replaced_unless_told(folder):
     before = (folder / "params.yaml").read_text("utf-8")
     done = shotless(folder, "init", *MAPPED, check=False)
@@ -137,11 +190,11 @@ def test_nothing_is_replaced_unless_told(folder):
         (OPTIONS, "no column 'label'; the columns are: body, urgency. Name the right one with --label-column."),
         ([*OPTIONS, *MAPPED[8:]], "no column 'text'; the columns are: body, urgency. Name the right one with --field text=COLUMN."),
         (MAPPED[:-2], "label '1' is not a word: say what a model should answer for each of them, for example: --verbaliser 1=yes"),
-        ([*MAPPED[:-1], "1=bad"], "their answers begin with the same word, 'bad'"),
+        ([*MAPPED[:-1], "1=bad"], "verbalisers: '0' and '1' are both ' bad', so no answer tells them apart; change one"),
         ([*MAPPED, "--verbaliser", "2=maybe"], "--verbaliser 2=…: no such label"),
         ([*MAPPED, "--template", "no field"], "template names no field"),
         ([*MAPPED, "--per-label", "30"], "--per-label"),
-        ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values"),
+        ([*MAPPED[:-6], "--label-column", "body"], "column 'body' has 40 different values in 40 rows, and a task has 2"),
         (
             ["--labelled", "mine/pile.jsonl", *OPTIONS[2:]],
             "no column 'label'; the columns are: body. Name the right one with --label-column.",
@@ -183,26 +236,17 @@ def test_asking_again_keeps_the_first_params_and_bad_rows_are_shown(folder):
         assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
 
 
-def test_long_texts_set_the_limit_and_none_is_left_out(folder, model_folder, monkeypatch):
-    three(folder, long=lambda n: sentence(n, words=300))
-    shotless(folder, "init", *FILES)
-    params = prepares(folder, model_folder("llama", max_position_embeddings=16384), monkeypatch)
-    longest = max(len(json.loads(line)["text"]) for line in (folder / "mine" / "u.jsonl").read_text().splitlines())
-    assert longest > 2000
-    assert params.task.max_chars == longest
-
-
-def test_texts_too_long_for_the_model_are_counted_and_left_out(folder, model_folder, monkeypatch):
+def test_a_few_texts_too_long_for_the_model_are_counted_and_cut(folder, model_folder, monkeypatch):
     model = model_folder("llama", max_position_embeddings=1024)
     shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
     small_students(folder)
     three(folder, long=lambda n: sentence(n, words=600))
     done = shotless(folder, "init", *FILES)
-    assert "u.jsonl: 7 texts are longer than " in done.stdout
-    params = prepares(folder, model, monkeypatch)
-    assert params.data.bad_rows_limit == 0.07
+    assert "u.jsonl: 7 texts do not fit behind a context, and are cut there (task.long_texts)" in done.stdout
+    prepares(folder, model, monkeypatch)
     counts = json.loads((folder / "metrics" / "prepare.json").read_text("utf-8"))
-    assert counts["sources"]["unlabelled"]["quarantined"] == {"too long": 7}
+    assert counts["sources"]["unlabelled"]["quarantined"] == {}
+    assert counts["cut"]["smollm2"] == {"transfer": 7}
 
 
 LONG = {  # words of a text (5 to 6 tokens each here), what the model takes, most demonstrations
@@ -210,6 +254,7 @@ LONG = {  # words of a text (5 to 6 tokens each here), what the model takes, mos
     "one of each label": (lambda n: 60, 2048, 2),
     "a few long ones": (lambda n: 20 if n % 8 else 160, 2048, 6),
     "more than half of the model": (lambda n: 100 + n % 5, 1024, 0),
+    "longer than the model": (lambda n: 100, 256, 0),
     "of every length": (lambda n: 1 + 3 * n % 120, 1024, 4),
 }
 
@@ -225,16 +270,7 @@ def test_it_never_stops_because_texts_are_long_and_a_run_takes_what_it_writes(fo
     demonstrations = prepares(folder, model, monkeypatch).contexts["orders"].demonstrations
     assert demonstrations <= most
     assert f"contexts: at most {demonstrations} demonstrations" in said
-    assert ("as many as fit beside the longest text" in said) == (demonstrations < 16)
-
-
-def test_texts_that_no_model_here_can_take_are_refused(folder, model_folder):
-    shutil.copytree(model_folder("llama", max_position_embeddings=256), folder / "artifacts" / "models" / "smollm2")
-    three(folder, text=lambda n: sentence(n, words=100))
-    done = shotless(folder, "init", *FILES, check=False)
-    assert done.returncode == 2
-    assert "l.jsonl: every text has more than the 224 tokens that a model here takes" in done.stderr
-    assert not (folder / "new.yaml").exists()
+    assert ("as many as fit beside an input" in said) == (demonstrations < 16)
 
 
 @pytest.mark.parametrize(("limit", "demonstrations"), [(1024, 2), (2048, 4), (16384, 16)])
@@ -261,11 +297,21 @@ def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monk
     assert params.contexts["orders"].demonstrations == 8
 
 
-def test_many_labels_have_a_demonstration_each(folder):
-    names = [f"{word} topic" for word in [*WORDS, "orchard", "prairie", "quarry", "ridge", "summit", "tundra"]]
-    three(folder, label=lambda n: names[n % 20])
-    shotless(folder, "init", *FILES, "--per-label", "1")
-    assert load_params(folder / "new.yaml").contexts["orders"].demonstrations == 20
+INTENTS = [f"{word}_topic_{n}" for n in range(6) for word in WORDS][:77]
+
+
+def test_77_labels_are_shown_by_several_contexts_between_them(folder, model_folder, monkeypatch):
+    for name, start in (("l", 0), ("t", 400)):
+        rows = [{"text": sentence(start + n, 6), "label": INTENTS[n % 77].title()} for n in range(77 * 2)]
+        write_rows(folder / "mine" / f"{name}.jsonl", rows)
+    write_rows(folder / "mine" / "u.jsonl", [{"text": sentence(1000 + n)} for n in range(60)])
+    said = shotless(folder, "init", *FILES).stdout
+    assert "and 65 more" in said
+    assert "contexts: at most 16 demonstrations, which show the 77 labels between them" in said
+    params = prepares(folder, model_folder("llama", max_position_embeddings=4096), monkeypatch)
+    assert params.task.verbalisers == {label.title(): f" {label.replace('_', ' ')}" for label in INTENTS}
+    assert (params.contexts["orders"].demonstrations, params.contexts["orders"].count) == (16, 5)
+    assert shotless(folder, "check").stdout.startswith("params.yaml is in order")
 
 
 def test_two_demonstrations_have_two_orders(folder):
@@ -451,15 +497,25 @@ def test_a_delimiter_and_an_encoding_that_are_said_are_written(folder):
 
 def test_work_is_counted_as_the_stages_do_it():
     params = load_params(PROJECT / "params.yaml")
-    trial = Trial(1000.0, 30.0, 3, 10**6, 30, "shared_prefix")
-    work = token_work(params, trial, transfer=800, evaluated=600)
-    assert work["teachers"] == 4 * (16 * 33 + 800 * 30) + 2 * 800 * 30
-    assert work["training"] == pytest.approx(3 * 30 * (24 / 30 * (150 * 8 + 40 * 16) + 24 * 16))
-    assert work["students"] == pytest.approx(2 * 600 * 30 * 24 / 30)
-    assert work["baselines"] == 4 * (16 * 33 + 600 * 30) + 2 * 600 * 30
+    sizes = {"query": 30.0, "answer": 3.0, "layers": 30, "transfer": 800, "evaluated": 600}
+    work = token_work(params, **sizes)
+    few_shot, plain = 4 * (16 * 33 + 600 * 30), 600 * 30
+    assert work == pytest.approx(
+        {
+            "tune@tuned": 3 * 30 * 24 * 16,
+            "teacher@few_shot": 4 * (16 * 33 + 800 * 30),
+            "teacher@zero_shot": 800 * 30,
+            "teacher@tuned": 800 * 30,
+        }
+        | {"student@cd": 3 * 30 * 24 / 30 * 150 * 8, "student@pbft": 3 * 30 * 24 / 30 * 40 * 16}
+        | {"evaluate@cd": plain * 24 / 30, "evaluate@pbft": plain * 24 / 30}
+        | {"baseline@zero_shot": plain, "baseline@icl": few_shot, "baseline@icl_calibrated": 0, "baseline@icl_ensemble": 0}
+        | {"baseline@teacher": plain}
+    )
+    assert sum(token_work(params, **sizes | {"layers": None}).values()) > sum(work.values()), "students count as whole models"
     seeds = params.students["cd"].model_copy(update={"seeds": (0, 1, 2)})
-    more = token_work(params.model_copy(update={"students": params.students | {"cd": seeds}}), trial, 800, 600)
-    assert more["training"] - work["training"] == pytest.approx(2 * 3 * 30 * 24 / 30 * 150 * 8)
+    more = token_work(params.model_copy(update={"students": params.students | {"cd": seeds}}), **sizes)
+    assert more["student@cd"] == pytest.approx(3 * work["student@cd"])
 
 
 def test_stages_are_those_that_dvc_makes(folder):

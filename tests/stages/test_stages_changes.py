@@ -9,6 +9,7 @@ import pytest
 from conftest import DVC
 from small_project import write_lines
 
+from pipeline.commands.reproduce import due_stages
 from pipeline.params import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # DVC's own, in pygtrie
@@ -21,6 +22,16 @@ def of(name, *kinds):
 
 def test_nothing_runs_after_nothing_changed(dag):
     assert dag.changed() == set()
+
+
+def test_what_a_run_calls_due_is_what_dvc_runs(dag):
+    due, total = due_stages(dag.folder, [])
+    assert due == []
+    dag.change(MORE["a student"][0])
+    due, more = due_stages(dag.folder, [])
+    assert set(due) - {"params"} == dag.after(dag.changed())
+    assert more == total + 3
+    assert due_stages(dag.folder, ["targets@mix"])[0] == ["params"], "what a target does not need is not due"
 
 
 def test_a_row_added_to_a_local_file_runs_its_source_and_what_follows(dag):

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from small_project import OLD, TASK, write_lines
 
 from pipeline.evaluation import cost
+from pipeline.files import read_json
 from pipeline.params import Params, parse_params, read_yaml, resolve, write_yaml
 
 Reads = set[tuple[str, ...]]
@@ -203,7 +204,7 @@ def run_all(folder: Path, raw: dict[str, Any], patch: Callable[[Any, str, Any], 
     found: dict[str, Reads] = {}
     with contextlib.chdir(folder):
         resolve()
-        params = parse_params({key: value for key, value in read_yaml(Path("artifacts/params.yaml")).items() if key in Params.model_fields})
+        params = parse_params({key: value for key, value in read_json(Path("artifacts/params.json")).items() if key in Params.model_fields})
         for stage, name in places(raw):
             module = import_module(f"stages.{'evaluate' if stage == 'baseline' else stage}")
             reads = found[f"{stage}@{name}"] = set()

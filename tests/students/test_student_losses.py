@@ -8,36 +8,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.models.packed import tree_of
 from pipeline.students.losses import label_divergence, label_log_probabilities
 
 kl_nats, reverse_kl_nats, jensen_shannon_nats = (partial(label_divergence, kind) for kind in ("kl", "reverse_kl", "jensen_shannon"))
-COMPLETIONS = {"single": [[5], [9], [2]], "multi": [[5], [9, 3, 7], [2, 5]]}
+COMPLETIONS = {"single": [[5], [9], [2]], "multi": [[5], [9, 3, 7], [2, 5]], "shared": [[9, 3, 7], [9, 3, 5, 1], [9, 4], [2, 3, 7]]}
 finite = st.floats(-30, 30)
 logit_rows = st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=5)
 
 
 def random_logits(completions, rows=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows * (1 + sum(len(ids) - 1 for ids in completions)), 12, generator=generator, dtype=torch.float64) * 3
+    return torch.randn(rows * (1 + len(tree_of(completions).tokens)), 12, generator=generator, dtype=torch.float64) * 3
+
+
+def found_log_probabilities(logits, completions):
+    return label_log_probabilities(logits, tree_of(completions))
 
 
 def naive_label_log_probabilities(logits, completions):
-    """Each completion's tokens one after the other, over the whole vocabulary, in plain Python."""
-    per_row = 1 + sum(len(ids) - 1 for ids in completions)
+    """Each completion's tokens one after the other, over the whole vocabulary, in plain Python: beginnings in order of first occurrence."""
+    beginnings = list(dict.fromkeys(tuple(ids[:end]) for ids in [(), *completions] for end in range(min(1, len(ids)), len(ids) or 1)))
     rows = []
-    for start in range(0, len(logits), per_row):
+    for start in range(0, len(logits), len(beginnings)):
 
-        def log_p(place, token, start=start):
-            row = [float(z) for z in logits[start + place]]
+        def log_p(beginning, token, start=start):
+            row = [float(z) for z in logits[start + beginnings.index(tuple(beginning))]]
             return row[token] - math.log(sum(math.exp(z) for z in row))
 
-        scores, place = [], 1
-        for ids in completions:
-            total = log_p(0, ids[0])
-            for token in ids[1:]:
-                total += log_p(place, token)
-                place += 1
-            scores.append(total)
+        scores = [sum(log_p(ids[:place], token) for place, token in enumerate(ids)) for ids in completions]
         log_sum = math.log(sum(math.exp(s) for s in scores))
         rows.append([s - log_sum for s in scores])
     return torch.tensor(rows, dtype=torch.float64)
@@ -53,7 +52,7 @@ def naive_kl(target, log_probabilities):
 @pytest.mark.parametrize("kind", COMPLETIONS)
 def test_label_log_probabilities_are_those_of_the_definition(kind):
     logits = random_logits(COMPLETIONS[kind])
-    found = label_log_probabilities(logits, COMPLETIONS[kind])
+    found = found_log_probabilities(logits, COMPLETIONS[kind])
     assert torch.allclose(found.double(), naive_label_log_probabilities(logits, COMPLETIONS[kind]), atol=1e-5)
 
 
@@ -62,13 +61,13 @@ def test_a_shift_of_all_logits_changes_nothing(kind):
     logits = random_logits(COMPLETIONS[kind])
     shifted = logits + torch.randn(len(logits), 1, dtype=torch.float64) * 10
     assert torch.allclose(
-        label_log_probabilities(logits, COMPLETIONS[kind]), label_log_probabilities(shifted, COMPLETIONS[kind]), atol=1e-4
+        found_log_probabilities(logits, COMPLETIONS[kind]), found_log_probabilities(shifted, COMPLETIONS[kind]), atol=1e-4
     )
 
 
 def test_single_token_labels_see_their_own_logits_alone():
     logits = random_logits(COMPLETIONS["single"]).requires_grad_()
-    kl_nats(torch.tensor([[0.2, 0.3, 0.5]]), label_log_probabilities(logits, COMPLETIONS["single"])).sum().backward()
+    kl_nats(torch.tensor([[0.2, 0.3, 0.5]]), found_log_probabilities(logits, COMPLETIONS["single"])).sum().backward()
     touched = logits.grad.abs().sum(0).nonzero().flatten().tolist()
     assert touched == [2, 5, 9]
 
@@ -77,7 +76,7 @@ def test_single_token_labels_see_their_own_logits_alone():
 def test_an_answer_position_shifted_by_one_gives_other_numbers(kind):
     logits = random_logits(COMPLETIONS[kind])
     expected = naive_label_log_probabilities(logits, COMPLETIONS[kind])
-    assert not torch.allclose(label_log_probabilities(logits.roll(1, 0), COMPLETIONS[kind]).double(), expected, atol=1e-2)
+    assert not torch.allclose(found_log_probabilities(logits.roll(1, 0), COMPLETIONS[kind]).double(), expected, atol=1e-2)
 
 
 def test_labels_in_another_order_are_another_objective():

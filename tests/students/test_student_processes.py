@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ShotlessError
+from pipeline.files import write_json
 from pipeline.models.process import cores
-from pipeline.params import write_yaml
 from pipeline.students.processes import Processes, joined
 from stages import student as stage
 
@@ -63,7 +63,7 @@ def test_two_processes_train_the_student_of_one(make_project, tmp_path):
 def test_the_stage_trains_from_the_resolved_params(make_project, monkeypatch):
     one, two = make_project("one"), make_project("two")
     one.train(steps=2)
-    write_yaml(two.params({"cd": {"steps": 2}}).model_dump(mode="json"), two.artifacts / "params.yaml")
+    write_json(two.params({"cd": {"steps": 2}}).model_dump(mode="json"), two.artifacts / "params.json")
     monkeypatch.chdir(two.root)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     stage.main("cd")

@@ -20,7 +20,7 @@ from pipeline.students.loop import SmallVocabulary, StudentForward, Validation, 
 from pipeline.students.losses import label_divergence, objective
 from pipeline.students.tuning import adamw, apply_tuning, learning_rate, trained_weights
 
-SINGLE, MULTI = [[5], [9]], [[5], [9, 3, 7]]
+SINGLE, MULTI, SHARED = [[5], [9]], [[5], [9, 3, 7]], [[9, 3, 5], [9, 3, 7]]
 ARCHITECTURES = ["gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3"]
 TUNINGS = {
     "full": {},
@@ -158,7 +158,7 @@ def test_training_gives_the_naive_loop_s_losses_and_answers(tiny_model, architec
     assert not torch.allclose(after, before, atol=5e-3)
 
 
-@pytest.mark.parametrize("completions", [SINGLE, MULTI], ids=["single", "multi"])
+@pytest.mark.parametrize("completions", [SINGLE, MULTI, SHARED], ids=["single", "multi", "shared"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "mistral with a short window"])
 def test_the_forward_has_the_plain_values_and_gradients(tiny_model, architecture, completions):
     """Packed, but for a window shorter than the rows; with the small vocabulary for single-token labels."""

@@ -163,7 +163,7 @@ def test_a_template_is_identified_by_the_prompts_it_makes(world):
     """Another template is scored; the same prompts under another spelling of the params are not."""
     world.capture()
     first = world.scored()
-    world.task = TASK | {"verbalisers": dict(reversed(TASK["verbalisers"].items())), "max_chars": 1000}
+    world.task = TASK | {"verbalisers": dict(reversed(TASK["verbalisers"].items())), "max_tokens": 1000}
     world.capture()
     assert world.scored() == first
     world.task = TASK | {"template": "{text} was"}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.models.forward import LOW_PRECISION_TOLERANCE_NATS, in_float32
-from pipeline.models.packed import PackedModel
+from pipeline.models.packed import PackedModel, tree_of
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.teachers import engines
@@ -24,7 +24,7 @@ from pipeline.teachers.engines import (
 )
 
 SINGLE = [[5], [9]]
-MULTI = [[5], [9, 3, 7], [11, 5]]
+MULTI = [[5], [9, 3, 7], [11, 5], [9, 3, 4], [9, 8], [9, 3, 12, 2]]
 KEPT = CacheParams(top_k=8)
 
 
@@ -278,7 +278,7 @@ def test_a_bfloat16_model_computes_in_float32_inside_the_block_alone(tiny_model,
 def read(logits, top_k):
     """Single-token labels 1 and 2, one answer position a row."""
     cache = CacheParams(encoding="top_k_tail", top_k=top_k, resolution_nats=None)
-    return read_scores(logits, [[1], [2]], cache, [Prompt((0,))] * len(logits))
+    return read_scores(logits, [tree_of([[1], [2]])] * len(logits), cache, [Prompt((0,))] * len(logits))
 
 
 def test_head_and_tail_make_the_whole_distribution():
@@ -327,3 +327,16 @@ def test_the_token_budget_follows_the_memory(tiny_model):
     assert engines.LARGEST_BUDGET == token_budget(model, 1 << 40) >= token_budget(model, 1 << 20) >= 64
     assert token_budget(model.to("meta"), 1 << 40) == engines.LARGEST_GPU_BUDGET  # the meta device stands for a GPU
     assert token_budget(model, sum(p.numel() * p.element_size() for p in model.parameters())) == 64
+
+
+def test_a_probe_of_many_labels_costs_the_plain_pass_few_prompts(tiny_model, monkeypatch):
+    model, rows, plain = tiny_model("llama"), [], engines.plain_logits
+    monkeypatch.setattr(engines, "plain_logits", lambda model, own, layers: rows.extend(own) or plain(model, own, layers))
+    labels = [[3 + n, *range(7, 7 + n % 4)] for n in range(77)]
+    prompts = prompts_of(random_ids(20, 0), 4, 9)
+    expected = naive_scores(model, labels, prompts)
+    engine = open_for(model, prompts, labels)
+    assert engine.name == "shared_prefix"
+    assert all(1 < len(row.tree.paths) <= 9 for row in rows)
+    assert {len(path) for row in rows for path in row.tree.paths} == {1, 2, 3}, "all but the last token, of labels of every length"
+    assert_right(model, engine.score(prompts, follow_all=True).label_logprobs, labels, prompts, expected)

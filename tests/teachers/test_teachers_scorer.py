@@ -92,9 +92,9 @@ def test_a_context_is_read_once_for_all_its_parts(model_folder, monkeypatch):
     scorer = Scorer(model_folder("llama"), LABELS, work=None, threads=1)
     scorer.label_scores([NO_CONTEXT], EXAMPLES[:1], "probe")
 
-    def noted(self, prompts, prefix=None):
+    def noted(self, prompts, prefix=None, **settings):
         shared.append(prefix)
-        return original(self, prompts, prefix)
+        return original(self, prompts, prefix, **settings)
 
     monkeypatch.setattr(Engine, "score", noted)
     scorer.label_scores([TWO], EXAMPLES, "t")

@@ -1,0 +1,137 @@
+"""`shotless run` over a small DAG that DVC runs: what it says on a terminal and without one, how it fails and ends."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import PROJECT
+
+from pipeline.commands import reproduce as module
+from pipeline.commands.reproduce import Watch, reproduce
+from pipeline.errors import ShotlessError
+
+METER = "import sys; from pipeline.progress import progress\nwith progress('work', 2, 'rows') as meter:\n    meter.advance(2, 'a note')\n"
+DAG = """
+stages:
+  first: {cmd: "echo chatter && cp in.txt first.txt", deps: [in.txt], outs: [first.txt]}
+  second: {cmd: "$SHOTLESS_PYTHON meter.py && cp first.txt second.txt", deps: [first.txt], outs: [second.txt]}
+  third: {cmd: "sh third.sh && cp in.txt third.txt", deps: [in.txt, third.sh, second.txt], outs: [third.txt]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("[core]\n    analytics = false\n    no_scm = true\n", "utf-8")
+    for name, text in {"dvc.yaml": DAG, "in.txt": "in", "meter.py": METER, "third.sh": "echo ok\n"}.items():
+        (tmp_path / name).write_text(text, "utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def log_of(folder):
+    [log] = (folder / ".work" / "logs").iterdir()
+    return log
+
+
+def test_a_line_a_stage_all_in_the_log_and_a_second_run_that_runs_nothing(folder, capsys):
+    reproduce(folder, folder, ["second"])
+    said = capsys.readouterr().err
+    log = log_of(folder)
+    assert [line.split(":")[0] for line in said.splitlines()[1:-1]] == ["first", "second"]
+    assert f"2 of 2 stages to run; all that they print is in .work/logs/{log.name}" in said
+    assert said.splitlines()[-1].startswith("Done in ")
+    assert "chatter" in log.read_text("utf-8")
+    assert "work: 2/2 rows" in log.read_text("utf-8")
+    reproduce(folder, folder, ["second"])
+    assert capsys.readouterr() == ("Nothing to run: all 2 stages are up to date.\n", "")
+    assert log_of(folder) == log
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo before\necho 'error: 3 rows.' >&2\necho 'Take more.' >&2\nexit 2\n", "third: 3 rows.\nTake more.\nWhat is done"),
+        (f"{sys.executable} -c 'raise KeyError(7)'\n", "third: Traceback (most recent call last):"),
+        ("echo killed; exit 9\n", "third: > sh third.sh && cp in.txt third.txt\nkilled\nERROR: failed to reproduce 'third'"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_fails_says_its_own_error_in_front_and_the_next_run_goes_on(folder, capsys, script, said):
+    (folder / "third.sh").write_text(script, "utf-8")
+    with pytest.raises(ShotlessError) as caught:
+        reproduce(folder, folder)
+    assert str(caught.value).startswith(said)
+    assert ("failed to reproduce" in str(caught.value)) == ("failed to reproduce" in said)
+    assert str(caught.value).endswith(f"is in .work/logs/{log_of(folder).name}")
+    assert "second: " in capsys.readouterr().err
+    log_of(folder).unlink()
+    (folder / "third.sh").write_text("echo ok\n", "utf-8")
+    reproduce(folder, folder)
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()[1:-1]] == ["third"]
+
+
+def test_an_unknown_stage_is_named_before_anything_runs(folder):
+    with pytest.raises(ShotlessError, match=r"dvc\.yaml: .*'nope'"):
+        reproduce(folder, folder, ["nope"])
+    assert not (folder / ".work").exists()
+
+
+RUN = "from pathlib import Path; from pipeline.commands.reproduce import reproduce; reproduce(Path(), Path())"
+
+
+def test_on_a_terminal_it_shows_what_runs_and_what_is_to_do(folder):
+    (folder / "third.sh").write_text("sleep 2\n", "utf-8")
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen([sys.executable, "-c", RUN], env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 4096):
+            shown += piece
+    except OSError:  # how Linux ends a terminal that nobody holds
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    for text in ("0 of 3 stages; to do: first, second, third", "2 of 3 stages", "third", "second: ", "Done in "):
+        assert text in shown.decode()
+
+
+def test_a_run_that_is_told_to_end_ends_its_stages(folder):
+    (folder / "third.sh").write_text("echo $$ > pid\nsleep 60\n", "utf-8")
+    process = subprocess.Popen([sys.executable, "-c", RUN], stderr=subprocess.DEVNULL)
+    while not (folder / "pid").is_file() or not (folder / "pid").read_text("utf-8"):
+        assert process.poll() is None, "the run ended before it could be told to"
+        time.sleep(0.02)
+    stage = psutil.Process(int((folder / "pid").read_text("utf-8")))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs([stage], timeout=10)
+    assert not alive
+
+
+def test_time_left_is_that_of_the_work_at_the_rate_so_far(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    overhead = module.SECONDS_A_STAGE
+    watch = Watch(["prepare", "teacher@a", "teacher@b", "report"], 6, lambda: {"teacher@a": 100.0, "teacher@b": 300.0})
+    assert watch.read("Stage 'download@x' didn't change, skipping") is None
+    watch.read("Running stage 'prepare':")
+    clock[0] = 5.0
+    assert watch.read("Running stage 'teacher@a':") == "prepare: 5 s"
+    assert watch.seconds_left() is None
+    assert watch.whole == "3 of 6 stages; to do: teacher, report"
+    clock[0] += overhead + 10.0
+    watch.read("a: 50/100 rows, 5.0/s, 10 s left  note")
+    assert watch.seconds_left() == pytest.approx(10.0 + (overhead + 60.0) + overhead)
+    assert watch.now == "teacher@a  a: 50/100 rows, 5.0/s, 10 s left  note"
+    clock[0] += 40.0
+    assert watch.read("Running stage 'teacher@b':") == f"teacher@a: {overhead + 50:.0f} s"
+    assert watch.seconds_left() == pytest.approx(150.0 - 1.0 + overhead)
+    assert watch.whole == "4 of 6 stages, about 3 min left; to do: report"
