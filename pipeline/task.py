@@ -304,12 +304,13 @@ class TaskTokens:
 
     def _completions(self) -> list[list[int]]:
         words = self.task.verbalisers
-        found = [self._following("", self._answer(text)) for text in words]
+        answers = [self._answer(text) for text in words]
+        found = [self._following("", answer) for answer in answers]
         for label, ids, text in zip(self.task.labels, found, words, strict=bool(words)):
             if not ids:
                 raise UsageError(f"task.verbalisers.{label}: {text!r} has no token in this tokenizer. Give it a visible text.")
         if _beginning(found):
-            found = [ids + self._end(text) for ids, text in zip(found, words, strict=True)]
+            found = [ids + self._end(answer) for ids, answer in zip(found, answers, strict=True)]
         if pair := _beginning(found):
             (one, ids), (other, others) = ((self.task.labels[number], found[number]) for number in pair)
             raise UsageError(
@@ -317,9 +318,9 @@ class TaskTokens:
             )
         return found
 
-    def _end(self, verbaliser: str) -> list[int]:
+    def _end(self, answer: str) -> list[int]:
         """The token that ends an answer in demonstrations."""
-        return self._following(verbaliser, self.task.params.separator, self._example_query)[:1]
+        return self._following(answer, self.task.params.separator, self._example_query)[:1]
 
     @property
     def _example_query(self) -> str:
@@ -424,7 +425,7 @@ class ChatTokens(TaskTokens):
     def _stop(self, completion: CompletionParams) -> str:  # noqa: ARG002
         return self.frame["end"]
 
-    def _end(self, verbaliser: str) -> list[int]:  # noqa: ARG002
+    def _end(self, answer: str) -> list[int]:  # noqa: ARG002
         return list(self._sections(self.frame["end"]))
 
     def _as_text(self, text: str) -> str:
