@@ -133,6 +133,12 @@ class TaskTokens:
         """Tokens of a prompt with its answer, or with the longest one that it may get."""
         return prompt.length + (self.longest_answer if prompt.answer is None else len(prompt.answer))
 
+    def added_by(self, context: Context) -> int:
+        """Tokens that a context adds to a prompt. Raises TooLongError if it leaves too little for an input."""
+        probe = [Example(dict.fromkeys(self.task.fields, "some text"), completion="")]
+        behind, alone = (self.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
+        return behind.length - alone.length
+
     def prompts(self, context: Context, examples: Sequence[Example]) -> list[Prompt]:
         """One prompt for each example behind `context`; a text that does not fit is cut, and its prompt says so.
 
