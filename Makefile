@@ -5,7 +5,7 @@ BIN := $(CURDIR)/.venv/bin
 PRESET ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-ray lint docs setup setup-dev clean bench-teacher bench-student bench-serve bench-cache
+.PHONY: help run test test-fast test-ray test-servers lint docs setup setup-dev clean bench-teacher bench-student bench-serve bench-cache check-gpu
 
 help:
 	@echo "make run              set up, download model and data, run the pipeline, print what was gained"
@@ -13,12 +13,14 @@ help:
 	@echo "make test             set up, lint, check types, run the tests"
 	@echo "make test-fast        the tests without the real model"
 	@echo "make test-ray         every way in which a worker of Ray may fail; make test has one of them"
+	@echo "make test-servers     a teacher behind llama.cpp's own server, compiled in an environment of its own (after make run)"
 	@echo "make lint             ruff and pyright"
 	@echo "make docs             write docs/params.md from the params"
 	@echo "make bench-teacher    the teacher's engines side by side (after make run; BENCH_ARGS for more)"
 	@echo "make bench-student    training speed and memory beside Trainer, SFTTrainer and the limit (after make run)"
 	@echo "make bench-serve      requests a second of shotless serve (after make run; BENCH_ARGS=\"--student FOLDER\")"
 	@echo "make bench-cache      bytes of the score cache against what it loses (after make run)"
+	@echo "make check-gpu        the default model on a GPU: probe, teacher, student, vLLM; ten minutes at most (after make run)"
 	@echo "make clean            remove everything that runs have made, scores too (the environment stays)"
 
 run: setup
@@ -36,6 +38,9 @@ test-fast: setup-dev
 test-ray: setup-dev
 	@SHOTLESS_RAY=1 "$(BIN)/python" -m pytest tests/teachers/test_teachers_ray.py
 
+test-servers: setup-dev
+	@SHOTLESS_SERVERS=1 "$(BIN)/python" -m pytest -rP tests/teachers/test_teachers_real_server.py
+
 lint: setup-dev
 	@"$(BIN)/ruff" check .
 	@"$(BIN)/ruff" format --check .
@@ -46,6 +51,9 @@ docs: setup
 
 bench-teacher bench-student bench-serve bench-cache: bench-%: setup-dev
 	@"$(BIN)/python" -m benchmarks.$* $(BENCH_ARGS)
+
+check-gpu: setup-dev
+	@"$(BIN)/python" -m benchmarks.check_gpu
 
 # What a run needs, and what tests, benchmarks and all extras (pyproject.toml) need.
 setup: .venv/.installed

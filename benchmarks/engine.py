@@ -21,7 +21,7 @@ from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.teachers.engines import Engine, token_budget
 
-BATCH = 8
+BATCH = 64 if torch.cuda.is_available() else 8
 TOP_K = 32
 Prompts = dict[str, Any]
 """`prompts.Prompts` as JSON."""
@@ -31,19 +31,20 @@ def plain(model: PreTrainedModel, prompts: Prompts) -> Tensor:
     """Full prompts, one by one: label log-probabilities [N, L]."""
     rows = []
     for query in prompts["query_ids"]:
-        logits = model(input_ids=torch.tensor([prompts["context_ids"] + query]), use_cache=False, logits_to_keep=1).logits[0, -1]
+        ids = torch.tensor([prompts["context_ids"] + query], device=model.device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
         rows.append(_labels(logits.log_softmax(-1), prompts))
     return torch.stack(rows)
 
 
 def plain_batched(model: PreTrainedModel, prompts: Prompts) -> Tensor:
-    """Full prompts in batches of 8, padded on the left, as `transformers` users write it."""
+    """Full prompts in batches of `BATCH`, padded on the left, as `transformers` users write it."""
     rows = []
     for start in range(0, len(prompts["query_ids"]), BATCH):
         batch = [prompts["context_ids"] + query for query in prompts["query_ids"][start : start + BATCH]]
         width = max(map(len, batch))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in batch])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
         rows.append(torch.stack([_labels(row, prompts) for row in out.log_softmax(-1)]))
@@ -76,7 +77,7 @@ def main() -> None:
     use_machine(None)
     if name in {"plain", "plain_batched"}:  # as their users have torch, with the library that it takes by itself
         torch.set_float32_matmul_precision("highest")
-    model = load_model(folder, DTYPES[prompts["dtype"]])
+    model = load_model(folder, DTYPES[prompts["dtype"]], default_device())
     rate = product_rate(model)
     with torch.inference_mode():
         answer = answering(name, model, prompts["completions"])
@@ -85,12 +86,13 @@ def main() -> None:
             # warms up, and makes the fast path forget the context: its reading is part of every time
             answer(prompts | {"query_ids": prompts["query_ids"][:BATCH], "context_ids": prompts["context_ids"][:64]})
             start = time.perf_counter()
-            answers = answer(prompts)
+            answers = answer(prompts).cpu()  # a GPU has answered only then
             times.append(time.perf_counter() - start)
             rate = max(rate, product_rate(model))
     figures = {
         "seconds": min(times),
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "answers": answers.tolist(),
         "product_flops_per_s": rate,
         "limit_seconds": shared_prefix_flops(model, len(prompts["context_ids"]), [len(query) for query in prompts["query_ids"]]) / rate,

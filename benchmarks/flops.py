@@ -31,11 +31,13 @@ def shared_prefix_flops(model: PreTrainedModel, context: int, queries: list[int]
 def product_rate(model: PreTrainedModel, rows: int = 1536, seconds: float = 1.0) -> float:
     """Operations a second of the model's MLP product on `rows` tokens: the best of many."""
     config = model.config.get_text_config()
-    x = torch.randn(rows, config.hidden_size, dtype=model.dtype)
-    weight = torch.randn(config.intermediate_size, config.hidden_size, dtype=model.dtype)
+    x = torch.randn(rows, config.hidden_size, dtype=model.dtype, device=model.device)
+    weight = torch.randn(config.intermediate_size, config.hidden_size, dtype=model.dtype, device=model.device)
     times: list[float] = []
     while sum(times) < seconds:
         start = time.perf_counter()
         torch.nn.functional.linear(x, weight)
+        if x.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return 2 * rows * config.hidden_size * config.intermediate_size / min(times)

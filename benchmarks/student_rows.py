@@ -73,6 +73,7 @@ def peak_rss() -> Iterator[dict[str, int]]:
 def load(folder: str, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The model with all its weights in memory, not only mapped."""
     model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.clone())
@@ -82,7 +83,13 @@ def load(folder: str, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
 def steps_ended() -> list[float]:
     """A list that grows by the time at the end of each step of any optimizer."""
     ends: list[float] = []
-    register_optimizer_step_post_hook(lambda *_: ends.append(time.monotonic()))
+
+    def ended(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ends.append(time.monotonic())
+
+    register_optimizer_step_post_hook(ended)
     return ends
 
 
@@ -117,7 +124,7 @@ def count_tokens(model: PreTrainedModel) -> list[int]:
 
 
 def settings(steps: int, batch_size: int, folder: str) -> dict[str, Any]:
-    """What the trainers are told: float32 on the CPU, nothing saved or logged; the rest as they come."""
+    """What the trainers are told: float32, nothing saved or logged; the rest as they come."""
     return {
         "output_dir": folder,
         "max_steps": steps,
@@ -127,7 +134,7 @@ def settings(steps: int, batch_size: int, folder: str) -> dict[str, Any]:
         "save_strategy": "no",
         "logging_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "dataloader_pin_memory": False,
     }
@@ -192,6 +199,7 @@ def measure(name: str, folder: str, lesson: dict[str, Any], steps: int, batch_si
     return {
         "tokens_per_s": counted / seconds,
         "peak_rss_above_model_bytes": peak["bytes"],
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "tokens": sum(tokens),
         "seconds_in_all": in_all,
         "products": torch.get_float32_matmul_precision(),

@@ -1,8 +1,9 @@
-"""`make bench-teacher`: the teacher's engines side by side with plain transformers, lm-evaluation-harness, llama.cpp and the limit.
+"""`make bench-teacher`: the teacher's engines beside plain transformers, lm-evaluation-harness, llama.cpp, a server and the limit.
 
 Every engine answers the same prompts in a process of its own; answers are compared with plain transformers' before a time counts. A slow
 engine answers fewer of the queries: its rate does not depend on their number. llama.cpp compiles for minutes, so it runs where it is asked
 for (`--engines …,llama_cpp`) and its figures are kept, with machine and date, in `benchmarks/llama_cpp.json`; other runs show those.
+A server that is running is asked as a teacher behind it is (`--engines …,server --server URL --server-model NAME`).
 """
 
 import json
@@ -20,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environments import python_of
+from benchmarks.environments import llama_cpp_python, python_of
 from benchmarks.flops import FORMULA
 from benchmarks.machine import about
 from benchmarks.prompts import LABELS, build, texts
@@ -35,7 +36,6 @@ SLOW = {0: 32, 256: 16, 1024: 8, 4096: 4}
 """Queries that engines without a shared context answer, by the context's tokens."""
 TOLERANCE_NATS = {"float32": 1e-4, "bfloat16": 0.5}
 LM_EVAL = ["torch", "lm_eval[hf]==0.4.13"]
-LLAMA_CPP = ["llama-cpp-python==0.3.36", "numpy"]
 KEPT = Path("benchmarks/llama_cpp.json")
 LINE = (40, 80, 160)
 """Numbers of queries behind one context of 1,024 tokens, to show that time grows with queries alone."""
@@ -45,19 +45,24 @@ def main(
     contexts: str = "0,256,1024,4096",
     engines: str = "plain,plain_batched,lm_eval,generic,shared_prefix",
     dtype: str = "float32",
-    gguf: Path | None = None,
+    gguf: Path = GGUF,
+    server: str = "http://127.0.0.1:8080/v1",
+    server_model: str = "smollm2",
     output: Path = Path("benchmarks/results/teacher.json"),
 ) -> None:
     """Measure, print tables, write JSON. `--gguf` is llama.cpp's model, by default the file that the default run's model was made from."""
+    arguments = {"llama_cpp": [str(gguf)], "server": [server, server_model]}
     machine = about() | {"dtype": dtype, "texts": texts()[1], "formula_of_limit": FORMULA}
     rows: list[dict[str, Any]] = []
     for tokens in map(int, contexts.split(",")):
-        rows += _at(tokens, engines.split(","), dtype, gguf)
+        rows += rows_at(tokens, engines.split(","), dtype, arguments)
         _print(rows)
         write_json({"machine": machine, "rows": rows}, output)  # a run that is cut off keeps what it has measured
     measured = {"machine": machine, "rows": rows}
     if 1024 in map(int, contexts.split(",")) and "shared_prefix" in engines:
-        line = [row for count in LINE for row in _at(1024, ["shared_prefix"], dtype, gguf, count) if row["engine"] == "shared_prefix"]
+        line = [
+            row for count in LINE for row in rows_at(1024, ["shared_prefix"], dtype, arguments, count) if row["engine"] == "shared_prefix"
+        ]
         _print_line(line)
         measured |= {"line": line, "profile_seconds": _profile(dtype)}
         _print_profile(measured["profile_seconds"])
@@ -68,24 +73,24 @@ def main(
     print(f"written to {output}")
 
 
-def _at(context: int, engines: list[str], dtype: str, gguf: Path | None, count: int = QUERIES) -> list[dict[str, Any]]:
-    """Rows of all engines at one length of context."""
+def rows_at(context: int, engines: list[str], dtype: str, arguments: dict[str, list[str]], count: int = QUERIES) -> list[dict[str, Any]]:
+    """Rows of all engines at one length of context; `arguments` are those of engines that take some."""
     prompts = build(load_tokenizer(MODEL), context, QUERY_TOKENS, count)
     given = asdict(prompts) | {"labels": LABELS, "dtype": dtype}
     rows, reference = [], None
     for engine in engines:
-        fast = engine in {"shared_prefix", "llama_cpp"}
-        number = count if fast else min(count, SLOW[context])
+        fast = engine in {"shared_prefix", "llama_cpp", "vllm", "server"}
+        number = count if fast or torch.cuda.is_available() else min(count, SLOW[context])
         part = given | {name: given[name][:number] for name in ("queries", "query_ids")} | {"repeats": 3 if fast or context == 0 else 1}
         print(f"{engine}, {len(prompts.context_ids)} context tokens, {number} queries …", file=sys.stderr, flush=True)
-        figures = _run(engine, part, gguf)
+        figures = _run(engine, part, arguments)
         if figures is None:
             continue
         answers = torch.tensor(figures["answers"])
         reference = answers if reference is None else reference
         both = min(len(answers), len(reference))
         difference = float((answers[:both] - reference[:both]).abs().max())
-        if engine != "llama_cpp" and difference > TOLERANCE_NATS[dtype]:  # llama.cpp multiplies quantised activations
+        if engine not in {"llama_cpp", "server"} and difference > TOLERANCE_NATS[dtype]:  # these may multiply quantised activations
             raise SystemExit(f"{engine}: answers differ by {difference:.1e} nats from {engines[0]}'s; its time means nothing")
         shape = {
             "context_tokens": context,
@@ -93,7 +98,11 @@ def _at(context: int, engines: list[str], dtype: str, gguf: Path | None, count: 
             "query_tokens": sum(map(len, prompts.query_ids)) / count,
             "queries": number,
         }
-        kept = {key: figures[key] for key in ("seconds", "peak_rss_bytes", "model_bytes", "product_flops_per_s") if key in figures}
+        kept = {
+            key: figures[key]
+            for key in ("seconds", "peak_rss_bytes", "peak_device_bytes", "model_bytes", "product_flops_per_s")
+            if key in figures
+        }
         rows.append(
             {"engine": engine, **shape, "examples_per_s": number / figures["seconds"], "largest_difference_nats": difference, **kept}
         )
@@ -102,7 +111,7 @@ def _at(context: int, engines: list[str], dtype: str, gguf: Path | None, count: 
     return rows
 
 
-def _run(engine: str, prompts: dict[str, Any], gguf: Path | None) -> dict[str, Any] | None:
+def _run(engine: str, prompts: dict[str, Any], arguments: dict[str, list[str]]) -> dict[str, Any] | None:
     """Figures of one engine's process (or of the profiler's); None where its environment cannot be made."""
     python: Path | None = Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,10 +121,11 @@ def _run(engine: str, prompts: dict[str, Any], gguf: Path | None) -> dict[str, A
         if engine == "lm_eval":
             python, command = python_of("lm_eval", LM_EVAL), ["benchmarks/lm_eval_engine.py", str(MODEL), str(file)]
         elif engine == "llama_cpp":
-            python, command = (
-                python_of("llama_cpp", LLAMA_CPP),
-                ["benchmarks/llama_cpp_engine.py", str(gguf or GGUF), str(file)],
-            )
+            python, command = llama_cpp_python(), ["benchmarks/llama_cpp_engine.py", *arguments[engine], str(file)]
+        elif engine == "server":
+            command = ["-m", "benchmarks.server_engine", str(file), *arguments[engine]]
+        elif engine == "vllm":
+            command = ["benchmarks/vllm_engine.py", str(MODEL), str(file)]
         elif engine == "profile":
             command = ["-m", "benchmarks.where_time_goes", str(MODEL), str(file)]
         if python is None:
@@ -155,7 +165,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _profile(dtype: str) -> dict[str, float]:
     """Seconds by kind of operation, of `QUERIES` queries behind a context of 1,024 tokens."""
     prompts = build(load_tokenizer(MODEL), 1024, QUERY_TOKENS, QUERIES)
-    found = _run("profile", asdict(prompts) | {"dtype": dtype}, None)
+    found = _run("profile", asdict(prompts) | {"dtype": dtype}, {})
     assert found is not None
     return found
 

@@ -18,7 +18,7 @@ from pipeline.targets.calibration import learn_offsets, normalised
 from pipeline.task import Task
 
 COMPARED, COMPARED_TOKENS = 32, 3000
-"""Labelled examples that are asked at most, and their tokens: half a minute of SmolLM2-135M on two cores."""
+"""Labelled examples that are asked at most, and their tokens, so that `init` stays short."""
 LEAST = 8
 """If fewer are left beside the demonstrations, half of the demonstrations are asked about the others."""
 

@@ -276,3 +276,19 @@ def test_costs_are_of_one_text_at_a_time(graph):
     found = answered(graph, [{"text": text} for text in TEXTS])
     assert np.array([row for row, _ in found["answers"]]) == pytest.approx(shares(graph, TEXTS), abs=1e-6)
     assert found["disk_mb"] == round(sum(file.stat().st_size for file in graph.iterdir() if file.name != "manifest.json") / 1e6, 1)
+
+
+def test_a_student_in_chat_turns_keeps_them_without_its_template(tmp_path, model_folder):
+    folder = tmp_path / "cd"
+    shutil.copytree(model_folder("llama"), folder)
+    turns = "{% for message in messages %}{{ message.role + ': ' + message.content + '<|end|>' }}{% endfor %}assistant: "
+    (folder / "chat_template.jinja").write_text(turns, encoding="utf-8")
+    task = Task(TaskParams(template="{text}", verbalisers={"no": " b", "yes": " g"}), "chat")  # one token each
+    write_manifest(folder, about_trained("cd", load_tokens(task, folder), {}))
+    exported = write(folder, tmp_path / "onnx")
+    texts = [*TEXTS, "ends<|end|>assistant: here"]
+    asked, again = (Predictor(own, 1).predict(texts) for own in (folder, exported))
+    assert [found.ids for found in asked] == [found.ids for found in again]
+    tokenizer = load_tokenizer(folder)
+    assert [tokenizer.decode(found.ids) for found in asked] == [f"user: {text}<|end|>assistant: " for text in texts]
+    np.testing.assert_allclose(shares(exported, texts), shares(folder, texts), atol=1e-5)

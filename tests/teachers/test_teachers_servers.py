@@ -2,16 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from teachers.conftest import TWO, World
+from teachers.conftest import TWO, World, example
 from teachers.fake_server import MODEL, FakeServer
 
 from pipeline.errors import MismatchError, ShotlessError, UsageError
+from pipeline.evaluation.cost import measure_method
+from pipeline.evaluation.predictions import models_of, predict
 from pipeline.models.folders import load_model
 from pipeline.params import ServerParams
 from pipeline.schema import Context
+from pipeline.targets.build import build_targets
+from pipeline.task import Task
 from pipeline.teachers import servers
 from pipeline.teachers.servers import Said, ask_server, score_labels
 
@@ -282,6 +287,30 @@ def test_a_server_without_log_probabilities_is_refused_with_what_to_do(serve):
     world, _ = serve("vllm", {"model": "other"})
     with pytest.raises(UsageError, match=r"servers\.big\.model: the server has no 'other'; it has: tiny-1"):
         world.meet()
+
+
+def test_a_baseline_asks_the_server_and_its_cost_is_measured_as_asked(serve):
+    world, server = serve("vllm")
+    world.meet()
+    world.capture()
+    params = world.params()
+    targets = {"t": params.targets["t"].model_copy(update={"teachers": {"few": 1.0}})}
+    params, task = params.model_copy(update={"targets": targets}), Task(params.task)
+    build_targets("t", targets["t"], task, world.folders)
+    sets = {"e": [replace(example(text), label="positive") for text in ("a strange film", "bored")]}
+    models = models_of("b", params, world.folders)
+    table = predict("b", models, params, world.folders, sets)
+    assert [sum(row) for row in table["probabilities"].to_pylist()] == pytest.approx([1, 1])
+    asked = len(server.asked)
+    assert predict("b", models, params, world.folders, sets).equals(table)
+    assert len(server.asked) == asked
+    figures = measure_method("b", models, params, world.folders, sets["e"])
+    assert figures["measured"]["device"] == "server"
+    assert figures["latency_ms"] > 0
+    assert figures["forward_passes"] == len(CONTEXTS)
+    server.shift = 5.0
+    with pytest.raises(MismatchError, match="answers otherwise"):
+        measure_method("b", models, params, world.folders, sets["e"])
 
 
 class Told:
