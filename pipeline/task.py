@@ -187,8 +187,9 @@ class TaskTokens:
                 most = "" if self.task.params.max_tokens is None else f" (task.max_tokens: {self.task.params.max_tokens})"
                 step = "Leave it out, or let task.long_texts cut it."
                 if room < LEAST_TOKENS:
-                    shorter = "fewer or shorter demonstrations (contexts.*.demonstrations, data.demonstrations.max_words)"
-                    step = f"{LEAST_TOKENS} must. Take {shorter if behind else 'a shorter template'}, or a model that takes more."
+                    demonstrations = "fewer or shorter demonstrations (contexts.*.demonstrations, data.demonstrations.max_words)"
+                    shorter = demonstrations if behind else "a shorter template"
+                    step = f"At least {LEAST_TOKENS} must fit: take {shorter}, or a model that takes more."
                 fit = f"{max(0, room):,} fit {self.tokenizer.name_or_path}{behind}{most}"
                 raise TooLongError(f"its text has {whole:,} tokens, and {fit}", example, step)
             pieces = split(example, spans, room)
