@@ -142,10 +142,14 @@ def measure(
     }
     if device.type == "cuda":
         figures["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
-    engines = []
+    engines, opened = [], dict[PreTrainedModel, Engine]()
     for own, (network, prompts) in zip(tokens.values(), by_network, strict=True):
-        probes = [one[0] for one in max(prompts, key=lambda own: len(own[0][0].ids))[:PROBES]]
-        engines.append((open_engine(network, own, LABELS_ONLY, probes), prompts))
+        if network in opened:  # asked in another format, with other tokens for its labels
+            engine = Engine(network, opened[network].packed, own.completions, LABELS_ONLY, opened[network].token_budget)
+        else:
+            probes = [one[0] for one in max(prompts, key=lambda own: len(own[0][0].ids))[:PROBES]]
+            engine = opened[network] = open_engine(network, own, LABELS_ONLY, probes)
+        engines.append((engine, prompts))
     few = min(len(examples), ONE_THREAD_EXAMPLES)
     batched = [_throughput(engines, len(examples) if count == threads else few, count) for count in counts]
     figures["throughput"] = batched[0]

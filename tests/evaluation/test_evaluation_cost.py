@@ -85,6 +85,16 @@ def test_an_ensemble_pays_for_every_model_and_context_and_a_shared_model_once(mo
     assert figures["parameters"] == parameters(first) + parameters(second)
 
 
+def test_a_model_that_is_asked_in_two_formats_is_loaded_once(model_folder, tmp_path):
+    shutil.copytree(model_folder("llama"), folder := tmp_path / "chat")
+    turns = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(turns, encoding="utf-8")
+    figures = measure([Answering(folder, CONTEXTS[:1], "chat"), Answering(folder)], TASK, EXAMPLES, 2, 1)
+    assert figures["forward_passes"] == 2
+    assert figures["parameters"] == parameters(folder)
+    assert figures["throughput"]["engine"] == "shared_prefix"
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """What the plain model is given, one list for each loaded model; then "peak" and "batches" as they come."""
