@@ -179,14 +179,14 @@ class TaskTokens:
         """An example cut, or in windows, so that the prompts fit. Raises TooLongError if fewer than `LEAST_TOKENS` of it would be left."""
         spans = self._spans(example)
         whole = room = sum(map(len, spans.values()))
-        refused = self.task.params.long_texts == "refuse"
+        refused, least = self.task.params.long_texts == "refuse", LEAST_TOKENS
         while True:
             room -= excess
-            if refused or room < LEAST_TOKENS:
+            if refused or room < least:
                 behind = f" behind context {context.name!r}" if context.context_id != NO_CONTEXT.context_id else ""
                 most = "" if self.task.params.max_tokens is None else f" (task.max_tokens: {self.task.params.max_tokens})"
                 step = "Leave it out, or let task.long_texts cut it."
-                if room < LEAST_TOKENS:
+                if room < least:
                     demonstrations = "fewer or shorter demonstrations (contexts.*.demonstrations, data.demonstrations.max_words)"
                     shorter = demonstrations if behind else "a shorter template"
                     step = f"At least {LEAST_TOKENS} must fit: take {shorter}, or a model that takes more."
@@ -197,6 +197,7 @@ class TaskTokens:
             excess = max(self._excess(pieces, prompts))
             if excess <= 0:
                 return pieces, prompts
+            least = 1  # what is cut may have a token more than it had in the whole text
 
     def _spans(self, example: Example) -> dict[str, list[tuple[int, int]]]:
         texts = {name: example.fields[name] for name in self.task.fields}

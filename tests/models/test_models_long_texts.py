@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer
 from pipeline.files import MANIFEST, read_json, write_json
 from pipeline.models.folders import load_tokenizer
 from pipeline.models.trained import load_tokens, open_trained
-from pipeline.params import TaskParams
+from pipeline.params import LEAST_TOKENS, TaskParams
 from pipeline.schema import NO_CONTEXT, Context, Example
 from pipeline.serving import Predictor, export
 from pipeline.serving.onnx_engine import PlainTokenizer
@@ -90,6 +90,16 @@ def test_max_tokens_bounds_a_text_whatever_stands_before_it(tokenizer):
     assert alone == behind
     assert 17 <= len(tokenizer(alone).input_ids) <= 20
     assert not tokens.prompts(ONE, [Example({"text": SHORT})])[0].cut
+
+
+@settings(max_examples=60)
+@given(text=st.text(min_size=20, max_size=80), how=st.sampled_from(["head", "head_tail", "windows"]))
+def test_the_fewest_tokens_that_may_be_asked_for_fit_any_text(tokenizer, text, how):
+    tokens = TaskTokens(task(how, max_tokens=LEAST_TOKENS), tokenizer, 512)
+    pieces = tokens.windows(NO_CONTEXT, [Example({"text": text})])[0]
+    for own in [*pieces, *([Example({"text": text})] if how != "windows" else [])]:
+        tokens.prompts(NO_CONTEXT, [own])
+    assert how != "windows" or not any(prompt.cut for prompt in tokens.prompts(NO_CONTEXT, pieces))
 
 
 def test_the_longest_field_is_cut_first(tokenizer):
