@@ -147,7 +147,7 @@ def _server_fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], 
     except (FileNotFoundError, CorruptError):
         pass
     numbers, some = _numbers(examples), contexts[:FIDELITY_CONTEXTS]
-    columns = ["label_logprobs", "label_bounds", "tail_mass"]
+    columns = ["label_logprobs", "label_bounds", "completion_ids", "topk_ids", "tail_mass"]
     chosen = store.read([keys[place * len(examples) + number] for place in range(len(some)) for number in numbers], columns)
     again = scorer.asked_again(some, [examples[number] for number in numbers])
     figures = server_fidelity(store.read(keys, columns), chosen, again)

@@ -5,16 +5,20 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
-from teachers.conftest import TWO, World, example
+from teachers.conftest import KEPT, TASK, TWO, World, example
 from teachers.fake_server import MODEL, FakeServer
+from teachers.test_teachers_chat import in_chat
 
+from pipeline.cache import distributions
 from pipeline.errors import MismatchError, ShotlessError, UsageError
 from pipeline.evaluation.cost import measure_method
 from pipeline.evaluation.predictions import models_of, predict
 from pipeline.models.folders import load_model
-from pipeline.params import ServerParams
+from pipeline.params import ServerParams, StudentParams
 from pipeline.schema import Context
+from pipeline.students.train import train_student
 from pipeline.targets.build import build_targets
 from pipeline.task import Task
 from pipeline.teachers import servers
@@ -22,6 +26,7 @@ from pipeline.teachers.servers import Said, ask_server, score_labels
 
 CONTEXTS, TEXTS = [Context("shots/0"), TWO], ["a warm and funny film", "a dull, lifeless mess", "cold food", "late x"]
 ROWS = len(CONTEXTS) * (2 + len(TEXTS))
+FREE = {"template": TASK["template"], "completion": {"max_tokens": 8, "stop": ["o", "=r"]}}
 
 
 class ServerWorld(World):
@@ -39,6 +44,25 @@ class ServerWorld(World):
         servers_block = {"big": ServerParams.model_validate(self.settings)}
         teachers = params.teachers | {"few": params.teachers["few"].model_copy(update={"model": "servers/big"})}
         return params.model_copy(update={"servers": servers_block, "teachers": teachers})
+
+    def writes(self):
+        """The same with answers in free text."""
+        self.task, self.teacher = FREE, {"cache": KEPT}
+        return self
+
+    def learn(self, form):
+        """A student's loss at each step on the cache."""
+        settings = {
+            "base": "models/tiny",
+            "learn_from": "teachers/few",
+            "steps": 24,
+            "batch_size": 4,
+            "learning_rate": 3e-3,
+            "format": form,
+        }
+        students = {"s": StudentParams.model_validate(settings)}
+        train_student("s", self.params().model_copy(update={"students": students}), self.folders)
+        return pl.read_csv(self.folders.metrics / "curves" / "s.csv")["loss"].to_list()
 
     def meet(self):
         ask_server("big", ServerParams.model_validate(self.settings), self.folders)
@@ -65,12 +89,13 @@ def serve(tmp_path, model_folder, tokenizer, small_parts, quick):
     """`serve("vllm", …)` → a world and its running server."""
     running = []
 
-    def start(kind, settings=(), **habits):
-        server = FakeServer(kind, load_model(model_folder("llama")), tokenizer, **habits)
+    def start(kind, settings=(), seed=0, **habits):
+        folder = model_folder("llama", seed=seed)
+        server = FakeServer(kind, load_model(folder), tokenizer, **habits)
         context = server.running()
         url = context.__enter__()
         running.append(context)
-        return ServerWorld(tmp_path / f"server{len(running)}", model_folder("llama"), url, **dict(settings)), server
+        return ServerWorld(tmp_path / f"server{len(running)}", folder, url, **dict(settings)), server
 
     yield start
     for context in running:
@@ -143,6 +168,97 @@ def test_what_passes_is_asked_again(serve, local, fault):
     rows = world.capture().rows
     assert not server.faults
     check_labels(rows, local)
+
+
+@pytest.fixture(scope="module")
+def local_text(tmp_path_factory, model_folder):
+    """The same answers, written here."""
+    world = World(tmp_path_factory.mktemp("text"), model_folder("llama", seed=2))
+    world.write_contexts(CONTEXTS)
+    world.write_transfer(TEXTS)
+    world.task, world.teacher = FREE, {"cache": KEPT, "dtype": "float32"}
+    return world.capture().rows.to_pylist()
+
+
+def is_hard(row):
+    return row["topk_ids"] == [[token] for token in row["completion_ids"]] and not any(row["tail_mass"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sends"), [*((kind, "ids") for kind in ("vllm", "sglang", "llama_cpp", "openai")), ("llama_cpp", "text"), ("openai", "text")]
+)
+def test_free_text_is_what_the_model_itself_writes(serve, local_text, tokenizer, kind, sends):
+    """Ends of one token, of two, and none; servers that show the end and that cut it off; tokens that no text tells apart."""
+    world, server = serve(kind, {"sends": sends}, seed=2)
+    world.writes().meet()
+    before = len(server.asked)
+    rows = world.capture().rows.to_pylist()
+    hard = [is_hard(row) for row in rows]
+    for row, own, is_text in zip(rows, local_text, hard, strict=True):
+        if is_text:
+            text = tokenizer.decode(own["completion_ids"]).strip()
+            assert "\ufffd" in text
+            assert tokenizer.decode(row["completion_ids"])[:9] == f" {text}"[: len(tokenizer.decode(row["completion_ids"]))][:9]
+            continue
+        assert row["completion_ids"] == own["completion_ids"]
+        assert row["completion_logprobs"] == pytest.approx(own["completion_logprobs"], abs=1e-3)
+        for ids, values, own_ids, own_values in zip(
+            *(each[name] for each in (row, own) for name in ("topk_ids", "topk_logprobs")), strict=True
+        ):
+            found, expected = dict(zip(ids, values, strict=True)), dict(zip(own_ids, own_values, strict=True))
+            shared = found.keys() & expected
+            assert len(shared) == 5 or kind == "openai" or sends == "text"
+            assert [found[token] for token in shared] == pytest.approx([expected[token] for token in shared], abs=1e-3)
+    assert sum(hard) == 0 if kind != "openai" and sends == "ids" else 0 < sum(hard) < len(rows)
+    figures = json.loads(world.metrics())
+    assert figures["hard_answers"] == pytest.approx(np.mean(hard), abs=1e-5)
+    assert figures["changed_answers"] == 0
+    assert figures["positions"] == sum(len(row["completion_ids"]) for row in rows)
+    answers = 2 * len(rows)  # fidelity asks them all again
+    assert len(server.asked) - before - 3 <= answers * (1 if kind in {"vllm", "sglang"} else 3)
+
+
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_a_service_for_chat_alone_writes_answers_that_a_student_learns(serve, tokenizer, monkeypatch, form):
+    """Of a conversation the tokens are kept, if each is one of the tokenizer's, and the end for certain; else the text is learnt, as a
+    plain prompt's answer always is.
+    """
+    monkeypatch.setattr(distributions, "LEAST_RETAINED", 0.0)  # random models are never sure
+    world, server = serve("openai", {"sends": "text", "price": {"input": 0.0, "output": 1e6}}, seed=2, completions=False)
+    in_chat(world.model)
+    world.write_contexts([replace(context, format=form) for context in CONTEXTS])
+    assert world.writes().meet()["found"]["chat_alone"]
+    before = len(server.asked)
+    rows = world.capture().rows.to_pylist()
+    asked = [body for _, body in server.asked[before + 3 :]]
+    said = {}
+    for body in asked:
+        tokens, _, shown, _ = server.written(server.tokens("".join(f"{one['role']}: {one['content']}\n" for one in body["messages"])), body)
+        said.setdefault(tokenizer.decode(tokens[:shown]).strip(), tokens[:shown])
+    apart = [text for text in said if "\ufffd" not in text]
+    assert 0 < len(apart) < len(said)
+    for row in rows:
+        ids, end = row["completion_ids"], "<|end|>" if form == "chat" else "o"
+        if form == "plain":
+            assert is_hard(row)
+            assert tokenizer.decode(ids) in {f" {text}{end}" for text in said} or len(ids) == 8
+        elif not is_hard(row):
+            assert ids[:-1] in [said[text] for text in apart] or ids in [said[text] for text in apart]
+            assert ids[-1] == tokenizer.eos_token_id or len(ids) == 8
+    assert any(map(is_hard, rows))
+    assert form == "plain" or not all(map(is_hard, rows))
+    losses = world.learn(form)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_answers_in_free_text_cost_what_they_may_and_what_they_did(serve, capfd):
+    world, _ = serve("sglang", {"price": {"input": 0.0, "output": 1e6}, "budget": 20.0, "concurrency": 1}, seed=2)
+    world.writes().meet()
+    with pytest.raises(ShotlessError, match=r"servers\.big\.budget: 20, and [\d.]+ are spent: the next request could pass it"):
+        world.capture()
+    kept = [row for part in sorted(world.folders.work.glob("scores/*/part-*.parquet")) for row in pl.read_parquet(part)["completion_ids"]]
+    assert 20 - 8 - 1 < sum(map(len, kept)) + 3 <= 20  # the probe's three tokens are paid too
+    assert "8 to 8 requests, 192 prompt tokens or more, 8.00 to 64.00 in money" in capfd.readouterr().out
 
 
 def changed(**changes):
@@ -282,7 +398,7 @@ def test_a_server_without_log_probabilities_is_refused_with_what_to_do(serve):
     with pytest.raises(UsageError, match=r"servers\.big: no log-probabilities(.|\n)*Start vLLM, SGLang or llama-server"):
         world.meet()
     world, _ = serve("openai", ids=False)
-    with pytest.raises(UsageError, match=r"no log-probabilities behind token ids\. Leave `tokenizer` out to send text"):
+    with pytest.raises(UsageError, match=r"no log-probabilities behind token ids\. Set `sends: text`"):
         world.meet()
     world, _ = serve("vllm", {"model": "other"})
     with pytest.raises(UsageError, match=r"servers\.big\.model: the server has no 'other'; it has: tiny-1"):
