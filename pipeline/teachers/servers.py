@@ -520,9 +520,11 @@ def _text_of(entry: dict[str, Any]) -> str:
 def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_on: bool = True) -> tuple[list[float], list[float], Said]:
     """Log-probabilities of whole labels [L], bounds of those that are not known [L] (NaN: known), and what was said of the first token.
 
-    The most probable beginnings are asked behind first, if `goes_on`: a chat's answer cannot be begun.
+    The most probable beginnings are asked behind first, if `goes_on`: a chat's answer cannot be begun. A text may also be written in tokens
+    that are not listed: one of which less is known that way is censored.
     """
     logprobs, bounds = [math.nan] * len(labels), [math.nan] * len(labels)
+    unlisted: dict[int, tuple[float, float]] = {}  # label → log-probability by tokens that are not listed: the most, an estimate
     # minus the log-probability of a beginning, the beginning, the labels that have it
     nodes: list[tuple[float, Label, list[int]]] = [(0.0, labels[0][:0], list(range(len(labels))))]
     first: Said | None = None
@@ -540,9 +542,10 @@ def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_o
         for number in own:
             token = _begins(labels[number][len(path) :], said)
             censored.append(number) if token is None else known.setdefault(token, []).append(number)
+        most = -negative + min(said.floor, said.log_missing)
         for number in censored:
-            bounds[number] = -negative + min(said.floor, said.log_missing)
-            logprobs[number] = min(bounds[number], -negative + said.log_missing - math.log(len(censored)))
+            bounds[number] = most
+            logprobs[number] = min(most, -negative + said.log_missing - math.log(len(censored)))
         for token, members in known.items():
             value, reached = -negative + said.logprobs[token], path + (token if isinstance(token, str) else (token,))  # type: ignore[operator]
             going = [number for number in members if labels[number] != reached]
@@ -550,6 +553,13 @@ def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_o
                 best, logprobs[number] = max(best, value), value
             if going:
                 heapq.heappush(nodes, (-value, reached, going))
+            for number in going if isinstance(reached, str) else ():
+                other = most, min(most, -negative + said.log_missing - math.log(len(own)))
+                unlisted[number] = max(unlisted.get(number, other), other)
+    for number, (most, estimate) in unlisted.items():
+        if most > logprobs[number]:
+            bounds[number] = np.logaddexp(most, logprobs[number] if math.isnan(bounds[number]) else bounds[number])
+            logprobs[number] = max(estimate, logprobs[number])
     assert first is not None
     return logprobs, bounds, first
 

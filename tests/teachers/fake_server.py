@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -203,7 +203,8 @@ class FakeServer:
                         except OSError:
                             return
                     return
-                self.wfile.write(text)
+                with suppress(ConnectionError):  # who asked may have been killed
+                    self.wfile.write(text)
 
             def do_GET(self):
                 self.answer(None)

@@ -2,11 +2,18 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from conftest import PROJECT
 from teachers.conftest import KEPT, TASK, TWO, World, example
 from teachers.fake_server import MODEL, FakeServer
 from teachers.test_teachers_chat import in_chat
@@ -16,12 +23,13 @@ from pipeline.errors import MismatchError, ShotlessError, UsageError
 from pipeline.evaluation.cost import measure_method
 from pipeline.evaluation.predictions import models_of, predict
 from pipeline.models.folders import load_model
-from pipeline.params import ServerParams, StudentParams
+from pipeline.params import CacheParams, ServerParams, StudentParams, TaskParams
 from pipeline.schema import Context
 from pipeline.students.train import train_student
 from pipeline.targets.build import build_targets
 from pipeline.task import Task
 from pipeline.teachers import servers
+from pipeline.teachers.scorer import Scorer
 from pipeline.teachers.servers import Said, ask_server, score_labels
 
 CONTEXTS, TEXTS = [Context("shots/0"), TWO], ["a warm and funny film", "a dull, lifeless mess", "cold food", "late x"]
@@ -429,6 +437,88 @@ def test_a_baseline_asks_the_server_and_its_cost_is_measured_as_asked(serve):
         measure_method("b", models, params, world.folders, sets["e"])
 
 
+RECORDED = Path(__file__).with_name("llama_cpp_python.json")
+
+
+class Recorded(FakeServer):
+    """Answers as llama-cpp-python 0.3.36 answered the same requests, with SmolLM2-135M-Instruct in 4 bits."""
+
+    def __init__(self):
+        super().__init__("openai", None, None)
+        self.exchange = json.loads(RECORDED.read_text("utf-8"))
+
+    def reply(self, path, body):
+        return next((own["status"], own["reply"]) for own in self.exchange if (own["path"], own["body"]) == (path, body))
+
+
+def asked(url, world):
+    """What a server says of two reviews: their labels' log-probabilities, and a free answer to each."""
+    settings = ServerParams(url=url, model="smollm2", tokenizer="models/tiny", sends="text")
+    ask_server("llama", settings, world.folders)
+    folder, reviews = world.folders.artifacts / "servers/llama", [example("a warm and funny film"), example("a dull, lifeless mess")]
+    labels = {"verbalisers": {"negative": " negative", "positive": " positive"}}
+    free = {"completion": {"max_tokens": 6, "stop": ["\n"]}}
+    found = []
+    for answers in (labels, free):
+        task = Task(TaskParams.model_validate({"template": TASK["template"], **answers}))
+        with Scorer(folder, task, CacheParams(encoding="top_k_tail", top_k=5), work=None) as scorer:
+            found.append(scorer.score([Context("none")], reviews, "a recorded server"))
+    return found
+
+
+def test_a_real_server_s_recorded_answers_are_understood(tmp_path, model_folder, tokenizer, monkeypatch, capfd):
+    monkeypatch.setattr(servers, "MORE", ())
+    world = World(tmp_path, model_folder("llama"))
+    with Recorded().running() as url:
+        labels, texts = (table.to_pylist() for table in asked(url, world))
+    # its echo is wrong by one place, so that it is not used
+    assert "openai, model 'smollm2': lists the 20 most probable tokens, and of labels outside a bound" in capfd.readouterr().out
+    assert labels[0]["label_logprobs"] == pytest.approx([-4.790462, -2.650722], abs=1e-5)
+    assert labels[0]["label_bounds"] == []
+    assert labels[1]["label_logprobs"][0] == pytest.approx(-1.883036, abs=1e-5)
+    # a token " positive" is not listed, and " " is: behind it "positive" is not listed either, which says little
+    listed = next(own["reply"] for own in Recorded().exchange if "lifeless" in str(own["body"]))["choices"][0]["logprobs"]["top_logprobs"][
+        0
+    ]
+    assert labels[1]["label_bounds"] == pytest.approx([math.nan, min(listed.values())], abs=0.01, nan_ok=True)
+    assert labels[1]["label_logprobs"][1] <= labels[1]["label_bounds"][1]
+    assert is_hard(texts[0])
+    assert tokenizer.decode(texts[0]["completion_ids"]) == ' "Aweso'  # six tokens of this tokenizer, which has no ` "`
+    assert not is_hard(texts[1])
+    assert tokenizer.decode(texts[1]["completion_ids"]) == " negative\n"
+    assert texts[1]["completion_logprobs"] == pytest.approx([-1.883036, -0.107626], abs=1e-5)
+
+
+def scored(root):
+    """Rows of a capture of labels."""
+    with Scorer(root / "artifacts/servers/big", Task(TaskParams.model_validate(TASK)), work=root / "work") as scorer:
+        return scorer.score(CONTEXTS, [example(text) for text in TEXTS], "killed")
+
+
+def test_a_capture_that_was_killed_asks_for_no_stored_row_again(serve):
+    world, server = serve("sglang")
+    world.meet()
+    root, release = world.folders.work.parent, threading.Event()
+    server.faults = [None] * 14 + [lambda reply: reply if release.wait(300) else None] * 100  # the rest is answered too late
+    code = "import sys; from pathlib import Path; from teachers.test_teachers_servers import scored; scored(Path(sys.argv[1]))"
+    places = {"PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), *sys.path])}
+    child = subprocess.Popen([sys.executable, "-c", code, str(root)], env=os.environ | places)
+    while child.poll() is None and not world.scored():
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    release.set()
+    server.faults, before, kept = [], len(server.asked), world.scored()
+    rows = scored(root)
+    again = [tuple(body["input_ids"]) for path, body in server.asked[before + 3 :]]  # behind the probe, one of whose prompts is a text
+    with Scorer(root / "artifacts/servers/big", Task(TaskParams.model_validate(TASK)), work=None) as scorer:
+        prompts = {one.prompt_sha: one.ids for context in CONTEXTS for one in scorer.tokens.prompts(context, [example(t) for t in TEXTS])}
+    lacking = {ids for sha, ids in prompts.items() if sha not in kept}
+    assert 0 < len(lacking) < len(prompts) == len(rows)
+    assert {ids for ids in prompts.values() if any(one[: len(ids)] == ids for one in again)} == lacking
+    assert sorted(world.scored()) == sorted(prompts)
+
+
 class Told:
     """A server that says what it is told of each beginning; all else has one other token."""
 
@@ -458,6 +548,11 @@ def test_labels_that_begin_alike_are_told_apart_behind_their_beginning_if_they_m
     texts = Told({"": {" ": 0.1, " card": 0.7, " c": 0.1}, " card": {" arrival": 0.5, " link": 0.4}, " card link": {"ing": 0.9}})
     values, bounds, _ = score_labels(texts, None, [" card arrival", " card linking"])
     assert np.exp(values) == pytest.approx([0.35, 0.7 * 0.4 * 0.9])
+    texts = Told({"": {" ": 0.2, " good": 0.6, " x": 0.15}, " ": {"bad": 0.1, "y": 0.05}})
+    values, bounds, _ = score_labels(texts, None, [" good", " bad"])  # a token " bad" may have all that is missing
+    assert np.exp(values) == pytest.approx([0.6, 0.025])
+    assert np.exp(bounds[1]) == pytest.approx(0.05 + 0.02)
+    texts = Told({"": {" ": 0.1, " card": 0.7, " c": 0.1}})
     values, bounds, _ = score_labels(texts, None, [" card arrival", " card linking"], goes_on=False)
     assert np.exp(values) == pytest.approx([0.35, 0.35])
     assert np.exp(bounds) == pytest.approx([0.7, 0.7])
