@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +321,8 @@ def test_a_redirect_is_not_followed_and_the_key_is_nowhere(serve, monkeypatch, c
     world, server = serve("vllm", {"key_env": "BIG_KEY"})
     world.meet()
     assert all(headers["Authorization"] == "Bearer sk-very-secret" for headers in server.headers)
+    with closing(servers.open_server(world.folders.artifacts / "servers/big")) as opened:
+        assert "secret" not in repr([opened, opened.settings, opened.found])
     server.faults = ["redirect"]
     with pytest.raises(UsageError, match=r"sends on to 'http://elsewhere\.example/v1'\. It is not followed"):
         world.capture()
