@@ -133,6 +133,12 @@ class TaskTokens:
         """Tokens of a prompt with its answer, or with the longest one that it may get."""
         return prompt.length + (self.longest_answer if prompt.answer is None else len(prompt.answer))
 
+    def added_by(self, context: Context) -> int:
+        """Tokens that a context adds to a prompt. Raises TooLongError if it leaves too little for an input."""
+        probe = [Example(dict.fromkeys(self.task.fields, "some text"), completion="")]
+        behind, alone = (self.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
+        return behind.length - alone.length
+
     def prompts(self, context: Context, examples: Sequence[Example]) -> list[Prompt]:
         """One prompt for each example behind `context`; a text that does not fit is cut, and its prompt says so.
 
@@ -181,8 +187,9 @@ class TaskTokens:
                 most = "" if self.task.params.max_tokens is None else f" (task.max_tokens: {self.task.params.max_tokens})"
                 step = "Leave it out, or let task.long_texts cut it."
                 if room < LEAST_TOKENS:
-                    shorter = "fewer or shorter demonstrations (contexts.*.demonstrations, data.demonstrations.max_words)"
-                    step = f"{LEAST_TOKENS} must. Take {shorter if behind else 'a shorter template'}, or a model that takes more."
+                    demonstrations = "fewer or shorter demonstrations (contexts.*.demonstrations, data.demonstrations.max_words)"
+                    shorter = demonstrations if behind else "a shorter template"
+                    step = f"At least {LEAST_TOKENS} must fit: take {shorter}, or a model that takes more."
                 fit = f"{max(0, room):,} fit {self.tokenizer.name_or_path}{behind}{most}"
                 raise TooLongError(f"its text has {whole:,} tokens, and {fit}", example, step)
             pieces = split(example, spans, room)
@@ -312,12 +319,13 @@ class TaskTokens:
 
     def _completions(self) -> list[list[int]]:
         words = self.task.verbalisers
-        found = [self._following("", self._answer(text)) for text in words]
+        answers = [self._answer(text) for text in words]
+        found = [self._following("", answer) for answer in answers]
         for label, ids, text in zip(self.task.labels, found, words, strict=bool(words)):
             if not ids:
                 raise UsageError(f"task.verbalisers.{label}: {text!r} has no token in this tokenizer. Give it a visible text.")
         if _beginning(found):
-            found = [ids + self._end(text) for ids, text in zip(found, words, strict=True)]
+            found = [ids + self._end(answer) for ids, answer in zip(found, answers, strict=True)]
         if pair := _beginning(found):
             (one, ids), (other, others) = ((self.task.labels[number], found[number]) for number in pair)
             raise UsageError(
@@ -325,9 +333,9 @@ class TaskTokens:
             )
         return found
 
-    def _end(self, verbaliser: str) -> list[int]:
+    def _end(self, answer: str) -> list[int]:
         """The token that ends an answer in demonstrations."""
-        return self._following(verbaliser, self.task.params.separator, self._example_query)[:1]
+        return self._following(answer, self.task.params.separator, self._example_query)[:1]
 
     @property
     def _example_query(self) -> str:
@@ -432,7 +440,7 @@ class ChatTokens(TaskTokens):
     def _stop(self, completion: CompletionParams) -> str:  # noqa: ARG002
         return self.frame["end"]
 
-    def _end(self, verbaliser: str) -> list[int]:  # noqa: ARG002
+    def _end(self, answer: str) -> list[int]:  # noqa: ARG002
         return list(self._sections(self.frame["end"]))
 
     def _as_text(self, text: str) -> str:

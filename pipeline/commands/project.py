@@ -72,11 +72,11 @@ def init(
 def check() -> None:
     """Check params.yaml before anything runs: every key, value and name, the local files, the versions of the libraries."""
     from pipeline.params import checked_params
-    from pipeline.setup.boundary import boundary_advice, load_tokenizers
+    from pipeline.setup.boundary import advice_on
 
     params = checked_params()
     print(f"params.yaml is in order: {params.summary}.")
-    if advice := boundary_advice(params.task, load_tokenizers(params)):
+    if advice := advice_on(params):
         print(f"note: {advice}")
 
 

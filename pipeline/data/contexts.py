@@ -91,17 +91,16 @@ def check_fit(
     `examples` are all inputs that may follow. Raises UsageError if a context is longer than `max_tokens`, or does not fit the model with an
     answer and a little of an input, TooLongError if `task.long_texts` refuses an input.
     """
-    probe, added = [Example(dict.fromkeys(tokens.task.fields, "some text"), completion="")], list[int]()
+    added = list[int]()
     for context in contexts:
         try:
-            behind, alone = (tokens.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
+            added.append(length := tokens.added_by(context))
         except TooLongError:
             raise UsageError(
                 f"{where}: context {context.name} does not fit {tokens.tokenizer.name_or_path}, which takes {tokens.limit:,} tokens, with "
                 f"an answer and {LEAST_TOKENS} tokens of an input. Lower `demonstrations` or data.demonstrations.max_words, or choose a "
                 "model with a longer limit."
             ) from None
-        added.append(length := len(behind.ids) - len(alone.ids))
         if params.max_tokens is not None and length > params.max_tokens:
             raise UsageError(
                 f"{where}: context {context.name} of {len(context.demonstrations)} demonstrations has {length} tokens, max_tokens "

@@ -1,8 +1,9 @@
 """What an answer costs: prompt tokens, latency, memory, throughput, each method measured in a process that does only this.
 
-One by one, an example is answered with its full prompts, as by a caller without a prefix cache; batches go through the engine that
-predictions are made with. A student is measured with one thread too, in batches on fewer examples. Figures are facts of one machine and say
-which. They are not outputs of DVC, and they carry the hash of what was measured, so that the report can tell figures of another model.
+One by one, an example is answered with its full prompts, as by a caller without a prefix cache: one in each context, or one for each window
+of its text. Batches go through the engine that predictions are made with. A student is measured with one thread too, in batches on fewer
+examples. Figures are facts of one machine and say which. They are not outputs of DVC, and they carry the hash of what was measured, so that
+the report can tell figures of another model.
 """
 
 import platform
@@ -29,13 +30,15 @@ from pipeline.models.packed import Row
 from pipeline.models.process import cores, peak_rss_bytes
 from pipeline.models.trained import load_tokens
 from pipeline.params import Params, TaskParams
-from pipeline.schema import Example, Prompt
-from pipeline.task import Task
+from pipeline.schema import Context, Example, Prompt
+from pipeline.task import Task, TaskTokens
 from pipeline.teachers.engines import LABELS_ONLY, Engine, open_engine
 
 THROUGHPUT_EXAMPLES = 64
 ONE_THREAD_EXAMPLES = 16
 PROBES = 3
+Asked = Sequence[Sequence[Sequence[Prompt]]]
+"""Prompts of each window of each example in each context."""
 
 
 def measure_method(name: str, models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Json:
@@ -62,7 +65,7 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
 
 def measure_served(models: Sequence[Answering], params: Params, examples: Sequence[Example], threads: int) -> Json:
     """Figures of `measure` for models of which one at least is behind a server: examples one by one, as asked."""
-    task, seconds, tokens = Task(params.task), [], 0
+    task, seconds, counted = Task(params.task), [], list[int]()
     with ExitStack() as stack:
         scorers = [stack.enter_context(replace(model, work=None).scorer(task, params)) for model in models]
         asked = list(zip(scorers, models, strict=True))
@@ -70,7 +73,7 @@ def measure_served(models: Sequence[Answering], params: Params, examples: Sequen
             start = time.perf_counter()
             rows = [scorer.asked_again(model.contexts, [example]) for scorer, model in asked]
             seconds.append(time.perf_counter() - start)
-            tokens += sum(sum(own["prompt_tokens"].to_pylist()) for own in rows) if len(seconds) > 1 else 0
+            counted += [count for own in rows for count in own["prompt_tokens"].to_pylist()] if len(seconds) > 1 else []
         subject = [[scorer.identity, [context.context_id for context in model.contexts]] for scorer, model in asked]
     latency = 1000 * float(np.median(seconds[1:]))
     return {
@@ -84,9 +87,9 @@ def measure_served(models: Sequence[Answering], params: Params, examples: Sequen
             "threads": threads,
             "torch": torch.__version__,
         },
-        "prompt_tokens": tokens / len(examples),
+        "prompt_tokens": sum(counted) / len(examples),
         "latency_ms": round(latency, 2),
-        "forward_passes": sum(len(model.contexts) for model in models),
+        "forward_passes": len(counted) / len(examples),
         "throughput": {"examples": len(examples), "examples_per_second": round(1000 / latency, 3), "engine": "server"},
     }
 
@@ -107,9 +110,13 @@ def measure(
     use_machine(threads)
     keys = [(model.folder, model.dtype, model.format) for model in models]
     tokens = {key: load_tokens(Task(task, model.format), model.folder) for key, model in zip(keys, models, strict=True)}
-    asked = [(model, [tokens[key].prompts(one, examples) for one in model.contexts]) for key, model in zip(keys, models, strict=True)]
-    subject = [[weights_sha256(model.folder), [[prompt.ids for prompt in own] for own in prompts]] for model, prompts in asked]
-    passes = [(key, own) for key, (_, prompts) in zip(keys, asked, strict=True) for own in prompts]  # a context's prompts each
+
+    def prompts_of(own: TaskTokens, context: Context) -> list[list[Prompt]]:
+        return [own.prompts(context, windows) for windows in own.windows(context, examples)]
+
+    asked = [(model, [prompts_of(tokens[key], one) for one in model.contexts]) for key, model in zip(keys, models, strict=True)]
+    subject = [[weights_sha256(model.folder), [[prompt.ids for one in own for prompt in one] for own in each]] for model, each in asked]
+    passes = [(key, own) for key, (_, prompts) in zip(keys, asked, strict=True) for own in prompts]  # a context's prompts of each example
     networks = {(folder, dtype): load_model(folder, DTYPES[dtype], device) for folder, dtype in dict.fromkeys(key[:2] for key in keys)}
     by_network = [(networks[key[:2]], [own for place, own in passes if place == key]) for key in tokens]
     latencies = [_latency_ms(by_network, timed, count) for count in counts]
@@ -126,18 +133,18 @@ def measure(
             "threads": threads,
             "torch": torch.__version__,
         },
-        "prompt_tokens": sum(len(prompt.ids) for _, own in passes for prompt in own[:timed]) / timed,
+        "prompt_tokens": sum(len(prompt.ids) for _, own in passes for one in own[:timed] for prompt in one) / timed,
         "latency_ms": latencies[0],
         "peak_rss_bytes": peak_rss_bytes(),
         "parameters": sum(network.num_parameters() for network in networks.values()),
         "disk_bytes": sum(file.stat().st_size for folder in {key[0] for key in keys} for file in folder.iterdir() if file.is_file()),
-        "forward_passes": len(passes),
+        "forward_passes": sum(len(one) for _, own in passes for one in own[:timed]) / timed,
     }
     if device.type == "cuda":
         figures["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
     engines = []
     for own, (network, prompts) in zip(tokens.values(), by_network, strict=True):
-        probes = max(prompts, key=lambda own: len(own[0].ids))[:PROBES]
+        probes = [one[0] for one in max(prompts, key=lambda own: len(own[0][0].ids))[:PROBES]]
         engines.append((open_engine(network, own, LABELS_ONLY, probes), prompts))
     few = min(len(examples), ONE_THREAD_EXAMPLES)
     batched = [_throughput(engines, len(examples) if count == threads else few, count) for count in counts]
@@ -148,7 +155,7 @@ def measure(
 
 
 @torch.inference_mode()
-def _latency_ms(asked: Sequence[tuple[PreTrainedModel, Sequence[Sequence[Prompt]]]], examples: int, threads: int) -> float:
+def _latency_ms(asked: Sequence[tuple[PreTrainedModel, Asked]], examples: int, threads: int) -> float:
     """The median time of the plain forward passes that one example's answer takes."""
     use_machine(threads)
     seconds = []
@@ -156,17 +163,18 @@ def _latency_ms(asked: Sequence[tuple[PreTrainedModel, Sequence[Sequence[Prompt]
         start = time.perf_counter()
         for network, prompts in asked:
             for own in prompts:
-                plain_logits(network, [Row(own[number].ids)])[0].cpu()  # a GPU has answered only now
+                for prompt in own[number]:
+                    plain_logits(network, [Row(prompt.ids)])[0].cpu()  # a GPU has answered only now
         seconds.append(time.perf_counter() - start)
     return round(1000 * float(np.median(seconds[1:])), 2)
 
 
-def _throughput(engines: Sequence[tuple[Engine, Sequence[Sequence[Prompt]]]], examples: int, threads: int) -> Json:
+def _throughput(engines: Sequence[tuple[Engine, Asked]], examples: int, threads: int) -> Json:
     use_machine(threads)
     start = time.perf_counter()
     for engine, prompts in engines:
         for own in prompts:
-            engine.score(own[:examples]).label_logprobs.cpu()
+            engine.score([prompt for one in own[:examples] for prompt in one]).label_logprobs.cpu()
     rate = round(examples / (time.perf_counter() - start), 3)
     names = ", ".join(dict.fromkeys(engine.name for engine, _ in engines))
     return {"examples": examples, "examples_per_second": rate, "engine": names}

@@ -66,8 +66,8 @@ def load_tokens(task: Task, folder: Path) -> TaskTokens:
 def open_trained(folder: Path, tokens_of: Callable[[Task, Path], TaskTokens] = load_tokens) -> Trained:
     """Check a trained folder and read what it was trained to answer, without loading its weights; `tokens_of` reads its tokenizer.
 
-    Raises UsageError if it has no manifest, CorruptError naming each file that differs from it, MismatchError if this tokenizer library
-    gives a verbaliser other ids than in training.
+    Raises UsageError if it has no manifest, CorruptError naming each file that differs from it, MismatchError if another version
+    of shotless trained it, or this tokenizer library gives a verbaliser other ids than in training.
     """
     if not (folder / MANIFEST).is_file():
         raise UsageError(
@@ -77,7 +77,12 @@ def open_trained(folder: Path, tokens_of: Callable[[Task, Path], TaskTokens] = l
     try:
         task = Task(TaskParams.model_validate(manifest["task"]), "chat" if manifest.get("format") == "chat" else "plain")
         name, completions = str(manifest["name"]), dict(manifest["completions"])
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    except ValidationError as error:
+        faults = ", ".join(f"task.{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise MismatchError(
+            f"{folder / MANIFEST}: trained by another version of shotless ({faults}). Train it again with `dvc repro`, or use that version."
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(
             f"{folder / MANIFEST}: not a trained model's manifest ({error}). Make the folder again with `dvc repro`."
         ) from None

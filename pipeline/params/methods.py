@@ -397,6 +397,14 @@ class Params(Frozen):
         kind, _, name = folder.partition("/")
         return self.tuned[name].format if kind == "tuned" else self.students[name].format if kind == "students" else "plain"
 
+    @property
+    def asks_plain_text(self) -> bool:
+        """Whether any model is asked in plain text, not in chat turns."""
+        formats = {self.contexts[teacher.contexts].format for teacher in self.teachers.values()}
+        formats |= {entry.format for entry in [*self.tuned.values(), *self.students.values()]}
+        formats |= {self.format_of(entry.prompts) for entry in self.baselines.values() if entry.prompts in self.folders()}
+        return "plain" in formats
+
     def context_models(self) -> dict[str, list[list[str]]]:
         """Context → pairs of a name in `models` whose tokenizer it is put to, and a format: the teachers that use it.
 

@@ -126,7 +126,8 @@ def context_sizes(params: Params, targets: str) -> tuple[int, int]:
 
 def title(params: Params) -> str:
     """The page's heading: which models, how many students."""
-    models = dict.fromkeys(params.base_model(teacher.model) or teacher.model for teacher in params.teachers.values())
+    asked = [teacher.model for teacher in params.teachers.values()]
+    models = dict.fromkeys(model if model.startswith("servers/") else params.base_model(model) for model in asked)
     return f"{' + '.join(models)}: from prompt to {plural(len(params.students), 'student')}"
 
 

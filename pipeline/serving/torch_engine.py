@@ -13,7 +13,7 @@ from pipeline.files import Folders, read_json, sha256_file, sha256_json, write_j
 from pipeline.models import folders
 from pipeline.models.folders import load_model
 from pipeline.models.machine import default_device, memory_bytes, use_machine
-from pipeline.models.packed import PackedModel
+from pipeline.models.packed import PackedModel, tree_of
 from pipeline.models.trained import Trained
 from pipeline.params import CacheParams
 from pipeline.schema import NO_CONTEXT, Example, Prompt
@@ -61,6 +61,7 @@ class TorchEngine:
                     write_json([engine.packed and engine.packed.answers_only, engine.reason], note)
             return engine
         packed = None if answers_only is None else PackedModel(model, answers_only=bool(answers_only))
-        engine = Engine(model, packed, self._tokens.completions, cache, token_budget(model, memory_bytes(model.device)))
+        labels = self._tokens.completions
+        engine = Engine(model, packed, labels, cache, token_budget(model, memory_bytes(model.device), len(tree_of(labels).tokens)))
         engine.reason = f"{reason}; found before"
         return engine

@@ -28,6 +28,11 @@ def load_tokenizers(params: Params) -> dict[str, Any]:
     return {}
 
 
+def advice_on(params: Params) -> str:
+    """`boundary_advice` for the models that are there; empty if everything is asked in chat turns, which have another end."""
+    return boundary_advice(params.task, load_tokenizers(params)) if params.asks_plain_text else ""
+
+
 def better_form(task: TaskParams) -> TaskParams:
     """The same question with the space between prompt and answer at the answer, if text has one there."""
     template = task.template.rstrip(" ")

@@ -16,7 +16,7 @@ from pipeline.params import Params, load_params
 from pipeline.params.data import DOWNLOADS
 from pipeline.params.reading import absent_files, other_versions
 from pipeline.schema import Example
-from pipeline.setup.boundary import boundary_advice, load_tokenizers
+from pipeline.setup.boundary import advice_on
 from pipeline.setup.estimate import try_rows
 from pipeline.task import Task
 
@@ -96,7 +96,7 @@ def _data(params: Params) -> Iterator[Finding]:
         texts, labelled = read.counts["examples"], read.counts["labelled"]
         yield Finding(f"source {name}", f"{texts:,} texts, {labelled:,} with a label; {read.bad_rows:,} bad rows")
     with suppress(UsageError):  # of a model, whose own line says it
-        if advice := boundary_advice(params.task, load_tokenizers(params)):
+        if advice := advice_on(params):
             yield Finding("prompt", advice, "note")
 
 

@@ -39,7 +39,7 @@ class Trial:
 
 
 def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int | None) -> Trial:
-    """Answer a few examples with the model in `folder`, and time it."""
+    """Answer a few examples with the model in `folder`, and time it; in plain text, though chat turns have a few tokens more."""
     from pipeline.models.folders import decoder_layers, load_model
     from pipeline.models.machine import default_device, use_machine
     from pipeline.models.trained import load_tokens

@@ -66,7 +66,9 @@ def capture(name: str, params: Params, folders: Folders) -> None:
             "task": described_task(task),
             "format": task.format,
             "labels": list(task.labels),
-            "contexts": [_described(context, scorer) for context in contexts],
+            "contexts": [
+                {"context_id": context.context_id, "name": context.name, "tokens": scorer.tokens.added_by(context)} for context in contexts
+            ],
             "content_free": [example.example_id for example in free],
             "engines": store.engines(keys),
         }
@@ -76,8 +78,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
         size = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
         positions, tokens = sum(map(len, rows["tail_mass"])), sum(rows["prompt_tokens"].to_pylist())
         sizes = {"positions": positions, "bytes_per_row": size / len(keys), "bytes_per_position": size / positions}
-        fidelity_of = _fidelity if scorer.server is None else _server_fidelity
-        measured = {"rows": len(keys), **_rounded(sizes), **fidelity_of(scorer, store, contexts, examples)}
+        measured = {"rows": len(keys), **_rounded(sizes), **_fidelity_once(scorer, store, contexts, examples)}
         write_json(measured, folders.metrics / "fidelity" / f"{name}.json")
         runtime = {"seconds": round(store.seconds(keys), 3), "rows": len(keys), "rows_timed": len(keys), "prompt_tokens": tokens}
         write_json(runtime, folders.metrics / "runtime" / f"teacher-{name}.json")
@@ -89,29 +90,24 @@ def content_free(task: Task) -> list[Example]:
     return [Example(dict.fromkeys(task.fields, text)) for text in texts]
 
 
-def _described(context: Context, scorer: Scorer) -> dict[str, Any]:
-    """A context in the manifest; `tokens` are those that it adds to a prompt."""
-    probe = [Example(dict.fromkeys(scorer.tokens.task.fields, "some text"), completion="")]
-    behind, alone = (scorer.tokens.prompts(own, probe)[0] for own in (context, NO_CONTEXT))
-    return {"context_id": context.context_id, "name": context.name, "tokens": behind.length - alone.length}
-
-
 def _rounded(figures: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, DIGITS) for name, value in figures.items()}
 
 
-def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, Any]:
-    """Figures of `cache.fidelity`, measured once for a request and kept beside the store's rows: measuring them loads the model.
-
-    Examples are taken one after the other, so that memory has the whole distributions of one.
-    """
-    keys = scorer.keys
-    kept = store.folder / f"fidelity-{sha256_json(list(keys))[:32]}.json"
+def _fidelity_once(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, Any]:
+    """Figures of fidelity, measured once for a request and kept beside the store's rows: measuring them asks the model."""
+    kept = store.folder / f"fidelity-{sha256_json(list(scorer.keys))[:32]}.json"
     try:
         return read_json(kept)
     except (FileNotFoundError, CorruptError):
-        pass
-    numbers = _numbers(examples)
+        measure = _fidelity if scorer.server is None else _server_fidelity
+        write_json(_rounded(measure(scorer, store, contexts, examples)), kept)
+        return read_json(kept)
+
+
+def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, float]:
+    """Figures of `cache.fidelity`. Examples are taken one after the other, so that memory has the whole distributions of one."""
+    keys, numbers = scorer.keys, _numbers(examples)
     chosen = [examples[number] for number in numbers]
     has_context = any(context.context_id != NO_CONTEXT.context_id for context in contexts)
 
@@ -126,8 +122,7 @@ def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], example
 
     figures = fidelity(pieces(), scorer.cache.resolution_nats)
     del figures["positions"]
-    write_json({"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **_rounded(figures)}, kept)
-    return read_json(kept)
+    return {"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **figures}
 
 
 def _numbers(examples: Sequence[Example]) -> list[int]:
@@ -136,20 +131,12 @@ def _numbers(examples: Sequence[Example]) -> list[int]:
     return order[:: max(1, len(examples) // FIDELITY_ROWS)][:FIDELITY_ROWS]
 
 
-def _server_fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, Any]:
-    """Figures of `teachers.servers.server_fidelity`, measured once for a request as those of `_fidelity` are."""
+def _server_fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, float]:
+    """Figures of `teachers.servers.server_fidelity`."""
     from pipeline.teachers.servers import server_fidelity
 
-    keys = scorer.keys
-    kept = store.folder / f"fidelity-{sha256_json(list(keys))[:32]}.json"
-    try:
-        return read_json(kept)
-    except (FileNotFoundError, CorruptError):
-        pass
-    numbers, some = _numbers(examples), contexts[:FIDELITY_CONTEXTS]
+    keys, numbers, some = scorer.keys, _numbers(examples), contexts[:FIDELITY_CONTEXTS]
     columns = ["label_logprobs", "label_bounds", "completion_ids", "topk_ids", "tail_mass"]
     chosen = store.read([keys[place * len(examples) + number] for place in range(len(some)) for number in numbers], columns)
     again = scorer.asked_again(some, [examples[number] for number in numbers])
-    figures = server_fidelity(store.read(keys, columns), chosen, again)
-    write_json({"scored_again": len(chosen), **_rounded(figures)}, kept)
-    return read_json(kept)
+    return {"scored_again": len(chosen), **server_fidelity(store.read(keys, columns), chosen, again)}

@@ -227,10 +227,12 @@ def open_engine(model: PreTrainedModel, tokens: TaskTokens, cache: CacheParams, 
     Nothing is assumed from an architecture's name: a model that the fast engine does not reproduce differs on the probe, or refuses, and
     gets the generic one. The two are compared in float32, whatever the model's format (`models.forward.in_float32`).
     """
-    if tokens.task.params.completion is not None:  # any text will do to compare
+    labels, free = tokens.completions, tokens.task.params.completion is not None
+    nodes = tokens.longest_answer - 1 if free else len(tree_of(labels).tokens)
+    budget = token_budget(model, memory_bytes(model.device), nodes)
+    if free:  # any text will do to compare
         texts = [prompt.answer or tuple(islice(cycle(prompt.ids), tokens.longest_answer)) for prompt in probe]
         probe = [Prompt(prompt.ids, text) for prompt, text in zip(probe, texts, strict=True)]
-    labels, budget = tokens.completions, token_budget(model, memory_bytes(model.device))
     if is_encoder(model.config):
         engine = Engine(model, None, labels, cache, budget)
         engine.reason = "an encoder, padded to the longest input of a pass"
@@ -291,17 +293,18 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return [*batches[:-2], rows[:cut], rows[cut:]]
 
 
-def token_budget(model: PreTrainedModel, memory_bytes: int) -> int:
+def token_budget(model: PreTrainedModel, memory_bytes: int, nodes: int = 0) -> int:
     """Tokens that a pass may have for its activations to stay within an eighth of `memory_bytes`, half of what the weights leave, and
     `ACTIVATIONS`.
 
-    It follows from the device and the model alone, since batches, and so a row's last bits, follow from it. Counted for each token: ten
-    vectors of the hidden size, four of the inner size, and the logits of one answer position in 16 tokens, twice.
+    It follows from the device, the model and the `nodes` of a row's tree alone, since batches, and so a row's last bits, follow from it.
+    Counted for each token: ten vectors of the hidden size, four of the inner size, and its part of the row's logits, twice. A row has one
+    answer position in 16 tokens, and its nodes.
     """
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden)
-    per_token = (10 * hidden + 4 * inner) * model.dtype.itemsize + 2 * 4 * int(config.vocab_size) // 16
+    per_token = (10 * hidden + 4 * inner) * model.dtype.itemsize + 2 * 4 * int(config.vocab_size) * (1 + nodes) // (16 + nodes)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     largest, most = (LARGEST_BUDGET, ACTIVATIONS) if model.device.type == "cpu" else (LARGEST_GPU_BUDGET, GPU_ACTIVATIONS)
     return max(64, min(largest, min(memory_bytes // 8, max(0, memory_bytes - weights) // 2, most) // per_token))

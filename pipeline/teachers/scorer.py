@@ -218,8 +218,9 @@ class Scorer:
         return (backend.distributions(prompt, shared) for prompt in prompts)
 
     def asked_again(self, contexts: Sequence[Context], examples: Sequence[Example]) -> pa.Table:
-        """Rows (`schema.STORED`) as a server answers them now, whatever the store has: contexts outermost."""
-        prompts = [prompt for context in contexts for prompt in self.tokens.prompts(context, examples)]
+        """Rows (`schema.STORED`) as a server answers them now, whatever the store has: contexts outermost, then windows."""
+        windows = [(context, own) for context in contexts for own in self.tokens.windows(context, examples)]
+        prompts = [prompt for context, own in windows for prompt in self.tokens.prompts(context, own)]
         self.backend.open(prompts)
         rows = pa.concat_tables([rows for rows, _ in self.backend.score([Job(prompts, ())])])
         place = {key: number for number, key in enumerate(rows["prompt_sha"].to_pylist())}

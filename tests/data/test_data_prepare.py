@@ -231,7 +231,9 @@ def test_a_model_that_is_only_trained_reads_the_inputs_too(raw: Raw, model_folde
     assert (entry["line"], entry["reason"].split()[:2]) == (45, ["holds", "<filename>,"])
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
-    with pytest.raises(UsageError, match=r"is too long: its text has .* fit artifacts/models/other\. 16 must\. Take a shorter template"):
+    with pytest.raises(
+        UsageError, match=r"is too long: its text has .* fit artifacts/models/other\. At least 16 must fit: take a shorter template"
+    ):
         run(raw)
 
 

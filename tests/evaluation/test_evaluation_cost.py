@@ -119,6 +119,17 @@ def test_every_prompt_is_answered_once_after_one_example_to_warm_up_then_all_in_
     assert (figures["throughput"]["examples"], figures["throughput"]["engine"]) == (3, "noting")
 
 
+def test_every_window_of_a_long_text_is_measured(model_folder, seen):
+    text = " ".join(["great late food"] * 20)
+    windows = TASK.model_copy(update={"long_texts": "windows", "max_tokens": 20})
+    figures = measure([Answering(model_folder("llama"))], windows, [Example({"text": text}), EXAMPLES[0]], 2, 1)
+    one_by_one, _, batch = seen
+    assert len(batch) > 4
+    assert one_by_one == [*batch[:-1], *batch], "the first to warm up"
+    assert figures["forward_passes"] == len(batch) / 2
+    assert figures["prompt_tokens"] == sum(map(len, batch)) / 2
+
+
 def test_the_subject_is_weights_and_prompts_wherever_they_lie(model_folder, tmp_path):
     def subject(*models):
         return measure(models, TASK, EXAMPLES, 1, 1)["measured"]["subject"]

@@ -125,7 +125,9 @@ def test_what_cannot_be_cut_is_refused_with_tokens_found_and_allowed(tokenizer):
     with pytest.raises(TooLongError, match=r"and 20 fit .* \(task\.max_tokens: 20\)"):
         TaskTokens(task("refuse", max_tokens=20), tokenizer, 512).prompts(NO_CONTEXT, [example])
     wide = Context("wide/0", "so " * 60)
-    with pytest.raises(TooLongError, match=r"and 0 fit .* behind context 'wide/0'. 16 must. Take fewer or shorter demonstrations"):
+    with pytest.raises(
+        TooLongError, match=r"and 0 fit .* behind context 'wide/0'. At least 16 must fit: take fewer or shorter demonstrations"
+    ):
         TaskTokens(task(), tokenizer, LIMIT).prompts(wide, [example])
 
 

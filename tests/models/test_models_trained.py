@@ -74,6 +74,13 @@ def test_a_manifest_that_lacks_an_entry_is_refused(folder, entry):
         open_trained(folder)
 
 
+def test_a_student_of_an_earlier_version_is_to_be_trained_again(folder):
+    task = json.loads((folder / "manifest.json").read_text("utf-8"))["task"]
+    edit(folder / "manifest.json", task=task | {"max_chars": 2000})
+    with pytest.raises(MismatchError, match=r"another version of shotless \(task\.max_chars: Extra inputs .* again with `dvc repro`"):
+        open_trained(folder)
+
+
 def test_a_library_that_gives_a_verbaliser_other_ids_is_refused(folder):
     completions = json.loads((folder / "manifest.json").read_text("utf-8"))["completions"]
     edit(folder / "manifest.json", completions=completions | {"positive": [1, 2]})

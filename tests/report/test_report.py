@@ -1,5 +1,6 @@
 """The report of a made-up run: numbers come from disk, the page needs nothing else, hostile text is escaped, missing files are named."""
 
+import html
 import itertools
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.errors import CorruptError, UsageError
-from pipeline.files import Folders, read_json
+from pipeline.files import Folders, read_json, write_json
 from pipeline.params import parse_params
 from pipeline.report import charts, prose, tables
 from pipeline.report.collect import collect, comparison, ranked
@@ -218,6 +219,22 @@ def test_a_run_without_students_leaves_their_sections_out(raw, write_run, tmp_pa
     assert "This run has no student" in page
     assert 'id="risks"' not in page
     assert 'id="training"' not in page
+
+
+def test_a_teacher_behind_a_server_and_in_chat_turns_is_called_so(raw, write_run, tmp_path):
+    raw["servers"] = {"big": {"url": "http://127.0.0.1:1/v1", "model": "big", "tokenizer": "models/smollm2"}}
+    raw["teachers"]["few_shot"]["model"] = "servers/big"
+    raw["contexts"]["orders"]["format"] = "chat"
+    params, folders = write_run(raw, tmp_path), Folders.here(tmp_path)
+    file = folders.metrics / "fidelity" / "few_shot.json"
+    figures = {"censored_labels": 0.25, "censored_rows": 0.5, "censored_mass": 0.01, "censored_mass_most": 0.04, "changed_answers": 0.0}
+    write_json({"rows": 4800, "bytes_per_row": 96.0, "retained_mass": 0.9, "scored_again": 16, **figures}, file)
+    build_report(params, folders, tmp_path)
+    page = html.unescape((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "servers/big + smollm2: from prompt to 2 students" in page
+    assert re.search(r"few_shot</code> \(chat\).{0,80}top k tail", page, re.DOTALL)
+    assert "some of them in chat turns" in page
+    assert "of 25.0\u00a0% of its labels a bound alone is known, in 50.0\u00a0% of the rows" in page
 
 
 def test_a_student_of_several_seeds_has_their_mean_and_deviation(raw, write_run, tmp_path):

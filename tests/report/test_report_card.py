@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.files import read_manifest, write_manifest
+from pipeline.models.trained import about_trained, load_tokens
 from pipeline.params import TaskParams
+from pipeline.report.card import render_card
+from pipeline.report.page import _environment
 from pipeline.schema import NO_CONTEXT, Example
-from pipeline.task import Task, TaskTokens
+from pipeline.task import Task
 
 PROJECT = Path(__file__).resolve().parents[2]
+TURNS = "{% for turn in messages %}<s>{{ turn.role }} {{ turn.content }}<s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 
 
 def card_of(root, student):
@@ -29,24 +35,27 @@ def small_model(folder, metaspace):
     raw.decoder = decoders.Metaspace() if metaspace else decoders.ByteLevel()
     texts = ["Review: a warm film\nSentiment: positive", "Review: dull\nSentiment: negative"] * 4
     raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<s>", chat_template=TURNS)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("metaspace", [False, True])
-def test_the_card_s_code_runs_and_reads_the_student_s_own_prompt(root, tmp_path, metaspace):
+@pytest.mark.parametrize("verbalisers", [{"no": " negative", "yes": " positive"}, {"a": " film", "b": " film dull", "c": " warm"}])
+@pytest.mark.parametrize(("form", "metaspace"), [("plain", False), ("plain", True), ("chat", False)])
+def test_the_card_s_code_runs_and_reads_the_student_s_own_prompt(found, tmp_path, form, metaspace, verbalisers):
     """The code loads with transformers alone, and its probabilities are those of the definition, on the token ids of training."""
     small_model(tmp_path, metaspace)
-    code = re.search(r"```python\n(.*?)```", card_of(root, "cd"), flags=re.DOTALL).group(1)
+    tokens = load_tokens(Task(TaskParams(template="Review: {text}\nSentiment:", verbalisers=verbalisers), form), tmp_path)
+    write_manifest(tmp_path, about_trained("cd", tokens, {}))
+    manifest = {"artifacts/students/cd/manifest.json": read_manifest(tmp_path)}
+    card = render_card(_environment(escaping=False), replace(found, files=found.files | manifest), "cd")
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL).group(1)
     scope = {}
     exec(code.replace("artifacts/students/cd", str(tmp_path)), scope)
-    found = scope["probabilities"](text="a warm film")
-    assert list(found) == ["negative", "positive"]
-    task = Task(TaskParams(template="Review: {text}\nSentiment:", verbalisers={"negative": " negative", "positive": " positive"}))
-    tokens = TaskTokens(task, scope["tokenizer"])
+    answered = scope["probabilities"](text="a warm film")
+    assert list(answered) == list(verbalisers)
     prompt = list(tokens.prompts(NO_CONTEXT, [Example({"text": "a warm film"})])[0].ids)
     expected = []
     for answer in tokens.completions:
@@ -56,7 +65,7 @@ def test_the_card_s_code_runs_and_reads_the_student_s_own_prompt(root, tmp_path,
                 total += scope["model"](torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token].item()
             ids.append(token)
         expected.append(total)
-    assert list(found.values()) == pytest.approx(torch.tensor(expected).softmax(0).tolist(), abs=1e-4)
+    assert list(answered.values()) == pytest.approx(torch.tensor(expected).softmax(0).tolist(), abs=1e-4)
 
 
 def test_a_card_says_what_was_learnt_from_and_under_which_licence(root):

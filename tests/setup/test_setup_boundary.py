@@ -91,6 +91,20 @@ def test_check_names_the_better_form_of_what_was_written_by_hand(folder, model_f
     assert f"Better: template: {TEMPLATE!r}, verbalisers:\n  negative: ' negative'\n  positive: ' positive'" in said
 
 
+@pytest.mark.parametrize("student", ["chat", "plain"])
+def test_what_is_asked_in_chat_turns_alone_needs_no_form(folder, student):
+    raw = read_yaml(folder / "params.yaml")
+    raw["task"] = {"template": f"{TEMPLATE} ", "verbalisers": {"negative": "negative", "positive": "positive"}}
+    raw |= {"tuned": {}, "evaluation": {"reference": "teacher"}}
+    raw["contexts"] = {"turns": {"demonstrations": 4, "format": "chat"}}
+    raw["teachers"] = {"few": {"model": "models/smollm2", "contexts": "turns"}}
+    raw["targets"] = {"mix": {"teachers": {"few": 1}}}
+    raw["baselines"] = {"teacher": {"prompts": "targets/mix", "contexts": "ensemble"}}
+    raw["students"] = {"cd": {"base": "models/smollm2", "learn_from": "targets/mix", "format": student, "steps": 5, "learning_rate": 1e-4}}
+    write_yaml(raw, folder / "params.yaml")
+    assert ("Better: template" in shotless(folder, "check").stdout) == (student == "plain")
+
+
 def test_digits_that_share_a_token_are_taken_as_they_are(folder, model_folder):
     shutil.copytree(model_folder("llama"), folder / "artifacts" / "models" / "smollm2")
     raw = read_yaml(folder / "params.yaml")

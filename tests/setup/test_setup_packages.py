@@ -12,7 +12,6 @@ DECLARED = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["proje
 EXTRAS = [entry for extra, entries in DECLARED["optional-dependencies"].items() if extra != "dev" for entry in entries]
 PINS = dict(re.findall(r"(?m)^([A-Za-z0-9._-]+)==([^\s;]+)", (PROJECT / "constraints.txt").read_text("utf-8")))
 NOT_IMPORTED = {
-    "dvc": "runs the pipeline",
     "fsspec": "pyarrow opens URLs with it",
     "gguf": "transformers reads GGUF files with it",
 }

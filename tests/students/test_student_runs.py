@@ -325,7 +325,7 @@ def test_what_cannot_be_learnt_is_refused_before_training(make_project, damage, 
 
 def test_an_example_longer_than_the_model_is_refused_before_training(make_project, model_folder):
     project = make_project(base=model_folder("llama", max_position_embeddings=8))
-    with pytest.raises(UsageError, match=r"tokens with its answer, and .*models/tiny takes 8"):
+    with pytest.raises(UsageError, match=r"line 1 of s is too long: its text has 5 tokens, and 3 fit .*models/tiny\. At least 16 must fit"):
         project.train()
 
 

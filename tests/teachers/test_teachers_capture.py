@@ -228,8 +228,9 @@ def test_an_example_that_would_be_asked_twice_is_refused_before_any_work(world, 
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_any_row_is_scored(world):
+    world.task = TASK | {"long_texts": "refuse"}
     world.write_transfer([*TEXTS, "long " * 600])
-    with pytest.raises(UsageError, match=r"the input on line 10 of s makes a prompt of [\d,]+ tokens behind context 'shots/2'.* takes 512"):
+    with pytest.raises(UsageError, match=r"the input on line 10 of s is too long: its text has 2,400 tokens, and \d+ fit .*models/tiny"):
         world.capture()
     assert world.scored() == []
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.models.forward import LOW_PRECISION_TOLERANCE_NATS, in_float32
-from pipeline.models.packed import PackedModel, tree_of
+from pipeline.models.packed import PackedModel, Row, tree_of
 from pipeline.params import CacheParams
 from pipeline.schema import Prompt
 from pipeline.teachers import engines
@@ -395,6 +395,19 @@ def test_the_token_budget_follows_the_memory(tiny_model):
     assert engines.LARGEST_BUDGET == token_budget(model, 1 << 40) >= token_budget(model, 1 << 20) >= 64
     assert token_budget(model.to("meta"), 1 << 40) == engines.LARGEST_GPU_BUDGET  # the meta device stands for a GPU
     assert token_budget(model, sum(p.numel() * p.element_size() for p in model.parameters())) == 64
+
+
+@pytest.mark.parametrize("vocabulary", [49_152, 151_936])
+@pytest.mark.parametrize("labels", [[[n % 7, 300 + n, 5, n] for n in range(77)], [range(140)]], ids=["77 labels", "a free answer"])
+def test_logits_of_a_pass_fit_its_memory(tiny_model, monkeypatch, labels, vocabulary):
+    """Of a pass over a whole tree, in float32 twice; a row has a query of 16 tokens or more."""
+    monkeypatch.setattr(engines, "LARGEST_BUDGET", 1024)
+    model, tree = tiny_model("llama"), tree_of(labels)
+    model.config.vocab_size = vocabulary
+    row = Row(range(16), tree)
+    batches = plan_batches([row.length] * 40, token_budget(model, 1 << 40, len(tree.tokens)))
+    assert 1 < len(batches[0]) < 7
+    assert len(batches[0]) * row.outputs * vocabulary * 4 * 2 <= engines.ACTIVATIONS
 
 
 def test_a_probe_of_many_labels_costs_the_plain_pass_few_prompts(tiny_model, monkeypatch):
