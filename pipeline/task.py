@@ -310,6 +310,14 @@ class TaskTokens:
             prompts.append(Prompt(full[:start], full[start:]))
         return prompts
 
+    def answer_ids(self, text: str, has_ended: bool) -> list[int]:
+        """Ids of an answer in free text that somebody else wrote, up to what ends it: put behind it if it `has_ended` without."""
+        completion = self.task.params.completion
+        assert completion is not None
+        ends = [(text.index(stop), stop) for stop in completion.stop if stop in text]
+        at, end = min(ends, default=(len(text), self._stop(completion) if has_ended or not text.strip() else ""))
+        return self._following("", self._answer(text[:at].strip()) + end)[: completion.max_tokens]
+
     def _completions(self) -> list[list[int]]:
         words = self.task.verbalisers
         answers = [self._answer(text) for text in words]
@@ -486,15 +494,27 @@ class EncoderTokens(TaskTokens):
 
 
 class TextTokens(TaskTokens):
-    """A task in text or turns, for a server that tokenises for itself: prompts have no ids, labels no completions, nothing is cut."""
+    """A task in text or turns, for a server that tokenises for itself: prompts have no ids, labels no completions, nothing is cut.
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.tokenizer, self.limit, self.completions = task, None, None, []
+    Answers in free text are put into the ids of `answers`, the same task for the tokenizer of those who learn them.
+    """
+
+    def __init__(self, task: Task, answers: TaskTokens | None = None) -> None:
+        self.task, self._answers, self.limit, self.completions = task, answers, None, []
+        if answers is not None:
+            self.tokenizer, self.end_ids = answers.tokenizer, answers.end_ids
 
     @property
     def longest_answer(self) -> int:
         """Tokens of the longest possible answer, about: one for every four bytes."""
+        if self.task.params.completion is not None:
+            return self.task.params.completion.max_tokens
         return max(len(verbaliser.encode()) // 4 + 1 for verbaliser in self.task.verbalisers)
+
+    def answer_ids(self, text: str, has_ended: bool) -> list[int]:
+        """See `TaskTokens`."""
+        assert self._answers is not None
+        return self._answers.answer_ids(text, has_ended)
 
     def _excess(self, examples: Sequence[Example], prompts: Sequence[Prompt]) -> list[int]:  # noqa: ARG002
         return [0] * len(examples)

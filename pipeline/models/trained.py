@@ -56,6 +56,8 @@ def load_tokens(task: Task, folder: Path) -> TaskTokens:
         if server["settings"]["tokenizer"] is None:
             return TextTokens(task)
         own = folder.parent.parent / server["settings"]["tokenizer"]
+        if server["settings"]["sends"] == "text":
+            return TextTokens(task, None if task.params.completion is None else kind(task, folders.load_tokenizer(own)))
     elif folders.is_encoder(folders.load_config(folder)):
         kind = EncoderTokens
     return kind(task, folders.load_tokenizer(own), folders.context_limit(folder))

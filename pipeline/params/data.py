@@ -137,7 +137,11 @@ class ServerParams(Frozen):
     """What the server is; `auto` asks it. `openai` is any other."""
     tokenizer: str | None = None
     """`models/NAME` with the model's tokenizer (its weights are not used): prompts are then token ids, made as for a local teacher, and
-    students may learn its distributions. Null: the server is sent text."""
+    students may learn its distributions. Null: the server is sent text, and students learn labels from target sets alone."""
+    sends: Literal["ids", "text"] = "ids"
+    """What prompts are, if there is a `tokenizer`. `text`: it only gives the ids of answers in free text, so that it may be the students'
+    own; an answer whose tokens have the same texts there is learnt with the most probable tokens at each place, another as it was
+    written."""
     key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Name of the environment variable that holds the key; null: none is sent."""
     price: PriceParams | None = None
@@ -150,10 +154,17 @@ class ServerParams(Frozen):
     """After which a request is made again."""
 
     @model_validator(mode="after")
-    def _budget_has_a_price(self) -> Self:
+    def _nothing_is_in_vain(self) -> Self:
         if self.budget is not None and self.price is None:
             raise ValueError("`budget` needs a `price`: {input: …, output: …}, for a million tokens")
+        if self.sends == "text" and self.tokenizer is None:
+            raise ValueError("`sends: text` is about a `tokenizer`, and there is none; leave it out, or name one")
         return self
+
+    @property
+    def prompt_tokenizer(self) -> str:
+        """`models/NAME` whose tokenizer makes the prompts; empty if they are text."""
+        return self.tokenizer if self.tokenizer is not None and self.sends == "ids" else ""
 
 
 class LabelRule(Frozen):

@@ -378,11 +378,11 @@ class Params(Frozen):
         return {f"{kind}/{name}" for kind, entries in maps.items() for name in entries}
 
     def base_model(self, folder: str) -> str:
-        """The name in `models` whose tokenizer a model folder or server has: of what it was made from; empty for a server without one."""
+        """The name in `models` whose tokenizer a model folder or server has: of what it was made from; empty if a server gets text."""
         kind, _, name = folder.partition("/")
         while kind not in {"models", ""}:
             base = {"tuned": self.tuned, "students": self.students, "servers": self.servers}[kind][name]
-            kind, _, name = ((base.tokenizer or "") if isinstance(base, ServerParams) else base.base).partition("/")
+            kind, _, name = (base.prompt_tokenizer if isinstance(base, ServerParams) else base.base).partition("/")
         return name
 
     def kept_of(self, teacher: str) -> CacheParams:
@@ -446,20 +446,24 @@ class Params(Frozen):
             kind, _, server = teacher.model.partition("/")
             if kind != "servers":
                 continue
-            if self.task.completion is not None:
-                yield f"teachers.{name}.model: {teacher.model!r}, and answers are free text; use a local model"
+            if self.task.completion is not None and self.task.completion.source == "given":
+                yield f"teachers.{name}.model: {teacher.model!r}, and a server writes its own; use a local model, or `source: generated`"
             if teacher.scores == "input_tokens":
                 yield f"teachers.{name}.scores: `input_tokens`, and a server gives distributions of its answer alone; use a local model"
             if teacher.cache.temperatures or teacher.cache.hidden_layers:
                 yield f"teachers.{name}.cache: a server gives neither hidden states nor what other temperatures need; leave both out"
             if teacher.dtype != "auto":
                 yield f"teachers.{name}.dtype: {teacher.dtype!r}, and the number format is the server's matter; leave it out"
-            if server in self.servers and self.servers[server].tokenizer is None:
+            if self.task.completion is not None:
+                if server in self.servers and self.servers[server].tokenizer is None:
+                    named = "this model's, or that of the students with `sends: text`"
+                    yield f"servers.{server}.tokenizer: null, and free text is learnt in token ids; name {named}"
+            elif server in self.servers and not self.servers[server].prompt_tokenizer:
                 learning = [f"students.{one}.learn_from" for one, own in self.students.items() if own.learn_from == f"teachers/{name}"]
                 learning += [f"targets.{one}.auxiliary_caches" for one, own in self.targets.items() if name in own.auxiliary_caches]
                 why = f"is behind servers.{server}, which tokenises for itself, so that its distributions are not kept"
                 for where in learning:
-                    yield f"{where}: teacher {name!r} {why}; give servers.{server} a `tokenizer`, or learn from a target set"
+                    yield f"{where}: teacher {name!r} {why}; let servers.{server} send the ids of a `tokenizer`, or learn from a target set"
 
     def _formats(self, where: str, teacher: TeacherParams, asked: Format) -> Iterator[str]:
         if asked == "chat" and teacher.scores == "input_tokens":

@@ -136,7 +136,7 @@ def _server_fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], 
     from pipeline.teachers.servers import server_fidelity
 
     keys, numbers, some = scorer.keys, _numbers(examples), contexts[:FIDELITY_CONTEXTS]
-    columns = ["label_logprobs", "label_bounds", "tail_mass"]
+    columns = ["label_logprobs", "label_bounds", "completion_ids", "topk_ids", "tail_mass"]
     chosen = store.read([keys[place * len(examples) + number] for place in range(len(some)) for number in numbers], columns)
     again = scorer.asked_again(some, [examples[number] for number in numbers])
     return {"scored_again": len(chosen), **server_fidelity(store.read(keys, columns), chosen, again)}

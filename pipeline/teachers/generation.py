@@ -6,7 +6,7 @@ answer depends neither on its batch nor on a generator's state.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -112,10 +112,12 @@ class Generator:
 
     def has_ended(self, written: Sequence[int]) -> bool:
         """Whether the last token ends the model's text or completes a stop text."""
-        if written[-1] in self.end_ids:
-            return True
-        text = self.tokenizer.decode(list(written))
-        return any(stop in text for stop in self.params.stop)
+        return has_ended(written, self.end_ids, self.params.stop, self.tokenizer)
+
+
+def has_ended(written: Sequence[int], end_ids: Collection[int], stops: Sequence[str], tokenizer: Any) -> bool:
+    """Whether the last token of an answer is one of `end_ids` or completes a stop text."""
+    return written[-1] in end_ids or any(stop in tokenizer.decode(list(written)) for stop in stops)
 
 
 class _Ended(StoppingCriteria):

@@ -303,9 +303,10 @@ def identity_of(folder: Path, tokens: TaskTokens, cache: CacheParams, dtype: str
     }
     completion, settings = tokens.task.params.completion, folder / "generation_config.json"
     if completion is not None and completion.source == "generated":  # what ends an answer, and how it is read as text
-        generation = sha256_file(settings) if settings.is_file() else None
-        identity |= {"end_ids": tokens.end_ids} if tokens.end_ids else {}
-        identity |= {"completion": tokens.task.params.answering, "generation_config": generation, "tokenizer": tokenizer_sha256(folder)}
+        identity |= {"completion": tokens.task.params.answering} | ({"end_ids": tokens.end_ids} if tokens.end_ids else {})
+        if server is None:
+            generation = sha256_file(settings) if settings.is_file() else None
+            identity |= {"generation_config": generation, "tokenizer": tokenizer_sha256(folder)}
     return identity
 
 

@@ -1,10 +1,13 @@
 """Teachers behind servers: vLLM, SGLang, llama.cpp's, and others that speak OpenAI's protocol and give log-probabilities.
 
-Each server answers one question, `next_token`: the log-probabilities of what may come after a prompt. A label's score is asked token by
-token behind what it begins with, which a server's prefix cache serves; labels that cannot matter any more are not asked further. A server
-that lists only its most probable tokens leaves labels *censored*: known to be no more probable than a bound (`schema.STORED`).
+Each kind of server answers one question, `write`: a text behind a prompt, with the most probable tokens at each of its tokens. A label's
+score is asked token by token behind what it begins with, which a server's prefix cache serves; labels that cannot matter any more are not
+asked further. A server that lists only its most probable tokens leaves labels *censored*: known to be no more probable than a bound
+(`schema.STORED`). Free text is one request; a token that the server cuts off, since it ends the answer, is asked for behind it. Tokens
+become ids by their text. An answer that has another token is *hard*: its text is put into ids, and each has all the probability.
 
-vLLM and SGLang were built to their documented fields, llama.cpp was run (docs/teachers.md). The key is in the headers of requests alone.
+Of real servers only llama-cpp-python's, of OpenAI's protocol, was run (docs/teachers.md). vLLM, SGLang and llama.cpp's `llama-server` were
+built to their documented fields. The key is in the headers of requests alone.
 """
 
 import heapq
@@ -16,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,11 +34,12 @@ from pipeline.cache.encodings import Encoded, rounded
 from pipeline.errors import MismatchError, ShotlessError, UsageError, choices
 from pipeline.files import Folders, read_json, write_json
 from pipeline.models.folders import SERVER, load_tokenizer, server_of, tokenizer_sha256
-from pipeline.params import CacheParams, ServerParams
+from pipeline.params import CacheParams, CompletionParams, ServerParams
 from pipeline.params.methods import SERVER_TOP as TOP
 from pipeline.schema import STORED, Prompt
 from pipeline.task import TaskTokens
 from pipeline.teachers.engines import Scores
+from pipeline.teachers.generation import has_ended
 from pipeline.teachers.scorer import Job, stored_rows
 
 ATTEMPTS = 8
@@ -67,6 +71,21 @@ class Said:
     def log_missing(self) -> float:
         """Log of the probability of all tokens that it says nothing of."""
         return math.log(max(1 - math.fsum(map(math.exp, self.logprobs.values())), LEAST_MASS))
+
+
+Position = tuple[Any, Any, dict[Any, Any]]
+"""A token of an answer as a server gives it: itself, its log-probability, and those of the most probable ones."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer in a server's tokens, what it said at each, and whether it ended it, else it was cut."""
+
+    text: str
+    tokens: list[Token]
+    logprobs: list[float]
+    said: list[Said]
+    is_whole: bool
 
 
 class NotOfferedError(ShotlessError):
@@ -119,6 +138,7 @@ class Server:
     def __init__(self, name: str, settings: ServerParams, found: dict[str, Any], tokenizer: Any = None) -> None:
         """Raises UsageError if the environment variable with the key is not set."""
         self.where, self.settings, self.found, self.tokenizer = f"servers.{name}", settings, found, tokenizer
+        self.sends_ids = tokenizer is not None and settings.sends == "ids"
         self._key, headers = "", {}
         if settings.key_env is not None:
             self._key = os.environ.get(settings.key_env, "")
@@ -153,12 +173,12 @@ class Server:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Text → token id, of tokens whose text no other token has."""
+        """Text → token id, of tokens whose text no other token has; what servers show as nothing ends a text."""
         texts = self.tokenizer.batch_decode([[number] for number in range(len(self.tokenizer))])
         found: dict[str, int] = {}
         for number, text in enumerate(texts):
             found[text] = -1 if text in found else number
-        return {text: number for text, number in found.items() if number >= 0}
+        return {text: number for text, number in found.items() if number >= 0} | {"": self.tokenizer.eos_token_id}
 
     def close(self) -> None:
         """Close its connections."""
@@ -217,19 +237,38 @@ class Server:
         """Log-probabilities of what follows a prompt and the beginning of an answer: of the `top` most probable tokens, and of those
         `wanted` as far as the server gives them. Raises ShotlessError if an answer is not of what was asked.
         """
-        said = self._top(prompt, behind)
+        written = self.write(prompt, behind)
+        if not written.said:
+            raise self._without()
+        said = written.said[0]
         if self.found.get("exact") and (missing := [token for token in wanted if token not in said.logprobs]):
             said = Said(said.logprobs | self.exactly(prompt, behind, missing), said.floor, said.prompt_tokens)
         return said
 
-    def _top(self, prompt: Prompt, behind: Label) -> Said:
+    def write(self, prompt: Prompt, behind: Label, sampling: dict[str, Any] | None = None) -> Written:
+        """What follows a prompt and the beginning of an answer: one token, or as `sampling` says (max_tokens, temperature, stop, seed).
+
+        It ends with the token that ends it, or without, if the server cuts that off.
+        """
         if self.is_chat(prompt):
             turns = prompt.request if isinstance(prompt.request, tuple) else [("user", prompt.request)]
             messages = [{"role": role, "content": content} for role, content in turns or ()]
-            reply = self._asked("/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": self.top})
+            path, body = "/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": self.top}
         else:
-            reply = self._asked("/completions", self._body(prompt, behind))
-        return self._said(_choice(reply), prompt, behind, _usage(reply))
+            path, body = "/completions", self._body(prompt, behind)
+        reply = self._asked(path, body | (sampling or {}))
+        choice = _choice(reply)
+        text, about = choice.get("text") or (choice.get("message") or {}).get("content") or "", choice.get("logprobs") or {}
+        if about.get("content"):
+            positions = [
+                (_text_of(own), own.get("logprob"), {_text_of(entry): entry.get("logprob") for entry in own.get("top_logprobs") or ()})
+                for own in about["content"]
+            ]
+        else:
+            listed = about.get("top_logprobs") or []
+            own = zip(about.get("tokens") or [], about.get("token_logprobs") or [], listed, strict=False)
+            positions = [(token, value, top or {}) for token, value, top in own]
+        return self._written((prompt, behind), reply, text, positions, choice.get("finish_reason") != "length")
 
     def _body(self, prompt: Prompt, behind: Label) -> dict[str, Any]:
         return {"prompt": _behind(prompt, behind), "logprobs": self.top}
@@ -275,23 +314,24 @@ class Server:
         self.reports = self.reports or model
         with self._lock:
             self.requests += 1
-            self.tokens = [self.tokens[0] + _usage(reply), self.tokens[1] + 1]
+            self.tokens = [self.tokens[0] + _usage(reply), self.tokens[1] + _usage(reply, "completion_tokens", "tokens_predicted")]
         return reply
 
-    def _said(self, choice: dict[str, Any], prompt: Prompt, behind: Label, counted: int) -> Said:
-        """From a choice's `logprobs`, in either of OpenAI's two forms."""
-        logprobs = choice.get("logprobs") or {}
-        if logprobs.get("content"):
-            listed = {_text_of(entry): entry.get("logprob") for entry in logprobs["content"][0].get("top_logprobs") or ()}
-        else:
-            listed = dict((logprobs.get("top_logprobs") or [{}])[0] or {})
-        tokens = {self._token(text): value for text, value in listed.items()}
-        return self._listed(tokens, prompt, behind, counted)
+    def _written(
+        self, asked: tuple[Prompt, Label], reply: dict[str, Any], text: str, positions: Sequence[Position], whole: bool
+    ) -> Written:
+        """An answer, checked."""
+        if text and not positions:
+            raise self._without()
+        counted = _usage(reply)
+        said = [self._listed({self._token(token): value for token, value in listed.items()}, *asked, counted) for *_, listed in positions]
+        logprobs = [self._checked(value) for _, value, _ in positions]
+        return Written(text, [self._token(token) for token, *_ in positions], logprobs, said, whole)
 
     def _listed(self, given: dict[Token, Any], prompt: Prompt, behind: Label, counted: int) -> Said:
         """What a server listed, checked. Raises NotOfferedError if that is nothing, ShotlessError if it cannot be."""
         if not given:
-            raise NotOfferedError(f"{self.where}: an answer without log-probabilities")
+            raise self._without()
         if prompt.request is None and counted and counted != (own := len(prompt.ids) + len(behind)):
             raise self._wrong(f"{counted} tokens for a prompt of {own} token ids")
         logprobs = {token: self._checked(value) for token, value in given.items()}
@@ -299,11 +339,18 @@ class Server:
             raise self._wrong(f"probabilities that sum to {mass:.3f}")
         return Said(logprobs, min(logprobs.values()), counted)
 
-    def _token(self, text: str) -> Token:
+    def _without(self) -> NotOfferedError:
+        return NotOfferedError(f"{self.where}: an answer without log-probabilities")
+
+    def _token(self, given: Token) -> Token:
         """The id of a token by its text, if prompts are ids and one token alone has this text."""
-        if text.startswith("token_id:"):
-            return int(text.removeprefix("token_id:"))
-        return text if self.tokenizer is None else self.ids.get(text, text)
+        if isinstance(given, str) and given.startswith("token_id:"):
+            return int(given.removeprefix("token_id:"))
+        return self.ids.get(given, given) if isinstance(given, str) and self.sends_ids else given
+
+    def id_of(self, token: Token) -> int | None:
+        """The id of a token in the tokenizer that students share; None if none has its text, or several have."""
+        return token if isinstance(token, int) else self.ids.get(token)
 
     def _checked(self, value: Any) -> float:
         if not isinstance(value, int | float) or math.isnan(value) or value > ROUNDING:
@@ -321,6 +368,7 @@ class Vllm(Server):
     kind, owner = "vllm", "vllm"
     way = "gives the log-probability of any token (logprob_token_ids), so that every label's is exact"
     AT_ONCE: ClassVar[int] = 128
+    PLAIN: ClassVar[dict[str, Any]] = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0, "include_stop_str_in_output": True}
 
     def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
         """See `Server`."""
@@ -330,14 +378,15 @@ class Vllm(Server):
         for start in range(0, len(wanted), self.AT_ONCE):
             part = wanted[start : start + self.AT_ONCE]
             reply = self._asked("/completions", self._body(prompt, behind) | {"logprob_token_ids": part})
-            given = self._said(_choice(reply), prompt, behind, _usage(reply)).logprobs
+            listed = (_choice(reply).get("logprobs") or {}).get("top_logprobs") or [{}]
+            given = self._listed({self._token(text): value for text, value in listed[0].items()}, prompt, behind, _usage(reply)).logprobs
             if lacking := [token for token in part if token not in given]:
                 raise NotOfferedError(f"{self.where}: no log-probabilities of the tokens {choices(lacking)}")
             found |= {token: given[token] for token in part}
         return found
 
     def _body(self, prompt: Prompt, behind: Label) -> dict[str, Any]:
-        return super()._body(prompt, behind) | ({"return_tokens_as_token_ids": True} if prompt.request is None else {})
+        return super()._body(prompt, behind) | self.PLAIN | {"return_tokens_as_token_ids": prompt.request is None}
 
 
 class Sglang(Server):
@@ -348,31 +397,53 @@ class Sglang(Server):
 
     def next_token(self, prompt: Prompt, behind: Label, wanted: Iterable[Token] = ()) -> Said:
         """See `Server`."""
-        if self.is_chat(prompt):
-            return super().next_token(prompt, behind)
         wanted = list(wanted) if prompt.request is None and self.found.get("exact") else []
-        said, named = self._generate(prompt, behind, wanted)
+        if not wanted:
+            return super().next_token(prompt, behind)
+        written, named = self._generate(prompt, behind, wanted)
+        said = written.said[0]
         return Said(said.logprobs | named, said.floor, said.prompt_tokens)
+
+    def write(self, prompt: Prompt, behind: Label, sampling: dict[str, Any] | None = None) -> Written:
+        """See `Server`. Raises UsageError for a temperature: it would be in the log-probabilities."""
+        if self.is_chat(prompt):
+            return super().write(prompt, behind, sampling)
+        if sampling and sampling["temperature"] not in {0, 1}:
+            raise UsageError(
+                f"{self.where}: task.completion.temperature: {sampling['temperature']:g}, and SGLang's log-probabilities are of what it "
+                "tempered. Use 0 or 1."
+            )
+        return self._generate(prompt, behind, [], sampling)[0]
 
     def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
         """See `Server`."""
         return self._generate(prompt, behind, wanted)[1] if prompt.request is None else {}
 
-    def _generate(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> tuple[Said, dict[Token, float]]:
-        is_text = prompt.request is not None
+    def _generate(
+        self, prompt: Prompt, behind: Label, wanted: list[Token], sampling: dict[str, Any] | None = None
+    ) -> tuple[Written, dict[Token, float]]:
+        is_text, sampling = prompt.request is not None, sampling or {"max_tokens": 1, "temperature": 1.0, "stop": []}
         body = {
             "text" if is_text else "input_ids": _behind(prompt, behind),
-            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "sampling_params": {
+                "max_new_tokens": sampling["max_tokens"],
+                "temperature": sampling["temperature"],
+                "stop": sampling["stop"],
+                "no_stop_trim": True,
+            },
             "return_logprob": True,
             "top_logprobs_num": self.top,
             "return_text_in_logprobs": is_text,
             **({"token_ids_logprob": wanted} if wanted else {}),
         }
-        about = self._asked("/generate", body, self.root).get("meta_info") or {}
-        top, named = ((about.get(key) or [[]])[0] or [] for key in ("output_top_logprobs", "output_token_ids_logprobs"))
-        tokens = {entry[2 if is_text else 1]: entry[0] for entry in top}
-        said = self._listed(tokens, prompt, behind, int(about.get("prompt_tokens") or 0))
-        return said, {entry[1]: self._checked(entry[0]) for entry in named}
+        reply = self._asked("/generate", body, self.root)
+        about, at = reply.get("meta_info") or {}, 2 if is_text else 1
+        pairs = zip(about.get("output_token_logprobs") or [], about.get("output_top_logprobs") or [], strict=False)
+        positions = [(own[at], own[0], {entry[at]: entry[0] for entry in top or ()}) for own, top in pairs]
+        whole = (about.get("finish_reason") or {}).get("type") != "length"
+        named = (about.get("output_token_ids_logprobs") or [[]])[0] or []
+        written = self._written((prompt, behind), reply, str(reply.get("text") or ""), positions, whole)
+        return written, {entry[1]: self._checked(entry[0]) for entry in named}
 
 
 class LlamaCpp(Server):
@@ -381,28 +452,43 @@ class LlamaCpp(Server):
     kind, owner = "llama_cpp", "llamacpp"
     way = "gives the log-probability of any token that it is made to draw, so that every label's is exact"
     SURE: ClassVar[float] = 1e4  # a bias that no logit outweighs; what is reported is from before it
+    PLAIN: ClassVar[dict[str, float]] = {
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repeat_penalty": 1.0,
+    }  # nothing is taken from what is drawn
 
-    def _top(self, prompt: Prompt, behind: Label) -> Said:
+    def write(self, prompt: Prompt, behind: Label, sampling: dict[str, Any] | None = None) -> Written:
+        """See `Server`."""
         if self.is_chat(prompt):
-            return super()._top(prompt, behind)
-        reply, position = self._completion(prompt, behind, {"n_probs": self.top})
-        listed = {self._named(prompt, entry): entry.get("logprob") for entry in position.get("top_logprobs") or ()}
-        return self._listed(listed, prompt, behind, int(reply.get("tokens_evaluated") or 0))
+            return super().write(prompt, behind, sampling)
+        reply = self._completion(prompt, behind, {"n_probs": self.top, **self.PLAIN, **(sampling or {})})
+        positions = [
+            (
+                self._named(prompt, own),
+                own.get("logprob"),
+                {self._named(prompt, entry): entry.get("logprob") for entry in own["top_logprobs"]},
+            )
+            for own in reply.get("completion_probabilities") or ()
+        ]
+        return self._written((prompt, behind), reply, str(reply.get("content") or ""), positions, reply.get("stop_type") != "limit")
 
     def exactly(self, prompt: Prompt, behind: Label, wanted: list[Token]) -> dict[Token, float]:
         """See `Server`."""
         found: dict[Token, float] = {}
         for token in wanted if prompt.request is None else ():
-            _, position = self._completion(prompt, behind, {"n_probs": 1, "logit_bias": [[token, self.SURE]]})
+            position = (
+                self._completion(prompt, behind, {"n_probs": 1, "logit_bias": [[token, self.SURE]]})["completion_probabilities"] or [{}]
+            )[0]
             if self._named(prompt, position) != token:
                 raise NotOfferedError(f"{self.where}: token {position.get('id')!r} was drawn in place of {token}")
             found[token] = self._checked(position.get("logprob"))
         return found
 
-    def _completion(self, prompt: Prompt, behind: Label, more: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        body = {"prompt": _behind(prompt, behind), "n_predict": 1, "temperature": 0.0, "post_sampling_probs": False, "cache_prompt": True}
-        reply = self._asked("/completion", {**body, **more}, self.root)
-        return reply, (reply.get("completion_probabilities") or [{}])[0]
+    def _completion(self, prompt: Prompt, behind: Label, more: dict[str, Any]) -> dict[str, Any]:
+        body = {"prompt": _behind(prompt, behind), "n_predict": more.pop("max_tokens", 1), "temperature": 0.0}
+        return self._asked("/completion", {**body, "post_sampling_probs": False, "cache_prompt": True, **more}, self.root)
 
     @staticmethod
     def _named(prompt: Prompt, entry: dict[str, Any]) -> Token:
@@ -421,10 +507,10 @@ def _choice(reply: dict[str, Any]) -> dict[str, Any]:
     return (reply.get("choices") or [{}])[0]
 
 
-def _usage(reply: dict[str, Any]) -> int:
-    """Tokens of the prompt, as the server counted them."""
-    counted = (reply.get("usage") or reply.get("meta_info") or {}).get("prompt_tokens")
-    return int(counted or reply.get("tokens_evaluated") or 0)
+def _usage(reply: dict[str, Any], name: str = "prompt_tokens", other: str = "tokens_evaluated") -> int:
+    """Tokens of the prompt, or of the answer, as the server counted them."""
+    counted = (reply.get("usage") or reply.get("meta_info") or {}).get(name)
+    return int(counted or reply.get(other) or 0)
 
 
 def _text_of(entry: dict[str, Any]) -> str:
@@ -434,9 +520,11 @@ def _text_of(entry: dict[str, Any]) -> str:
 def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_on: bool = True) -> tuple[list[float], list[float], Said]:
     """Log-probabilities of whole labels [L], bounds of those that are not known [L] (NaN: known), and what was said of the first token.
 
-    The most probable beginnings are asked behind first, if `goes_on`: a chat's answer cannot be begun.
+    The most probable beginnings are asked behind first, if `goes_on`: a chat's answer cannot be begun. A text may also be written in tokens
+    that are not listed: one of which less is known that way is censored.
     """
     logprobs, bounds = [math.nan] * len(labels), [math.nan] * len(labels)
+    unlisted: dict[int, tuple[float, float]] = {}  # label → log-probability by tokens that are not listed: the most, an estimate
     # minus the log-probability of a beginning, the beginning, the labels that have it
     nodes: list[tuple[float, Label, list[int]]] = [(0.0, labels[0][:0], list(range(len(labels))))]
     first: Said | None = None
@@ -454,9 +542,10 @@ def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_o
         for number in own:
             token = _begins(labels[number][len(path) :], said)
             censored.append(number) if token is None else known.setdefault(token, []).append(number)
+        most = -negative + min(said.floor, said.log_missing)
         for number in censored:
-            bounds[number] = -negative + min(said.floor, said.log_missing)
-            logprobs[number] = min(bounds[number], -negative + said.log_missing - math.log(len(censored)))
+            bounds[number] = most
+            logprobs[number] = min(most, -negative + said.log_missing - math.log(len(censored)))
         for token, members in known.items():
             value, reached = -negative + said.logprobs[token], path + (token if isinstance(token, str) else (token,))  # type: ignore[operator]
             going = [number for number in members if labels[number] != reached]
@@ -464,6 +553,13 @@ def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_o
                 best, logprobs[number] = max(best, value), value
             if going:
                 heapq.heappush(nodes, (-value, reached, going))
+            for number in going if isinstance(reached, str) else ():
+                other = most, min(most, -negative + said.log_missing - math.log(len(own)))
+                unlisted[number] = max(unlisted.get(number, other), other)
+    for number, (most, estimate) in unlisted.items():
+        if most > logprobs[number]:
+            bounds[number] = np.logaddexp(most, logprobs[number] if math.isnan(bounds[number]) else bounds[number])
+            logprobs[number] = max(estimate, logprobs[number])
     assert first is not None
     return logprobs, bounds, first
 
@@ -519,18 +615,16 @@ def ask_server(name: str, settings: ServerParams, folders: Folders) -> None:
 
 def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
     """What a server is and can; `about` is its own entry of the model."""
-    limit, tokenizer = about.get("max_model_len"), server.tokenizer
+    limit = about.get("max_model_len")
     if server.kind == "llama_cpp":
         limit = server.call(f"{server.root}/props")["default_generation_settings"]["n_ctx"]
     found: dict[str, Any] = {"kind": server.kind, "chat_alone": False, "exact": False, "top": TOP}
-    prompt = probe_prompts(tokenizer)[0]
+    prompt = probe_prompts(server)[0]
     try:
-        said = server.next_token(prompt, () if tokenizer is not None else "")
+        said = server.next_token(prompt, empty(prompt))
     except NotOfferedError as error:
-        if tokenizer is not None:
-            raise UsageError(
-                f"{error}\n{server.where}: no log-probabilities behind token ids. Leave `tokenizer` out to send text."
-            ) from None
+        if server.sends_ids:
+            raise UsageError(f"{error}\n{server.where}: no log-probabilities behind token ids. Set `sends: text`.") from None
         found["chat_alone"] = True
         server.found = dict(found)
         try:
@@ -546,7 +640,7 @@ def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
     for count in MORE if not found["exact"] else ():
         server.found = {**found, "top": count}
         try:
-            more = server.next_token(prompt, () if tokenizer is not None else "")
+            more = server.next_token(prompt, empty(prompt))
         except ShotlessError:
             continue
         if len(more.logprobs) > len(said.logprobs):
@@ -561,18 +655,23 @@ def _found(server: Server, about: dict[str, Any]) -> dict[str, Any]:
     return found | {"reports": server.reports, "context_tokens": limit, "way": way, "probe": probe_answers(server)}
 
 
-def probe_prompts(tokenizer: Any) -> list[Prompt]:
+def probe_prompts(server: Server) -> list[Prompt]:
     """The fixed prompts by whose answers a model is known again."""
-    if tokenizer is None:
+    if not server.sends_ids:
         return [Prompt((), request=text) for text in PROBES]
-    return [Prompt(tuple(tokenizer(text, split_special_tokens=True).input_ids)) for text in PROBES]
+    return [Prompt(tuple(server.tokenizer(text, split_special_tokens=True).input_ids)) for text in PROBES]
+
+
+def empty(prompt: Prompt) -> Label:
+    """The beginning of an answer to a prompt, before its first token."""
+    return () if prompt.request is None else ""
 
 
 def probe_answers(server: Server) -> list[list[list[Any]]]:
     """For each probe prompt its most probable tokens, as [token, nats], most probable first."""
     answers = []
-    for prompt in probe_prompts(server.tokenizer):
-        logprobs = server.next_token(prompt, () if prompt.request is None else "").logprobs
+    for prompt in probe_prompts(server):
+        logprobs = server.next_token(prompt, empty(prompt)).logprobs
         top = sorted(logprobs.items(), key=lambda item: (-item[1], str(item[0])))[:PROBE_TOP]
         answers.append([[token, round(value, 4)] for token, value in top])
     return answers
@@ -591,10 +690,10 @@ def has_moved(before: Sequence[Any], now: Sequence[Any]) -> bool:
 def _is_exact(server: Server, prompt: Prompt, said: Said) -> bool:
     """Whether a server gives any token's log-probability that it is asked for: the first one's as it was listed, and an unlisted one's."""
     top = max(said.logprobs, key=said.logprobs.__getitem__)
-    some = UNLISTED if server.tokenizer is None else range(len(server.tokenizer))
+    some = range(len(server.tokenizer)) if server.sends_ids else UNLISTED
     unlisted = next(token for token in some if token not in said.logprobs)
     try:
-        given = server.exactly(prompt, () if prompt.request is None else "", [top, unlisted])
+        given = server.exactly(prompt, empty(prompt), [top, unlisted])
     except ShotlessError:
         return False
     return abs(given.get(top, math.inf) - said.logprobs[top]) < DRIFT_NATS and given.get(unlisted, math.inf) <= said.floor + DRIFT_NATS
@@ -603,19 +702,21 @@ def _is_exact(server: Server, prompt: Prompt, said: Said) -> bool:
 @dataclass(frozen=True)
 class _Row:
     prompt: Prompt
-    logprobs: list[float]
-    bounds: list[float]
-    said: Said
+    said: list[Said]  # at each position
+    logprobs: list[float]  # of the labels, or of the answer's tokens
+    bounds: list[float] = field(default_factory=list)
+    answer: tuple[int, ...] | None = None
 
 
 class ServerBackend:
     """A server in a backend's place: many requests at a time; rows are given out every `WRITE_SECONDS`, as they come."""
 
     def __init__(self, folder: Path, tokens: TaskTokens, cache: CacheParams) -> None:
-        self._server, self._cache = open_server(folder), cache
+        self._server, self._cache, self._tokens = open_server(folder), cache, tokens
         self._labels: list[Label] = [tuple(ids) for ids in tokens.completions]
         self._labels = self._labels or list(tokens.task.verbalisers)
-        self._request_seconds = 0.0
+        self._completion = tokens.task.params.completion
+        self._was_met = False
 
     @property
     def note(self) -> str:
@@ -627,9 +728,13 @@ class ServerBackend:
 
     @property
     def most_requests(self) -> int:
-        """Requests that a row may take: one for each beginning of a label that goes on, and one more for each token that is not listed."""
+        """Requests that a row may take: one for each beginning of a label that goes on, and one more for each token that is not listed;
+        of free text one, and one for its end.
+        """
         if self._server.found["chat_alone"]:
             return 1
+        if self._completion is not None:
+            return 1 if self._server.kind in {"sglang", "vllm"} else 2
         beginnings = {label[:end] for label in self._labels for end in range(len(label))}
         apart = {"sglang": 0, "vllm": 1}.get(self._server.kind, len(self._labels)) if self._server.found["exact"] else 0
         return len(beginnings) * (1 + apart)
@@ -637,29 +742,30 @@ class ServerBackend:
     def open(self, probe: Sequence[Prompt]) -> dict[str, Any]:  # noqa: ARG002
         """Ask the probe again, once. Raises MismatchError if it is no longer answered as the stage `server` met it."""
         server, report = self._server, {"name": "server", "reason": self._server.found["way"], "token_budget": 1, "device": "server"}
-        if self._request_seconds:  # it was asked
+        if self._was_met:
             return report
-        began = time.monotonic()
         before, now = server.found["probe"], probe_answers(server)
-        self._request_seconds = (time.monotonic() - began) / len(PROBES)
         if has_moved(before, now):
             raise MismatchError(
                 f"{server.where}: the server answers otherwise than when it was met, so its model is another teacher.\n"
                 f"then: {before}\nnow:  {now}\nStart the model of then, or ask all of this one: "
                 f"`dvc repro --force server@{server.where.partition('.')[2]}`."
             )
+        self._was_met = True
         return report
+
+    def _most(self, tokens: int) -> float:
+        """Money that a row with so long a prompt may cost."""
+        answer = 0 if self._completion is None else self._completion.max_tokens
+        return self._server.cost(self.most_requests * (tokens + answer), max(answer - 1, 0) + self.most_requests)
 
     def announce(self, lengths: Sequence[int]) -> None:
         """Say what rows with prompts of so many tokens will take. Raises UsageError if that is more than `budget`."""
         server, rows = self._server, len(lengths)
         least = server.cost(sum(lengths), rows)
-        money = "" if server.settings.price is None else f", {least:,.2f} or more"
-        minutes = rows * self._request_seconds / server.settings.concurrency / 60
+        money = "" if server.settings.price is None else f", {least:,.2f} to {sum(map(self._most, lengths)):,.2f} in money"
         print(
-            f"{server.where}: {rows:,} to {rows * self.most_requests:,} requests, {sum(lengths):,} prompt tokens or more{money}, "
-            f"about {minutes:,.1f} minutes or more",
-            flush=True,
+            f"{server.where}: {rows:,} to {rows * self.most_requests:,} requests, {sum(lengths):,} prompt tokens or more{money}", flush=True
         )
         if server.settings.budget is not None and least > server.settings.budget:
             raise UsageError(
@@ -678,8 +784,7 @@ class ServerBackend:
         with ThreadPoolExecutor(server.settings.concurrency) as pool:
             while True:
                 while failure is None and len(waiting) < ahead and (prompt := next(prompts, None)) is not None:
-                    most = server.cost(self.most_requests * prompt.length, self.most_requests)
-                    budget = server.settings.budget
+                    most, budget = self._most(prompt.length), server.settings.budget
                     if budget is not None and server.spent + sum(waiting.values()) + most > budget:
                         failure = ShotlessError(
                             f"{server.where}.budget: {budget:g}, and {server.spent:,.2f} are spent: the next request could pass it. What "
@@ -711,38 +816,92 @@ class ServerBackend:
         self._server.close()
 
     def _row(self, prompt: Prompt) -> _Row:
+        if self._completion is not None:
+            return self._free_text(prompt, self._completion)
         chat = self._server.is_chat(prompt)
         labels = [text.strip() if isinstance(text, str) else text for text in self._labels] if chat else self._labels
-        return _Row(prompt, *score_labels(self._server, prompt, labels, goes_on=not chat))
+        logprobs, bounds, said = score_labels(self._server, prompt, labels, goes_on=not chat)
+        return _Row(prompt, [said], logprobs, bounds)
+
+    def _free_text(self, prompt: Prompt, completion: CompletionParams) -> _Row:
+        """An answer in the tokenizer's ids, up to what ends it, as local generation cuts it; hard if a token has another text."""
+        server = self._server
+        sampling = {"max_tokens": completion.max_tokens, "temperature": completion.temperature, "top_p": 1.0, "stop": list(completion.stop)}
+        written = server.write(prompt, empty(prompt), {**sampling, "seed": completion.seed + int(prompt.prompt_sha[:7], 16)})
+        # a chat's answer has no space before it, which a plain student writes
+        ids = self._ids(written.tokens) if self._tokens.task.format == "chat" or not server.is_chat(prompt) else None
+        if ids is None:
+            ids = self._tokens.answer_ids(written.text, written.is_whole)
+            certain = [Said({number: 0.0}, 0.0, 0) for number in ids]
+            return _Row(prompt, certain, [0.0] * len(ids), answer=tuple(ids))
+        tokens, said, logprobs = written.tokens, written.said[: len(ids)], written.logprobs[: len(ids)]
+        while not self._has_ended(ids) and len(ids) < completion.max_tokens and (written.is_whole or not ids):
+            number, token, following = self._cut_off(prompt, ids, tokens)
+            ids, tokens, said, logprobs = [*ids, number], [*tokens, token], [*said, following], [*logprobs, following.logprobs[token]]
+        return _Row(prompt, said, logprobs, answer=tuple(ids))
+
+    def _cut_off(self, prompt: Prompt, ids: list[int], tokens: list[Token]) -> tuple[int, Token, Said]:
+        """What a server cut off: the most probable token that ends an answer or begins an end, asked for behind what it wrote; if that
+        cannot be asked, or none is listed, the end that a demonstration has, for certain.
+        """
+        server, stops = self._server, self._completion.stop if self._completion is not None else ()
+        if not server.is_chat(prompt):
+            said = server.next_token(prompt, tuple(ids) if server.sends_ids else "".join(map(str, tokens)))
+            for token in sorted(said.logprobs, key=said.logprobs.__getitem__, reverse=True):
+                if (number := server.id_of(token)) is not None:
+                    text = self._tokens.tokenizer.decode([*ids, number])
+                    begun = any(text.endswith(stop[:length]) for stop in stops for length in range(1, len(stop)))
+                    if begun or self._has_ended([*ids, number]):
+                        return number, token, said
+        end = self._tokens.answer_ids("", True)[-1]
+        return end, end, Said({end: 0.0}, 0.0, 0)
+
+    def _ids(self, tokens: Sequence[Token]) -> list[int] | None:
+        """Ids of tokens up to the one that ends the answer; None if one is no token of the tokenizer."""
+        ids: list[int] = []
+        for token in tokens:
+            if (number := self._server.id_of(token)) is None:
+                return None
+            ids.append(number)
+            if self._has_ended(ids):
+                break
+        return ids
+
+    def _has_ended(self, ids: Sequence[int]) -> bool:
+        assert self._completion is not None
+        tokenizer = self._tokens.tokenizer
+        return bool(ids) and has_ended(ids, (tokenizer.eos_token_id, *self._tokens.end_ids), self._completion.stop, tokenizer)
 
     def _table(self, rows: Sequence[_Row]) -> pa.Table:
+        is_text = self._completion is not None
         bounds = torch.tensor([row.bounds for row in rows])
+        values = [row.logprobs for row in rows]
         scores = Scores(
-            label_logprobs=torch.tensor([row.logprobs for row in rows]),
-            positions=torch.ones(len(rows), dtype=torch.long),
-            completion_logprobs=torch.zeros(0),
-            encoded=self._encoded([row.said for row in rows]),
+            label_logprobs=torch.zeros(len(rows), 0) if is_text else torch.tensor(values),
+            positions=torch.tensor([len(row.said) for row in rows]),
+            completion_logprobs=torch.tensor([value for own in values for value in own] if is_text else []),
+            encoded=self._encoded([said for row in rows for said in row.said]),
             label_bounds=None if bounds.isnan().all() else bounds,
         )
         prompts = [row.prompt for row in rows]
-        table = stored_rows(prompts, prompts, scores)
-        counted = [row.said.prompt_tokens or row.prompt.length for row in rows]
+        table = stored_rows(prompts, [replace(row.prompt, answer=row.answer) for row in rows], scores)
+        counted = [row.said[0].prompt_tokens or row.prompt.length for row in rows]
         field = STORED.field("prompt_tokens")
         return table.set_column(STORED.get_field_index(field.name), field, pa.array(counted, field.type))
 
     def _encoded(self, said: Sequence[Said]) -> Encoded:
-        """The most probable tokens and the mass of the others; of text nothing, since students need ids."""
-        tokenizer = self._server.tokenizer
-        count = 0 if tokenizer is None else min(self._cache.top_k, TOP)
+        """The most probable tokens and the mass of the others; of labels nothing if the server tokenises, since students need ids."""
+        server = self._server
+        size = len(server.tokenizer) if server.sends_ids or self._completion is not None else 0
+        count = min(self._cache.top_k, TOP) if size else 0
         ids, logprobs = torch.zeros(len(said), count, dtype=torch.int32), torch.full((len(said), count), -math.inf)
-        for number, one in enumerate(said):
-            listed = {token: value for token, value in one.logprobs.items() if isinstance(token, int) and value >= one.floor}
-            known = sorted((-value, token) for token, value in listed.items())[:count]
+        for number, one in enumerate(said if count else ()):
+            listed = {server.id_of(token): value for token, value in one.logprobs.items() if value >= one.floor}
+            known = sorted((-value, token) for token, value in listed.items() if token is not None)[:count]
             ids[number, : len(known)] = torch.tensor([token for _, token in known], dtype=torch.int32)
             logprobs[number, : len(known)] = torch.tensor([-value for value, _ in known])
         tail = (1 - logprobs.double().exp().sum(-1)).clamp_min(0.0).float()
-        width = 0 if tokenizer is None else 1
-        others = max(1, 0 if tokenizer is None else len(tokenizer) - count)  # over which the tail is taken to be spread evenly
+        others = max(1, size - count)  # over which the tail is taken to be spread evenly
         entropy = torch.special.entr(logprobs.exp()).sum(-1) + torch.special.entr(tail) + tail * math.log(others)
         none, drawn = torch.zeros(len(said), 0), torch.zeros(len(said), 0, dtype=torch.int32)
         return {
@@ -755,7 +914,7 @@ class ServerBackend:
             "log_z": torch.zeros(len(said)),
             "tail_mass": tail,
             "log_norms": none,
-            "entropies": entropy.unsqueeze(-1)[:, :width],
+            "entropies": entropy.unsqueeze(-1)[:, : min(1, size)],
             "hidden_states": none.half(),
         }
 
@@ -763,15 +922,23 @@ class ServerBackend:
 def server_fidelity(rows: pa.Table, chosen: pa.Table, again: pa.Table) -> dict[str, float]:
     """What is known of a server's answers: `rows` are all (`schema.STORED`); `chosen` are some of them, which were asked `again`.
 
-    Mass of the tokens that are kept; the share of labels of which only a bound is known, their estimated mass and the most that it can be;
-    how far label probabilities moved between two answers, in probability, and how often the most probable label changed.
+    Mass of the tokens that are kept, and how often the answer or the most probable label changed. Of labels: the share of which only a
+    bound is known, their estimated mass and the most that it can be; how far probabilities moved between two answers. Of free text: the
+    share of answers that are hard.
     """
+    tails = rows["tail_mass"].to_pylist()
+    retained = {"retained_mass": 1 - float(np.mean([tail for own in tails for tail in own]))}
+    if (written := rows["completion_ids"].to_pylist())[0]:
+        kept = zip(rows["topk_ids"].to_pylist(), written, tails, strict=True)
+        hard = [not any(own) and ids == [[number] for number in answer] for ids, answer, own in kept]
+        changed = [one != other for one, other in zip(*(table["completion_ids"].to_pylist() for table in (chosen, again)), strict=True)]
+        return retained | {"hard_answers": float(np.mean(hard)), "changed_answers": float(np.mean(changed))}
     logprobs = np.array(rows["label_logprobs"].to_pylist())
     bounds = np.array([own or [math.nan] * logprobs.shape[1] for own in rows["label_bounds"].to_pylist()])
     censored = ~np.isnan(bounds)
     before, now = (np.exp(np.array(table["label_logprobs"].to_pylist())) for table in (chosen, again))
     return {
-        "retained_mass": 1 - float(np.mean([tail for own in rows["tail_mass"].to_pylist() for tail in own])),
+        **retained,
         "censored_labels": float(censored.mean()),
         "censored_rows": float(censored.any(-1).mean()),
         "censored_mass": float(np.where(censored, np.exp(logprobs), 0).sum(-1).mean()),

@@ -422,6 +422,7 @@ def test_what_a_file_leaves_out_has_its_default(raw_params: Raw) -> None:
 
 
 SERVER = {"url": "http://127.0.0.1:8000/v1", "model": "m"}
+WRITTEN = {"template": "{text}", "completion": {}}
 ON_SERVER = [
     ("models.big", SERVER, "models.big: `url` is about a server, and a model here is a folder or file; write `servers: {NAME: "),
     ("servers.big", SERVER | {"url": "http://me:secret@host/v1"}, "servers.big.url: string should match pattern"),
@@ -443,6 +444,13 @@ ON_SERVER = [
         "targets.mix.auxiliary_caches",
         ["few_shot"],
         "targets.mix.auxiliary_caches: teacher 'few_shot' is behind servers.big, which tokenises",
+    ),
+    ("servers.big", SERVER | {"sends": "text"}, "servers.big: `sends: text` is about a `tokenizer`, and there is none"),
+    ("task", WRITTEN, "servers.big.tokenizer: null, and free text is learnt in token ids; name this model's, or that of the students"),
+    (
+        "task",
+        WRITTEN | {"completion": {"source": "given"}},
+        "teachers.few_shot.model: 'servers/big', and a server writes its own; use a local model, or `source: generated`",
     ),
 ]
 

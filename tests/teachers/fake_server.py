@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -41,6 +41,16 @@ class FakeServer:
         values, tokens = row.topk(min(count, self.listed))
         return list(zip(tokens.tolist(), values.tolist(), strict=True))
 
+    def written(self, prompt, settings, most="max_tokens"):
+        """Greedy tokens, each's log-probabilities, how many servers show that cut off the end, and whether there is an end."""
+        tokens, rows, ended = [], [], False
+        while len(tokens) < settings.get(most, 1) and not ended:
+            rows.append(self.logprobs([*prompt, *tokens])[-1])
+            tokens.append(int(rows[-1].argmax()))
+            text = self.tokenizer.decode(tokens)
+            ended = tokens[-1] == self.tokenizer.eos_token_id or any(stop in text for stop in settings.get("stop", ()))
+        return tokens, rows, len(tokens) - ended, ended
+
     def reply(self, path, body):
         """Status and JSON."""
         if path == "/v1/models":
@@ -54,17 +64,25 @@ class FakeServer:
         if path == "/completion" and self.kind == "llama_cpp":
             return self.llama_cpp(body)
         if path == "/v1/chat/completions":
-            row = self.logprobs(self.tokens("".join(f"{turn['role']}: {turn['content']}\n" for turn in body["messages"])))[-1]
-            top = [
-                {"token": self.text(t), "logprob": v, "bytes": list(self.text(t).encode())} for t, v in self.top(row, body["top_logprobs"])
+            prompt = self.tokens("".join(f"{turn['role']}: {turn['content']}\n" for turn in body["messages"]))
+            tokens, rows, shown, ended = self.written(prompt, body)
+
+            def entry(token, value):
+                return {"token": self.text(token), "logprob": value, "bytes": list(self.text(token).encode())}
+
+            content = [
+                entry(token, float(row[token])) | {"top_logprobs": [entry(*one) for one in self.top(row, body["top_logprobs"])]}
+                for token, row in zip(tokens[:shown], rows, strict=False)
             ]
-            return 200, {"model": self.name, "choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}], "usage": {"prompt_tokens": 9}}
+            choice = {"message": {"content": self.tokenizer.decode(tokens[:shown])}, "finish_reason": "stop" if ended else "length"}
+            usage = {"prompt_tokens": 9, "completion_tokens": len(tokens)}
+            return 200, {"model": self.name, "choices": [choice | {"logprobs": {"content": content}}], "usage": usage}
         return 404, {"error": f"no {path}"}
 
     def openai(self, body):
         if not self.ids and not isinstance(body["prompt"], str):
             return 400, {"error": "prompt: not a text"}
-        assert body["max_tokens"] == 1  # some servers take 0 for no end
+        assert body["max_tokens"]  # some servers take 0 for no end
         prompt, rows = self.tokens(body["prompt"]), None
         rows = self.logprobs(prompt)
         usage = {"prompt_tokens": len(prompt), "completion_tokens": 1}
@@ -76,33 +94,62 @@ class FakeServer:
             starts = [len("".join(texts[:at])) for at in range(len(texts) + 1)]
             return 200, {"model": self.name, "choices": [{"logprobs": {"token_logprobs": values, "text_offset": starts}}], "usage": usage}
         asked = body.get("logprob_token_ids") if self.exact and self.kind == "vllm" else None
-        given = self.top(rows[-1], body["logprobs"]) if asked is None else [(token, float(rows[-1, token])) for token in asked]
         assert asked is None or len(asked) <= 128
         as_ids = self.kind == "vllm" and body.get("return_tokens_as_token_ids")
-        top = {f"token_id:{token}" if as_ids else self.text(token): value for token, value in given}
-        return 200, {"model": self.name, "choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}], "usage": usage}
+
+        def named(token):
+            return f"token_id:{token}" if as_ids else self.text(token)
+
+        tokens, rows, shown, ended = self.written(prompt, body)
+        shown = len(tokens) if self.kind == "vllm" else shown
+        logprobs = {
+            "tokens": [named(token) for token in tokens[:shown]],
+            "token_logprobs": [float(row[token]) for token, row in zip(tokens[:shown], rows, strict=False)],
+            "top_logprobs": [
+                {
+                    named(token): value
+                    for token, value in (self.top(row, body["logprobs"]) if asked is None else zip(asked, row[asked].tolist(), strict=True))
+                }
+                for row in rows[:shown]
+            ],
+        }
+        choice = {"text": self.tokenizer.decode(tokens[:shown]), "logprobs": logprobs, "finish_reason": "stop" if ended else "length"}
+        return 200, {"model": self.name, "choices": [choice], "usage": usage | {"completion_tokens": len(tokens)}}
 
     def sglang(self, body):
         prompt = self.tokens(body["input_ids"] if "input_ids" in body else body["text"])
-        row = self.logprobs(prompt)[-1]
-        shown = body["return_text_in_logprobs"]
-        top = [[value, token, self.text(token) if shown else None] for token, value in self.top(row, body["top_logprobs_num"])]
-        named = [[float(row[token]), token, None] for token in body.get("token_ids_logprob", ())]
-        about = {"prompt_tokens": len(prompt), "output_top_logprobs": [top]}
-        return 200, {"meta_info": about | ({"output_token_ids_logprobs": [named]} if self.exact else {})}
+        tokens, rows, _, ended = self.written(prompt, body["sampling_params"], "max_new_tokens")
+
+        def entry(token, value):
+            return [value, token, self.text(token) if body["return_text_in_logprobs"] else None]
+
+        about = {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": len(tokens),
+            "finish_reason": {"type": "stop" if ended else "length"},
+            "output_token_logprobs": [entry(token, float(row[token])) for token, row in zip(tokens, rows, strict=True)],
+            "output_top_logprobs": [[entry(*one) for one in self.top(row, body["top_logprobs_num"])] for row in rows],
+        }
+        named = [[float(rows[0][token]), token, None] for token in body.get("token_ids_logprob", ())]
+        text = self.tokenizer.decode(tokens)
+        return 200, {"text": text, "meta_info": about | ({"output_token_ids_logprobs": [named]} if self.exact else {})}
 
     def llama_cpp(self, body):
         assert body["post_sampling_probs"] is False
         prompt = self.tokens(body["prompt"])
-        row = self.logprobs(prompt)[-1]
-        drawn = body["logit_bias"][0][0] if self.exact and body.get("logit_bias") else int(row.argmax())
+        tokens, rows, shown, ended = self.written(prompt, body, "n_predict")
+        if self.exact and body.get("logit_bias"):
+            tokens, shown = [body["logit_bias"][0][0]], 1
 
-        def entry(token):
-            value = float(row[token])
+        def entry(token, value):
             return {"id": token, "token": self.text(token), "bytes": list(self.text(token).encode()), "logprob": value}
 
-        position = entry(drawn) | {"top_logprobs": [entry(token) for token, _ in self.top(row, body["n_probs"])]}
-        return 200, {"model": self.name, "tokens_evaluated": len(prompt), "completion_probabilities": [position]}
+        positions = [
+            entry(token, float(row[token])) | {"top_logprobs": [entry(*one) for one in self.top(row, body["n_probs"])]}
+            for token, row in zip(tokens[:shown], rows, strict=False)
+        ]
+        about = {"tokens_evaluated": len(prompt), "tokens_predicted": len(tokens), "stop_type": "word" if ended else "limit"}
+        return 200, {"model": self.name, "content": self.tokenizer.decode(tokens[:shown]), "completion_probabilities": positions} | about
 
     @contextmanager
     def running(self):
@@ -156,7 +203,8 @@ class FakeServer:
                         except OSError:
                             return
                     return
-                self.wfile.write(text)
+                with suppress(ConnectionError):  # who asked may have been killed
+                    self.wfile.write(text)
 
             def do_GET(self):
                 self.answer(None)

@@ -2,26 +2,40 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
-from teachers.conftest import TWO, World, example
+from conftest import PROJECT
+from teachers.conftest import KEPT, TASK, TWO, World, example
 from teachers.fake_server import MODEL, FakeServer
+from teachers.test_teachers_chat import in_chat
 
+from pipeline.cache import distributions
 from pipeline.errors import MismatchError, ShotlessError, UsageError
 from pipeline.evaluation.cost import measure_method
 from pipeline.evaluation.predictions import models_of, predict
 from pipeline.models.folders import load_model
-from pipeline.params import ServerParams
+from pipeline.params import CacheParams, ServerParams, StudentParams, TaskParams
 from pipeline.schema import Context
+from pipeline.students.train import train_student
 from pipeline.targets.build import build_targets
 from pipeline.task import Task
 from pipeline.teachers import servers
+from pipeline.teachers.scorer import Scorer
 from pipeline.teachers.servers import Said, ask_server, score_labels
 
 CONTEXTS, TEXTS = [Context("shots/0"), TWO], ["a warm and funny film", "a dull, lifeless mess", "cold food", "late x"]
 ROWS = len(CONTEXTS) * (2 + len(TEXTS))
+FREE = {"template": TASK["template"], "completion": {"max_tokens": 8, "stop": ["o", "=r"]}}
 
 
 class ServerWorld(World):
@@ -39,6 +53,25 @@ class ServerWorld(World):
         servers_block = {"big": ServerParams.model_validate(self.settings)}
         teachers = params.teachers | {"few": params.teachers["few"].model_copy(update={"model": "servers/big"})}
         return params.model_copy(update={"servers": servers_block, "teachers": teachers})
+
+    def writes(self):
+        """The same with answers in free text."""
+        self.task, self.teacher = FREE, {"cache": KEPT}
+        return self
+
+    def learn(self, form):
+        """A student's loss at each step on the cache."""
+        settings = {
+            "base": "models/tiny",
+            "learn_from": "teachers/few",
+            "steps": 24,
+            "batch_size": 4,
+            "learning_rate": 3e-3,
+            "format": form,
+        }
+        students = {"s": StudentParams.model_validate(settings)}
+        train_student("s", self.params().model_copy(update={"students": students}), self.folders)
+        return pl.read_csv(self.folders.metrics / "curves" / "s.csv")["loss"].to_list()
 
     def meet(self):
         ask_server("big", ServerParams.model_validate(self.settings), self.folders)
@@ -65,12 +98,13 @@ def serve(tmp_path, model_folder, tokenizer, small_parts, quick):
     """`serve("vllm", …)` → a world and its running server."""
     running = []
 
-    def start(kind, settings=(), **habits):
-        server = FakeServer(kind, load_model(model_folder("llama")), tokenizer, **habits)
+    def start(kind, settings=(), seed=0, **habits):
+        folder = model_folder("llama", seed=seed)
+        server = FakeServer(kind, load_model(folder), tokenizer, **habits)
         context = server.running()
         url = context.__enter__()
         running.append(context)
-        return ServerWorld(tmp_path / f"server{len(running)}", model_folder("llama"), url, **dict(settings)), server
+        return ServerWorld(tmp_path / f"server{len(running)}", folder, url, **dict(settings)), server
 
     yield start
     for context in running:
@@ -145,6 +179,97 @@ def test_what_passes_is_asked_again(serve, local, fault):
     check_labels(rows, local)
 
 
+@pytest.fixture(scope="module")
+def local_text(tmp_path_factory, model_folder):
+    """The same answers, written here."""
+    world = World(tmp_path_factory.mktemp("text"), model_folder("llama", seed=2))
+    world.write_contexts(CONTEXTS)
+    world.write_transfer(TEXTS)
+    world.task, world.teacher = FREE, {"cache": KEPT, "dtype": "float32"}
+    return world.capture().rows.to_pylist()
+
+
+def is_hard(row):
+    return row["topk_ids"] == [[token] for token in row["completion_ids"]] and not any(row["tail_mass"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sends"), [*((kind, "ids") for kind in ("vllm", "sglang", "llama_cpp", "openai")), ("llama_cpp", "text"), ("openai", "text")]
+)
+def test_free_text_is_what_the_model_itself_writes(serve, local_text, tokenizer, kind, sends):
+    """Ends of one token, of two, and none; servers that show the end and that cut it off; tokens that no text tells apart."""
+    world, server = serve(kind, {"sends": sends}, seed=2)
+    world.writes().meet()
+    before = len(server.asked)
+    rows = world.capture().rows.to_pylist()
+    hard = [is_hard(row) for row in rows]
+    for row, own, is_text in zip(rows, local_text, hard, strict=True):
+        if is_text:
+            text = tokenizer.decode(own["completion_ids"]).strip()
+            assert "\ufffd" in text
+            assert tokenizer.decode(row["completion_ids"])[:9] == f" {text}"[: len(tokenizer.decode(row["completion_ids"]))][:9]
+            continue
+        assert row["completion_ids"] == own["completion_ids"]
+        assert row["completion_logprobs"] == pytest.approx(own["completion_logprobs"], abs=1e-3)
+        for ids, values, own_ids, own_values in zip(
+            *(each[name] for each in (row, own) for name in ("topk_ids", "topk_logprobs")), strict=True
+        ):
+            found, expected = dict(zip(ids, values, strict=True)), dict(zip(own_ids, own_values, strict=True))
+            shared = found.keys() & expected
+            assert len(shared) == 5 or kind == "openai" or sends == "text"
+            assert [found[token] for token in shared] == pytest.approx([expected[token] for token in shared], abs=1e-3)
+    assert sum(hard) == 0 if kind != "openai" and sends == "ids" else 0 < sum(hard) < len(rows)
+    figures = json.loads(world.metrics())
+    assert figures["hard_answers"] == pytest.approx(np.mean(hard), abs=1e-5)
+    assert figures["changed_answers"] == 0
+    assert figures["positions"] == sum(len(row["completion_ids"]) for row in rows)
+    answers = 2 * len(rows)  # fidelity asks them all again
+    assert len(server.asked) - before - 3 <= answers * (1 if kind in {"vllm", "sglang"} else 3)
+
+
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_a_service_for_chat_alone_writes_answers_that_a_student_learns(serve, tokenizer, monkeypatch, form):
+    """Of a conversation the tokens are kept, if each is one of the tokenizer's, and the end for certain; else the text is learnt, as a
+    plain prompt's answer always is.
+    """
+    monkeypatch.setattr(distributions, "LEAST_RETAINED", 0.0)  # random models are never sure
+    world, server = serve("openai", {"sends": "text", "price": {"input": 0.0, "output": 1e6}}, seed=2, completions=False)
+    in_chat(world.model)
+    world.write_contexts([replace(context, format=form) for context in CONTEXTS])
+    assert world.writes().meet()["found"]["chat_alone"]
+    before = len(server.asked)
+    rows = world.capture().rows.to_pylist()
+    asked = [body for _, body in server.asked[before + 3 :]]
+    said = {}
+    for body in asked:
+        tokens, _, shown, _ = server.written(server.tokens("".join(f"{one['role']}: {one['content']}\n" for one in body["messages"])), body)
+        said.setdefault(tokenizer.decode(tokens[:shown]).strip(), tokens[:shown])
+    apart = [text for text in said if "\ufffd" not in text]
+    assert 0 < len(apart) < len(said)
+    for row in rows:
+        ids, end = row["completion_ids"], "<|end|>" if form == "chat" else "o"
+        if form == "plain":
+            assert is_hard(row)
+            assert tokenizer.decode(ids) in {f" {text}{end}" for text in said} or len(ids) == 8
+        elif not is_hard(row):
+            assert ids[:-1] in [said[text] for text in apart] or ids in [said[text] for text in apart]
+            assert ids[-1] == tokenizer.eos_token_id or len(ids) == 8
+    assert any(map(is_hard, rows))
+    assert form == "plain" or not all(map(is_hard, rows))
+    losses = world.learn(form)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_answers_in_free_text_cost_what_they_may_and_what_they_did(serve, capfd):
+    world, _ = serve("sglang", {"price": {"input": 0.0, "output": 1e6}, "budget": 20.0, "concurrency": 1}, seed=2)
+    world.writes().meet()
+    with pytest.raises(ShotlessError, match=r"servers\.big\.budget: 20, and [\d.]+ are spent: the next request could pass it"):
+        world.capture()
+    kept = [row for part in sorted(world.folders.work.glob("scores/*/part-*.parquet")) for row in pl.read_parquet(part)["completion_ids"]]
+    assert 20 - 8 - 1 < sum(map(len, kept)) + 3 <= 20  # the probe's three tokens are paid too
+    assert "8 to 8 requests, 192 prompt tokens or more, 8.00 to 64.00 in money" in capfd.readouterr().out
+
+
 def changed(**changes):
     def change(reply):
         return {"meta_info": reply["meta_info"] | changes}
@@ -196,6 +321,8 @@ def test_a_redirect_is_not_followed_and_the_key_is_nowhere(serve, monkeypatch, c
     world, server = serve("vllm", {"key_env": "BIG_KEY"})
     world.meet()
     assert all(headers["Authorization"] == "Bearer sk-very-secret" for headers in server.headers)
+    with closing(servers.open_server(world.folders.artifacts / "servers/big")) as opened:
+        assert "secret" not in repr([opened, opened.settings, opened.found])
     server.faults = ["redirect"]
     with pytest.raises(UsageError, match=r"sends on to 'http://elsewhere\.example/v1'\. It is not followed"):
         world.capture()
@@ -282,7 +409,7 @@ def test_a_server_without_log_probabilities_is_refused_with_what_to_do(serve):
     with pytest.raises(UsageError, match=r"servers\.big: no log-probabilities(.|\n)*Start vLLM, SGLang or llama-server"):
         world.meet()
     world, _ = serve("openai", ids=False)
-    with pytest.raises(UsageError, match=r"no log-probabilities behind token ids\. Leave `tokenizer` out to send text"):
+    with pytest.raises(UsageError, match=r"no log-probabilities behind token ids\. Set `sends: text`"):
         world.meet()
     world, _ = serve("vllm", {"model": "other"})
     with pytest.raises(UsageError, match=r"servers\.big\.model: the server has no 'other'; it has: tiny-1"):
@@ -311,6 +438,88 @@ def test_a_baseline_asks_the_server_and_its_cost_is_measured_as_asked(serve):
     server.shift = 5.0
     with pytest.raises(MismatchError, match="answers otherwise"):
         measure_method("b", models, params, world.folders, sets["e"])
+
+
+RECORDED = Path(__file__).with_name("llama_cpp_python.json")
+
+
+class Recorded(FakeServer):
+    """Answers as llama-cpp-python 0.3.36 answered the same requests, with SmolLM2-135M-Instruct in 4 bits."""
+
+    def __init__(self):
+        super().__init__("openai", None, None)
+        self.exchange = json.loads(RECORDED.read_text("utf-8"))
+
+    def reply(self, path, body):
+        return next((own["status"], own["reply"]) for own in self.exchange if (own["path"], own["body"]) == (path, body))
+
+
+def asked(url, world):
+    """What a server says of two reviews: their labels' log-probabilities, and a free answer to each."""
+    settings = ServerParams(url=url, model="smollm2", tokenizer="models/tiny", sends="text")
+    ask_server("llama", settings, world.folders)
+    folder, reviews = world.folders.artifacts / "servers/llama", [example("a warm and funny film"), example("a dull, lifeless mess")]
+    labels = {"verbalisers": {"negative": " negative", "positive": " positive"}}
+    free = {"completion": {"max_tokens": 6, "stop": ["\n"]}}
+    found = []
+    for answers in (labels, free):
+        task = Task(TaskParams.model_validate({"template": TASK["template"], **answers}))
+        with Scorer(folder, task, CacheParams(encoding="top_k_tail", top_k=5), work=None) as scorer:
+            found.append(scorer.score([Context("none")], reviews, "a recorded server"))
+    return found
+
+
+def test_a_real_server_s_recorded_answers_are_understood(tmp_path, model_folder, tokenizer, monkeypatch, capfd):
+    monkeypatch.setattr(servers, "MORE", ())
+    world = World(tmp_path, model_folder("llama"))
+    with Recorded().running() as url:
+        labels, texts = (table.to_pylist() for table in asked(url, world))
+    # its echo is wrong by one place, so that it is not used
+    assert "openai, model 'smollm2': lists the 20 most probable tokens, and of labels outside a bound" in capfd.readouterr().out
+    assert labels[0]["label_logprobs"] == pytest.approx([-4.790462, -2.650722], abs=1e-5)
+    assert labels[0]["label_bounds"] == []
+    assert labels[1]["label_logprobs"][0] == pytest.approx(-1.883036, abs=1e-5)
+    # a token " positive" is not listed, and " " is: behind it "positive" is not listed either, which says little
+    listed = next(own["reply"] for own in Recorded().exchange if "lifeless" in str(own["body"]))["choices"][0]["logprobs"]["top_logprobs"][
+        0
+    ]
+    assert labels[1]["label_bounds"] == pytest.approx([math.nan, min(listed.values())], abs=0.01, nan_ok=True)
+    assert labels[1]["label_logprobs"][1] <= labels[1]["label_bounds"][1]
+    assert is_hard(texts[0])
+    assert tokenizer.decode(texts[0]["completion_ids"]) == ' "Aweso'  # six tokens of this tokenizer, which has no ` "`
+    assert not is_hard(texts[1])
+    assert tokenizer.decode(texts[1]["completion_ids"]) == " negative\n"
+    assert texts[1]["completion_logprobs"] == pytest.approx([-1.883036, -0.107626], abs=1e-5)
+
+
+def scored(root):
+    """Rows of a capture of labels."""
+    with Scorer(root / "artifacts/servers/big", Task(TaskParams.model_validate(TASK)), work=root / "work") as scorer:
+        return scorer.score(CONTEXTS, [example(text) for text in TEXTS], "killed")
+
+
+def test_a_capture_that_was_killed_asks_for_no_stored_row_again(serve):
+    world, server = serve("sglang")
+    world.meet()
+    root, release = world.folders.work.parent, threading.Event()
+    server.faults = [None] * 14 + [lambda reply: reply if release.wait(300) else None] * 100  # the rest is answered too late
+    code = "import sys; from pathlib import Path; from teachers.test_teachers_servers import scored; scored(Path(sys.argv[1]))"
+    places = {"PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests"), *sys.path])}
+    child = subprocess.Popen([sys.executable, "-c", code, str(root)], env=os.environ | places)
+    while child.poll() is None and not world.scored():
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    release.set()
+    server.faults, before, kept = [], len(server.asked), world.scored()
+    rows = scored(root)
+    again = [tuple(body["input_ids"]) for path, body in server.asked[before + 3 :]]  # behind the probe, one of whose prompts is a text
+    with Scorer(root / "artifacts/servers/big", Task(TaskParams.model_validate(TASK)), work=None) as scorer:
+        prompts = {one.prompt_sha: one.ids for context in CONTEXTS for one in scorer.tokens.prompts(context, [example(t) for t in TEXTS])}
+    lacking = {ids for sha, ids in prompts.items() if sha not in kept}
+    assert 0 < len(lacking) < len(prompts) == len(rows)
+    assert {ids for ids in prompts.values() if any(one[: len(ids)] == ids for one in again)} == lacking
+    assert sorted(world.scored()) == sorted(prompts)
 
 
 class Told:
@@ -342,6 +551,11 @@ def test_labels_that_begin_alike_are_told_apart_behind_their_beginning_if_they_m
     texts = Told({"": {" ": 0.1, " card": 0.7, " c": 0.1}, " card": {" arrival": 0.5, " link": 0.4}, " card link": {"ing": 0.9}})
     values, bounds, _ = score_labels(texts, None, [" card arrival", " card linking"])
     assert np.exp(values) == pytest.approx([0.35, 0.7 * 0.4 * 0.9])
+    texts = Told({"": {" ": 0.2, " good": 0.6, " x": 0.15}, " ": {"bad": 0.1, "y": 0.05}})
+    values, bounds, _ = score_labels(texts, None, [" good", " bad"])  # a token " bad" may have all that is missing
+    assert np.exp(values) == pytest.approx([0.6, 0.025])
+    assert np.exp(bounds[1]) == pytest.approx(0.05 + 0.02)
+    texts = Told({"": {" ": 0.1, " card": 0.7, " c": 0.1}})
     values, bounds, _ = score_labels(texts, None, [" card arrival", " card linking"], goes_on=False)
     assert np.exp(values) == pytest.approx([0.35, 0.35])
     assert np.exp(bounds) == pytest.approx([0.7, 0.7])
