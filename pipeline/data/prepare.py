@@ -116,6 +116,9 @@ def prepare(params: Params, folders: Folders) -> None:
     sets = ", ".join(f"{name} {len(examples):,}" for name, examples in evaluation.items())
     more = f", {len(pool):,} in the pool" if pool else ""
     print(f"drawn: {len(demonstrations)} demonstrations, {len(transfer):,} for transfer{more}; evaluation: {sets}")
+    for name, examples in evaluation.items():
+        if absent := set(task.labels).difference(example.label for example in examples if example.label):
+            print(f"evaluation {name}: no example of {len(absent)} of {len(task.labels)} labels (metrics/prepare.json counts them)")
     copies = ", ".join(f"{sum(of.values())} from {role}" for role, of in removed.items())
     print(f"near copies of evaluation examples kept out: {copies}")
     for reader, own in counts["cut"].items():

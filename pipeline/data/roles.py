@@ -103,15 +103,19 @@ class _Draw:
         roles.copies.setdefault(role, Counter(dict.fromkeys(earlier, 0)))
 
     def balanced(self, labels: Sequence[str], per_label: int | None) -> list[Example]:
-        """`per_label` examples of each label (None: all there are), together in rank order; of all examples if there are no labels."""
+        """`per_label` examples of each label, together in rank order; of all examples if there are no labels.
+
+        None: all there are, which may lack a label as long as there are two.
+        """
         counts = self.source.counts
         self.lost.update(
             {"left out by the label rule": counts["left_out_by_label_rule"], "conflicting labels": counts["conflicting_labels_removed"]}
         )
         drawn: list[Example] = []
+        few = per_label is None and len({example.label for example in self.usable}.intersection(labels)) < 2
         for label in labels or [None]:
             found = self.first([e for e in self.usable if label is None or e.label == label], per_label)
-            if len(found) < (per_label or 1):
+            if len(found) < (per_label or int(few or label is None)):
                 raise UsageError(
                     f"data.{self.role}: {per_label or 1} examples of label {label!r} wanted, {len(found)} found in source "
                     f"{self.source.name!r}{self.story()}. Lower data.{self.role}.per_label, ask less of what comes before, or add labelled "

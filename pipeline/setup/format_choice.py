@@ -13,12 +13,12 @@ from pipeline.data.contexts import build_contexts
 from pipeline.errors import UsageError
 from pipeline.files import sha256_text
 from pipeline.params import Format, TaskParams, parse_params
-from pipeline.schema import Context, Example
+from pipeline.schema import NO_CONTEXT, Context, Example
 from pipeline.targets.calibration import learn_offsets, normalised
-from pipeline.task import Task
+from pipeline.task import Task, TaskTokens
 
 COMPARED, COMPARED_TOKENS = 32, 3000
-"""Labelled examples that are asked at most, and their tokens, so that `init` stays short."""
+"""Labelled examples that are asked at most, and their tokens with those of all labels, so that `init` stays short."""
 LEAST = 8
 """If fewer are left beside the demonstrations, half of the demonstrations are asked about the others."""
 
@@ -63,7 +63,9 @@ def choose_formats(
             continue
         context = build_contexts(name, entry, Task(params.task), demonstrations, params.data.seed)[0]
         context, asked = _held_out(context, labelled, params.task)
-        lengths = accumulate(len(tokenizers[model](params.task.template.format_map(one.fields)).input_ids) for one in asked)
+        tokens = TaskTokens(Task(params.task), tokenizers[model])
+        of_labels = sum(len(ids) - 1 for ids in tokens.completions)
+        lengths = accumulate(len(prompt.ids) + of_labels for prompt in tokens.prompts(NO_CONTEXT, asked))
         asked = [one for one, length in zip(asked, lengths, strict=True) if length <= COMPARED_TOKENS][:COMPARED]
         if not asked:
             continue

@@ -225,6 +225,17 @@ def test_too_few_examples_name_role_label_numbers_and_what_made_them_fewer(
         assert part in str(error.value)
 
 
+def test_an_evaluation_set_that_takes_all_may_lack_labels_but_has_two(sources: dict[str, SourceExamples]) -> None:
+    roles = assign(data(demonstrations={"source": "a", "per_label": 3}), LABELS, sources)
+    asked = data(evaluation=ALL_OF_B)
+    three = [*LABELS, "neutral"]
+    with pytest.raises(UsageError, match=r"data\.demonstrations: 3 examples of label 'neutral' wanted, 0 found"):
+        assign(asked, three, sources)  # demonstrations lack it; the evaluation set may
+    with pytest.raises(UsageError, match=r"data\.evaluation\.b: 1 examples of label 'neutral' wanted, 0 found"):
+        assign(asked, ["neutral", "positive"], sources)
+    assert assign(asked, LABELS, sources).drawn["evaluation.b"] == roles.drawn["evaluation.b"]
+
+
 def test_what_the_source_left_out_is_told_too(sources: dict[str, SourceExamples], unlike: Texts, source: Source) -> None:
     poor = source("a", unlike(1), rows=100, left_out_by_label_rule=98, exact_repeats_removed=1)
     with pytest.raises(UsageError, match=r"of its 100 rows: 1 exact repeats, 98 left out by the label rule"):
