@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -51,6 +53,21 @@ def fidelity(pieces: Iterable[tuple[Tensor, Distributions, Tensor | None]], reso
         "truncation_rms_nats": float(truncation.square().mean().sqrt()),
         "gradient_cosine": float(product.sum() / (own.sum() * full.sum()).sqrt().clamp_min(1e-300)),
         "gradient_cosine_mean": float(cosine.mean()),
+    }
+
+
+def censored(rows: pa.Table) -> dict[str, float]:
+    """Of rows with labels (`schema.STORED`): the share of labels of which a bound alone is known, the share of rows that have such labels,
+    and of these labels the estimated mass and the most that it can be, means over all rows.
+    """
+    logprobs = np.array(rows["label_logprobs"].to_pylist())
+    bounds = np.array([own or [math.nan] * logprobs.shape[1] for own in rows["label_bounds"].to_pylist()])
+    unknown = ~np.isnan(bounds)
+    return {
+        "censored_labels": float(unknown.mean()),
+        "censored_rows": float(unknown.any(-1).mean()),
+        "censored_mass": float(np.where(unknown, np.exp(logprobs), 0).sum(-1).mean()),
+        "censored_mass_most": float(np.minimum(1, np.where(unknown, np.exp(bounds), 0).sum(-1)).mean()),
     }
 
 

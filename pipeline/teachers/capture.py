@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.cache.distributions import Distributions, decode
-from pipeline.cache.fidelity import fidelity
+from pipeline.cache.fidelity import censored, fidelity
 from pipeline.cache.folder import described_task, write_cache
 from pipeline.cache.store import Store
 from pipeline.errors import CorruptError, UsageError
@@ -122,7 +122,9 @@ def _fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], example
 
     figures = fidelity(pieces(), scorer.cache.resolution_nats)
     del figures["positions"]
-    return {"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **figures}
+    labels = store.read(keys, ["label_logprobs", "label_bounds"])
+    unknown = censored(labels) if any(labels["label_bounds"].to_pylist()) else {}  # of many labels not all are followed
+    return {"scored_again": len(chosen) * len(contexts[:FIDELITY_CONTEXTS]), **figures, **unknown}
 
 
 def _numbers(examples: Sequence[Example]) -> list[int]:

@@ -31,6 +31,7 @@ import torch
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from pipeline.cache.encodings import Encoded, rounded
+from pipeline.cache.fidelity import censored
 from pipeline.errors import MismatchError, ShotlessError, UsageError, choices
 from pipeline.files import Folders, read_json, write_json
 from pipeline.models.folders import SERVER, load_tokenizer, server_of, tokenizer_sha256
@@ -922,9 +923,8 @@ class ServerBackend:
 def server_fidelity(rows: pa.Table, chosen: pa.Table, again: pa.Table) -> dict[str, float]:
     """What is known of a server's answers: `rows` are all (`schema.STORED`); `chosen` are some of them, which were asked `again`.
 
-    Mass of the tokens that are kept, and how often the answer or the most probable label changed. Of labels: the share of which only a
-    bound is known, their estimated mass and the most that it can be; how far probabilities moved between two answers. Of free text: the
-    share of answers that are hard.
+    Mass of the tokens that are kept, and how often the answer or the most probable label changed. Of labels: those of `censored`, and how
+    far probabilities moved between two answers. Of free text: the share of answers that are hard.
     """
     tails = rows["tail_mass"].to_pylist()
     retained = {"retained_mass": 1 - float(np.mean([tail for own in tails for tail in own]))}
@@ -933,16 +933,10 @@ def server_fidelity(rows: pa.Table, chosen: pa.Table, again: pa.Table) -> dict[s
         hard = [not any(own) and ids == [[number] for number in answer] for ids, answer, own in kept]
         changed = [one != other for one, other in zip(*(table["completion_ids"].to_pylist() for table in (chosen, again)), strict=True)]
         return retained | {"hard_answers": float(np.mean(hard)), "changed_answers": float(np.mean(changed))}
-    logprobs = np.array(rows["label_logprobs"].to_pylist())
-    bounds = np.array([own or [math.nan] * logprobs.shape[1] for own in rows["label_bounds"].to_pylist()])
-    censored = ~np.isnan(bounds)
     before, now = (np.exp(np.array(table["label_logprobs"].to_pylist())) for table in (chosen, again))
     return {
         **retained,
-        "censored_labels": float(censored.mean()),
-        "censored_rows": float(censored.any(-1).mean()),
-        "censored_mass": float(np.where(censored, np.exp(logprobs), 0).sum(-1).mean()),
-        "censored_mass_most": float(np.minimum(1, np.where(censored, np.exp(bounds), 0).sum(-1)).mean()),
+        **censored(rows),
         "moved_mean": float(np.abs(before - now).mean()),
         "moved_most": float(np.abs(before - now).max()),
         "changed_answers": float((before.argmax(-1) != now.argmax(-1)).mean()),

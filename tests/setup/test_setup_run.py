@@ -92,7 +92,7 @@ def test_an_unknown_stage_is_named_before_anything_runs(folder):
 RUN = "from pathlib import Path; from pipeline.commands.reproduce import reproduce; reproduce(Path(), Path())"
 
 
-def test_on_a_terminal_it_shows_what_runs_and_what_is_to_do(folder):
+def test_on_a_terminal_it_shows_what_runs_and_how_many_are_done(folder):
     (folder / "third.sh").write_text("sleep 2\n", "utf-8")
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
@@ -106,7 +106,7 @@ def test_on_a_terminal_it_shows_what_runs_and_what_is_to_do(folder):
         pass
     os.close(ours)
     assert process.wait() == 0
-    for text in ("0 of 3 stages; to do: first, second, third", "2 of 3 stages", "third", "second: ", "Done in "):
+    for text in ("3 of 3 stages to run", "2 of 3 stages", "third", "second: ", "Done in "):  # the others may end between two drawings
         assert text in shown.decode()
 
 

@@ -1,8 +1,10 @@
 """A capture from files to a cache: its numbers against full prompts, its manifest, that it repeats to the byte and scores nothing twice."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from teachers.conftest import CONTEXTS, KEPT, ONE, TASK, TEXTS, TWO, World, example
@@ -15,6 +17,7 @@ from pipeline.models.folders import load_model, weights_sha256
 from pipeline.params import TaskParams
 from pipeline.schema import NO_CONTEXT
 from pipeline.task import Task
+from pipeline.teachers import engines
 from pipeline.teachers import scorer as scorer_module
 from pipeline.teachers.capture import content_free
 from pipeline.teachers.scorer import LocalBackend
@@ -267,6 +270,17 @@ def test_fidelity_is_that_of_the_live_teacher(world):
     assert found["retained_mass"] == pytest.approx(1)
     assert found["kl_to_live_nats"] == pytest.approx(0, abs=1e-6)
     assert found["student_kl_nats"] > 0.001
+
+
+def test_labels_that_were_not_followed_are_counted(world, monkeypatch):
+    monkeypatch.setattr(engines, "MOST_NODES", 0)
+    monkeypatch.setattr(engines, "MOST_LEFT", 1e9)  # no label matters: " so-so" alone has more than one token
+    rows = world.capture().rows.to_pylist()
+    assert all([math.isnan(bound) for bound in row["label_bounds"]] == [False, True, True] for row in rows)
+    assert [row["label_bounds"][0] for row in rows] == [row["label_logprobs"][0] for row in rows]
+    found = json.loads(world.metrics())
+    assert (found["censored_labels"], found["censored_rows"]) == (pytest.approx(1 / 3), 1)
+    assert found["censored_mass"] == pytest.approx(np.mean([math.exp(row["label_bounds"][0]) for row in rows]), abs=1e-5)
 
 
 @pytest.mark.parametrize("source", ["generated", "given"])
