@@ -8,7 +8,7 @@ A control token of the model (`<|im_end|>`) in somebody's text is tokenised as t
 If the template of a plain prompt has control tokens itself, they stay control tokens, and a text that spells one has a fault.
 
 A text that does not fit its model is cut as `task.long_texts` says, at ends of its own tokens, the longest field first; then the whole
-prompt is tokenised anew. A prompt that fits is tokenised once. Teachers, students and predictors ask here, so they cut alike.
+prompt is tokenised again. A prompt that fits is tokenised once. Teachers, students and predictors get their prompts here, so all cut alike.
 """
 
 import re
@@ -532,8 +532,8 @@ class TextTokens(TaskTokens):
 
 
 def _beginning(completions: Sequence[list[int]]) -> tuple[int, int] | None:
-    """The numbers of two of which one's ids begin the other's, or are the same; None if there are none."""
-    ordered = sorted(range(len(completions)), key=completions.__getitem__)  # what begins others stands before one of them
+    """The indices of two completions of which one is a prefix of the other, or equal to it; None if there is no such pair."""
+    ordered = sorted(range(len(completions)), key=completions.__getitem__)  # a prefix comes right before something that it begins
     return next((pair for pair in pairwise(ordered) if completions[pair[1]][: len(completions[pair[0]])] == completions[pair[0]]), None)
 
 

@@ -158,7 +158,7 @@ class ServerParams(Frozen):
         if self.budget is not None and self.price is None:
             raise ValueError("`budget` needs a `price`: {input: …, output: …}, for a million tokens")
         if self.sends == "text" and self.tokenizer is None:
-            raise ValueError("`sends: text` is about a `tokenizer`, and there is none; leave it out, or name one")
+            raise ValueError("`sends: text` needs a `tokenizer`, and there is none; name one, or leave `sends` out")
         return self
 
     @property

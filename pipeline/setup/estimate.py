@@ -98,7 +98,7 @@ PARTS = {"teachers": ("teacher",), "training": ("tune", "student"), "students": 
 
 
 def prepared_work(project: Path) -> dict[str, float]:
-    """Stage → texts through a model, from a project's params and the number of texts prepared; empty if there are none yet."""
+    """Stage → how many texts it passes through a model; empty before the stage `prepare` has written the texts."""
     data = project / "artifacts" / "data"
     if not (data / "transfer.parquet").is_file():
         return {}

@@ -105,7 +105,7 @@ def _wait_seconds(state: RetryCallState) -> float:
 
 
 class _Gate:
-    """Lets so many requests through at a time as the server bears: half after a refusal, one more after as many answers."""
+    """Limits the requests that are under way: a failed one halves the limit, and as many answers as the limit raise it by one."""
 
     def __init__(self, most: int) -> None:
         self._most, self._limit, self._inside, self._changed = most, float(most), 0, threading.Condition()
@@ -168,7 +168,7 @@ class Server:
         return self.cost(*self.tokens)
 
     def cost(self, prompt_tokens: float, answer_tokens: float) -> float:
-        """Money for so many tokens; 0 without a price."""
+        """What these tokens cost; 0 without a price."""
         price = self.settings.price
         return 0.0 if price is None else (prompt_tokens * price.input + answer_tokens * price.output) / 1e6
 
@@ -521,8 +521,8 @@ def _text_of(entry: dict[str, Any]) -> str:
 def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_on: bool = True) -> tuple[list[float], list[float], Said]:
     """Log-probabilities of whole labels [L], bounds of those that are not known [L] (NaN: known), and what was said of the first token.
 
-    The most probable beginnings are asked behind first, if `goes_on`: a chat's answer cannot be begun. A text may also be written in tokens
-    that are not listed: one of which less is known that way is censored.
+    The most probable beginnings are asked behind first, if `goes_on`: a chat's answer cannot be begun. A label that is sent as text may
+    also be written in tokens that are not listed: if these could have more probability than what is known, it is censored.
     """
     logprobs, bounds = [math.nan] * len(labels), [math.nan] * len(labels)
     unlisted: dict[int, tuple[float, float]] = {}  # label → log-probability by tokens that are not listed: the most, an estimate
@@ -539,14 +539,14 @@ def score_labels(server: Server, prompt: Prompt, labels: Sequence[Label], goes_o
         said = server.next_token(prompt, path, dict.fromkeys(_wanted(labels[number], len(path)) for number in own))
         first = first or said
         known: dict[Token, list[int]] = {}
-        censored = []
+        absent = []
         for number in own:
             token = _begins(labels[number][len(path) :], said)
-            censored.append(number) if token is None else known.setdefault(token, []).append(number)
+            absent.append(number) if token is None else known.setdefault(token, []).append(number)
         most = -negative + min(said.floor, said.log_missing)
-        for number in censored:
+        for number in absent:
             bounds[number] = most
-            logprobs[number] = min(most, -negative + said.log_missing - math.log(len(censored)))
+            logprobs[number] = min(most, -negative + said.log_missing - math.log(len(absent)))
         for token, members in known.items():
             value, reached = -negative + said.logprobs[token], path + (token if isinstance(token, str) else (token,))  # type: ignore[operator]
             going = [number for number in members if labels[number] != reached]
@@ -761,7 +761,7 @@ class ServerBackend:
         return self._server.cost(self.most_requests * (tokens + answer), max(answer - 1, 0) + self.most_requests)
 
     def announce(self, lengths: Sequence[int]) -> None:
-        """Say what rows with prompts of so many tokens will take. Raises UsageError if that is more than `budget`."""
+        """Print the requests, tokens and money that rows with prompts of these `lengths` need. Raises UsageError if it passes `budget`."""
         server, rows = self._server, len(lengths)
         least = server.cost(sum(lengths), rows)
         money = "" if server.settings.price is None else f", {least:,.2f} to {sum(map(self._most, lengths)):,.2f} in money"

@@ -445,7 +445,7 @@ ON_SERVER = [
         ["few_shot"],
         "targets.mix.auxiliary_caches: teacher 'few_shot' is behind servers.big, which tokenises",
     ),
-    ("servers.big", SERVER | {"sends": "text"}, "servers.big: `sends: text` is about a `tokenizer`, and there is none"),
+    ("servers.big", SERVER | {"sends": "text"}, "servers.big: `sends: text` needs a `tokenizer`, and there is none"),
     ("task", WRITTEN, "servers.big.tokenizer: null, and free text is learnt in token ids; name this model's, or that of the students"),
     (
         "task",
