@@ -64,8 +64,14 @@ class TargetParams(Frozen):
     baseline takes the shift of its evaluation set's source, if that source has one."""
     average: Literal["probability", "log_probability"] = "probability"
     """What is averaged over contexts and teachers."""
-    temperature: PositiveFloat = 1.0
-    """Of the average; below 1 it becomes sharper."""
+    weights: Literal["given", "learned"] = "given"
+    """`given`: the weights of `teachers`. `learned`: the teachers' averages are pooled log-linearly, with weights learnt on the labelled
+    examples (`pipeline/targets/learning.py`), which none of them had seen; then the weights of `teachers` have no effect."""
+    temperature: PositiveFloat | Literal["learned"] = 1.0
+    """Of the result; below 1 it becomes sharper. `learned`: on the labelled examples, with a bias for each label."""
+    prior: Literal["equal", "labelled", "estimate"] | dict[str, PositiveFloat] | None = None
+    """Shares of the labels among the texts, which the result is shifted to: equal ones, those of the labelled source (if it was drawn at
+    random), stated ones, or the most likely ones (expectation maximisation, Saerens et al. 2002). Null: no shift."""
     auxiliary_caches: tuple[str, ...] = Field(default=(), strict=False)
     """Teachers whose caches students of this set may also learn from (`students.*.auxiliary`)."""
 
@@ -76,7 +82,18 @@ class TargetParams(Frozen):
             raise ValueError(f"`calibrate_by: source` is for `batch` or `batch_log`, and calibration is {self.calibration!r}; leave it out")
         if unknown := set(self.calibrations) - set(self.teachers):
             raise ValueError(f"calibrations: {choices(unknown)} not among its teachers; choose from: {choices(self.teachers)}")
+        if self.weights == "learned" and self.temperature not in {1.0, "learned"}:
+            raise ValueError(f"temperature: {self.temperature:g}, and learned weights are as sharp as the labels say; leave it out")
+        if self.prior == "estimate" and not self.is_learned:
+            raise ValueError(
+                "`prior: estimate` needs probabilities that labels have corrected; set `weights: learned` or `temperature: learned`"
+            )
         return self
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether labelled examples decide anything here."""
+        return "learned" in {self.weights, self.temperature}
 
 
 class RoundParams(Frozen):
@@ -419,6 +436,11 @@ class Params(Frozen):
         alone |= {(self.base_model(folder), self.format_of(folder)) for folder in asked}
         return {name: sorted(map(list, pairs)) for name, pairs in {**used, "": alone.difference(*used.values())}.items()}
 
+    def _is_judged(self, teacher: str) -> bool:
+        """Whether a teacher can answer labelled examples that it has not seen: no student, and no tuned model that is shown some."""
+        kind, contexts = self.teachers[teacher].model.partition("/")[0], self.contexts.get(self.teachers[teacher].contexts)
+        return kind in {"models", "servers"} or (kind == "tuned" and contexts is not None and not contexts.demonstrations)
+
     def _names(self) -> Iterator[str]:
         paths = {f"models.{name}.path": model.path for name, model in self.models.items()}
         paths |= {f"data.sources.{name}.path": source.path for name, source in self.data.sources.items()}
@@ -522,6 +544,11 @@ class Params(Frozen):
                 continue
             for teacher in target.teachers:
                 yield from _known(f"targets.{name}.teachers", teacher, answering)
+                if target.is_learned and teacher in answering and not self._is_judged(teacher):
+                    learnt = f"{self.teachers[teacher].model!r} of teacher {teacher!r} has learnt them"
+                    yield f"targets.{name}: labelled examples are to judge its teachers, and {learnt}; leave `learned` out, or the teacher"
+            if isinstance(target.prior, dict) and set(target.prior) != set(self.task.labels):
+                yield f"targets.{name}.prior: shares of {choices(target.prior)}; give each label one: {choices(self.task.labels)}"
             for teacher in target.auxiliary_caches:
                 yield from _known(f"targets.{name}.auxiliary_caches", teacher, self.teachers)
 

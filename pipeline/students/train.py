@@ -7,14 +7,17 @@ removed after it. All files but those in metrics/runtime depend on params and da
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 import transformers
 
 from pipeline import files
 from pipeline.cache.folder import CACHES, cache_manifest
+from pipeline.cache.labelled import HELD_OUT, folds_of
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import Folders, sha256_file, sha256_json
 from pipeline.models import folders as models
@@ -23,11 +26,11 @@ from pipeline.models.process import peak_rss_bytes
 from pipeline.models.trained import about_trained, load_tokens
 from pipeline.params import DEMONSTRATIONS_FILE, Params, StudentParams, TunedParams, pick
 from pipeline.progress import rate
-from pipeline.schema import read_examples
+from pipeline.schema import LABELLED, read_examples, write_table
 from pipeline.students.auxiliary import CacheTerm, TeacherCache
 from pipeline.students.checkpoint import Checkpoint
 from pipeline.students.data import AnyRow, LabelTerm, demonstrations, split_validation, target_set
-from pipeline.students.loop import Outcome, Validation, train
+from pipeline.students.loop import Outcome, StudentForward, Validation, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
 from pipeline.task import Task
@@ -48,7 +51,8 @@ def train_student(name: str, params: Params, folders: Folders, processes: Proces
 def tune_teacher(name: str, params: Params, folders: Folders) -> None:
     """Fine-tune a teacher's model on the demonstrations' labels, with no layer cut.
 
-    Writes artifacts/tuned/NAME, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and metrics/runtime/tuned-NAME.json.
+    Writes artifacts/tuned/NAME, with `HELD_OUT` in it, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and
+    metrics/runtime/tuned-NAME.json.
     """
     tuned = StudentParams(**dict(pick("tuned", params.tuned, name)), learn_from=DEMONSTRATIONS_FILE)
     _Job("tuned", name, tuned, params, folders, ALONE).run()
@@ -206,11 +210,30 @@ class _Job:
         if self.processes.first:
             model.config._name_or_path = ""
             models.save_model(model, models.load_tokenizer(self.base), output)
+            if self.kind == "tuned":
+                write_table(self._held_out(entry), output / HELD_OUT)
             names = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
             about = about | {"counts": counts, **choice, "trains": outcome.tuning.trains, "forward": outcome.forward}
             files.write_manifest(output, about, [name for name in names if not name.startswith("seeds/") and name != "README.md"])
         last = reached.losses[-max(1, steps // 10) :]
         return outcome, counts | choice | {"final_loss": _significant(math.fsum(last) / len(last))}
+
+    def _held_out(self, entry: StudentParams) -> pa.Table:
+        """`schema.LABELLED` without a context: each fold of the labelled examples is answered by a model that was tuned without it."""
+        [term], rows = self.label_terms, list[dict[str, Any]]()
+        for number, places in enumerate(folds_of([row.label for row in term.rows]), 1):
+            fold, learnt = [term.rows[place] for place in places], [row for at, row in enumerate(term.rows) if at not in places]
+            model = models.load_model(self.base, device=default_device(), labels=self.tokens.task.labels, seed=entry.seed)
+            steps = math.ceil(entry.steps * len(learnt) / len(term.rows))
+            own = entry.model_copy(update={"steps": steps})
+            train(model, self.tokens.completions, [replace(term, rows=learnt)], own, title=f"{self.name} without fold {number}")
+            forward = StudentForward(model, self.tokens.completions, fold)
+            with torch.no_grad():
+                answers = forward.label_log_probabilities(fold).cpu().numpy()
+            rows += [
+                {"context_id": "", "example_id": row.example_id, "label_logprobs": own} for row, own in zip(fold, answers, strict=True)
+            ]
+        return pa.Table.from_pylist(rows, schema=LABELLED)
 
     def _write_metrics(self, outcomes: Mapping[int, Outcome], values: Mapping[int, dict[str, Any]], threads: int) -> None:
         """Those of the first seed, with some of each if there are several; the curve; what differs from run to run."""
