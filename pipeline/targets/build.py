@@ -18,7 +18,7 @@ from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.params import TargetParams
 from pipeline.schema import LABELLED, TARGETS, read_examples, read_table, write_table
 from pipeline.targets.calibration import Combination, learn_offsets, normalised
-from pipeline.targets.learning import Judged, Pool, equal_pool, learn_pool, likely_shares, log_loss, share_intervals, shift_to
+from pipeline.targets.learning import Judged, Pool, equal_pool, held_out, learn_pool, likely_shares, log_loss, share_intervals, shift_to
 from pipeline.task import Task
 
 DIGITS = 6
@@ -153,16 +153,16 @@ def _judged(task: Task, contexts: Sequence[Mapping[str, Any]], combinations: Map
 
 def _pool(params: TargetParams, task: Task, voters: np.ndarray, judged: Judged | None, folders: Folders) -> tuple[Pool, dict[str, Any]]:
     """The pool of `voters` [V, N, L] on the transfer set, and what the metrics say of it: `labelled` and `prior`, if these have a say."""
-    pool, penalties, measured = equal_pool(len(voters), voters.shape[-1]), None, dict[str, Any]()
+    pool, measured = equal_pool(len(voters), voters.shape[-1]), dict[str, Any]()
     if params.temperature != "learned":
         pool = replace(pool, scales=pool.scales / params.temperature)
     if judged is not None:
-        before, (pool, penalties, held_out) = pool.log_probabilities(judged.voters), learn_pool(judged)
+        before, pool = pool.log_probabilities(judged.voters), learn_pool(judged)
         alone = zip(params.teachers, judged.voters, strict=False) if params.weights == "learned" else ()
         measured["labelled"] = {
             "rows": len(judged.gold),
             "before": _figures(before, judged.gold),
-            "after": _figures(held_out, judged.gold),
+            "after": _figures(held_out(judged), judged.gold),
             "teachers": {teacher: _figures(own, judged.gold) for teacher, own in alone},
         }
     elif params.is_learned:
@@ -173,8 +173,8 @@ def _pool(params: TargetParams, task: Task, voters: np.ndarray, judged: Judged |
     interval: dict[str, Any] = {}
     if params.prior == "estimate":
         shares = likely_shares(log_p)
-        if judged is not None and penalties is not None:
-            low, high = share_intervals(voters, judged, penalties)
+        if judged is not None:
+            low, high = share_intervals(voters, judged)
             interval = {"low": _by_label(task.labels, low), "high": _by_label(task.labels, high)}
     else:
         counts = read_json(folders.artifacts / "data" / "label_counts.json") if params.prior == "labelled" else params.prior
