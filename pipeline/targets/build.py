@@ -139,16 +139,16 @@ def _by_source(
 
 def _judged(task: Task, contexts: Sequence[Mapping[str, Any]], combinations: Mapping[str, Combination], folders: Folders) -> Judged | None:
     """The labelled examples, and what the voters say of them without having seen them; None if each label has one example."""
-    examples, scores = read_examples(folders.artifacts / "data" / "demonstrations.parquet", task.fields), list[np.ndarray]()
-    for teacher in dict.fromkeys(context["teacher"] for context in contexts):
-        table = read_table(folders.artifacts / "labelled" / f"{teacher}.parquet", LABELLED)
-        known = {*table["example_id"].to_pylist()}
-        examples = [example for example in examples if example.example_id in known]  # the same for every teacher
-        scores.append(_scores(teacher, table, [own for own in contexts if own["teacher"] == teacher], [one.example_id for one in examples]))
-    if not examples:
+    examples = read_examples(folders.artifacts / "data" / "demonstrations.parquet", task.fields)
+    teachers = dict.fromkeys(context["teacher"] for context in contexts)
+    tables = {one: read_table(folders.artifacts / "labelled" / f"{one}.parquet", LABELLED) for one in teachers}
+    judged = set[str]().union(*(table["example_id"].to_pylist() for table in tables.values()))  # the same of every teacher
+    if not (examples := [example for example in examples if example.example_id in judged]):
         return None
-    gold = np.array([task.labels.index(str(example.label)) for example in examples])
-    return Judged(_by_source(Combination.averaged, combinations, np.concatenate(scores), [example.source for example in examples]), gold)
+    ids, gold = [example.example_id for example in examples], np.array([task.labels.index(str(example.label)) for example in examples])
+    own = {teacher: [context for context in contexts if context["teacher"] == teacher] for teacher in tables}
+    scores = np.concatenate([_scores(teacher, table, own[teacher], ids) for teacher, table in tables.items()])
+    return Judged(_by_source(Combination.averaged, combinations, scores, [example.source for example in examples]), gold)
 
 
 def _pool(params: TargetParams, task: Task, voters: np.ndarray, judged: Judged | None, folders: Folders) -> tuple[Pool, dict[str, Any]]:
