@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +12,7 @@ import typer
 from pipeline.errors import UsageError, choices, need
 
 if TYPE_CHECKING:
+    from pipeline.models.held_back import Threshold
     from pipeline.models.trained import Trained
     from pipeline.serving import Predictor
 
@@ -18,6 +20,16 @@ STUDENTS = Path("artifacts/students")
 Student = Annotated[str | None, typer.Option(help="Name of a student, or its folder; by default the only student there is.")]
 Fields = Annotated[list[str] | None, typer.Option("--field", help="FIELD=COLUMN, for a column of another name.")]
 Log = Annotated[Path | None, typer.Option(help="Append to this predictions log, for `shotless monitor`.")]
+Agree = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=0.999, help="Do not answer what would not agree with its teacher in this share of cases."),
+]
+Right = Annotated[
+    float | None,
+    typer.Option(min=0.01, max=0.999, help="The same, to be right in this share of cases, as far as --labelled shows it."),
+]
+Labelled = Annotated[Path | None, typer.Option(help="For --right: a file of labelled texts that the student did not learn from.")]
+LabelColumn = Annotated[str, typer.Option("--label", help="Of --labelled; a source's label rule for this column holds.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")]
 
 
@@ -63,6 +75,67 @@ def open_predictor(student: str | None, threads: int | None, **settings: Any) ->
         return Predictor(open_student(student), threads, **settings)
 
 
+def open_promising(
+    student: str | None,
+    threads: int | None,
+    agree: float | None,
+    right: float | None,
+    labelled: Path | None,
+    label: str,
+    field: Sequence[str] = (),
+    **settings: Any,
+) -> "Predictor":
+    """The same with the threshold that --agree or --right ask for, of which a line on standard error speaks.
+
+    Raises UsageError if options do not go together, or texts do not show as much as is asked for.
+    """
+    from pipeline.serving.predictor import is_exported
+
+    if (right is None) != (labelled is None) or (right is not None and agree is not None):
+        raise UsageError(
+            "--right and --labelled go together: how often answers are right takes labelled texts to say. --agree needs neither."
+        )
+    exported = is_exported(student_folder(student))
+    predictor = open_predictor(student, threads, agree=agree, keep_states=right is not None and not exported, **settings)
+    if right is not None:
+        predictor.threshold = _right_threshold(predictor, right, str(labelled), label, field)
+    if (found := predictor.threshold) is not None:
+        strange = (
+            "no text that is too unlike what it learnt" if found.novelty else "strange texts too: it has no hidden states to tell them by"
+        )
+        sure = f"what it is at least {found.confidence:.1%} sure of, {found.share:.0%} of the texts that show it"
+        print(f"{predictor.student.name} answers {sure}; {strange}", file=sys.stderr)
+    return predictor
+
+
+def _right_threshold(predictor: "Predictor", right: float, file: str, column: str, field: Sequence[str]) -> "Threshold":
+    import numpy as np
+
+    from pipeline.models.held_back import learnt_ids, novelty_of, threshold
+    from pipeline.monitor.sample import GOLD, label_rule, with_gold
+    from pipeline.params import load_params
+    from pipeline.serving.files import columns_of, predict_items, read_items
+
+    params = load_params() if Path("params.yaml").is_file() else None
+    items = read_items(file, columns_of(predictor.task.fields, field), {GOLD: column})
+    items = (item for item in with_gold(items, label_rule(params, column), predictor, file) if item.kept.get(GOLD) is not None)
+    answered = [pair for window in predict_items(predictor, items, 1024) for pair in window if pair[1].error is None]
+    learnt, novelty = learnt_ids(predictor.student), novelty_of(predictor.student)
+    unseen = [pair for pair in answered if predictor.example(pair[0].fields).example_id not in learnt]
+    if not unseen:
+        raise UsageError(f"--labelled {file}: no text has a label in {column!r} and was not learnt from. Give other texts.")
+    confidence = np.array([found.confidence for _, found in unseen])
+    correct = np.array([found.label == item.kept[GOLD] for item, found in unseen])
+    distances = None if novelty is None else novelty.distances(np.array([found.state for _, found in unseen]))
+    try:
+        return threshold(confidence, correct, right, novelty, distances)
+    except UsageError as error:
+        left = f" (and {len(answered) - len(unseen):,} that it learnt from, which say nothing)" if len(unseen) < len(answered) else ""
+        raise UsageError(
+            f"--right {right:g}: {file} has {len(unseen):,} labelled texts{left}. {error} Ask for less, or label more."
+        ) from None
+
+
 def predict(
     student: Student = None,
     source: Annotated[str, typer.Option("--input", "-i", help="A file of examples (docs/data.md); - is standard input.")] = "-",
@@ -74,6 +147,10 @@ def predict(
     field: Fields = None,
     keep: Annotated[list[str] | None, typer.Option(help="A column to pass through; NAME=COLUMN gives it another name.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Rows answered together; 1 answers line by line.")] = 1024,
+    agree: Agree = None,
+    right: Right = None,
+    labelled: Labelled = None,
+    label: LabelColumn = "label",
     log: Log = None,
     threads: Threads = None,
 ) -> None:
@@ -81,20 +158,25 @@ def predict(
     from pipeline.serving import files
 
     kept, form = files.kept_columns(keep or []), output_format or files.format_of(output, files.WRITTEN)
-    predictor = open_predictor(student, threads)
+    predictor = open_promising(student, threads, agree, right, labelled, label, field or [])
     items = files.read_items(source, files.columns_of(predictor.task.fields, field or []), kept, input_format)
     journal = files.PredictionLog(log, predictor.weights_sha256) if log else None
-    rows, bad, first = 0, 0, ""
-    with files.writing(output, form, predictor.labels, kept) as write:
+    rows, bad, kept_back, first = 0, 0, 0, ""
+    with files.writing(output, form, predictor.labels, kept, predictor.threshold is not None) as write:
         for answered in files.predict_items(predictor, items, window):
             write(answered)
             if journal is not None:
                 journal.append((item.fields, prediction.as_json()) for item, prediction in answered)
-            rows += len(answered)
+            rows, kept_back = rows + len(answered), kept_back + sum(not prediction.answered for _, prediction in answered)
             errors = [(item.line, prediction.error) for item, prediction in answered if prediction.error is not None]
             bad, first = bad + len(errors), first or "".join(f" (line {line}: {error})" for line, error in errors[:1])
     lost = f"; {journal.lost:,} of them are not in {log}" if journal is not None and journal.lost else ""
     print(f"{predictor.student.name}: {rows:,} rows, {bad:,} with an error{first}{lost}", file=sys.stderr)
+    if predictor.threshold is not None:
+        reached = rows - bad - kept_back
+        print(
+            f"answered: {reached:,} of {rows:,}, {reached / max(1, rows):.1%}; the others ask for somebody else's answer", file=sys.stderr
+        )
     if rows and bad == rows:
         print("No row has an answer. If a field has another column, name it: --field FIELD=COLUMN.", file=sys.stderr)
         raise typer.Exit(1)
@@ -110,6 +192,10 @@ def serve(
     body_seconds: Annotated[float, typer.Option(min=0.001, help="What a client may take to send a request's body.")] = 30.0,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows of concurrent requests that share a pass.")] = 64,
     waiting_rows: Annotated[int, typer.Option(min=1, help="Rows that may wait before requests are refused with 503.")] = 1024,
+    agree: Agree = None,
+    right: Right = None,
+    labelled: Labelled = None,
+    label: LabelColumn = "label",
     log: Log = None,
     threads: Threads = None,
 ) -> None:
@@ -122,7 +208,7 @@ def serve(
     from pipeline.serving.files import PredictionLog
     from pipeline.serving.server import Limits, make_app
 
-    predictor = open_predictor(student, threads, max_chars=max_chars)
+    predictor = open_promising(student, threads, agree, right, labelled, label, max_chars=max_chars)
     journal = PredictionLog(log, predictor.weights_sha256) if log else None
     limits = Limits(max_body_bytes, max_rows, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.name}", file=sys.stderr, flush=True)

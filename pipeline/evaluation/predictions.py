@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import softmax
 
 from pipeline.errors import MismatchError
 from pipeline.files import Folders, read_json, read_manifest
 from pipeline.models.trained import open_trained
 from pipeline.params import Format, Params
 from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples
-from pipeline.targets.calibration import combination_of, normalised
+from pipeline.targets.calibration import combination_of
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
@@ -37,6 +38,7 @@ class Answering:
     dtype: str = "float32"
     run: str | None = None  # its run in the table; None: the name of each context
     work: Path | None = None  # where its scores are kept; None: nowhere
+    temperature: float = 1.0  # of a student's probabilities
     identity: Mapping[str, Any] | None = None  # of the scores, which it must still have
 
     def scorer(self, task: Task, params: Params) -> Scorer:
@@ -73,7 +75,7 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
         found = []
         for run, own in (runs if len(seeds) > 1 else {"": folder}).items():
             (trained := open_trained(own)).check_task(params.task)
-            found.append(Answering(own, format=trained.task.format, run=run))
+            found.append(Answering(own, format=trained.task.format, run=run, temperature=trained.temperature))
         return found
     prompts = params.baselines[name].prompts
     if not prompts.startswith(("targets/", "teachers/")):
@@ -125,7 +127,8 @@ def predict(name: str, models: Sequence[Answering], params: Params, folders: Fol
     for key, own in sets.items():
         scores = scored[:, [place[example.example_id] for example in own]]  # [C, N, L]
         if name in params.students:
-            runs, each = [model.run for model in models], np.exp(normalised(scores))
+            temperatures = np.array([model.temperature for model in models])[:, None, None]
+            runs, each = [model.run for model in models], softmax(scores / temperatures, axis=-1)
         else:
             combination = combination_of(read_calibration(name, params, folders), own[0].source)
             runs, each = [context.name for model in models for context in model.contexts], combination.each(scores)

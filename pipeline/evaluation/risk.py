@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import polars as pl
+from scipy.special import softmax
 from scipy.stats import binomtest, chi2_contingency
 
 from pipeline.evaluation import metrics
@@ -21,7 +22,6 @@ from pipeline.evaluation.swaps import SWAPS, swap_fields
 from pipeline.files import Folders, write_json
 from pipeline.params import Params, pick
 from pipeline.schema import NO_CONTEXT, PREDICTIONS, Example, read_table
-from pipeline.targets.calibration import normalised
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
@@ -47,7 +47,7 @@ def check_risks(name: str, params: Params, folders: Folders) -> None:
         ours, theirs = (metrics.frames(table, task.labels) for table in tables)
         checked = {}
         for model in models_of(name, params, folders):
-            ask, run = partial(_ask, model.scorer(task, params), f"risk {name} {model.run}".rstrip()), model.run or ""
+            ask, run = partial(_ask, model.scorer(task, params), model.temperature, f"risk {name} {model.run}".rstrip()), model.run or ""
             own = {key: frame.filter(pl.col("run") == run) for key, frame in ours.items()}
             checked[run] = check_run(own, theirs, sets, ask, params)
         first, *others = checked
@@ -56,8 +56,8 @@ def check_risks(name: str, params: Params, folders: Folders) -> None:
     write_json(document, folders.metrics / "risk" / f"{name}.json")
 
 
-def _ask(scorer: Scorer, title: str, examples: Sequence[Example]) -> Floats:
-    return np.exp(normalised(scorer.label_scores([NO_CONTEXT], examples, title)[0]))
+def _ask(scorer: Scorer, temperature: float, title: str, examples: Sequence[Example]) -> Floats:
+    return softmax(scorer.label_scores([NO_CONTEXT], examples, title)[0] / temperature, axis=-1)
 
 
 def check_run(ours: Scores, theirs: Scores, sets: Sets, ask: Ask, params: Params) -> Json:

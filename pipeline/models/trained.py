@@ -27,6 +27,11 @@ class Trained:
     tokens: TaskTokens  # that task in the folder's tokenizer
     manifest: dict[str, Any]
 
+    @property
+    def temperature(self) -> float:
+        """Of its probabilities: they are softmax(log-probabilities of the labels / temperature)."""
+        return float(self.manifest.get("temperature", 1.0))
+
     def check_task(self, params: TaskParams) -> None:
         """Raise MismatchError if params.yaml asks with another template, other verbalisers or another completion."""
         for key, own, other in (

@@ -18,6 +18,7 @@ from scipy.spatial.distance import pdist, squareform
 from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
 from pipeline.evaluation.metrics import Floats
+from pipeline.models.held_back import spread
 from pipeline.monitor.sample import Sample
 from pipeline.params import MonitorParams
 
@@ -136,9 +137,3 @@ def label_shift(
     shuffles = stats.MonteCarloMethod(n_resamples=permutations, rng=rng)
     found: Any = stats.chi2_contingency(counts[:, counts.any(axis=0)], correction=False, method=shuffles)
     return float(np.abs(first - second).sum() / 2), float(found.pvalue)
-
-
-def spread(states: Floats) -> Floats:
-    """Standard deviation of each dimension of states [N, H], 1 if it does not vary."""
-    found = states.std(axis=0)
-    return np.where(found > 0, found, 1.0)

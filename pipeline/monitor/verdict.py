@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from scipy import stats
-from scipy.spatial.distance import cdist
 
 from pipeline.errors import UsageError
 from pipeline.evaluation.metrics import rounded
 from pipeline.files import read_json, write_text
-from pipeline.monitor.drift import DriftTest, spread
+from pipeline.models.held_back import Novelty
+from pipeline.monitor.drift import DriftTest
 from pipeline.monitor.sample import Sample
 from pipeline.params import MonitorParams
 from pipeline.serving.predictor import Predictor
@@ -74,8 +74,7 @@ def verdict(
         due = "Retraining is due" if drifted else "Something is wrong, but not what retraining mends"
         sentence = f"{due}: {', '.join(alarms)} (of inputs like the reference, at most {rate:.1%} of such checks say so)."
     limit = "no limit set" if limit_mb is None else f"limit {limit_mb:,} MB"
-    scale = spread(old.states) * np.sqrt(old.states.shape[1])
-    nearest = cdist(new.states / scale, old.states / scale).min(axis=1)
+    nearest = Novelty(old.states).distances(new.states)
     document = {
         "student": {"name": predictor.student.name, "weights_sha256": predictor.weights_sha256},
         "reference": {"from": old.origin, "rows": len(old)},

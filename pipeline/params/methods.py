@@ -222,8 +222,11 @@ class StudentParams(TuningParams):
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
     """Train once with each of these instead of `seed`; results are means over them. The student's folder is that of the first, the others
     are in its `seeds/`."""
+    held_back: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of the texts of a target set or a round that is not learnt from, and tells how far the student may be trusted: it gives the
+    temperature of its probabilities, and `predict --agree` its threshold (docs/using.md). 0: neither."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the texts that is not learnt from; the weights that agree best with its targets (mean KL) are kept; 0: the last."""
+    """Share of the other texts that is not learnt from; the weights that agree best with its targets (mean KL) are kept; 0: the last."""
     evaluate_every: PositiveInt = 10
     """Steps between two validations."""
     patience: PositiveInt | None = None
@@ -237,9 +240,11 @@ class StudentParams(TuningParams):
                     raise ValueError(f"`{key}` is about targets, and learn_from is {self.learn_from}; leave it out, or name a target set")
         elif self.tuning == "contrastive":
             raise ValueError(f"`tuning: contrastive` is for gold labels, and learn_from is {self.learn_from}; use {DEMONSTRATIONS_FILE}")
+        if not self.holds_back and self.held_back not in {0.0, type(self).model_fields["held_back"].default}:
+            raise ValueError(f"`held_back` is for students of a target set or a round, and learn_from is {self.learn_from}; leave it out")
         if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
-        if self.ce_target == "targets" and not (self.ce_weight and self.learn_from.startswith(("targets/", "rounds/"))):
+        if self.ce_target == "targets" and not (self.ce_weight and self.holds_back):
             raise ValueError("`ce_target: targets` needs a `ce_weight` and a target set to learn from")
         if self.auxiliary and self.learn_from.startswith("rounds/"):
             raise ValueError(f"`auxiliary` is about teachers' caches, and learn_from is {self.learn_from}; leave it out")
@@ -253,6 +258,11 @@ class StudentParams(TuningParams):
         if self.patience is not None and not self.validation_fraction:
             raise ValueError("`patience` needs a validation part; set `validation_fraction`, for example to 0.1")
         return self
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether what it learns from are texts with targets, of which it can hold some back."""
+        return self.learn_from.startswith(("targets/", "rounds/"))
 
     @property
     def runs(self) -> dict[str, "StudentParams"]:

@@ -29,7 +29,7 @@ from pipeline.serving.predictor import Prediction, Predictor
 
 WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form in {"csv", "jsonl", "parquet"}}  # the output's formats
 LOG_KEYS = ("time", "student", "fields")  # what a line of a predictions log has, whatever its answer
-OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "cut", "error")
+OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "cut", "answered", "error")
 WINDOW_CHARS = 4_000_000
 UNENCODABLE = "backslashreplace"
 """Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
@@ -131,13 +131,15 @@ def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int)
 
 
 @contextmanager
-def writing(path: str, form: str, labels: Sequence[str], kept: Iterable[str]) -> Iterator[Callable[[Sequence[Answered]], None]]:
+def writing(
+    path: str, form: str, labels: Sequence[str], kept: Iterable[str], threshold: bool = False
+) -> Iterator[Callable[[Sequence[Answered]], None]]:
     """A function that writes one window after another to a file, or to standard output for "-"; `form` is jsonl, csv or parquet.
 
     A row has the input's line, the kept columns, then `label`, `confidence`, the probability of each label (`p_LABEL` in CSV and Parquet),
-    `cut` if its text was, and `error`. A file is whole or not there.
+    `cut` if its text was, `answered` if there is a threshold, and `error`. A file is whole or not there.
     """
-    names = ["line", *kept, "label", "confidence", *(f"p_{label}" for label in labels), "cut", "error"]
+    names = ["line", *kept, "label", "confidence", *(f"p_{label}" for label in labels), "cut", *["answered"] * threshold, "error"]
     if path == "-":
         if form == "parquet":
             raise UsageError("--output: Parquet cannot be written to standard output; name a file.")
@@ -151,7 +153,7 @@ def writing(path: str, form: str, labels: Sequence[str], kept: Iterable[str]) ->
                 yield _text_writer(file, form, names)
             return
         types = {name: pa.float64() for name in names if name == "confidence" or name.startswith("p_")}
-        types |= {"line": pa.int64(), "cut": pa.bool_()}
+        types |= {"line": pa.int64(), "cut": pa.bool_(), "answered": pa.bool_()}
         # Kept columns are text: what a column of a stream holds is known after its last row only.
         schema = pa.schema([pa.field(name, types.get(name, pa.string()), nullable=name != "line") for name in names])
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
@@ -165,7 +167,8 @@ def _text_writer(file: TextIO, form: str, names: Sequence[str]) -> Callable[[Seq
 
     def write(window: Sequence[Answered]) -> None:
         if form == "csv":
-            sheet.writerows(_flat(*row) | ({"cut": "true"} if row[1].cut else {}) for row in window)
+            for row in (_flat(*row) for row in window):
+                sheet.writerow(row | {name: str(row[name]).lower() for name in ("cut", "answered") if name in row})
         else:
             file.writelines(json_line({"line": item.line, **item.kept, **found.as_json()}) for item, found in window)
         file.flush()

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from pipeline.files import sha256_json
 from pipeline.models.trained import Trained, open_trained
 from pipeline.schema import NO_CONTEXT, Example, Prompt
 from pipeline.task import TooLongError
+
+if TYPE_CHECKING:
+    from pipeline.models.held_back import Threshold
 
 Input = str | Mapping[str, Any]
 """A text, if the template has one field, or a value for each field."""
@@ -70,28 +73,36 @@ class Prediction:
     probabilities: dict[str, float] | None = None  # of each label; they sum to 1
     error: str | None = None
     cut: bool = False  # the text is longer than the student takes: it was cut, or read in windows, as `task.long_texts` says
+    answered: bool = True  # not if a threshold is set, and this is under it or too strange: then ask somebody else
+    has_threshold: bool = field(default=False, repr=False)
     ids: tuple[int, ...] = field(default=(), repr=False)  # token ids of the prompt; of its windows, one after the other
     state: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
     """The last layer's output at the answer position, [H], the mean of the windows'; [0] if the predictor does not keep states."""
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as a JSON object: `label`, `confidence` and `probabilities`, and `cut` if it was; or `error`."""
+        """The answer as a JSON object: `label`, `confidence`, `probabilities`, `cut` if it was, `answered` with a threshold; or `error`."""
         if self.error is not None:
             return {"error": self.error}
         answer = {"label": self.label, "confidence": self.confidence, "probabilities": self.probabilities}
-        return answer | ({"cut": True} if self.cut else {})
+        return answer | ({"cut": True} if self.cut else {}) | ({"answered": self.answered} if self.has_threshold else {})
 
 
 class Predictor:
     """A loaded student. It serves one thread at a time.
 
     `threads` are those of the matrix products, by default one for each core. With `keep_states` predictions have hidden states. A field
-    longer than `max_chars` is an error of its row. Raises UsageError if the folder is not a student's or its answers are free text,
-    CorruptError if its files are not those of its training.
+    longer than `max_chars` is an error of its row. With `agree`, what it would not answer as its teacher in that share of cases, with 95 %
+    confidence, is marked as not `answered`. Raises UsageError if the folder is not a student's, its answers are free text or its held-back
+    texts do not show such an agreement, CorruptError if its files are not those of its training.
     """
 
     def __init__(
-        self, student: str | Path | Trained, threads: int | None = None, keep_states: bool = False, max_chars: float = math.inf
+        self,
+        student: str | Path | Trained,
+        threads: int | None = None,
+        keep_states: bool = False,
+        max_chars: float = math.inf,
+        agree: float | None = None,
     ) -> None:
         self.student = student if isinstance(student, Trained) else open_folder(Path(student))
         self.task = self.student.task
@@ -106,6 +117,13 @@ class Predictor:
         self.weights_sha256 = sha256_json({name: files[name]["sha256"] for name in weights})
         self._tokens = self.student.tokens
         self._max_chars = max_chars
+        self.threshold: Threshold | None = None
+        """What an answer must reach, if it must."""
+        if agree is not None:
+            from pipeline.models.held_back import agreeing  # brings scipy, which plain answers do without
+
+            self.threshold = agreeing(self.student, agree)
+            keep_states = keep_states or self.threshold.novelty is not None
         self.engine = _open_engine(self.student, threads, keep_states)
         """What answers; its `reason` says why it was chosen."""
 
@@ -160,19 +178,30 @@ class Predictor:
     def _answers(self, prompts: Sequence[Sequence[Prompt]]) -> Iterator[Prediction]:
         """A prediction for each input, from the mean probabilities of its prompts."""
         logprobs, states = self.engine.score([prompt for own in prompts for prompt in own])
+        sizes = np.array([[len(own)] for own in prompts])
+        starts = sizes.cumsum() - sizes[:, 0]  # of each input's windows
         with np.errstate(invalid="ignore"):  # what is not a number is found below
             shares = np.exp(logprobs.astype(np.float64) - logprobs.max(-1, keepdims=True))  # [windows, L]
-        shares, end = shares / shares.sum(-1, keepdims=True), 0
-        for own in prompts:
-            start, end = end, end + len(own)
-            row = shares[start:end].mean(0).tolist()
+            shares = np.add.reduceat(shares / shares.sum(-1, keepdims=True), starts) / sizes  # [N, L]
+            shares = shares ** (1 / self.student.temperature)
+            shares /= shares.sum(-1, keepdims=True)
+        states, answered = np.add.reduceat(states, starts) / sizes.astype(np.float32), np.ones(len(prompts), dtype=bool)
+        if self.threshold is not None:
+            answered = self.threshold.answers(shares.max(-1), states)
+        for own, row, state, sure in zip(prompts, shares.tolist(), states, answered.tolist(), strict=True):
             if not all(map(math.isfinite, row)):
                 yield Prediction(error="the student's probabilities are not numbers; train it again")
                 continue
-            confidence = max(row)
-            label, cut = self.labels[row.index(confidence)], own[0].cut
-            ids = tuple(token for prompt in own for token in prompt.ids)
-            yield Prediction(label, confidence, dict(zip(self.labels, row, strict=True)), None, cut, ids, states[start:end].mean(0))
+            yield Prediction(
+                self.labels[row.index(max(row))],
+                max(row),
+                dict(zip(self.labels, row, strict=True)),
+                cut=own[0].cut,
+                answered=sure,
+                has_threshold=self.threshold is not None,
+                ids=tuple(token for prompt in own for token in prompt.ids),
+                state=state,
+            )
 
 
 def _open_engine(student: Trained, threads: int | None, keep_states: bool) -> LabelEngine:

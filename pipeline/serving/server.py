@@ -103,6 +103,7 @@ def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = N
     row_errors = Counter("shotless_row_errors", "Rows that could not be answered.", registry=registry)
     buckets = [bound / 20 for bound in range(1, 21)]
     confidence = Histogram("shotless_confidence", "Confidence of answers.", registry=registry, buckets=buckets)
+    reached = Counter("shotless_threshold", "Rows by whether they reached the threshold.", ["answered"], registry=registry)
     for label in predictor.labels:  # shown from the start, with 0
         answered.labels(label)
     if log is not None:
@@ -129,6 +130,8 @@ def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = N
             else:
                 answered.labels(prediction.label).inc()
                 confidence.observe(prediction.confidence)
+                if predictor.threshold is not None:
+                    reached.labels(str(prediction.answered).lower()).inc()
         answers = [prediction.as_json() for prediction in predictions]
         if log is not None:
             asked = [value if isinstance(value, dict) else {fields[0]: value} for value in inputs]

@@ -95,20 +95,20 @@ def shortest_and_longest(rows: Sequence[AnyRow]) -> list[AnyRow]:
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
-def split_validation(rows: Sequence[AnyRow], fraction: float) -> tuple[list[AnyRow], list[AnyRow]]:
-    """The rows of the validation part, and those that are learnt from.
+def split(rows: Sequence[AnyRow], key: Literal["held_back", "validation_fraction"], fraction: float) -> tuple[list[AnyRow], list[AnyRow]]:
+    """The rows that the param `key` keeps from being learnt, and the others.
 
-    A row belongs to the validation part if the hash of its example is in the first `fraction` of all hashes. So it is the same for every
+    A row is kept from it if the hash of key and example is in the first `fraction` of all hashes. So the part is the same for every
     student and seed, a transfer set that grows moves no example to the other side, and all contexts of an example are on one side. The
     fraction is met on average. Raises UsageError if either side is empty.
     """
     held: list[AnyRow] = []
     learnt: list[AnyRow] = []
     for row in rows:
-        (held if int(sha256_json(["validation", row.example])[:13], 16) / 16**13 < fraction else learnt).append(row)
+        (held if int(sha256_json([key, row.example])[:13], 16) / 16**13 < fraction else learnt).append(row)
     if not held or not learnt:
-        lacking = "to validate on" if learnt else "to learn from"
-        raise UsageError(f"validation_fraction: {fraction} of {len(rows)} examples leaves none {lacking}. Choose another fraction, or 0.")
+        lacking = "for it" if learnt else "to learn from"
+        raise UsageError(f"{key}: {fraction} of {len(rows)} examples leaves none {lacking}. Choose another fraction, or 0.")
     return held, learnt
 
 

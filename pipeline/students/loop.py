@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -102,6 +103,21 @@ def train(
     return outcome
 
 
+@torch.no_grad()
+def answers(model: PreTrainedModel, completions: Completions, rows: Sequence[TargetRow], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A trained model's answers, `size` rows in a pass: log-probabilities of the labels among each other, [N, L] nats float32, and the last
+    layer's outputs at the answer position, [N, H] float16.
+    """
+    forward, order = StudentForward(model, completions, rows), sorted(range(len(rows)), key=lambda number: rows[number].tokens)
+    try:
+        found = [forward.answers([rows[number] for number in numbers]) for [numbers] in micro_batches([order], size)]
+    finally:
+        forward.detach()
+    places = np.argsort(order)
+    scores, states = (torch.cat(parts).cpu().numpy()[places] for parts in zip(*found, strict=True))
+    return scores, states.clip(-65504, 65504).astype(np.float16)
+
+
 class SmallVocabulary:
     """A model whose embeddings have the rows of some tokens alone, until `restore`. Tied matrices stay tied, frozen ones frozen.
 
@@ -169,13 +185,20 @@ class StudentForward:
 
     def label_log_probabilities(self, rows: Sequence[TargetRow]) -> Tensor:
         """Log-probabilities of the labels among each other, [B, L] nats."""
-        return self._in_groups(rows, self._label_log_probabilities)
+        return self._in_groups(rows, lambda own: self._scored(own)[0])
 
-    def _label_log_probabilities(self, rows: Sequence[TargetRow]) -> Tensor:
+    def answers(self, rows: Sequence[TargetRow]) -> tuple[Tensor, Tensor]:
+        """The same of rows of about the same length, and the last layer's outputs at the answer position, [B, H]."""
+        scores, states = self._scored(rows, (-1,))
+        assert states is not None
+        return scores, states.unflatten(0, (len(rows), -1))[:, 0]
+
+    def _scored(self, rows: Sequence[TargetRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
         ids_of: Callable[[Sequence[int]], Sequence[int]] = tuple if self._small is None else self._small.ids
         tree = tree_of([ids_of(ids) for ids in self._completions])
         inputs = [Row(ids_of(row.ids), tree) for row in rows]
-        return label_log_probabilities(logits_of(self._model, self.packed, inputs)[0], tree)
+        logits, states = logits_of(self._model, self.packed, inputs, layers)
+        return label_log_probabilities(logits, tree), states
 
     def embeddings(self, rows: Sequence[TargetRow]) -> Tensor:
         """What an encoder's last layer makes logits of, [B, H]."""
@@ -183,7 +206,7 @@ class StudentForward:
         handle = label_layer(self._model).register_forward_pre_hook(lambda _layer, given: caught.append(given[0]))
 
         def caught_from(own: Sequence[TargetRow]) -> Tensor:
-            self._label_log_probabilities(own)
+            self._scored(own)
             return caught.pop()
 
         try:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from pipeline import files
 from pipeline.cache.folder import CACHES, cache_manifest
@@ -21,6 +23,7 @@ from pipeline.cache.labelled import HELD_OUT, folds_of
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import Folders, sha256_file, sha256_json
 from pipeline.models import folders as models
+from pipeline.models.held_back import HELD_BACK, HELD_BACK_FILE, LEARNT, LEARNT_FILE, STATES, Novelty, fit_temperature
 from pipeline.models.machine import default_device, use_machine
 from pipeline.models.process import peak_rss_bytes
 from pipeline.models.trained import about_trained, load_tokens
@@ -29,13 +32,13 @@ from pipeline.progress import rate
 from pipeline.schema import LABELLED, read_examples, write_table
 from pipeline.students.auxiliary import CacheTerm, TeacherCache
 from pipeline.students.checkpoint import Checkpoint
-from pipeline.students.data import AnyRow, LabelTerm, demonstrations, split_validation, target_set
-from pipeline.students.loop import Outcome, StudentForward, Validation, train
+from pipeline.students.data import AnyRow, LabelTerm, StudentRow, TargetRow, demonstrations, split, target_set
+from pipeline.students.loop import Outcome, Validation, answers, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
 from pipeline.task import Task
 
-TRAINING_VERSION = 5
+TRAINING_VERSION = 6
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
 
 
@@ -74,6 +77,7 @@ class _Job:
         self.label_terms: list[LabelTerm] = []
         self.cache_terms: list[CacheTerm] = []
         self.validation: Validation | None = None
+        self.held_back: list[TargetRow] = []
         if student.learn_from == DEMONSTRATIONS_FILE:
             self._learn_demonstrations(1.0, student.batch_size)
         else:
@@ -93,7 +97,10 @@ class _Job:
         texts = read_examples(file, self.tokens.task.fields)
         if kind in {"targets", "rounds"}:
             self.sources |= {name: sha256_file(source / name) for name in ("targets.parquet", "calibration.json")}
-            rows = self._without_validation(target_set(source, texts, self.tokens))
+            rows = target_set(source, texts, self.tokens)
+            if student.held_back:
+                self.held_back, rows = split(rows, "held_back", student.held_back)
+            rows = self._without_validation(rows)
             loss = "cross_entropy" if student.loss == "hard" else student.loss
             of_labels = student.ce_weight if student.ce_target == "targets" else 0.0
             self.label_terms.append(LabelTerm(loss, 1.0, student.batch_size, rows, of_labels))
@@ -120,7 +127,7 @@ class _Job:
     def _without_validation(self, rows: list[AnyRow]) -> list[AnyRow]:
         if not self.student.validation_fraction:
             return rows
-        held, learnt = split_validation(rows, self.student.validation_fraction)
+        held, learnt = split(rows, "validation_fraction", self.student.validation_fraction)
         self.validation = Validation(held, self.student.evaluate_every, self.student.patience)
         return learnt
 
@@ -149,14 +156,18 @@ class _Job:
                     checkpoint.remove()
 
     def _check_lengths(self) -> None:
-        terms = [*self.label_terms, *self.cache_terms, *([self.validation] if self.validation is not None else [])]
-        longest = max((row for term in terms for row in term.rows), key=lambda row: row.tokens)
+        longest = max([*self._learnt(), *self.held_back], key=lambda row: row.tokens)
         tokens, limit = longest.tokens + max(map(len, self.tokens.completions), default=1) - 1, self.tokens.limit
         if limit is not None and tokens > limit:  # what a teacher of a longer limit read token by token is not cut for this one
             raise UsageError(
                 f"example {longest.example_id} has {tokens} tokens with its answer, and {self.base} takes {limit}. Set `task.max_tokens`, "
                 "so that the teacher reads no more of a text than the student can."
             )
+
+    def _learnt(self) -> list[StudentRow]:
+        """All rows that weights are learnt from or chosen by."""
+        terms = [*self.label_terms, *self.cache_terms, *([self.validation] if self.validation is not None else [])]
+        return [row for term in terms for row in term.rows]
 
     def _provenance(self, entry: StudentParams) -> dict[str, Any]:
         """Where the weights come from, by content: no clock and no machine."""
@@ -205,9 +216,10 @@ class _Job:
         choice: dict[str, Any] = {}
         if self.validation is not None:
             (best_step, best), (_, before) = reached.best, reached.validations[0]
-            choice = {"best_step": best_step, "held_back_examples": len(self.validation.rows)}
-            choice |= {"held_back_kl_nats": _significant(best), "held_back_kl_nats_before": _significant(before)}
+            choice = {"best_step": best_step, "validation_examples": len(self.validation.rows)}
+            choice |= {"validation_kl_nats": _significant(best), "validation_kl_nats_before": _significant(before)}
         if self.processes.first:
+            choice |= self._answer_held_back(model, output) if self.kind == "student" else {}
             model.config._name_or_path = ""
             models.save_model(model, models.load_tokenizer(self.base), output)
             if self.kind == "tuned":
@@ -227,20 +239,41 @@ class _Job:
             steps = math.ceil(entry.steps * len(learnt) / len(term.rows))
             own = entry.model_copy(update={"steps": steps})
             train(model, self.tokens.completions, [replace(term, rows=learnt)], own, title=f"{self.name} without fold {number}")
-            forward = StudentForward(model, self.tokens.completions, fold)
-            with torch.no_grad():
-                answers = forward.label_log_probabilities(fold).cpu().numpy()
-            rows += [
-                {"context_id": "", "example_id": row.example_id, "label_logprobs": own} for row, own in zip(fold, answers, strict=True)
-            ]
+            said, _ = answers(model, self.tokens.completions, fold, entry.micro_batch or entry.batch_size)
+            rows += [{"context_id": "", "example_id": row.example_id, "label_logprobs": own} for row, own in zip(fold, said, strict=True)]
         return pa.Table.from_pylist(rows, schema=LABELLED)
+
+    def _answer_held_back(self, model: PreTrainedModel, output: Path) -> dict[str, Any]:
+        """Write the files that `pipeline/models/held_back.py` describes; the student's `temperature`, and how often it agrees."""
+        (output / HELD_BACK_FILE).unlink(missing_ok=True)
+        found, states = dict[str, Any](temperature=1.0), dict[str, np.ndarray]()
+        if held := self.held_back:
+            known = sorted(self.label_terms[0].rows, key=lambda row: row.example_id)[:STATES]
+            size = self.student.micro_batch or self.student.batch_size
+            scores, last = answers(model, self.tokens.completions, [*held, *known], size)
+            scores, targets = scores[: len(held)], np.array([row.target for row in held])
+            states = dict(zip([row.example for row in known], last[len(held) :], strict=True))
+            distances = Novelty(last[len(held) :]).distances(last[: len(held)])
+            columns = [[row.example for row in held], list(scores), list(targets), distances]
+            arrays = [pa.array(values, field.type) for values, field in zip(columns, HELD_BACK, strict=True)]
+            write_table(pa.Table.from_arrays(arrays, schema=HELD_BACK), output / HELD_BACK_FILE)
+            agreement = float((scores.argmax(-1) == targets.argmax(-1)).mean())
+            found = {
+                "temperature": fit_temperature(scores, targets),
+                "held_back": len(held),
+                "held_back_agreement": _significant(agreement),
+            }
+        ids = sorted({row.example for row in self._learnt()})
+        arrays = [pa.array(ids), pa.array([states.get(one, ()) for one in ids], LEARNT.field("state").type)]
+        write_table(pa.Table.from_arrays(arrays, schema=LEARNT), output / LEARNT_FILE)
+        return found
 
     def _write_metrics(self, outcomes: Mapping[int, Outcome], values: Mapping[int, dict[str, Any]], threads: int) -> None:
         """Those of the first seed, with some of each if there are several; the curve; what differs from run to run."""
         name, metrics = self.name if self.kind == "student" else f"tuned-{self.name}", self.folders.metrics
         written: dict[str, Any] = {**next(iter(values.values())), "base": self.student.base, "learn_from": self.student.learn_from}
         if len(values) > 1:
-            kept = ("steps", "final_loss", "best_step", "held_back_kl_nats")
+            kept = ("steps", "final_loss", "best_step", "validation_kl_nats")
             written["seeds"] = {str(seed): {key: one[key] for key in kept if key in one} for seed, one in values.items()}
         files.write_json(written, metrics / "train" / f"{name}.json")
         curve: list[dict[str, Any]] = []
@@ -249,7 +282,7 @@ class _Job:
             for step, loss in enumerate(outcome.reached.losses, 1):
                 rate_then = learning_rate(step - 1, self.student) if step <= self.student.steps else 0.0  # a head that was fitted
                 row = {"step": step, "loss": _significant(loss), "learning_rate": _significant(rate_then)}
-                row |= {"held_back_kl": kl.get(step, "")} if self.validation is not None else {}
+                row |= {"validation_kl": kl.get(step, "")} if self.validation is not None else {}
                 curve.append(row | ({"seed": seed} if len(values) > 1 else {}))
         lines = [",".join(map(str, line)) + "\n" for line in (curve[0], *(row.values() for row in curve))]
         files.write_text("".join(lines), metrics / "curves" / f"{name}.csv")

@@ -22,7 +22,8 @@ from pipeline.teachers.scorer import Scorer
 def build_round(name: str, params: Params, folders: Folders) -> None:
     """Write artifacts/rounds/NAME: texts.parquet, targets.parquet, and calibration.json, which says what answered them and how.
 
-    Targets are softmax(log-probabilities of the labels / temperature). Also writes metrics/runtime/round-NAME.json, which no stage tracks.
+    Targets are softmax(log-probabilities of the labels / (the student's temperature × the round's)). Also writes
+    metrics/runtime/round-NAME.json, which no stage tracks.
     Rows in the store are not scored again. Raises CorruptError if the student is damaged, MismatchError if it is of another task.
     """
     entry, task, output = pick("rounds", params.rounds, name), Task(params.task), folders.artifacts / "rounds" / name
@@ -30,7 +31,8 @@ def build_round(name: str, params: Params, folders: Folders) -> None:
     student.check_task(params.task)
     examples = [e for role in ("transfer", "pool") for e in read_examples(folders.artifacts / "data" / f"{role}.parquet", task.fields)]
     scorer = Scorer(student.folder, replace(task, format=student.task.format), work=folders.work, threads=params.runtime.threads)
-    probabilities = softmax(scorer.label_scores([NO_CONTEXT], examples, f"round {name}")[0] / entry.temperature, axis=-1)  # [N, L]
+    scores = scorer.label_scores([NO_CONTEXT], examples, f"round {name}")[0]  # [N, L]
+    probabilities = softmax(scores / (student.temperature * entry.temperature), axis=-1)
     columns = {
         "example_id": [example.example_id for example in examples],
         "probabilities": pa.array(list(probabilities.astype(np.float32)), TARGETS.field("probabilities").type),

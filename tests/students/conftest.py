@@ -175,7 +175,8 @@ class Project:
 
     def student(self, **changes):
         learn_from = "teachers/few" if "completion" in self.task_params else "targets/mix"
-        return {"base": "models/tiny", "learn_from": learn_from, "steps": 12, "batch_size": 4, "learning_rate": 1e-3} | changes
+        usual = {"base": "models/tiny", "learn_from": learn_from, "held_back": 0.0, "steps": 12, "batch_size": 4, "learning_rate": 1e-3}
+        return usual | changes
 
     def train(self, name="cd", **changes):
         train_student(name, self.params({name: changes}), self.folders)

@@ -11,7 +11,7 @@ from pipeline.models.folders import load_model, load_tokenizer, tokenizer_sha256
 from pipeline.params import CacheParams
 from pipeline.schema import TARGETS, read_examples, read_table, write_table
 from pipeline.students.auxiliary import CacheLoss, CacheTerm, Matching, TeacherCache
-from pipeline.students.data import split_validation
+from pipeline.students.data import split
 from pipeline.students.loop import StudentForward
 from pipeline.task import Task, TaskTokens
 
@@ -280,21 +280,21 @@ def test_what_is_validated_on_or_not_among_the_targets_is_learnt_from_no_cache(m
         ids = {example.example_id for example in project.examples[:8]}
     project.train(steps=20, validation_fraction=0.4, auxiliary={} if free else {"few": {"hidden_weight": 0.5}, "reader": {}})
     rows = term_of(project).rows
-    held = {row.example for row in split_validation(rows, 0.4)[0]}
+    held = {row.example for row in split(rows, "validation_fraction", 0.4)[0]}
     assert held & ids
     assert {row.example for row in seen} == ids - held
     held_rows = len(held & ids) * (2 if free else 1)  # of a cache each context's
-    assert project.json("metrics/train/cd.json")["held_back_examples"] == held_rows
+    assert project.json("metrics/train/cd.json")["validation_examples"] == held_rows
 
 
 def test_a_cache_s_validation_is_the_mean_kl_over_its_positions(make_project):
     project = make_project(free=True, caches=["few"])
     project.train(steps=1, loss="reverse_kl", validation_fraction=0.4)
     rows = term_of(project).rows
-    held, _ = split_validation(rows, 0.4)
+    held, _ = split(rows, "validation_fraction", 0.4)
     with torch.no_grad():
         expected = float(naive_loss(project, load_model(project.artifacts / "models" / "tiny"), held))
-    assert project.json("metrics/train/cd.json")["held_back_kl_nats_before"] == pytest.approx(expected, rel=1e-4)
+    assert project.json("metrics/train/cd.json")["validation_kl_nats_before"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_rows_of_a_cache_are_ordered_by_context_and_example(make_project):

@@ -22,7 +22,7 @@ JOBS = {
     "cd": LABELS,
     "pieces": {**LABELS, "micro_batch": 2, "validation_fraction": 0.4, "evaluate_every": 4},
     "lora": {"tuning": "lora", "learning_rate": 1e-2},
-    "seeds": {"seeds": [0, 1], "steps": 4},
+    "seeds": {"seeds": [0, 1], "steps": 4, "held_back": 0.3},
     "caches": {"auxiliary": {"few": {"hidden_weight": 0.5}, "reader": {}}, "validation_fraction": 0.4},
 }
 

@@ -97,7 +97,7 @@ def test_what_is_learnt_of_a_target_set_is_learnt_of_a_round(decoders, changes):
     decoders.answer()
     decoders.learn(steps=2, **changes)
     assert ("demonstrations" in decoders.project.manifest("small")["sources_sha256"]) == (changes == {"ce_weight": 0.5})
-    assert ("held_back_examples" in decoders.project.json("metrics/train/small.json")) == ("validation_fraction" in changes)
+    assert ("validation_examples" in decoders.project.json("metrics/train/small.json")) == ("validation_fraction" in changes)
 
 
 def test_a_round_that_was_killed_goes_on_and_ends_with_the_same_bytes(make_project, monkeypatch):

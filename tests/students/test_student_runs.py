@@ -230,12 +230,12 @@ def test_what_the_validation_came_to_is_in_metrics_manifest_and_curve(make_proje
     project.write_targets([[0.05, 0.95]] * 10)
     project.train(steps=7, validation_fraction=0.4, evaluate_every=3, learning_rate=3e-3)
     metrics = project.json("metrics/train/cd.json")
-    assert 0 < metrics["held_back_examples"] < 10
-    assert metrics["held_back_kl_nats"] < metrics["held_back_kl_nats_before"]
+    assert 0 < metrics["validation_examples"] < 10
+    assert metrics["validation_kl_nats"] < metrics["validation_kl_nats_before"]
     assert project.manifest()["best_step"] == metrics["best_step"]
-    found = {int(row["step"]): float(row["held_back_kl"]) for row in project.curve() if row["held_back_kl"]}
+    found = {int(row["step"]): float(row["validation_kl"]) for row in project.curve() if row["validation_kl"]}
     assert list(found) == [3, 6, 7]
-    assert found[metrics["best_step"]] == metrics["held_back_kl_nats"] == min(found.values())
+    assert found[metrics["best_step"]] == metrics["validation_kl_nats"] == min(found.values())
 
 
 def test_gold_labels_reach_only_a_student_that_is_given_them(make_project):
@@ -309,7 +309,7 @@ def unlabelled(project):
         (no_targets, {}, MismatchError, r"targets/mix: no rows"),
         (unlabelled, {"ce_weight": 0.5}, MismatchError, r"has the label 'maybe', and the task has negative, positive"),
         (None, {"layers": "0-9"}, UsageError, "between 0 and 3|0 to 3"),
-        (None, {"validation_fraction": 1e-6}, UsageError, "validation_fraction: 1e-06 of 10 examples leaves none to validate on"),
+        (None, {"validation_fraction": 1e-6}, UsageError, "validation_fraction: 1e-06 of 10 examples leaves none for it"),
         (None, {"freeze_layers": 4}, UsageError, "freeze_layers: 4, and the student has 4"),
         (None, {"base": "models/other"}, UsageError, r"models/other: no such model folder"),
     ],

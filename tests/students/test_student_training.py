@@ -15,7 +15,7 @@ from pipeline.files import sha256_json
 from pipeline.models.folders import cut_layers, load_model
 from pipeline.params import TuningParams
 from pipeline.students.checkpoint import Checkpoint, Reached
-from pipeline.students.data import Batches, LabelTerm, TargetRow, micro_batches, split_validation
+from pipeline.students.data import Batches, LabelTerm, TargetRow, micro_batches, split
 from pipeline.students.loop import SmallVocabulary, StudentForward, Validation, train
 from pipeline.students.losses import label_divergence, objective
 from pipeline.students.tuning import adamw, apply_tuning, learning_rate, trained_weights
@@ -453,20 +453,20 @@ def test_patience_counts_validations_since_the_best_one():
 @given(st.integers(0, 5), st.floats(0.2, 0.6), st.randoms(), st.integers(20, 60))
 def test_the_validation_part_follows_from_content_and_grows_with_the_fraction(seed, fraction, random, count):
     rows = make_rows(60, seed)
-    (held, learnt), (larger, _) = (split_validation(rows, share) for share in (fraction, fraction + 0.3))
+    (held, learnt), (larger, _) = (split(rows, "validation_fraction", share) for share in (fraction, fraction + 0.3))
     assert sorted(held + learnt, key=rows.index) == rows
     assert set(held) < set(larger)
     some = random.sample(rows, count)
     expected = [row for row in some if row in held]
     assume(0 < len(expected) < count)  # an empty side is refused, as the next test shows
-    assert split_validation(some, fraction)[0] == expected
+    assert split(some, "validation_fraction", fraction)[0] == expected
 
 
 def test_the_fraction_is_met_on_average_and_an_empty_side_is_refused():
-    assert len(split_validation(make_rows(4000), 0.1)[0]) == pytest.approx(400, abs=60)
-    for fraction, what in ((1e-9, "to validate on"), (1 - 1e-9, "to learn from")):
+    assert len(split(make_rows(4000), "held_back", 0.1)[0]) == pytest.approx(400, abs=60)
+    for fraction, what in ((1e-9, "for it"), (1 - 1e-9, "to learn from")):
         with pytest.raises(UsageError, match=f"validation_fraction: {fraction} of 10 examples leaves none {what}"):
-            split_validation(make_rows(10), fraction)
+            split(make_rows(10), "validation_fraction", fraction)
 
 
 @pytest.mark.parametrize("completions", [SINGLE, MULTI], ids=["single", "multi"])
