@@ -2,8 +2,8 @@
 
 In each round texts arrive that play no role in the run, as many of each evaluation set's source. The student answers with a threshold, a
 target set's teachers answer the rest, and the pair is compared with either alone. Then what was handed back joins the transfer set, with
-the answers that it got, and the student is trained again. Accuracy is by gold labels, which nothing else sees. Times are of one process,
-texts in batches; the teachers' are with their models loaded.
+the answers that it got, and the student is trained again. Accuracy is by gold labels, which nothing else sees. Cost is that of the run's
+evaluation (`latency_ms`: one text after the other), the pair's is the student's and the teacher's of what is handed back.
 
 The project's own artifacts are read and stay as they are; students, targets and the store are in `.work/hand_back`.
 """
@@ -11,7 +11,6 @@ The project's own artifacts are read and stay as they are; students, targets and
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ import pyarrow as pa
 import typer
 
 from benchmarks.machine import about
-from pipeline.files import Folders, write_json
+from pipeline.files import Folders, read_json, write_json
 from pipeline.params import Params, load_params
 from pipeline.schema import TARGETS, Example, read_examples, read_table, write_examples, write_table
 from pipeline.serving import Prediction, Predictor
@@ -35,6 +34,7 @@ SEED = 0
 def main(
     student: str = "cd",
     targets: Annotated[str, typer.Option(help="The target set that texts are handed back to; the student learns it.")] = "mix",
+    teacher: Annotated[str, typer.Option(help="The baseline that is this target set's prompts, for its cost.")] = "teacher",
     agree: float = 0.95,
     rounds: int = 3,
     arriving: Annotated[int, typer.Option(help="Texts of each source in a round.")] = 50,
@@ -43,7 +43,7 @@ def main(
     results: Path = RESULTS,
 ) -> None:
     """Simulate, print, write."""
-    params = load_params()
+    params, machine = load_params(), about()
     changed = {
         "runtime": params.runtime.model_copy(update={"threads": threads}),
         "students": {student: params.students[student].model_copy(update={"steps": steps})},
@@ -62,10 +62,12 @@ def main(
         train_student(student, params, folders)
         predictor = Predictor(folders.artifacts / "students" / student, threads, agree=agree)
         figures, handed = one_round(predictor, Fallback(targets, predictor, params, folders), wave)
-        found.append({"round": number, **figures})
+        of_student, of_teacher = (read_json(here.metrics / "cost" / f"{name}.json")["latency_ms"] for name in (student, teacher))
+        cost = {"student": of_student, "pair": of_student + figures["handed_back"] * of_teacher, "teacher": of_teacher}
+        found.append({"round": number, **figures, "latency_ms": cost})
         print(json.dumps(found[-1]), flush=True)
         learn(handed, targets, params, folders)
-        write_json({"settings": {"student": student, "agree": agree, "steps": steps}, **about(), "rounds": found}, results)
+        write_json({"settings": {"student": student, "agree": agree, "steps": steps}, **machine, "rounds": found}, results)
 
 
 def arrivals(params: Params, folders: Folders, rounds: int, count: int) -> list[list[Example]]:
@@ -86,21 +88,11 @@ def arrivals(params: Params, folders: Folders, rounds: int, count: int) -> list[
 def one_round(predictor: Predictor, fallback: Fallback, wave: Sequence[Example]) -> tuple[dict[str, Any], list[tuple[Example, Prediction]]]:
     """Figures of a round's texts, and what was handed back with its answers."""
     inputs, gold = [example.fields for example in wave], [example.label for example in wave]
-    longest = max(wave, key=lambda example: sum(map(len, example.fields.values())))
-    warm = {name: text + "." for name, text in longest.fields.items()}  # not one of the texts: these are asked when time is taken
-    fallback.answer([(warm, Prediction(answered=False, has_threshold=True))])
-    predictor.predict(inputs[:8])
-
-    began = time.perf_counter()
     own = predictor.predict(inputs)
-    student_seconds = time.perf_counter() - began
     pair = fallback.answer(list(zip(inputs, own, strict=True)))
-    pair_seconds = time.perf_counter() - began
     handed = [place for place, one in enumerate(own) if not one.answered]
     rest = [place for place, one in enumerate(own) if one.answered]
-    began = time.perf_counter()
     others = fallback.answer([(inputs[place], Prediction(answered=False)) for place in rest])
-    teacher_seconds = time.perf_counter() - began + pair_seconds - student_seconds
     teacher = dict(zip(rest, others, strict=True)) | {place: pair[place] for place in handed}
 
     def right(answers: Sequence[Prediction], places: Sequence[int]) -> float:
@@ -113,11 +105,6 @@ def one_round(predictor: Predictor, fallback: Fallback, wave: Sequence[Example])
         "agreement_of_answered": sum(own[place].label == teacher[place].label for place in rest) / max(1, len(rest)),
         "accuracy": {"student": right(own, everything), "pair": right(pair, everything), "teacher": right(by_teacher, everything)},
         "accuracy_of_handed_back": {"student": right(own, handed), "teacher": right(by_teacher, handed)},
-        "ms_a_text": {
-            "student": 1000 * student_seconds / len(wave),
-            "pair": 1000 * pair_seconds / len(wave),
-            "teacher": 1000 * teacher_seconds / len(wave),
-        },
     }
     return figures, [(wave[place], pair[place]) for place in handed]
 

@@ -134,8 +134,8 @@ def writing(
     """A function that writes one window after another to a file, or to standard output for "-"; `form` is jsonl, csv or parquet.
 
     A row has the input's line, the kept columns, then `label`, `confidence`, the probability of each label (`p_LABEL` in CSV and Parquet),
-    `cut` if its text was, the columns `more` (`answered` if there is a threshold, `HANDED_BACK` if there is a fallback), and `error`. A file
-    is whole or not there.
+    `cut` if its text was, the columns `more` (`answered` with a threshold, `HANDED_BACK` with a fallback), and `error`. A file is whole or
+    not there.
     """
     names = ["line", *kept, "label", "confidence", *(f"p_{label}" for label in labels), "cut", *more, "error"]
     if path == "-":
@@ -150,7 +150,7 @@ def writing(
             with temporary.open("w", encoding="utf-8", errors=UNENCODABLE, newline="") as file:
                 yield _text_writer(file, form, names)
             return
-        types = {name: pa.float64() for name in names if name == "confidence" or name.startswith("p_")}
+        types = {name: pa.float64() for name in names if name in {"confidence", "student_confidence"} or name.startswith("p_")}
         types |= {"line": pa.int64(), "cut": pa.bool_(), "answered": pa.bool_()}
         # Kept columns are text: what a column of a stream holds is known after its last row only.
         schema = pa.schema([pa.field(name, types.get(name, pa.string()), nullable=name != "line") for name in names])

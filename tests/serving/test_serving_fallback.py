@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 from serving_world import LONG_VERBALISERS, make_student, seal, shotless
@@ -160,7 +161,8 @@ def test_the_log_is_a_source_and_only_what_was_not_asked_before_is_asked(project
 def test_tables_say_who_answered_and_what_the_student_said(project):
     (project / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in NEW), "utf-8")
     options = ["--agree", "0.9", "--fallback", "few_shot", "--most-handed-back", "1", "--threads", "1"]
-    shotless(project, "predict", "-i", "new.jsonl", "-o", "new.csv", *options)
+    for form in ("csv", "parquet"):
+        shotless(project, "predict", "-i", "new.jsonl", "-o", f"new.{form}", *options)
     with (project / "new.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["answered"] for row in rows].count("false") > 0
@@ -169,6 +171,10 @@ def test_tables_say_who_answered_and_what_the_student_said(project):
     assert 0.5 <= float(handed["student_confidence"]) <= 1
     assert handed["answered"] == "true"
     assert {row["student_label"] for row in rows if row["by"] == "cd"} == {""}
+    whole = pq.read_table(project / "new.parquet").select(rows[0]).to_pylist()
+    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in whole] == [
+        {key: value.capitalize() if value in {"true", "false"} else value for key, value in row.items()} for row in rows
+    ]
 
 
 def test_beyond_the_limit_the_students_answer_stays_unanswered(predictor, params):
