@@ -71,7 +71,7 @@ class TargetParams(Frozen):
     """Of the result; below 1 it becomes sharper. `learned`: on the labelled examples, with a bias for each label."""
     prior: Literal["equal", "labelled", "estimate"] | dict[str, PositiveFloat] | None = None
     """Shares of the labels among the texts, which the result is shifted to: equal ones, those of the labelled source (if it was drawn at
-    random), stated ones, or the most likely ones (expectation maximisation, Saerens et al. 2002). Null: no shift."""
+    random), stated ones, or an estimate (from expectation maximisation, Saerens et al. 2002). Null: no shift."""
     auxiliary_caches: tuple[str, ...] = Field(default=(), strict=False)
     """Teachers whose caches students of this set may also learn from (`students.*.auxiliary`)."""
 

@@ -18,7 +18,7 @@ from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.params import TargetParams
 from pipeline.schema import LABELLED, TARGETS, read_examples, read_table, write_table
 from pipeline.targets.calibration import Combination, learn_offsets, normalised
-from pipeline.targets.learning import Judged, Pool, equal_pool, held_out, learn_pool, likely_shares, log_loss, share_intervals, shift_to
+from pipeline.targets.learning import Judged, Pool, equal_pool, estimated_shares, held_out, learn_pool, log_loss, share_intervals, shift_to
 from pipeline.task import Task
 
 DIGITS = 6
@@ -172,7 +172,7 @@ def _pool(params: TargetParams, task: Task, voters: np.ndarray, judged: Judged |
     log_p = pool.log_probabilities(voters)
     interval: dict[str, Any] = {}
     if params.prior == "estimate":
-        shares = likely_shares(log_p)
+        shares = estimated_shares(log_p)
         if judged is not None:
             low, high = share_intervals(voters, judged)
             interval = {"low": _by_label(task.labels, low), "high": _by_label(task.labels, high)}

@@ -18,6 +18,7 @@ SCALE_PENALTY, BIAS_PENALTY = 1.0, 4.0
 set of labels by cross-validation was not better (draws 0 and 1 of TREC, AG News and SMS spam)."""
 STEPS, SMALLEST_STEP = 10_000, 1e-7
 RESAMPLES = 200
+LEAST_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,26 @@ def likely_shares(log_p: np.ndarray) -> np.ndarray:
     """
     shares = np.full(log_p.shape[-1], 1 / log_p.shape[-1])
     for _ in range(STEPS):
-        before, shares = shares, softmax(log_p + np.log(shares.clip(1e-12)), axis=-1).mean(0)
+        before, shares = shares, softmax(log_p + np.log(shares.clip(LEAST_SHARE)), axis=-1).mean(0)
         if np.abs(shares - before).max() < SMALLEST_STEP:
             break
     return shares
 
 
+def estimated_shares(log_p: np.ndarray) -> np.ndarray:
+    """What is taken for the labels' shares: the mean of `likely_shares` and of the mean probabilities, which lean to equal shares.
+
+    With few labels the likely shares go too far: they found no negative film review where 5 % were, and 3 % of spam where 9 % were.
+    """
+    return ((likely_shares(log_p) + np.exp(log_p).mean(0)) / 2).clip(LEAST_SHARE)
+
+
 def share_intervals(voters: np.ndarray, judged: Judged) -> tuple[np.ndarray, np.ndarray]:
-    """95 % intervals of `likely_shares` of N texts, `voters` [V, N, L]: low [L], high [L]. Texts and labelled examples are resampled."""
+    """95 % intervals of `estimated_shares` of N texts, `voters` [V, N, L]: low [L], high [L]. Texts and labelled examples are resampled."""
     rng, found = np.random.default_rng(0), []
     by_label = [np.flatnonzero(judged.gold == label) for label in np.unique(judged.gold)]
     for _ in range(RESAMPLES):
         pool = learn_pool(judged.rows(np.concatenate([rng.choice(own, len(own)) for own in by_label])))
-        found.append(likely_shares(pool.log_probabilities(voters[:, rng.integers(0, voters.shape[1], voters.shape[1])])))
+        found.append(estimated_shares(pool.log_probabilities(voters[:, rng.integers(0, voters.shape[1], voters.shape[1])])))
     low, high = np.quantile(found, [0.025, 0.975], axis=0)
     return low, high

