@@ -25,6 +25,7 @@ ECE_BINS = 15
 LENGTHS = ("short", "middle", "long")
 SUM_TOLERANCE = 1e-4  # of float32 probabilities
 DIGITS = 6
+RARE = 0.2  # share of a set under which a label is called rare
 ELEMENTS_A_BATCH = 8_000_000  # of the bootstrap's resampled array: 64 MB
 RIGHT = pl.col("predicted") == pl.col("label")
 
@@ -32,18 +33,25 @@ RIGHT = pl.col("predicted") == pl.col("label")
 def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: int, seed: int) -> dict[str, Json]:
     """Metrics of `schema.PREDICTIONS` rows for each evaluation set, in the table's order of sets.
 
-    Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece` and `predicted_shares`; if there
-    are several runs, also `contexts`, see `spread`. Shares are fractions with 6 digits. Raises CorruptError as `frames` and
+    Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece` and `predicted_shares` and `per_label`, see
+    `label_metrics`; if there are several runs, also `contexts`, see `spread`. Shares are fractions with 6 digits. Raises CorruptError as `frames` and
     `example_scores` do.
     """
     found = {}
     for name, frame in frames(table, labels).items():
-        each = [_run_metrics(part, labels) for _, part in frame.group_by("run", maintain_order=True)]
+        runs = [part for _, part in frame.group_by("run", maintain_order=True)]
+        each = [_run_metrics(part, labels) for part in runs]
         mean = {key: float(np.mean([metrics[key] for metrics in each])) for key in each[0]}
         scores = example_scores(frame, name)["score"].to_numpy()
         shares = {label: (frame["predicted"] == label).sum() / frame.height for label in labels}
         head = {"n": len(scores), "accuracy": mean.pop("accuracy"), "ci95": mean_interval([scores], resamples=resamples, seed=seed)}
-        found[name] = {**head, **mean, "predicted_shares": shares, **spread([metrics["accuracy"] for metrics in each])}
+        found[name] = {
+            **head,
+            **mean,
+            "predicted_shares": shares,
+            "per_label": label_metrics(runs, labels),
+            **spread([metrics["accuracy"] for metrics in each]),
+        }
     return rounded(found)
 
 
@@ -61,6 +69,27 @@ def _run_metrics(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, float]
     }
 
 
+def label_metrics(runs: Sequence[pl.DataFrame], labels: Sequence[str]) -> dict[str, Json]:
+    """Of each label `n` (examples), `precision`, `recall` and `f1`, and `average_precision` of its probability against the rest; means over
+    runs. A label that is never answered has precision 0; one without examples has `n` 0 and nothing else.
+    """
+    from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+
+    gold, each = np.array(runs[0]["label"].to_list()), []
+    for run in runs:
+        own, predicted = np.array(run["label"].to_list()), run["predicted"].to_list()
+        scores = precision_recall_fscore_support(own, predicted, labels=labels, zero_division=cast("Any", 0))[:3]
+        columns = zip(labels, probabilities_of(run).T, strict=True)
+        each.append([*scores, [average_precision_score(own == label, p) if (own == label).any() else 0.0 for label, p in columns]])
+    means = np.mean(each, axis=0).T.tolist()  # (labels, 4)
+    names = ("precision", "recall", "f1", "average_precision")
+    counts = [int((gold == label).sum()) for label in labels]
+    return {
+        label: {"n": count} | (dict(zip(names, own, strict=True)) if count else {})
+        for label, count, own in zip(labels, counts, means, strict=True)
+    }
+
+
 def spread(accuracies: Sequence[float]) -> Json:
     """`contexts`: `mean`, `sd` (n - 1), `worst`, `best` and `each` of a method's accuracies in its runs; nothing if there is one run."""
     if len(accuracies) < 2:
@@ -73,7 +102,8 @@ def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, f
     """A method in one flat row, for `dvc metrics`, with what its sets have; `domains[set]` is "in" or "out".
 
     `well_formed_in`, `well_formed_out`, `accuracy_in` and `accuracy_out` are means over the sets of a domain, `accuracy_lowest` is the
-    lowest of a set, `ece` and `log_loss` are means over all sets. Every set has the same weight.
+    lowest of a set, `ece`, `log_loss` and `macro_f1` are means over all sets. `rarest_recall` and `rarest_average_precision` are those of the
+    rarest label, means over the sets of which it has less than `RARE`. Every set has the same weight.
     """
     row = {
         f"{what}_{domain}": [own[what] for name, own in sets.items() if domains[name] == domain and what in own]
@@ -81,7 +111,13 @@ def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, f
         for domain in ("in", "out")
     }
     row["accuracy_lowest"] = sorted(own["accuracy"] for own in sets.values() if "accuracy" in own)[:1]
-    row |= {what: [own[what] for own in sets.values() if what in own] for what in ("ece", "log_loss")}
+    row |= {what: [own[what] for own in sets.values() if what in own] for what in ("ece", "log_loss", "macro_f1")}
+    rarest = [
+        min((own for own in one["per_label"].values() if own["n"]), key=lambda own: own["n"]) | {"of": one["n"]}
+        for one in sets.values()
+        if "per_label" in one
+    ]
+    row |= {f"rarest_{what}": [own[what] for own in rarest if own["n"] < RARE * own["of"]] for what in ("recall", "average_precision")}
     return rounded({key: float(np.mean(values)) for key, values in row.items() if values})
 
 

@@ -178,3 +178,27 @@ def test_the_summary_s_means_are_unweighted_over_the_sets_of_a_domain() -> None:
     assert all(isinstance(value, float) for value in row.values()), "dvc metrics shows numbers at the top level alone"
     assert "accuracy_in" not in summary(SUMMED, dict.fromkeys(SUMMED, "out"))
     assert summary({"movie": {"well_formed": 0.5, "n": 4}}, {"movie": "in"}) == {"well_formed_in": 0.5}
+
+
+def test_metrics_of_each_label_follow_their_definitions():
+    rows = random_rows(3, n=60, contexts=2, sets=("in",))
+    rows = [row for row in rows if row["label"] != "positive" or row["example_id"][-1] in "02"]  # a rare label
+    found = evaluate(rows)
+    for label, own in found["in"]["per_label"].items():
+        naive: list[list[float]] = []
+        for run in ("c0", "c1"):
+            part = [row for row in rows if row["run"] == run]
+            is_it = [row["label"] == label for row in part]
+            hits = sum(row["predicted"] == label for row, its in zip(part, is_it, strict=True) if its)
+            precision, recall = hits / sum(row["predicted"] == label for row in part), hits / sum(is_it)
+            order = sorted(range(len(part)), key=lambda i: -part[i]["probabilities"][LABELS.index(label)])
+            ranks = [rank for rank, i in enumerate(order, 1) if is_it[i]]
+            average = sum(found / rank for found, rank in enumerate(ranks, 1)) / len(ranks)
+            naive.append([precision, recall, 2 * precision * recall / (precision + recall), average])
+        assert own["n"] == sum(is_it)
+        assert [own[key] for key in ("precision", "recall", "f1", "average_precision")] == pytest.approx(np.mean(naive, axis=0), abs=1e-6)
+    rare, row = found["in"]["per_label"]["positive"], summary(found, {"in": "in"})
+    assert rare["n"] < 0.2 * found["in"]["n"]
+    assert (row["rarest_recall"], row["rarest_average_precision"]) == (rare["recall"], rare["average_precision"])
+    assert row["macro_f1"] == found["in"]["macro_f1"]
+    assert "rarest_recall" not in summary(evaluate(random_rows(3)), {"in": "in", "out": "out"})
