@@ -52,7 +52,7 @@ def divergence_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Te
 def objective(
     terms: Sequence[LabelTerm], batches: Sequence[Sequence[TargetRow]], log_probabilities: Tensor, sizes: Sequence[int]
 ) -> Tensor:
-    """Σ weight × mean of the rows' weighted losses for each term, nats. `log_probabilities` [B, L] has one term's batch after another.
+    """Σ weight × mean of the rows' weighted losses for each term, nats. `log_probabilities` [B, L] has a batch of each term, in turn.
 
     `sizes` are the terms' rows in the whole step, of which `batches` may be a piece: the values of all pieces add up to the step's.
     """

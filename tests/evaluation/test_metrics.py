@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError
-from pipeline.evaluation.metrics import evaluate_predictions, expected_calibration_error, mean_accuracy, summary
+from pipeline.evaluation.metrics import before_temperature, evaluate_predictions, expected_calibration_error, mean_accuracy, summary
 from pipeline.schema import PREDICTIONS
 
 LABELS = ("negative", "neutral", "positive")
@@ -202,3 +202,18 @@ def test_metrics_of_each_label_follow_their_definitions():
     assert (row["rarest_recall"], row["rarest_average_precision"]) == (rare["recall"], rare["average_precision"])
     assert row["macro_f1"] == found["in"]["macro_f1"]
     assert "rarest_recall" not in summary(evaluate(random_rows(3)), {"in": "in", "out": "out"})
+
+
+def test_uncorrected_metrics_are_those_of_the_probabilities_before_each_run_s_temperature():
+    cold, raw = {"c0": 0.4, "c1": 1.7}, random_rows(5, contexts=2)
+    rows = []
+    for row in raw:
+        powers = np.array(row["probabilities"]) ** (1 / cold[row["run"]])
+        rows.append(row | {"probabilities": (powers / powers.sum()).tolist()})
+    table, labels = predictions(rows), {"labels": LABELS, "resamples": 20, "seed": 0}
+    before, found = evaluate(raw), evaluate_predictions(table, **labels, before=before_temperature(table, cold))
+    for name, own in found.items():
+        assert own["uncorrected"] == pytest.approx({key: before[name][key] for key in ("log_loss", "ece")}, abs=2e-6)
+        assert own["log_loss"] != pytest.approx(own["uncorrected"]["log_loss"], abs=1e-3)
+        assert own["accuracy"] == before[name]["accuracy"]
+    assert "uncorrected" not in evaluate(rows)["in"]
