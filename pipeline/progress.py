@@ -50,7 +50,7 @@ class Meter:
         speed = rate(self._done, now - self._started)
         if not self._bar.disable:
             self._bar.update(self._task, completed=self._done, note=f"{speed:,.1f} {self._unit}/s  {note}")
-        elif now - self._printed >= PLAIN_SECONDS_BETWEEN_LINES or self._done == self._total:
+        elif self._title and (now - self._printed >= PLAIN_SECONDS_BETWEEN_LINES or self._done == self._total):
             self._printed = now
             left = rate(self._total - self._done, speed)
             line = f"{self._title}: {self._done:,}/{self._total:,} {self._unit}, {speed:,.1f}/s, {left:,.0f} s left  {note}"
@@ -59,8 +59,8 @@ class Meter:
 
 @contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Meter]:
-    """A meter for `total` units, shown until the block ends."""
+    """A meter for `total` units, shown until the block ends; without a title it is not shown."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (title and console.is_terminal)) as bar:
         yield Meter(title, total, unit, bar)

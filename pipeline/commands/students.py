@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.models.held_back import Threshold
     from pipeline.models.trained import Trained
     from pipeline.serving import Predictor
+    from pipeline.serving.fallback import Fallback
 
 STUDENTS = Path("artifacts/students")
 Student = Annotated[str | None, typer.Option(help="Name of a student, or its folder; by default the only student there is.")]
@@ -30,6 +31,10 @@ Right = Annotated[
 ]
 Labelled = Annotated[Path | None, typer.Option(help="For --right: a file of labelled texts that the student did not learn from.")]
 LabelColumn = Annotated[str, typer.Option("--label", help="Of --labelled; a source's label rule for this column holds.")]
+FallbackName = Annotated[
+    str | None, typer.Option("--fallback", help="Target set of params.yaml whose teachers answer what the student does not.")
+]
+MostHandedBack = Annotated[int | None, typer.Option(min=0, help="For --fallback: texts at most; default: no limit.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")]
 
 
@@ -108,6 +113,24 @@ def open_promising(
     return predictor
 
 
+def open_fallback(name: str | None, most: int | None, predictor: "Predictor", threads: int | None) -> "Fallback | None":
+    """The target set that --fallback names. Raises UsageError without a threshold, and as `Fallback` does."""
+    if name is None:
+        if most is not None:
+            raise UsageError("--most-handed-back: nothing is handed back. Name a target set with --fallback.")
+        return None
+    if predictor.threshold is None:
+        raise UsageError("--fallback: without a threshold the student answers all. Set one with --agree or --right.")
+    from pipeline.files import Folders
+    from pipeline.params import load_params
+    from pipeline.serving.fallback import Fallback
+
+    params = load_params()
+    runtime = params.runtime.model_copy(update={"threads": threads or params.runtime.threads})
+    limit = {} if most is None else {"most": most}
+    return Fallback(name, predictor, params.model_copy(update={"runtime": runtime}), Folders.here(), **limit)
+
+
 def _right_threshold(predictor: "Predictor", right: float, file: str, column: str, field: Sequence[str]) -> "Threshold":
     import numpy as np
 
@@ -151,6 +174,8 @@ def predict(
     right: Right = None,
     labelled: Labelled = None,
     label: LabelColumn = "label",
+    fallback: FallbackName = None,
+    most_handed_back: MostHandedBack = None,
     log: Log = None,
     threads: Threads = None,
 ) -> None:
@@ -159,11 +184,16 @@ def predict(
 
     kept, form = files.kept_columns(keep or []), output_format or files.format_of(output, files.WRITTEN)
     predictor = open_promising(student, threads, agree, right, labelled, label, field or [])
+    teachers = open_fallback(fallback, most_handed_back, predictor, threads)
     items = files.read_items(source, files.columns_of(predictor.task.fields, field or []), kept, input_format)
     journal = files.PredictionLog(log, predictor.weights_sha256) if log else None
     rows, bad, kept_back, first = 0, 0, 0, ""
-    with files.writing(output, form, predictor.labels, kept, predictor.threshold is not None) as write:
+    more = [*["answered"] * (predictor.threshold is not None), *(files.HANDED_BACK if teachers is not None else ())]
+    with files.writing(output, form, predictor.labels, kept, more) as write:
         for answered in files.predict_items(predictor, items, window):
+            if teachers is not None:
+                given = teachers.answer([(item.fields, prediction) for item, prediction in answered])
+                answered = [(item, prediction) for (item, _), prediction in zip(answered, given, strict=True)]
             write(answered)
             if journal is not None:
                 journal.append((item.fields, prediction.as_json()) for item, prediction in answered)
@@ -177,6 +207,9 @@ def predict(
         print(
             f"answered: {reached:,} of {rows:,}, {reached / max(1, rows):.1%}; the others ask for somebody else's answer", file=sys.stderr
         )
+    if teachers is not None:
+        ends = ", ".join(f"{count:,} {end}" for end, count in teachers.counts.items())
+        print(f"handed back to {teachers.name}: {ends}", file=sys.stderr)
     if rows and bad == rows:
         print("No row has an answer. If a field has another column, name it: --field FIELD=COLUMN.", file=sys.stderr)
         raise typer.Exit(1)
@@ -196,6 +229,8 @@ def serve(
     right: Right = None,
     labelled: Labelled = None,
     label: LabelColumn = "label",
+    fallback: FallbackName = None,
+    most_handed_back: MostHandedBack = None,
     log: Log = None,
     threads: Threads = None,
 ) -> None:
@@ -209,10 +244,11 @@ def serve(
     from pipeline.serving.server import Limits, make_app
 
     predictor = open_promising(student, threads, agree, right, labelled, label, max_chars=max_chars)
+    teachers = open_fallback(fallback, most_handed_back, predictor, threads)
     journal = PredictionLog(log, predictor.weights_sha256) if log else None
     limits = Limits(max_body_bytes, max_rows, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.name}", file=sys.stderr, flush=True)
-    uvicorn.run(make_app(predictor, limits, journal), host=host, port=port, log_level="info", access_log=False, http="h11")
+    uvicorn.run(make_app(predictor, limits, journal, teachers), host=host, port=port, log_level="info", access_log=False, http="h11")
 
 
 def monitor(

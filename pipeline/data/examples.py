@@ -103,8 +103,9 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
     columns = {field: (params.fields or {}).get(field, field) for field in task.fields}
     rule, answers = params.label, params.completion
     label_of = None if rule is None else label_reader(rule, task)
-    asked = [*columns.values(), *params.slices.values(), *(column for column in (rule and rule.column, answers) if column)]
-    rows = left_out = last = 0
+    needed = [*params.where, *params.slices.values()]
+    asked = [*columns.values(), *needed, *(column for column in (rule and rule.column, answers) if column)]
+    rows = unread = left_out = last = 0
     quarantine: list[Quarantined] = []
     checked: list[Example] = []
     starts: dict[str, int] = {}
@@ -119,6 +120,9 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
             continue
         values, label = dict(zip(asked, read.values, strict=True)), None
         try:
+            if any(label_text(column, values[column], "value") != wanted for column, wanted in params.where.items()):
+                unread += 1
+                continue
             fields = {field: field_text(column, values[column]) for field, column in columns.items()}
             slices = {known: label_text(column, values[column], "slice") or None for known, column in params.slices.items()}
             answer = None if answers is None else field_text(answers, values[answers])
@@ -135,7 +139,7 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
 
     if not rows:
         raise UsageError(f"{path}: no row in this file; data.sources.{name} needs at least one.")
-    needed = asked if len(quarantine) == rows else list(params.slices.values())
+    needed = asked if len(quarantine) == rows else needed
     if needed and (keys := json_keys(path, params.form, params.files, params.encoding)) and (absent := set(needed) - keys):
         raise MissingColumnError(path, min(absent), keys)
 
@@ -148,6 +152,7 @@ def read_source(name: str, params: SourceParams, path: Path, task: Task) -> Sour
         "rows": rows,
         "quarantined": dict(sorted(reasons.items())),
         "left_out_by_label_rule": left_out,
+        **({"left_out_by_where": unread} if params.where else {}),
         "exact_repeats_removed": len(checked) - len(source.examples),
         "conflicting_labels_removed": len(conflicts),
         "examples": len(source.examples),
@@ -201,9 +206,10 @@ def write_source(name: str, params: Params, folders: Folders) -> None:
     write_examples(source.examples, task.fields, folder / "examples.parquet", tuple(entry.slices))
     write_json(source.counts, folder / "counts.json")
     counts = source.counts
+    unread = f"{counts['left_out_by_where']:,} left out by `where`, " if entry.where else ""
     print(
         f"{name}: {counts['rows']:,} rows, {counts['examples']:,} texts, {counts['labelled']:,} with a label; {source.bad_rows:,} bad, "
-        f"{counts['left_out_by_label_rule']:,} left out by the label rule, {counts['exact_repeats_removed']:,} exact repeats, "
+        f"{unread}{counts['left_out_by_label_rule']:,} left out by the label rule, {counts['exact_repeats_removed']:,} exact repeats, "
         f"{counts['conflicting_labels_removed']:,} with conflicting labels"
     )
 

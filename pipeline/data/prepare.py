@@ -21,6 +21,9 @@ from pipeline.params import ContextParams, Params
 from pipeline.schema import NO_CONTEXT, Context, Example, write_contexts, write_examples
 from pipeline.task import Task, TaskTokens
 
+LABEL_COUNTS = "label_counts.json"
+"""In artifacts/data: how many texts of the labelled source have each label."""
+
 
 def prepare(params: Params, folders: Folders) -> None:
     """Write artifacts/data (examples of each role, contexts, quarantine.jsonl) and metrics/prepare.json.
@@ -56,6 +59,8 @@ def prepare(params: Params, folders: Folders) -> None:
     transfer, pool = unlabelled["transfer"], unlabelled.get("pool", [])
     evaluation = {name: roles.drawn[f"evaluation.{name}"] for name in data.evaluation}
     write_examples(demonstrations, task.fields, folder / "demonstrations.parquet")
+    labels = Counter(example.label for example in sources[data.demonstrations.source].examples)
+    write_json({label: labels[label] for label in task.labels}, folder / LABEL_COUNTS)
     # Gold labels never leave the sources, nor do answers that the teacher is to write.
     for role, own in unlabelled.items():
         bare = [replace(e, label=None, completion=e.completion if task.answers_are_given else None) for e in own]

@@ -31,6 +31,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import UsageError, choices
 from pipeline.params.data import FORMATS, SourceParams, form_of
 
+LOG_KEYS = ("time", "student", "fields")
+"""What a line of a predictions log has, whatever its answer (`pipeline.serving.files.PredictionLog`)."""
 MISSING = object()
 """The value of a key that a JSON object does not have."""
 LONGEST_FIELD = 2**31 - 1
@@ -189,7 +191,16 @@ def _not_decoded(value: Any) -> tuple[str, str] | None:
 
 
 def _objects(path: Path, form: str, encoding: str | None) -> Iterator[Row | BadRow]:
-    """Rows whose only value is the object."""
+    """Rows whose only value is the object, that of a predictions log with the fields of its input as keys of their own."""
+    for row in _parsed(path, form, encoding):
+        if isinstance(row, Row) and isinstance(fields := row.values[0].get("fields"), dict) and not set(LOG_KEYS) - row.values[0].keys():
+            yield replace(row, values=(row.values[0] | fields,))
+        else:
+            yield row
+
+
+def _parsed(path: Path, form: str, encoding: str | None) -> Iterator[Row | BadRow]:
+    """Rows whose only value is the object as it is written."""
     if form == "json" and (items := _list(path, encoding)) is not None:
         for number, value in enumerate(items, start=1):
             yield Row(number, (value,)) if isinstance(value, dict) else BadRow(number, "", "not a JSON object", str(value))

@@ -19,10 +19,11 @@ from scipy.special import softmax
 from pipeline.errors import MismatchError
 from pipeline.files import Folders, read_json, read_manifest
 from pipeline.models.trained import open_trained
-from pipeline.params import Format, Params
+from pipeline.params import CacheParams, Format, Params
 from pipeline.schema import ANSWERS, NO_CONTEXT, PREDICTIONS, SLICE, Context, Example, read_contexts, read_examples
 from pipeline.targets.calibration import combination_of
 from pipeline.task import Task
+from pipeline.teachers.engines import LABELS_ONLY
 from pipeline.teachers.scorer import Scorer
 
 Sets = Mapping[str, Sequence[Example]]  # evaluation set → its examples
@@ -40,10 +41,12 @@ class Answering:
     work: Path | None = None  # where its scores are kept; None: nowhere
     temperature: float = 1.0  # of a student's probabilities
     identity: Mapping[str, Any] | None = None  # of the scores, which it must still have
+    cache: CacheParams = LABELS_ONLY  # what is kept beside the labels' scores
 
     def scorer(self, task: Task, params: Params) -> Scorer:
         """A scorer of this model. Raises MismatchError if it is not the model that the prompts were calibrated with."""
-        scorer = Scorer(self.folder, replace(task, format=self.format), work=self.work, threads=params.runtime.threads, dtype=self.dtype)
+        asked, threads = replace(task, format=self.format), params.runtime.threads
+        scorer = Scorer(self.folder, asked, self.cache, work=self.work, threads=threads, dtype=self.dtype)
         other = [key for key, value in (self.identity or {}).items() if key != "cache" and scorer.identity.get(key) != value]
         if other:
             raise MismatchError(
@@ -80,11 +83,19 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
     prompts = params.baselines[name].prompts
     if not prompts.startswith(("targets/", "teachers/")):
         return [Answering(folders.artifacts / prompts, format=params.format_of(prompts), run="", work=folders.work)]
+    return teachers_of(prompts, folders)
+
+
+def teachers_of(prompts: str, folders: Folders) -> list[Answering]:
+    """The models of `teachers/NAME`, or of `targets/NAME`: one for each teacher, in the order of the target set's contexts.
+
+    Raises MismatchError if a context is no longer what it was.
+    """
     if prompts.startswith("teachers/"):
         manifest = read_manifest(folders.artifacts / prompts)
         asked = [(manifest, manifest["contexts"])]
     else:
-        calibration = read_calibration(name, params, folders)
+        calibration = read_calibration(prompts, folders)
         listed = calibration["contexts"]
         asked = [(entry, [one for one in listed if one["teacher"] == teacher]) for teacher, entry in calibration["teachers"].items()]
     found = []
@@ -95,9 +106,9 @@ def models_of(name: str, params: Params, folders: Folders) -> list[Answering]:
     return found
 
 
-def read_calibration(baseline: str, params: Params, folders: Folders) -> dict[str, Any]:
-    """What a target set says of its prompts: teachers, contexts (teacher by teacher) with weights and offsets, how they are combined."""
-    return read_json(folders.artifacts / params.baselines[baseline].prompts / "calibration.json")
+def read_calibration(targets: str, folders: Folders) -> dict[str, Any]:
+    """What `targets/NAME` says of its prompts: teachers, contexts (teacher by teacher) with weights and offsets, how they are combined."""
+    return read_json(folders.artifacts / targets / "calibration.json")
 
 
 def _context(listed: Mapping[str, Any], folders: Folders) -> Context:
@@ -130,7 +141,7 @@ def predict(name: str, models: Sequence[Answering], params: Params, folders: Fol
             temperatures = np.array([model.temperature for model in models])[:, None, None]
             runs, each = [model.run for model in models], softmax(scores / temperatures, axis=-1)
         else:
-            combination = combination_of(read_calibration(name, params, folders), own[0].source)
+            combination = combination_of(read_calibration(params.baselines[name].prompts, folders), own[0].source)
             runs, each = [context.name for model in models for context in model.contexts], combination.each(scores)
             if params.baselines[name].contexts == "ensemble":
                 runs, each = [""], combination.ensemble(scores)[None]

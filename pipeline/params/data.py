@@ -212,6 +212,9 @@ class SourceParams(Frozen):
     """Column of the answers, if they are free text and given."""
     obtain: str = ""
     """What the file is and where to get it, for the message if it is not there."""
+    where: dict[str, str] = Field(default={})
+    """Column → the value of the rows to read; the others are left out and counted. Of a predictions log, `{by: mix}` is what was handed
+    back to targets/mix."""
     slices: dict[Name, str] = Field(default={})
     """Slice → column: results are also given for each value of the column, beside domain, label and length."""
 

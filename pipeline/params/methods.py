@@ -64,8 +64,14 @@ class TargetParams(Frozen):
     baseline takes the shift of its evaluation set's source, if that source has one."""
     average: Literal["probability", "log_probability"] = "probability"
     """What is averaged over contexts and teachers."""
-    temperature: PositiveFloat = 1.0
-    """Of the average; below 1 it becomes sharper."""
+    weights: Literal["given", "learned"] = "given"
+    """`given`: the weights of `teachers`. `learned`: the teachers' averages are pooled log-linearly, with weights learnt on the labelled
+    examples (`pipeline/targets/learning.py`), which none of them had seen; then the weights of `teachers` have no effect."""
+    temperature: PositiveFloat | Literal["learned"] = 1.0
+    """Of the result; below 1 it becomes sharper. `learned`: on the labelled examples, with a bias for each label."""
+    prior: Literal["equal", "labelled", "estimate"] | dict[str, PositiveFloat] | None = None
+    """Shares of the labels among the texts, which the result is shifted to: equal ones, those of the labelled source (if it was drawn at
+    random), stated ones, or an estimate (from expectation maximisation, Saerens et al. 2002). Null: no shift."""
     auxiliary_caches: tuple[str, ...] = Field(default=(), strict=False)
     """Teachers whose caches students of this set may also learn from (`students.*.auxiliary`)."""
 
@@ -76,7 +82,18 @@ class TargetParams(Frozen):
             raise ValueError(f"`calibrate_by: source` is for `batch` or `batch_log`, and calibration is {self.calibration!r}; leave it out")
         if unknown := set(self.calibrations) - set(self.teachers):
             raise ValueError(f"calibrations: {choices(unknown)} not among its teachers; choose from: {choices(self.teachers)}")
+        if self.weights == "learned" and self.temperature not in {1.0, "learned"}:
+            raise ValueError(f"temperature: {self.temperature:g}, and learned weights are as sharp as the labels say; leave it out")
+        if self.prior == "estimate" and not self.is_learned:
+            raise ValueError(
+                "`prior: estimate` needs probabilities that labels have corrected; set `weights: learned` or `temperature: learned`"
+            )
         return self
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether labelled examples decide anything here."""
+        return "learned" in {self.weights, self.temperature}
 
 
 class RoundParams(Frozen):
@@ -200,6 +217,9 @@ class StudentParams(TuningParams):
     """What the cross-entropy is on: the demonstrations' gold labels, or the targets' most probable label."""
     ce_batch_size: PositiveInt | None = None
     """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one."""
+    class_weight: Literal["balanced"] | None = None
+    """`balanced`: each text's loss over the labels counts 1 / (labels × share of texts with its most probable label), at most 10, so that
+    rare labels count as much as frequent ones; null: every text counts alike."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
     """Teacher → what is learnt of its cache too. The target set lists the teacher in `auxiliary_caches`, or it is that of `learn_from`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
@@ -227,6 +247,10 @@ class StudentParams(TuningParams):
             raise ValueError(f"`held_back` is for students of a target set or a round, and learn_from is {self.learn_from}; leave it out")
         if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
+        if self.class_weight and (self.learn_from.startswith("teachers/") or self.tuning == "contrastive"):
+            raise ValueError(
+                "`class_weight` is for losses over the labels; leave it out with `learn_from: teachers/…` or `tuning: contrastive`"
+            )
         if self.ce_target == "targets" and not (self.ce_weight and self.holds_back):
             raise ValueError("`ce_target: targets` needs a `ce_weight` and a target set to learn from")
         if self.auxiliary and self.learn_from.startswith("rounds/"):
@@ -429,6 +453,11 @@ class Params(Frozen):
         alone |= {(self.base_model(folder), self.format_of(folder)) for folder in asked}
         return {name: sorted(map(list, pairs)) for name, pairs in {**used, "": alone.difference(*used.values())}.items()}
 
+    def _is_judged(self, teacher: str) -> bool:
+        """Whether a teacher can answer labelled examples that it has not seen: no student, and no tuned model that is shown some."""
+        kind, contexts = self.teachers[teacher].model.partition("/")[0], self.contexts.get(self.teachers[teacher].contexts)
+        return kind in {"models", "servers"} or (kind == "tuned" and contexts is not None and not contexts.demonstrations)
+
     def _names(self) -> Iterator[str]:
         paths = {f"models.{name}.path": model.path for name, model in self.models.items()}
         paths |= {f"data.sources.{name}.path": source.path for name, source in self.data.sources.items()}
@@ -532,6 +561,11 @@ class Params(Frozen):
                 continue
             for teacher in target.teachers:
                 yield from _known(f"targets.{name}.teachers", teacher, answering)
+                if target.is_learned and teacher in answering and not self._is_judged(teacher):
+                    learnt = f"{self.teachers[teacher].model!r} of teacher {teacher!r} has learnt them"
+                    yield f"targets.{name}: labelled examples are to judge its teachers, and {learnt}; leave `learned` out, or the teacher"
+            if isinstance(target.prior, dict) and set(target.prior) != set(self.task.labels):
+                yield f"targets.{name}.prior: shares of {choices(target.prior)}; give each label one: {choices(self.task.labels)}"
             for teacher in target.auxiliary_caches:
                 yield from _known(f"targets.{name}.auxiliary_caches", teacher, self.teachers)
 

@@ -28,8 +28,8 @@ from pipeline.params.data import FORMATS, form_of
 from pipeline.serving.predictor import Prediction, Predictor
 
 WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form in {"csv", "jsonl", "parquet"}}  # the output's formats
-LOG_KEYS = ("time", "student", "fields")  # what a line of a predictions log has, whatever its answer
-OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "cut", "answered", "error")
+HANDED_BACK = ("by", "student_label", "student_confidence")  # columns of CSV and Parquet if there is a fallback
+OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "cut", "answered", "student_answer", *HANDED_BACK, "error")
 WINDOW_CHARS = 4_000_000
 UNENCODABLE = "backslashreplace"
 """Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
@@ -92,9 +92,8 @@ def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], f
     file = Path("/dev/stdin" if path == "-" else path)
     if not file.exists() or file.is_dir():
         raise UsageError(f"{path}: no such file.")
-    log_keys = LOG_KEYS if form == "jsonl" else ()
     try:
-        for read in read_rows(file, form, [*columns.values(), *kept.values(), *log_keys]):
+        for read in read_rows(file, form, [*columns.values(), *kept.values()]):
             if isinstance(read, BadRow):
                 yield Item(read.line, {}, error=f"{read.field}: {read.reason}" if read.field else read.reason)
                 continue
@@ -102,9 +101,7 @@ def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], f
                 None if value is MISSING or (isinstance(value, float) and not math.isfinite(value)) else value  # which JSON lacks
                 for value in read.values
             ]
-            is_log = form == "jsonl" and isinstance(values[-1], dict) and None not in values[-3:]
-            fields = values[-1] if is_log else dict(zip(columns, values, strict=False))
-            yield Item(read.line, fields, dict(zip(kept, values[len(columns) :], strict=False)))
+            yield Item(read.line, dict(zip(columns, values, strict=False)), dict(zip(kept, values[len(columns) :], strict=False)))
     except MissingColumnError as missing:
         options = {column: f"--keep NAME={column}" for column in kept.values()}
         options |= {column: f"--field {name}=COLUMN" for name, column in columns.items()}
@@ -132,14 +129,15 @@ def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int)
 
 @contextmanager
 def writing(
-    path: str, form: str, labels: Sequence[str], kept: Iterable[str], threshold: bool = False
+    path: str, form: str, labels: Sequence[str], kept: Iterable[str], more: Sequence[str] = ()
 ) -> Iterator[Callable[[Sequence[Answered]], None]]:
     """A function that writes one window after another to a file, or to standard output for "-"; `form` is jsonl, csv or parquet.
 
     A row has the input's line, the kept columns, then `label`, `confidence`, the probability of each label (`p_LABEL` in CSV and Parquet),
-    `cut` if its text was, `answered` if there is a threshold, and `error`. A file is whole or not there.
+    `cut` if its text was, the columns `more` (`answered` with a threshold, `HANDED_BACK` with a fallback), and `error`. A file is whole or
+    not there.
     """
-    names = ["line", *kept, "label", "confidence", *(f"p_{label}" for label in labels), "cut", *["answered"] * threshold, "error"]
+    names = ["line", *kept, "label", "confidence", *(f"p_{label}" for label in labels), "cut", *more, "error"]
     if path == "-":
         if form == "parquet":
             raise UsageError("--output: Parquet cannot be written to standard output; name a file.")
@@ -152,7 +150,7 @@ def writing(
             with temporary.open("w", encoding="utf-8", errors=UNENCODABLE, newline="") as file:
                 yield _text_writer(file, form, names)
             return
-        types = {name: pa.float64() for name in names if name == "confidence" or name.startswith("p_")}
+        types = {name: pa.float64() for name in names if name in {"confidence", "student_confidence"} or name.startswith("p_")}
         types |= {"line": pa.int64(), "cut": pa.bool_(), "answered": pa.bool_()}
         # Kept columns are text: what a column of a stream holds is known after its last row only.
         schema = pa.schema([pa.field(name, types.get(name, pa.string()), nullable=name != "line") for name in names])
@@ -181,8 +179,9 @@ def _flat(item: Item, found: Prediction) -> dict[str, Any]:
     texts = {name: json_line(value)[:-1] if isinstance(value, (list, dict, bool)) else str(value) for name, value in item.kept.items()}
     kept = {name: text.encode("utf-8", UNENCODABLE).decode() for name, text in texts.items() if item.kept[name] is not None}
     answer = found.as_json()
-    shares = answer.pop("probabilities", {})
-    return {"line": item.line, **kept, **answer, **{f"p_{label}": share for label, share in shares.items()}}
+    shares, own = answer.pop("probabilities", {}), answer.pop("student_answer", {})
+    answer |= {f"p_{label}": share for label, share in shares.items()}
+    return {"line": item.line, **kept, **answer, **{f"student_{key}": own[key] for key in ("label", "confidence") if key in own}}
 
 
 def json_line(row: Any) -> str:
@@ -196,8 +195,8 @@ def json_line(row: Any) -> str:
 class PredictionLog:
     """What a student was asked in use, and what it answered, as JSON lines; `shotless monitor` reads them back. Its folder is made.
 
-    A line has `time` (UTC, ISO 8601), `student` (the first 16 digits of its weights' sha256), `fields` (the input), then `label`,
-    `confidence` and `probabilities`, or `error`. Each append, from any thread, is one write to the file's end, so several processes can
+    A line has `time` (UTC, ISO 8601), `student` (the first 16 digits of its weights' sha256), `fields` (the input), then the answer
+    (`Prediction.as_json`). Each append, from any thread, is one write to the file's end, so several processes can
     share a log, and any tool can cut, join or rotate it. It holds the inputs: keep it where inputs may be kept.
 
     A log that cannot be opened at the start raises OSError. A write that fails later costs log lines, never answers: they are counted in

@@ -75,16 +75,22 @@ class Prediction:
     cut: bool = False  # the text is longer than the student takes: it was cut, or read in windows, as `task.long_texts` says
     answered: bool = True  # not if a threshold is set, and this is under it or too strange: then ask somebody else
     has_threshold: bool = field(default=False, repr=False)
+    by: str | None = None  # who gave it, if there is a fallback: the student, or a target set
+    student_answer: "Prediction | None" = None  # what the student said, if the answer is a target set's
     ids: tuple[int, ...] = field(default=(), repr=False)  # token ids of the prompt; of its windows, one after the other
     state: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
     """The last layer's output at the answer position, [H], the mean of the windows'; [0] if the predictor does not keep states."""
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as a JSON object: `label`, `confidence`, `probabilities`, `cut` if it was, `answered` with a threshold; or `error`."""
+        """The answer as a JSON object: `label`, `confidence`, `probabilities`, `cut` if it was, `answered` with a threshold, `by` with a
+        fallback, and `student_answer` if that answered; or `error`.
+        """
         if self.error is not None:
             return {"error": self.error}
         answer = {"label": self.label, "confidence": self.confidence, "probabilities": self.probabilities}
-        return answer | ({"cut": True} if self.cut else {}) | ({"answered": self.answered} if self.has_threshold else {})
+        answer |= ({"cut": True} if self.cut else {}) | ({"answered": self.answered} if self.has_threshold else {})
+        own = {} if self.student_answer is None else {"student_answer": self.student_answer.as_json()}
+        return answer | ({} if self.by is None else {"by": self.by}) | own
 
 
 class Predictor:

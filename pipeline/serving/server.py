@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -23,6 +23,9 @@ from starlette.requests import ClientDisconnect
 
 from pipeline.serving.files import PredictionLog
 from pipeline.serving.predictor import Prediction, Predictor
+
+if TYPE_CHECKING:
+    from pipeline.serving.fallback import Fallback  # brings torch, which an exported student does without
 
 BODY_SCHEMA = {"schema": {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array"}}}}
 
@@ -89,10 +92,14 @@ class Batcher:
                     future.set_result(answers)
 
 
-def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = None) -> FastAPI:
-    """The application for one student. Inputs are logged after their answer was sent."""
+def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = None, fallback: "Fallback | None" = None) -> FastAPI:
+    """The application for one student. Inputs are logged after their answer was sent.
+
+    What it does not answer, `fallback` does, in a thread of its own: passes of the student do not wait for it.
+    """
     name, fields = predictor.student.name, predictor.task.fields
     batcher = Batcher(predictor.predict, limits)
+    teachers = None if fallback is None else Batcher(fallback.answer, limits)
     app = FastAPI(title=f"shotless: {name}")
 
     registry = CollectorRegistry()
@@ -102,8 +109,12 @@ def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = N
     answered = Counter("shotless_answers", "Rows answered, by label.", ["label"], registry=registry)
     row_errors = Counter("shotless_row_errors", "Rows that could not be answered.", registry=registry)
     buckets = [bound / 20 for bound in range(1, 21)]
-    confidence = Histogram("shotless_confidence", "Confidence of answers.", registry=registry, buckets=buckets)
+    confidence = Histogram("shotless_confidence", "Confidence of the student's answers.", registry=registry, buckets=buckets)
     reached = Counter("shotless_threshold", "Rows by whether they reached the threshold.", ["answered"], registry=registry)
+    if fallback is not None:
+        handed = Gauge("shotless_handed_back", "Rows that the student did not answer, by what became of them.", ["end"], registry=registry)
+        for end in fallback.counts:
+            handed.labels(end).set_function(lambda end=end: fallback.counts[end])
     for label in predictor.labels:  # shown from the start, with 0
         answered.labels(label)
     if log is not None:
@@ -117,21 +128,24 @@ def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = N
         try:
             with seconds.time():
                 inputs = await read_inputs(request, limits)
-                predictions = await batcher.ask(inputs)
+                own = predictions = await batcher.ask(inputs)
+                if fallback is not None and teachers is not None:
+                    rows = list(zip(inputs, own, strict=True))
+                    predictions = await teachers.ask(rows) if any(not one.answered for one in own) else fallback.answer(rows)
             status = 200
         except HTTPException as refusal:
             status = refusal.status_code
             raise
         finally:
             requests.labels(str(status)).inc()
-        for prediction in predictions:
-            if prediction.confidence is None:
+        for of_student, prediction in zip(own, predictions, strict=True):
+            if of_student.confidence is None:
                 row_errors.inc()
             else:
                 answered.labels(prediction.label).inc()
-                confidence.observe(prediction.confidence)
+                confidence.observe(of_student.confidence)
                 if predictor.threshold is not None:
-                    reached.labels(str(prediction.answered).lower()).inc()
+                    reached.labels(str(of_student.answered).lower()).inc()
         answers = [prediction.as_json() for prediction in predictions]
         if log is not None:
             asked = [value if isinstance(value, dict) else {fields[0]: value} for value in inputs]
@@ -149,6 +163,7 @@ def make_app(predictor: Predictor, limits: Limits, log: PredictionLog | None = N
             "labels": list(predictor.labels),
             "fields": list(fields),
             "engine": predictor.engine.name,
+            **({} if fallback is None else {"fallback": fallback.name}),
             "waiting_rows": batcher.waiting,
         }
 

@@ -7,6 +7,7 @@ removed after it. All files but those in metrics/runtime depend on params and da
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline import files
 from pipeline.cache.folder import CACHES, cache_manifest
+from pipeline.cache.labelled import HELD_OUT, folds_of
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import Folders, sha256_file, sha256_json
 from pipeline.models import folders as models
@@ -27,10 +29,10 @@ from pipeline.models.process import peak_rss_bytes
 from pipeline.models.trained import about_trained, load_tokens
 from pipeline.params import DEMONSTRATIONS_FILE, Params, StudentParams, TunedParams, pick
 from pipeline.progress import rate
-from pipeline.schema import read_examples, write_table
+from pipeline.schema import LABELLED, read_examples, write_table
 from pipeline.students.auxiliary import CacheTerm, TeacherCache
 from pipeline.students.checkpoint import Checkpoint
-from pipeline.students.data import AnyRow, LabelTerm, StudentRow, TargetRow, demonstrations, split, target_set
+from pipeline.students.data import AnyRow, LabelTerm, StudentRow, TargetRow, balanced, demonstrations, split, target_set
 from pipeline.students.loop import Outcome, Validation, answers, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
@@ -52,7 +54,8 @@ def train_student(name: str, params: Params, folders: Folders, processes: Proces
 def tune_teacher(name: str, params: Params, folders: Folders) -> None:
     """Fine-tune a teacher's model on the demonstrations' labels, with no layer cut.
 
-    Writes artifacts/tuned/NAME, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and metrics/runtime/tuned-NAME.json.
+    Writes artifacts/tuned/NAME, with `HELD_OUT` in it, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and
+    metrics/runtime/tuned-NAME.json.
     """
     tuned = StudentParams(**dict(pick("tuned", params.tuned, name)), learn_from=DEMONSTRATIONS_FILE)
     _Job("tuned", name, tuned, params, folders, ALONE).run()
@@ -83,7 +86,7 @@ class _Job:
     def _learn_demonstrations(self, weight: float, batch_size: int) -> None:
         """Add the cross-entropy on the demonstrations' labels."""
         file = self.folders.artifacts / DEMONSTRATIONS_FILE
-        self.label_terms.append(LabelTerm("cross_entropy", weight, batch_size, demonstrations(file, self.tokens)))
+        self.label_terms.append(LabelTerm("cross_entropy", weight, batch_size, self._weighted(demonstrations(file, self.tokens))))
         self.sources["demonstrations"] = sha256_file(file)
 
     def _learn_texts(self) -> None:
@@ -100,7 +103,7 @@ class _Job:
             rows = self._without_validation(rows)
             loss = "cross_entropy" if student.loss == "hard" else student.loss
             of_labels = student.ce_weight if student.ce_target == "targets" else 0.0
-            self.label_terms.append(LabelTerm(loss, 1.0, student.batch_size, rows, of_labels))
+            self.label_terms.append(LabelTerm(loss, 1.0, student.batch_size, self._weighted(rows), of_labels))
         else:
             assert student.loss != "hard", "params were checked"
             cache = self._cache("cache", source, student.temperature)
@@ -127,6 +130,9 @@ class _Job:
         held, learnt = split(rows, "validation_fraction", self.student.validation_fraction)
         self.validation = Validation(held, self.student.evaluate_every, self.student.patience)
         return learnt
+
+    def _weighted(self, rows: list[TargetRow]) -> list[TargetRow]:
+        return balanced(rows) if self.student.class_weight == "balanced" else rows
 
     def _cache(self, name: str, folder: Path, temperature: float) -> TeacherCache:
         self.sources[name] = sha256_json(cache_manifest(folder))
@@ -219,11 +225,26 @@ class _Job:
             choice |= self._answer_held_back(model, output) if self.kind == "student" else {}
             model.config._name_or_path = ""
             models.save_model(model, models.load_tokenizer(self.base), output)
+            if self.kind == "tuned":
+                write_table(self._held_out(entry), output / HELD_OUT)
             names = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
             about = about | {"counts": counts, **choice, "trains": outcome.tuning.trains, "forward": outcome.forward}
             files.write_manifest(output, about, [name for name in names if not name.startswith("seeds/") and name != "README.md"])
         last = reached.losses[-max(1, steps // 10) :]
         return outcome, counts | choice | {"final_loss": _significant(math.fsum(last) / len(last))}
+
+    def _held_out(self, entry: StudentParams) -> pa.Table:
+        """`schema.LABELLED` without a context: each fold of the labelled examples is answered by a model that was tuned without it."""
+        [term], rows = self.label_terms, list[dict[str, Any]]()
+        for number, places in enumerate(folds_of([row.label for row in term.rows]), 1):
+            fold, learnt = [term.rows[place] for place in places], [row for at, row in enumerate(term.rows) if at not in places]
+            model = models.load_model(self.base, device=default_device(), labels=self.tokens.task.labels, seed=entry.seed)
+            steps = math.ceil(entry.steps * len(learnt) / len(term.rows))
+            own = entry.model_copy(update={"steps": steps})
+            train(model, self.tokens.completions, [replace(term, rows=learnt)], own, title=f"{self.name} without fold {number}")
+            said, _ = answers(model, self.tokens.completions, fold, entry.micro_batch or entry.batch_size)
+            rows += [{"context_id": "", "example_id": row.example_id, "label_logprobs": own} for row, own in zip(fold, said, strict=True)]
+        return pa.Table.from_pylist(rows, schema=LABELLED)
 
     def _answer_held_back(self, model: PreTrainedModel, output: Path) -> dict[str, Any]:
         """Write the files that `pipeline/models/held_back.py` describes; the student's `temperature`, and how often it agrees."""

@@ -1,4 +1,4 @@
-"""From scores under several contexts to one distribution: calibration, then a weighted average.
+"""From scores under several contexts to one distribution: calibration, a weighted average, then a pool.
 
 A context shifts every answer towards one label. Each calibration measures the shift without labels and takes it out:
 
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import log_softmax, logsumexp, softmax
+from scipy.special import log_softmax, logsumexp
 
 from pipeline.params import Calibration
+from pipeline.targets.learning import Pool
 
 FLOOR = 1e-3  # least value of a label under `batch` calibration, before normalising
 
@@ -40,31 +41,43 @@ def learn_offsets(kind: Calibration, transfer: np.ndarray, content_free: np.ndar
 
 @dataclass(frozen=True)
 class Combination:
-    """How the scores of C contexts become a distribution over L labels."""
+    """How the scores of C contexts become a distribution over L labels: averaged by voter, then pooled."""
 
     kinds: Sequence[Calibration]  # [C]
     offsets: np.ndarray  # [C, L], of `learn_offsets`
-    weights: np.ndarray  # [C], they sum to 1
+    weights: np.ndarray  # [C], positive; those of a voter count relative to each other
     average: Literal["probability", "log_probability"]
-    temperature: float
+    voters: Sequence[int]  # [C]: number of each context's, from 0; all have one voter, or each teacher is one
+    pool: Pool  # of one voter the scale is 1 / temperature
 
     def each(self, label_logprobs: np.ndarray) -> np.ndarray:
         """Calibrated label probabilities of every context: [C, N, L] → [C, N, L]."""
         return np.exp(self._calibrated(label_logprobs))
 
+    def averaged(self, label_logprobs: np.ndarray) -> np.ndarray:
+        """Each voter's log-probabilities: [C, N, L] → [V, N, L] nats. In log-probability the average is the normalised geometric mean."""
+        log_p, found = self._calibrated(label_logprobs), []
+        for voter in range(len(self.pool.scales)):
+            own = np.array(self.voters) == voter
+            weights = (self.weights[own] / self.weights[own].sum())[:, None, None]
+            found.append(logsumexp(log_p[own], axis=0, b=weights) if self.average == "probability" else (weights * log_p[own]).sum(0))
+        return log_softmax(np.stack(found), axis=-1)
+
     def ensemble(self, label_logprobs: np.ndarray) -> np.ndarray:
-        """The averaged distribution: [C, N, L] → [N, L]. In log-probability it is the normalised geometric mean."""
-        log_p = self._calibrated(label_logprobs)
-        weights = self.weights[:, None, None]
-        if self.average == "probability":
-            return np.exp(logsumexp(log_p, axis=0, b=weights))
-        return softmax((weights * log_p).sum(0), axis=-1)
+        """The pool's probabilities: [C, N, L] → [N, L]."""
+        return np.exp(self.pool.log_probabilities(self.averaged(label_logprobs)))
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Each context's share of the pool's weight, [C]; they sum to 1."""
+        of_voter, scales = np.bincount(self.voters, self.weights), self.pool.scales
+        return (self.weights / of_voter[self.voters]) * (scales / scales.sum())[self.voters]
 
     def _calibrated(self, label_logprobs: np.ndarray) -> np.ndarray:
         log_p, offsets = normalised(label_logprobs), self.offsets[:, None]
         in_probability = np.array([kind == "batch" for kind in self.kinds])[:, None, None]
         shifted = np.where(in_probability, np.log(np.maximum(np.exp(log_p) - offsets, FLOOR)), log_p - offsets)
-        return log_softmax(shifted / self.temperature, axis=-1)
+        return log_softmax(shifted, axis=-1)
 
 
 def combination_of(calibration: Mapping[str, Any], source: str) -> Combination:
@@ -75,5 +88,6 @@ def combination_of(calibration: Mapping[str, Any], source: str) -> Combination:
         offsets=np.array(calibration["by_source"].get(source, [context["offsets"] for context in contexts])),
         weights=np.array([context["weight"] for context in contexts]),
         average=calibration["average"],
-        temperature=calibration["temperature"],
+        voters=[context["voter"] for context in contexts],
+        pool=Pool(np.array(calibration["scales"]), np.array(calibration["bias"])),
     )

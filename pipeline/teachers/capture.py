@@ -6,20 +6,24 @@ behind no context: what a student starts from.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from torch import Tensor
 
 from pipeline.cache.distributions import Distributions, decode
 from pipeline.cache.fidelity import censored, fidelity
 from pipeline.cache.folder import described_task, write_cache
+from pipeline.cache.labelled import HELD_OUT, folds_of
 from pipeline.cache.store import Store
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json, read_manifest, sha256_json, write_json
 from pipeline.models.folders import tokenizer_sha256
 from pipeline.params import Params, pick
-from pipeline.schema import NO_CONTEXT, Context, Example, read_contexts, read_examples
+from pipeline.schema import LABELLED, NO_CONTEXT, Context, Example, read_contexts, read_examples, read_table, write_table
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
@@ -31,8 +35,9 @@ DIGITS = 6
 def capture(name: str, params: Params, folders: Folders) -> None:
     """Write the score cache artifacts/teachers/NAME: rows for every context × (content-free input, transfer example).
 
-    Also writes metrics/fidelity/NAME.json, and metrics/runtime/teacher-NAME.json, which no stage tracks: it has seconds. Rows in the store
-    are not scored again. Raises UsageError if a prompt does not fit the model.
+    Also writes artifacts/labelled/NAME.parquet, its answers to labelled examples that it had not seen, metrics/fidelity/NAME.json, and
+    metrics/runtime/teacher-NAME.json, which no stage tracks: it has seconds. Rows in the store are not scored again. Raises UsageError if
+    a prompt does not fit the model.
     """
     teacher = pick("teachers", params.teachers, name)
     data = folders.artifacts / "data"
@@ -80,8 +85,37 @@ def capture(name: str, params: Params, folders: Folders) -> None:
         sizes = {"positions": positions, "bytes_per_row": size / len(keys), "bytes_per_position": size / positions}
         measured = {"rows": len(keys), **_rounded(sizes), **_fidelity_once(scorer, store, contexts, examples)}
         write_json(measured, folders.metrics / "fidelity" / f"{name}.json")
+        write_table(_labelled(scorer, contexts, folders), folders.artifacts / "labelled" / f"{name}.parquet")
         runtime = {"seconds": round(store.seconds(keys), 3), "rows": len(keys), "rows_timed": len(keys), "prompt_tokens": tokens}
         write_json(runtime, folders.metrics / "runtime" / f"teacher-{name}.json")
+
+
+def _labelled(scorer: Scorer, contexts: Sequence[Context], folders: Folders) -> pa.Table:
+    """`schema.LABELLED` of a teacher: each context is asked about each fold of the labelled examples without those of the fold.
+
+    Empty if answers are free text, and of a model that learnt the examples, unless it is tuned and asked without any.
+    """
+    task, kind = scorer.tokens.task, scorer.model_folder.parent.name
+    if kind == "tuned" and not any(context.demonstrations for context in contexts):
+        held_out = read_table(scorer.model_folder / HELD_OUT, LABELLED)
+        return pa.concat_tables([held_out.set_column(0, LABELLED.field(0), pa.repeat(own.context_id, len(held_out))) for own in contexts])
+    if task.params.completion is not None or kind in {"tuned", "students"}:
+        return LABELLED.empty_table()
+    examples, rows = read_examples(folders.artifacts / "data" / "demonstrations.parquet", task.fields), list[dict[str, Any]]()
+    for number, places in enumerate(folds_of([example.label for example in examples]), 1):
+        fold = [examples[place] for place in places]
+        seen = {tuple(sorted(example.fields.items())) for example in fold}
+        unseen = [
+            replace(one, demonstrations=tuple(shown for shown in one.demonstrations if tuple(sorted(shown[0].items())) not in seen))
+            for one in contexts
+        ]
+        scores = scorer.label_scores(unseen, fold, f"labelled examples, fold {number}")  # [C, fold, L]
+        rows += [
+            {"context_id": context.context_id, "example_id": example.example_id, "label_logprobs": answer.astype(np.float32)}
+            for context, own in zip(contexts, scores, strict=True)
+            for example, answer in zip(fold, own, strict=True)
+        ]
+    return pa.Table.from_pylist(rows, schema=LABELLED)
 
 
 def content_free(task: Task) -> list[Example]:

@@ -245,7 +245,7 @@ class Scorer:
             return
         self.engine_report = self.backend.open(max((own.probe for own in asked), key=lambda probe: self.tokens.tokens_of(probe[-1])))
         if self.server is not None:
-            cast("ServerBackend", self.backend).announce(self._lengths(asked, examples, missing))
+            cast("ServerBackend", self.backend).announce(self._lengths(asked, examples, missing), is_said=bool(title))
         cached = f", {count - len(missing):,} of {count:,} rows were in the store" if count > len(missing) else ""
         tokens, started = 0, time.monotonic()
         with progress(title, len(missing), "rows") as meter:

@@ -760,14 +760,16 @@ class ServerBackend:
         answer = 0 if self._completion is None else self._completion.max_tokens
         return self._server.cost(self.most_requests * (tokens + answer), max(answer - 1, 0) + self.most_requests)
 
-    def announce(self, lengths: Sequence[int]) -> None:
-        """Print the requests, tokens and money that rows with prompts of these `lengths` need. Raises UsageError if it passes `budget`."""
+    def announce(self, lengths: Sequence[int], *, is_said: bool = True) -> None:
+        """Say the requests, tokens and money that rows with prompts of these `lengths` need. Raises UsageError if it passes `budget`."""
         server, rows = self._server, len(lengths)
         least = server.cost(sum(lengths), rows)
         money = "" if server.settings.price is None else f", {least:,.2f} to {sum(map(self._most, lengths)):,.2f} in money"
-        print(
-            f"{server.where}: {rows:,} to {rows * self.most_requests:,} requests, {sum(lengths):,} prompt tokens or more{money}", flush=True
-        )
+        if is_said:
+            print(
+                f"{server.where}: {rows:,} to {rows * self.most_requests:,} requests, {sum(lengths):,} prompt tokens or more{money}",
+                flush=True,
+            )
         if server.settings.budget is not None and least > server.settings.budget:
             raise UsageError(
                 f"{server.where}.budget: {server.settings.budget:g}, and {rows:,} rows cost {least:,.2f} or more. Raise it, or ask for "

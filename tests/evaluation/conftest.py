@@ -37,9 +37,9 @@ SETS = {  # one text is in both
 }
 SEEDS = (4, 7)
 CALIBRATIONS: dict[str, dict[str, Any]] = {
-    "few": {"average": "probability", "temperature": 1.5, "teachers": {"few": 1.0}, "by_source": {}},
-    "mix": {"average": "probability", "temperature": 0.7, "teachers": {"few": 0.75, "zero": 0.25}, "by_source": {}},
-    "by_source": {"average": "log_probability", "temperature": 1.0, "teachers": {"zero": 1.0}, "by_source": {"far": [[2.0, -1.0, -1.0]]}},
+    "few": {"average": "probability", "scales": [1.0], "teachers": {"few": 1.0}, "by_source": {}},
+    "mix": {"average": "probability", "scales": [1.4], "teachers": {"few": 0.75, "zero": 0.25}, "by_source": {}},
+    "by_source": {"average": "log_probability", "scales": [1.0], "teachers": {"zero": 1.0}, "by_source": {"far": [[2.0, -1.0, -1.0]]}},
 }
 TEACHERS = {"few": ("models/first", SHOTS), "zero": ("models/second", [NONE])}
 
@@ -147,14 +147,18 @@ class World:
         described = {
             "targets": name,
             **entry,
+            "bias": [0.2, -0.1, -0.1] if name == "mix" else [0.0, 0.0, 0.0],
             "teachers": {teacher: self.teacher(teacher) for teacher in entry["teachers"]},
-            "contexts": [context | {"calibration": "batch_log", "offsets": offsets(number)} for number, context in enumerate(contexts)],
+            "contexts": [
+                context | {"voter": 0, "calibration": "batch_log", "offsets": offsets(number)} for number, context in enumerate(contexts)
+            ],
         }
         write_json(described, self.artifacts / "targets" / name / "calibration.json")
 
     def capture(self, name):
         """Run a teacher's stage on the texts of the set "near"."""
         path = self.artifacts / "data" / "transfer.parquet"
+        write_examples([], ("text",), self.artifacts / "data" / "demonstrations.parquet")
         write_examples([Example({"text": text}, source="near", line=1) for text, _ in SETS["near"]], ("text",), path)
         capture(name, self.params, self.folders)
 

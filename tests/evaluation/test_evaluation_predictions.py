@@ -44,23 +44,23 @@ def test_every_seed_of_a_student_answers_with_its_own_model(world):
 MODEL_OF = {"shots/0": "first", "shots/1": "first", "none/0": "second"}
 
 
-def calibrated(world, number, context, text, temperature):
+def calibrated(world, number, context, text):
     scores = world.scores(world.artifacts / "models" / MODEL_OF[context], context, text)
-    return world.softmax((scores - world.offsets(number)) / temperature)
+    return world.softmax(scores - world.offsets(number))
 
 
 @pytest.mark.parametrize(("name", "targets"), [("icl", "few"), ("icl_mix", "mix")])
 def test_every_context_answers_by_its_own_model_calibrated_by_itself(world, name, targets):
-    temperature = world.calibrations[targets]["temperature"]
     runs = [run for run in MODEL_OF if targets == "mix" or run.startswith("shots")]
-    assert_predictions(world, predicted(world, name), runs, lambda run, _, text: calibrated(world, runs.index(run), run, text, temperature))
+    assert_predictions(world, predicted(world, name), runs, lambda run, _, text: calibrated(world, runs.index(run), run, text))
 
 
-def test_the_ensemble_is_the_weighted_mean_of_the_calibrated_answers(world):
+def test_the_ensemble_is_the_weighted_mean_of_the_calibrated_answers_pooled(world):
     weights = {"shots/0": 3 / 8, "shots/1": 3 / 8, "none/0": 1 / 4}
 
     def expected(_, __, text):
-        return sum(w * calibrated(world, n, context, text, 0.7) for n, (context, w) in enumerate(weights.items()))
+        mean = sum(w * calibrated(world, n, context, text) for n, (context, w) in enumerate(weights.items()))
+        return world.softmax(1.4 * np.log(mean) + [0.2, -0.1, -0.1])
 
     assert_predictions(world, predicted(world, "teacher"), [""], expected)
 

@@ -6,13 +6,14 @@ import pytest
 from scipy.special import softmax
 from score_rows import IDENTITY, TASK, about, rows, stored
 
-from pipeline.cache.folder import CACHES, cache_manifest, described_task, write_cache
+from pipeline.cache.folder import CACHES, cache_manifest, described_task, read_cache, write_cache
 from pipeline.errors import MismatchError, UsageError
-from pipeline.files import Folders, read_json, sha256_json
+from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.params import TargetParams, TaskParams, parse_params
-from pipeline.schema import SCORES, STORED, TARGETS, Context, Example, read_table, write_examples
+from pipeline.schema import LABELLED, SCORES, STORED, TARGETS, Context, Example, read_table, write_examples, write_table
 from pipeline.targets.build import build_targets
 from pipeline.targets.calibration import combination_of
+from pipeline.targets.learning import Judged, learn_pool
 from pipeline.task import Task
 
 EXAMPLES = [
@@ -179,3 +180,105 @@ def test_calibration_by_source_without_batch_calibration_is_refused(raw_params):
         parse_params(raw_params)
     raw_params["targets"]["few_shot_raw"]["calibration"] = "batch"
     assert parse_params(raw_params).targets["few_shot"].calibration == "batch_log"
+
+
+# --- what labelled examples and shares change
+
+SHOWN = [Example({"text": f"labelled {n}"}, label=("negative", "positive")[n % 2], source="films", line=n) for n in range(12)]
+
+
+@pytest.fixture
+def labelled(folders):
+    """Labelled examples, and a teacher that knows them beside one that does not; the gold labels' numbers, and {teacher: [C, M, L]}."""
+    gold, rng, found = np.arange(12) % 2, np.random.default_rng(3), {}
+    write_examples(SHOWN, ["text"], folders.artifacts / "data" / "demonstrations.parquet")
+    for name, strength in (("few", 3.0), ("other", 0.0)):
+        write_teacher(folders, name)
+        scores = rng.normal(size=(2, 12, 2)) + strength * np.eye(2)[gold]
+        found[name] = scores
+        rows = [
+            {"context_id": context.context_id, "example_id": example.example_id, "label_logprobs": scores[c, m].astype(np.float32)}
+            for c, context in enumerate(CONTEXTS)
+            for m, example in enumerate(SHOWN)
+        ]
+        write_table(pa.Table.from_pylist(rows, schema=LABELLED), folders.artifacts / "labelled" / f"{name}.parquet")
+    return gold, found
+
+
+BOTH = {"few": 1.0, "other": 1.0}
+
+
+def test_weights_are_learnt_from_labelled_examples_and_serve_other_inputs(folders, labelled):
+    gold, scores = labelled
+    values, calibration = built(folders, teachers=BOTH, calibration="none", weights="learned", temperature="learned")
+    voters = np.stack([np.log(softmax(own, axis=-1).mean(0)) for own in scores.values()])
+    pool = learn_pool(Judged(voters, gold))
+    assert calibration["scales"] == pytest.approx(pool.scales.tolist(), abs=1e-4)
+    assert calibration["bias"] == pytest.approx(pool.bias.tolist(), abs=1e-4)
+    assert calibration["scales"][0] > 2 * calibration["scales"][1]
+    raw = np.array([[scored[c.context_id, e.example_id] for e in EXAMPLES] for scored in caches(folders) for c in CONTEXTS])
+    assert np.allclose(combination_of(calibration, "films").ensemble(raw), values, atol=1e-6)
+    metrics = read_json(folders.metrics / "targets" / "set.json")
+    assert metrics["labelled"]["rows"] == 12
+    assert metrics["labelled"]["after"]["log_loss"] < metrics["labelled"]["before"]["log_loss"]
+    assert metrics["labelled"]["teachers"]["few"]["accuracy"] > metrics["labelled"]["teachers"]["other"]["accuracy"]
+    assert metrics["teachers"]["few"]["weight"] == pytest.approx(pool.scales[0] / pool.scales.sum(), abs=1e-4)
+
+
+def caches(folders):
+    """{(context_id, example_id): label log-probabilities} of each teacher."""
+    for name in BOTH:
+        rows = read_cache(folders.artifacts / "teachers" / name).rows
+        keys = zip(rows["context_id"].to_pylist(), rows["example_id"].to_pylist(), strict=True)
+        yield dict(zip(keys, rows["label_logprobs"].to_pylist(), strict=True))
+
+
+def test_a_learnt_temperature_sharpens_or_flattens_the_given_average(folders, labelled):
+    gold, scores = labelled
+    plain, _ = built(folders, teachers=BOTH, calibration="none")
+    values, calibration = built(folders, teachers=BOTH, calibration="none", temperature="learned")
+    mean = np.concatenate([softmax(own, axis=-1) for own in scores.values()]).mean(0)
+    pool = learn_pool(Judged(np.log(mean)[None], gold))
+    assert calibration["scales"] == pytest.approx(pool.scales.tolist(), abs=1e-4)
+    assert np.allclose(values, softmax(pool.scales[0] * np.log(plain) + pool.bias, axis=-1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prior", "shares"),
+    [("equal", [0.5, 0.5]), ({"negative": 3, "positive": 1}, [0.75, 0.25]), ("labelled", [0.9, 0.1])],
+)
+def test_a_prior_gives_the_texts_its_shares(folders, scores, prior, shares):
+    write_json({"negative": 90, "positive": 10}, folders.artifacts / "data" / "label_counts.json")
+    values, _ = built(folders, prior=prior)
+    assert np.allclose(values.mean(0), shares, atol=1e-5)
+    about = read_json(folders.metrics / "targets" / "set.json")["prior"]
+    assert list(about["shares"].values()) == pytest.approx(shares)
+    assert about["before"].keys() == about["shares"].keys()
+
+
+def test_an_estimated_prior_has_an_interval(folders, labelled):
+    values, _ = built(folders, teachers=BOTH, weights="learned", temperature="learned", prior="estimate")
+    about = read_json(folders.metrics / "targets" / "set.json")["prior"]
+    assert values.mean(0) == pytest.approx(list(about["shares"].values()), abs=1e-4)
+    assert all(about["low"][label] <= about["high"][label] for label in about["shares"])
+
+
+def test_labels_of_one_example_each_teach_nothing(folders, labelled, capsys):
+    for name in BOTH:
+        write_table(LABELLED.empty_table(), folders.artifacts / "labelled" / f"{name}.parquet")
+    values, _ = built(folders, teachers=BOTH, temperature="learned")
+    assert "one example of each" in capsys.readouterr().out
+    assert np.array_equal(values, built(folders, teachers=BOTH)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"weights": "learned", "temperature": 0.7}, "as sharp as the labels say"),
+        ({"prior": "estimate"}, "needs probabilities that labels have corrected"),
+        ({"prior": "uniform"}, "prior"),
+    ],
+)
+def test_what_cannot_work_is_refused(settings, fault):
+    with pytest.raises(ValueError, match=fault):
+        TargetParams.model_validate({"teachers": {"few": 1.0}, **settings})

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pipeline.targets.calibration import FLOOR, Combination, combination_of, learn_offsets, normalised
+from pipeline.targets.learning import Pool, equal_pool
 
 SCORES = arrays(np.float64, (3, 6, 2), elements=st.floats(-20, -0.01))
 
 
 def combination(offsets=None, weights=(0.5, 0.25, 0.25), average="probability", temperature=1.0, kind="batch_log"):
-    return Combination([kind] * 3, np.zeros((3, 2)) if offsets is None else offsets, np.array(weights), average, temperature)
+    pool = Pool(np.array([1 / temperature]), np.zeros(2 if offsets is None else offsets.shape[-1]))
+    return Combination([kind] * 3, np.zeros((3, 2)) if offsets is None else offsets, np.array(weights), average, [0, 0, 0], pool)
 
 
 @given(SCORES)
@@ -47,20 +49,20 @@ def test_a_shift_common_to_all_labels_changes_nothing(scores, shift):
 # --- batch calibration as in 2309.17249: arg max over labels of p(y | x) - mean of p(y | ·)
 
 
-def paper(scores, temperature=1.0):
+def paper(scores):
     """One context [N, L]: the paper's calibrated scores, as a distribution."""
     p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     calibrated = p - p.mean(0)
-    raised = np.maximum(calibrated + 1 / p.shape[-1], FLOOR) ** (1 / temperature)
+    raised = np.maximum(calibrated + 1 / p.shape[-1], FLOOR)
     return calibrated, raised / raised.sum(-1, keepdims=True)
 
 
-@given(arrays(np.float64, (3, 7, 4), elements=st.floats(-9, -0.01)), st.sampled_from([1.0, 0.7, 2.0]))
-def test_batch_subtracts_the_mean_probability(scores, temperature):
+@given(arrays(np.float64, (3, 7, 4), elements=st.floats(-9, -0.01)))
+def test_batch_subtracts_the_mean_probability(scores):
     offsets = np.stack([learn_offsets("batch", normalised(c), normalised(c)) for c in scores])
-    found = combination(offsets, temperature=temperature, kind="batch").each(scores)
+    found = combination(offsets, kind="batch").each(scores)
     for own, context in zip(found, scores, strict=True):
-        calibrated, distribution = paper(context, temperature)
+        calibrated, distribution = paper(context)
         assert np.allclose(own, distribution)
         ordered = np.sort(calibrated, -1)
         clear = ordered[:, -1] - ordered[:, -2] > 1e-6
@@ -101,7 +103,7 @@ def test_batch_log_subtracts_the_mean_log_probability():
     scores = normalised(np.random.default_rng(0).normal(size=(50, 3)) - np.array([0.0, 2.0, 1.0]))
     offsets = learn_offsets("batch_log", scores, scores[:1])
     naive = np.exp(scores - scores.mean(0))
-    found = Combination(["batch_log"], offsets[None], np.ones(1), "probability", 1.0).each(scores[None])[0]
+    found = Combination(["batch_log"], offsets[None], np.ones(1), "probability", [0], equal_pool(1, 3)).each(scores[None])[0]
     assert np.allclose(found, naive / naive.sum(-1, keepdims=True))
     assert offsets.mean() == pytest.approx(0)
 
@@ -120,9 +122,9 @@ def test_contexts_of_several_calibrations_are_each_calibrated_their_own_way():
     scores = np.log(np.random.default_rng(1).dirichlet([1, 1], size=(3, 5)))
     kinds = ["none", "batch", "batch_log"]
     offsets = np.stack([learn_offsets(kind, c, c) for kind, c in zip(kinds, scores, strict=True)])
-    each = Combination(kinds, offsets, np.ones(3) / 3, "probability", 1.0).each(scores)
+    each = Combination(kinds, offsets, np.ones(3) / 3, "probability", [0, 0, 0], equal_pool(1, 2)).each(scores)
     for number, kind in enumerate(kinds):
-        alone = Combination([kind], offsets[[number]], np.ones(1), "probability", 1.0).each(scores[[number]])
+        alone = Combination([kind], offsets[[number]], np.ones(1), "probability", [0], equal_pool(1, 2)).each(scores[[number]])
         assert np.array_equal(each[number], alone[0])
 
 
@@ -136,19 +138,28 @@ def test_temperature_sharpens_below_one(temperature, sharper):
 def test_a_combination_is_read_from_calibration_json_for_a_source():
     described = {
         "contexts": [
-            {"offsets": [0.25, -0.25], "weight": 0.75, "calibration": "batch_log"},
-            {"offsets": [0.1, -0.1], "weight": 0.25, "calibration": "batch"},
+            {"offsets": [0.25, -0.25], "weight": 0.75, "voter": 0, "calibration": "batch_log"},
+            {"offsets": [0.1, -0.1], "weight": 0.25, "voter": 1, "calibration": "batch"},
         ],
         "by_source": {"tweets": [[0.5, -0.5], [0.2, -0.2]]},
         "average": "log_probability",
-        "temperature": 0.7,
+        "scales": [0.5, 1.5],
+        "bias": [0.1, -0.1],
     }
     known, other = combination_of(described, "tweets"), combination_of(described, "amazon")
     assert known.offsets.tolist() == [[0.5, -0.5], [0.2, -0.2]]
     assert other.offsets.tolist() == [[0.25, -0.25], [0.1, -0.1]]
-    assert (known.kinds, known.weights.tolist(), known.average, known.temperature) == (
-        ["batch_log", "batch"],
-        [0.75, 0.25],
-        "log_probability",
-        0.7,
-    )
+    assert (known.kinds, known.weights.tolist(), known.average) == (["batch_log", "batch"], [0.75, 0.25], "log_probability")
+    assert (known.voters, known.pool.scales.tolist(), known.pool.bias.tolist()) == ([0, 1], [0.5, 1.5], [0.1, -0.1])
+    assert known.shares.tolist() == [0.25, 0.75]
+
+
+@given(SCORES)
+def test_voters_are_averaged_each_by_itself_and_pooled_by_their_scales(scores):
+    p = np.exp(normalised(scores))
+    first, second = (0.5 * p[0] + 0.25 * p[1]) / 0.75, p[2]
+    pool = Pool(np.array([1.5, 0.5]), np.array([0.3, -0.3]))
+    naive = first**1.5 * second**0.5 * np.exp([0.3, -0.3])
+    found = Combination(["none"] * 3, np.zeros((3, 2)), np.array([0.5, 0.25, 0.25]), "probability", [0, 0, 1], pool)
+    assert np.allclose(found.ensemble(scores), naive / naive.sum(-1, keepdims=True))
+    assert np.allclose(found.shares, [0.5, 0.25, 0.25])

@@ -37,6 +37,7 @@ class World:
         self.runtime = {"threads": 1}
         self.write_contexts(CONTEXTS)
         self.write_transfer(TEXTS)
+        self.write_labelled({})
 
     @property
     def output(self):
@@ -48,6 +49,11 @@ class World:
     def write_transfer(self, texts):
         rows = [example(text, line) for line, text in enumerate(texts, 1)]
         write_examples(rows, ["text"], self.folders.artifacts / "data" / "transfer.parquet")
+
+    def write_labelled(self, texts):
+        """Labelled examples; {text: label}."""
+        rows = [Example({"text": text}, label=label, source="s", line=line) for line, (text, label) in enumerate(texts.items(), 1)]
+        write_examples(rows, ["text"], self.folders.artifacts / "data" / "demonstrations.parquet")
 
     def params(self):
         free = "completion" in self.task

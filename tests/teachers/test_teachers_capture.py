@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pipeline.errors import ShotlessError, UsageError
 from pipeline.files import read_json, sha256_ids
 from pipeline.models.folders import load_model, weights_sha256
 from pipeline.params import TaskParams
-from pipeline.schema import NO_CONTEXT
+from pipeline.schema import LABELLED, NO_CONTEXT, read_table
 from pipeline.task import Task
 from pipeline.teachers import engines
 from pipeline.teachers import scorer as scorer_module
@@ -68,6 +69,30 @@ def test_every_row_is_what_the_full_prompt_gives(world, tokenizer):
         assert row["topk_logprobs"][0] == pytest.approx(top.values.tolist(), abs=1e-4)
         assert row["log_z"][0] == pytest.approx(float(logits.logsumexp(-1)), abs=1e-4)
         assert row["tail_mass"][0] == pytest.approx(1 - float(top.values.exp().sum()), abs=1e-4)
+
+
+def test_labelled_examples_are_answered_behind_contexts_without_those_of_their_fold(world, tokenizer):
+    shown = {"a warm film": "positive", "bored": "negative", "I loved it": "positive", "cold": "negative"}
+    world.write_labelled(shown | {"as it was": "mixed", "fair": "mixed"})
+    world.capture()
+    rows = read_table(world.folders.artifacts / "labelled" / "few.parquet", LABELLED).to_pylist()
+    first, second = {"a warm film", "bored", "as it was"}, {"I loved it", "cold", "fair"}
+    assert sorted((row["context_id"], row["example_id"]) for row in rows) == sorted(
+        (context.context_id, example(text).example_id) for context in CONTEXTS for text in first | second
+    )
+    model, answers = load_model(world.model), {(row["context_id"], row["example_id"]): row["label_logprobs"] for row in rows}
+    for context in CONTEXTS:
+        for text in sorted(first | second):
+            fold = first if text in first else second
+            others = replace(context, demonstrations=tuple(pair for pair in context.demonstrations if pair[0]["text"] not in fold))
+            _, labels, _ = naive_row(model, tokenizer, others, text)
+            assert answers[context.context_id, example(text).example_id] == pytest.approx(labels, abs=1e-4)
+
+
+def test_labels_of_one_example_each_are_not_judged(world):
+    world.write_labelled({"a warm film": "positive", "bored": "negative", "as it was": "mixed"})
+    world.capture()
+    assert len(read_table(world.folders.artifacts / "labelled" / "few.parquet", LABELLED)) == 0
 
 
 def test_the_manifest_says_what_the_scores_belong_to(world, tokenizer):

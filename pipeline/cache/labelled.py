@@ -1,0 +1,27 @@
+"""Folds of the labelled examples: whoever answers an example of a fold has not seen the fold."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+HELD_OUT = "held_out.parquet"
+"""In a tuned model's folder: `schema.LABELLED` of models that were tuned as it was, each without a fold."""
+MOST_FOLDS = 4
+MOST_JUDGED = 256
+"""Labelled examples that are in a fold, about: enough to judge by, and each costs a teacher as much as an unlabelled text."""
+
+
+def folds_of(labels: Sequence[object]) -> list[list[int]]:
+    """Places of examples by fold, the first ones of each label in turn; `labels` has each example's own.
+
+    There are `MOST_FOLDS`, or as many as a label has examples; none if a label has only one, which then no one could have seen.
+    """
+    counts = Counter(labels)
+    folds = min(MOST_FOLDS, min(counts.values(), default=0))
+    if folds < 2:
+        return []
+    found, seen, most = [list[int]() for _ in range(folds)], Counter[object](), max(folds, MOST_JUDGED // len(counts))
+    for place, label in enumerate(labels):
+        if seen[label] < most:
+            found[seen[label] % folds].append(place)
+        seen[label] += 1
+    return found
