@@ -8,7 +8,7 @@ and precision of the rare label on these texts, log loss, expected calibration e
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -84,11 +84,12 @@ def figures(probabilities: list[list[float]], labels: list[str], task: Task, rar
     p /= p.sum(axis=1, keepdims=True)
     said = [task.labels[at] for at in p.argmax(-1)]
     right = np.array([one == other for one, other in zip(said, labels, strict=True)])
+    nothing = cast("Any", 0)  # scikit-learn's annotation has the strings alone
     shares = {
         "accuracy": right.mean(),
-        "macro_f1": f1_score(labels, said, average="macro", zero_division=0),
-        "recall": recall_score(labels, said, labels=[rare], average="macro", zero_division=0),
-        "precision": precision_score(labels, said, labels=[rare], average="macro", zero_division=0),
+        "macro_f1": f1_score(labels, said, average="macro", zero_division=nothing),
+        "recall": recall_score(labels, said, labels=[rare], average="macro", zero_division=nothing),
+        "precision": precision_score(labels, said, labels=[rare], average="macro", zero_division=nothing),
         "ece": expected_calibration_error(p.max(-1), right),
     }
     found = {key: round(100 * float(value), 1) for key, value in shares.items()}

@@ -2,7 +2,7 @@
 
 from pipeline.evaluation import free_text
 from pipeline.evaluation.cost import measure_method
-from pipeline.evaluation.metrics import detail, evaluate_predictions, membership, summary
+from pipeline.evaluation.metrics import before_temperature, detail, evaluate_predictions, membership, summary
 from pipeline.evaluation.predictions import answer, models_of, predict, read_sets
 from pipeline.files import Folders, write_json
 from pipeline.params import Params, pick
@@ -28,8 +28,10 @@ def evaluate(name: str, params: Params, folders: Folders) -> None:
     broken_down = {}
     if completion is None:
         labels, members = params.task.labels, {key: membership(examples) for key, examples in sets.items()}
-        result = evaluate_predictions(table, labels, **bootstrap)
-        broken_down = detail(table, labels, members, domains, **bootstrap)
+        temperatures = {model.run or "": model.temperature for model in models}
+        before = before_temperature(table, temperatures) if set(temperatures.values()) != {1.0} else None
+        result = evaluate_predictions(table, labels, **bootstrap, before=before)
+        broken_down = detail(table, labels, members, domains, **bootstrap, before=before)
         cost = measure_method(name, models, params, folders, next(iter(sets.values())))
         head["subject"] = cost["measured"]["subject"]
     else:

@@ -25,29 +25,61 @@ ECE_BINS = 15
 LENGTHS = ("short", "middle", "long")
 SUM_TOLERANCE = 1e-4  # of float32 probabilities
 DIGITS = 6
+RARE = 0.2  # share of a set under which a label is called rare
 ELEMENTS_A_BATCH = 8_000_000  # of the bootstrap's resampled array: 64 MB
 RIGHT = pl.col("predicted") == pl.col("label")
 
 
-def evaluate_predictions(table: pa.Table, labels: Sequence[str], *, resamples: int, seed: int) -> dict[str, Json]:
+def evaluate_predictions(
+    table: pa.Table, labels: Sequence[str], *, resamples: int, seed: int, before: pa.Table | None = None
+) -> dict[str, Json]:
     """Metrics of `schema.PREDICTIONS` rows for each evaluation set, in the table's order of sets.
 
-    Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece` and `predicted_shares`; if there
-    are several runs, also `contexts`, see `spread`. Shares are fractions with 6 digits. Raises CorruptError as `frames` and
-    `example_scores` do.
+    Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece`, `predicted_shares` and
+    `per_label`, see `label_metrics`; if there are several runs, also `contexts`, see `spread`; with the rows `before` their
+    temperature, also
+    their `uncorrected` log_loss and ece. Shares are fractions with 6 digits. Raises CorruptError as `frames` and `example_scores` do.
     """
-    found = {}
+    found, raw = {}, {} if before is None else frames(before, labels)
     for name, frame in frames(table, labels).items():
-        each = [_run_metrics(part, labels) for _, part in frame.group_by("run", maintain_order=True)]
-        mean = {key: float(np.mean([metrics[key] for metrics in each])) for key in each[0]}
+        runs = _runs(frame)
+        each, mean = _run_metrics(runs, labels)
         scores = example_scores(frame, name)["score"].to_numpy()
         shares = {label: (frame["predicted"] == label).sum() / frame.height for label in labels}
         head = {"n": len(scores), "accuracy": mean.pop("accuracy"), "ci95": mean_interval([scores], resamples=resamples, seed=seed)}
-        found[name] = {**head, **mean, "predicted_shares": shares, **spread([metrics["accuracy"] for metrics in each])}
+        found[name] = {
+            **head,
+            **mean,
+            "predicted_shares": shares,
+            "per_label": label_metrics(runs, labels),
+            **spread(each),
+        }
+        if name in raw:
+            mean = _run_metrics(_runs(raw[name]), labels)[1]
+            found[name]["uncorrected"] = {key: mean[key] for key in ("log_loss", "ece")}
     return rounded(found)
 
 
-def _run_metrics(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, float]:
+def before_temperature(table: pa.Table, temperatures: Mapping[str, float]) -> pa.Table:
+    """`schema.PREDICTIONS` rows of a student without the temperature T of their run: probabilities ∝ p^T."""
+    powers = np.array([temperatures[run] for run in table["run"].to_pylist()])
+    values = np.array(table["probabilities"].to_pylist(), dtype=np.float64) ** powers[:, None]
+    values = (values / values.sum(axis=1, keepdims=True)).astype(np.float32)
+    at = table.schema.get_field_index("probabilities")
+    return table.set_column(at, table.schema.field(at), pa.array(list(values), table.schema.field(at).type))
+
+
+def _runs(frame: pl.DataFrame) -> list[pl.DataFrame]:
+    return frame.partition_by("run", maintain_order=True)
+
+
+def _run_metrics(runs: Sequence[pl.DataFrame], labels: Sequence[str]) -> tuple[list[float], dict[str, float]]:
+    """The accuracy of each run, and the mean of each metric over the runs."""
+    each = [_metrics(run, labels) for run in runs]
+    return [own["accuracy"] for own in each], {key: float(np.mean([own[key] for own in each])) for key in each[0]}
+
+
+def _metrics(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, float]:
     from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
     gold, predicted, probabilities = frame["label"].to_list(), frame["predicted"].to_list(), probabilities_of(frame)
@@ -58,6 +90,27 @@ def _run_metrics(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, float]
         "log_loss": float(log_loss(gold, probabilities, labels=labels)),
         "brier": float(brier_score_loss(gold, probabilities, labels=labels, scale_by_half=cast("Any", True))),
         "ece": expected_calibration_error(probabilities.max(axis=1), right),
+    }
+
+
+def label_metrics(runs: Sequence[pl.DataFrame], labels: Sequence[str]) -> dict[str, Json]:
+    """Of each label `n` (examples), `precision`, `recall` and `f1`, and `average_precision` of its probability against the rest; means over
+    runs. A label that is never answered has precision 0; one without examples has `n` 0 and nothing else.
+    """
+    from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+
+    gold, each = np.array(runs[0]["label"].to_list()), []
+    for run in runs:
+        own, predicted = np.array(run["label"].to_list()), run["predicted"].to_list()
+        scores = precision_recall_fscore_support(own, predicted, labels=labels, zero_division=cast("Any", 0))[:3]
+        columns = zip(labels, probabilities_of(run).T, strict=True)
+        each.append([*scores, [average_precision_score(own == label, p) if (own == label).any() else 0.0 for label, p in columns]])
+    means = np.mean(each, axis=0).T.tolist()  # (labels, 4)
+    names = ("precision", "recall", "f1", "average_precision")
+    counts = [int((gold == label).sum()) for label in labels]
+    return {
+        label: {"n": count} | (dict(zip(names, own, strict=True)) if count else {})
+        for label, count, own in zip(labels, counts, means, strict=True)
     }
 
 
@@ -73,7 +126,9 @@ def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, f
     """A method in one flat row, for `dvc metrics`, with what its sets have; `domains[set]` is "in" or "out".
 
     `well_formed_in`, `well_formed_out`, `accuracy_in` and `accuracy_out` are means over the sets of a domain, `accuracy_lowest` is the
-    lowest of a set, `ece` and `log_loss` are means over all sets. Every set has the same weight.
+    lowest of a set, `ece`, `log_loss` and `macro_f1` are means over all sets. `rarest_recall` and
+    `rarest_average_precision` are those of the
+    rarest label, means over the sets of which it has less than `RARE`. Every set has the same weight.
     """
     row = {
         f"{what}_{domain}": [own[what] for name, own in sets.items() if domains[name] == domain and what in own]
@@ -81,7 +136,13 @@ def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, f
         for domain in ("in", "out")
     }
     row["accuracy_lowest"] = sorted(own["accuracy"] for own in sets.values() if "accuracy" in own)[:1]
-    row |= {what: [own[what] for own in sets.values() if what in own] for what in ("ece", "log_loss")}
+    row |= {what: [own[what] for own in sets.values() if what in own] for what in ("ece", "log_loss", "macro_f1")}
+    rarest = [
+        min((own for own in one["per_label"].values() if own["n"]), key=lambda own: own["n"]) | {"of": one["n"]}
+        for one in sets.values()
+        if "per_label" in one
+    ]
+    row |= {f"rarest_{what}": [own[what] for own in rarest if own["n"] < RARE * own["of"]] for what in ("recall", "average_precision")}
     return rounded({key: float(np.mean(values)) for key, values in row.items() if values})
 
 
@@ -177,9 +238,18 @@ def probabilities_of(frame: pl.DataFrame) -> Floats:
     return values / values.sum(axis=1, keepdims=True)
 
 
-def detail(table: pa.Table, labels: Sequence[str], members: Scores, domains: Mapping[str, str], *, resamples: int, seed: int) -> Json:
+def detail(
+    table: pa.Table,
+    labels: Sequence[str],
+    members: Scores,
+    domains: Mapping[str, str],
+    *,
+    resamples: int,
+    seed: int,
+    before: pa.Table | None = None,
+) -> Json:
     """`sets` {set: `reliability` (see `binned`), `confusion` {gold: {predicted: rows}}} and `slices`, the key of `slice_rows` with `n`,
-    `accuracy`, `ci95` for each.
+    `accuracy`, `ci95` for each. With the rows `before` their temperature, sets have `uncorrected`, the reliability of these.
 
     `table` follows `schema.PREDICTIONS`; `members[set]` says which slices its examples belong to (`membership`), `domains[set]` is "in" or
     "out". Rows of several runs are pooled in bins and in the matrix; in slices an example's score is their mean.
@@ -187,19 +257,24 @@ def detail(table: pa.Table, labels: Sequence[str], members: Scores, domains: Map
     from sklearn.metrics import confusion_matrix
 
     by_set, sets = frames(table, labels), {}
+    raw = {} if before is None else frames(before, labels)
     for name, frame in by_set.items():
-        confidence, right = probabilities_of(frame).max(axis=1), frame.select(RIGHT).to_series().to_numpy()
         counts = confusion_matrix(frame["label"].to_list(), frame["predicted"].to_list(), labels=labels).tolist()
         sets[name] = {
-            "reliability": binned(confidence, ECE_BINS, {"confidence": confidence, "accuracy": right}),
+            "reliability": _reliability(frame),
             "confusion": {gold: dict(zip(labels, row, strict=True)) for gold, row in zip(labels, counts, strict=True)},
-        }
+        } | ({"uncorrected": _reliability(raw[name])} if name in raw else {})
     scores = {name: example_scores(frame, name) for name, frame in by_set.items()}
     slices = [
         {**key, "n": len(sample), "accuracy": float(sample.mean()), "ci95": mean_interval([sample], resamples=resamples, seed=seed)}
         for key, sample in slice_rows(scores, members, domains)
     ]
     return rounded({"sets": sets, "slices": slices})
+
+
+def _reliability(frame: pl.DataFrame) -> list[Json]:
+    confidence = probabilities_of(frame).max(axis=1)
+    return binned(confidence, ECE_BINS, {"confidence": confidence, "accuracy": frame.select(RIGHT).to_series().to_numpy()})
 
 
 def membership(examples: Sequence[Example]) -> pl.DataFrame:

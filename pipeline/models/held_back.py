@@ -5,7 +5,9 @@ training, with the targets that it would have learnt; `learnt.parquet` (`LEARNT`
 From these come the temperature of its probabilities, the least confidence at which a promise holds, and how strange a text is to it.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -137,13 +139,9 @@ def threshold(
 ) -> Threshold:
     """The threshold that answers most among those of which it is sure, to 95 %, that a share `promise` of the answers is right.
 
-    `confidence`, `right` and `distances` are of N texts, drawn as those that will be asked; one that `novelty` finds strange is
-    not answered. Tried are the surest 5 %, 10 %, … 100 % of them, each by
-    its Clopper-Pearson bound: k answers with m misses are enough if P(Binomial(k, 1 - promise) ≤ m) ≤ α. The parts lie in each other, so α
-    is not divided by 20, as Bonferroni would: it is the largest at which misses at a rate of 1 - promise pass any of the tests with a
-    chance of 5 %, see `_chance`. A fixed sequence of tests (2110.01052) needs no correction, but a chance miss among the surest ends it:
-    it answered nothing twice to ten times as often in simulations. All this holds if surer answers are right no less often. Raises
-    UsageError that says what could be promised if no part is enough.
+    `confidence`, `right` and `distances` are of N texts, drawn as those that will be asked; one that `novelty` finds strange is not
+    answered. Tried are the surest 5 %, 10 %, … 100 % of the others, each by `allowed_misses`. Raises UsageError that says what could be
+    promised if no part is enough.
     """
     count = len(confidence)
     if novelty is not None and distances is not None:
@@ -153,49 +151,55 @@ def threshold(
     lasts = confidence[order[np.ceil(np.arange(1, TRIED + 1) / TRIED * len(order)).astype(int) - 1]]
     sizes = np.unique(np.searchsorted(-confidence[order], -lasts, side="right"))  # with all that tie with the last
     misses = (~right[order]).cumsum()[sizes - 1]
-    enough = np.flatnonzero(misses <= _allowed(sizes, promise))
+    enough = np.flatnonzero(misses <= allowed_misses(tuple(sizes.tolist()), promise))
     if not len(enough):
         raise UsageError(_refusal(sizes, misses, promise))
     most = sizes[enough[-1]]
     return Threshold(float(confidence[order[most - 1]]), float(most / count), novelty)
 
 
-def _allowed(sizes: npt.NDArray[np.int_], promise: float) -> npt.NDArray[np.int_]:
-    """The most misses among the first `sizes` texts that are enough, -1 for none."""
+@lru_cache(256)
+def allowed_misses(sizes: tuple[int, ...], promise: float) -> npt.NDArray[np.int_]:
+    """The most misses among the surest `sizes` texts with which it is sure that a share `promise` is right; -1: no number is.
+
+    k answers with m misses are enough by the Clopper-Pearson bound if P(Binomial(k, 1 - promise) ≤ m) ≤ α. The parts lie in each other, so
+    α is not 5 % divided by their number, as Bonferroni's would be: it is the largest at which misses at a rate of 1 - promise pass any of
+    the tests with a chance of 5 %, up to rounding. That holds for all of them at once if surer answers are right no less often. A fixed
+    sequence of tests (2110.01052) would need no correction, but a chance miss among the surest ends it.
+    """
+    parts = np.array(sizes)
 
     def at(alpha: float) -> npt.NDArray[np.int_]:
-        most = binom.ppf(alpha, sizes, 1 - promise)
-        return (most - (binom.cdf(most, sizes, 1 - promise) > alpha)).astype(int)
+        most = binom.ppf(alpha, parts, 1 - promise)
+        return (most - (binom.cdf(most, parts, 1 - promise) > alpha)).astype(int)
+
+    def chance(allowed: npt.NDArray[np.int_]) -> float:
+        few, before, passed, misses = np.arange(allowed.max() + 2), 0, 0.0, np.ones(1)  # misses: of each number, if no test was passed
+        for size, most in zip(sizes, allowed, strict=True):
+            misses = np.convolve(misses, binom.pmf(few, size - before, 1 - promise))[: len(few)]
+            passed, before = passed + float(misses[: most + 1].sum()), size
+            misses[: most + 1] = 0.0
+        return passed
 
     low, high = DOUBT / len(sizes), DOUBT
-    if _chance(sizes, at(high), promise) <= DOUBT:
+    if chance(at(high)) <= DOUBT:
         return at(high)
     for _ in range(15):
         middle = (low + high) / 2
-        low, high = (middle, high) if _chance(sizes, at(middle), promise) <= DOUBT else (low, middle)
+        low, high = (middle, high) if chance(at(middle)) <= DOUBT else (low, middle)
     return at(low)
-
-
-def _chance(sizes: npt.NDArray[np.int_], allowed: npt.NDArray[np.int_], promise: float) -> float:
-    """The chance that misses at a rate of 1 - `promise` are at most `allowed` at any of the sizes."""
-    few, before, passed, misses = np.arange(allowed.max() + 1), 0, 0.0, np.ones(1)  # misses: of each number, if no test was passed so far
-    for size, most in zip(sizes, allowed, strict=True):
-        misses = np.convolve(misses, binom.pmf(few, size - before, 1 - promise))[: len(few)]
-        passed, before = passed + float(misses[: most + 1].sum()), size
-        misses[: most + 1] = 0.0
-    return passed
 
 
 def _refusal(sizes: npt.NDArray[np.int_], misses: npt.NDArray[np.int_], promise: float) -> str:
     """Why a promise cannot be given, the best that can, and how many texts it would take if these shares of misses stay."""
-    found = f"{promise:.1%} cannot be promised from {sizes[-1]:,} texts"
-    kept = [best for best in np.arange(np.floor(promise * 200) / 200, 0, -0.005) if (misses <= _allowed(sizes, best)).any()]
-    can = f"{kept[0]:.1%} can" if kept else "nothing can"
-    for scale in 1.1 ** np.arange(100):
-        if (binom.cdf(misses * scale, np.floor(sizes * scale), 1 - promise) <= DOUBT / TRIED).any():
-            need = f"it takes about {sizes[-1] * scale:,.0f} if they are answered alike"
-            break
-    else:
-        need = f"more would not help: even of the surest {sizes[0]:,} {misses[0]:,} are missed"
-    least = int(np.ceil(np.log(DOUBT) / np.log(promise)))
-    return f"{found}: {can}; {need}, and never fewer than {least:,}."
+    parts, lower = tuple(sizes.tolist()), range(1, int(np.ceil(promise * 200)))  # in half percent
+    best = bisect_left(lower, True, key=lambda half: bool((misses > allowed_misses(parts, half / 200)).all())) / 200
+    enough = (
+        scale for scale in 1.1 ** np.arange(100) if (binom.cdf(misses * scale, sizes * scale // 1, 1 - promise) <= DOUBT / TRIED).any()
+    )
+    more = f"more texts would not help, of the surest {sizes[0]:,} it misses {misses[0]:,}"
+    if scale := next(enough, None):
+        more = f"it takes about {sizes[-1] * scale:,.0f} texts that are answered alike"
+    can = f"{best:.1%} can" if best else "nothing can"
+    least = f"never fewer than {np.ceil(np.log(DOUBT) / np.log(promise)):,.0f}"
+    return f"{promise:.1%} cannot be promised from {sizes[-1]:,} texts, {can}; {more}, and {least}."

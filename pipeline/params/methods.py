@@ -217,6 +217,9 @@ class StudentParams(TuningParams):
     """What the cross-entropy is on: the demonstrations' gold labels, or the targets' most probable label."""
     ce_batch_size: PositiveInt | None = None
     """Demonstrations a step for the cross-entropy on their gold labels; null: a quarter of `batch_size`, at least one."""
+    class_weight: Literal["balanced"] | None = None
+    """`balanced`: each text's loss over the labels counts 1 / (labels × share of texts with its most probable label), at most 10, so that
+    rare labels count as much as frequent ones; null: every text counts alike."""
     auxiliary: dict[str, AuxiliaryParams] = Field(default={})
     """Teacher → what is learnt of its cache too. The target set lists the teacher in `auxiliary_caches`, or it is that of `learn_from`."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1, strict=False)] | None = None
@@ -244,6 +247,10 @@ class StudentParams(TuningParams):
             raise ValueError(f"`held_back` is for students of a target set or a round, and learn_from is {self.learn_from}; leave it out")
         if self.temperature != 1.0 and not self.learn_from.startswith("teachers/"):
             raise ValueError(f"`temperature` is for distributions from a cache, and learn_from is {self.learn_from}; leave it out")
+        if self.class_weight and (self.learn_from.startswith("teachers/") or self.tuning == "contrastive"):
+            raise ValueError(
+                "`class_weight` is for losses over the labels; leave it out with `learn_from: teachers/…` or `tuning: contrastive`"
+            )
         if self.ce_target == "targets" and not (self.ce_weight and self.holds_back):
             raise ValueError("`ce_target: targets` needs a `ce_weight` and a target set to learn from")
         if self.auxiliary and self.learn_from.startswith("rounds/"):

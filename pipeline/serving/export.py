@@ -32,6 +32,7 @@ from pipeline.errors import CorruptError, ShotlessError, ThresholdError, UsageEr
 from pipeline.files import MANIFEST, check_manifest, sha256_json, write_manifest, write_text
 from pipeline.models.folders import context_limit, is_encoder, load_model
 from pipeline.models.forward import has_token_types
+from pipeline.models.held_back import HELD_BACK_FILE
 from pipeline.models.trained import Trained
 from pipeline.serving.files import read_items
 from pipeline.serving.measure import answered
@@ -194,6 +195,8 @@ def _write_onnx(student: Trained, folder: Path, int8: bool) -> dict[str, Any]:
     backend.no_padding()  # sentence encoders' own files pad each text to 128 tokens
     backend.no_truncation()
     backend.save(str(folder / TOKENIZER_FILE), pretty=False)
+    if HELD_BACK_FILE in student.manifest["files"]:
+        shutil.copyfile(student.folder / HELD_BACK_FILE, folder / HELD_BACK_FILE)
     kind = {"encoder": encoder, "inputs": names, "int8": int8}
     own = {**kind, "bos_token_id": tokenizer.bos_token_id, "context_limit": context_limit(student.folder)}
     about = {**student.manifest, "onnx": own}
@@ -295,7 +298,8 @@ def card(student: Trained, about: Mapping[str, Any], found: Mapping[str, Any]) -
     part = f"""## Loading it
 
 `shotless predict --student FOLDER`, `shotless serve` and `pipeline.serving.Predictor` take this folder, with `onnxruntime` and `tokenizers`
-and without torch. `{ONNX_FILE}`: {inputs} (int64, padded on the right) → `label_logprobs` of {labels}, in nats. \
+and without torch. `{ONNX_FILE}`: {inputs} (int64, padded on the right) → `label_logprobs` of {labels}, in nats; probabilities \
+are softmax(`label_logprobs` / {student.temperature:g}). \
 {"Its matrices are 8-bit integers." if about["int8"] else "Its weights are float32."}
 
 {figures(found)}

@@ -5,8 +5,9 @@ process. So a resumed run takes the same batches, and one more example does not 
 every step has the same size.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -15,6 +16,9 @@ from pipeline.errors import MismatchError, UsageError, choices
 from pipeline.files import read_json, sha256_json
 from pipeline.schema import NO_CONTEXT, TARGETS, Example, read_examples, read_table
 from pipeline.task import TaskTokens
+
+MOST_WEIGHT = 10.0
+"""Of a text whose label is rare: with a few texts of a label, a larger one would let each of them move the student alone."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class TargetRow(StudentRow):
     """A prompt and the probabilities of the sorted labels behind it. A gold label has all probability."""
 
     target: tuple[float, ...]
+    weight: float = 1.0  # of its loss
 
     @property
     def label(self) -> int:
@@ -119,6 +124,12 @@ def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
         found = f"example {other[0].example_id} has the label {other[0].label!r}"
         raise MismatchError(f"{file}: {found}, and the task has {choices(labels)}. Run `dvc repro prepare`.")
     return _rows(file, examples, [tuple(float(label == example.label) for label in labels) for example in examples], tokens)
+
+
+def balanced(rows: Sequence[TargetRow]) -> list[TargetRow]:
+    """The rows with the weight 1 / (L · share of rows with their most probable label), at most `MOST_WEIGHT`."""
+    counts = Counter(row.label for row in rows)
+    return [replace(row, weight=min(MOST_WEIGHT, len(rows) / (len(row.target) * counts[row.label]))) for row in rows]
 
 
 def target_set(folder: Path, texts: Sequence[Example], tokens: TaskTokens) -> list[TargetRow]:

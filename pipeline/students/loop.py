@@ -110,7 +110,7 @@ def answers(model: PreTrainedModel, completions: Completions, rows: Sequence[Tar
     """
     forward, order = StudentForward(model, completions, rows), sorted(range(len(rows)), key=lambda number: rows[number].tokens)
     try:
-        found = [forward.answers([rows[number] for number in numbers]) for [numbers] in micro_batches([order], size)]
+        found = [forward.answers(piece) for [piece] in micro_batches([[rows[number] for number in order]], size)]
     finally:
         forward.detach()
     places = np.argsort(order)

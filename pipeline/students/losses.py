@@ -52,7 +52,7 @@ def divergence_terms(divergence: Divergence, log_p: Tensor, log_q: Tensor, p: Te
 def objective(
     terms: Sequence[LabelTerm], batches: Sequence[Sequence[TargetRow]], log_probabilities: Tensor, sizes: Sequence[int]
 ) -> Tensor:
-    """Σ weight × mean loss of each term, nats. `log_probabilities` [B, L] has the terms' batches one after the other.
+    """Σ weight × mean of the rows' weighted losses for each term, nats. `log_probabilities` [B, L] has a batch of each term, in turn.
 
     `sizes` are the terms' rows in the whole step, of which `batches` may be a piece: the values of all pieces add up to the step's.
     """
@@ -61,12 +61,13 @@ def objective(
     for term, batch, part, size in zip(terms, batches, parts, sizes, strict=True):
         if not batch:
             continue
+        weights = torch.tensor([row.weight for row in batch], device=part.device)
         loss = of_labels = functional.nll_loss(part, torch.tensor([row.label for row in batch], device=part.device), reduction="none")
         if term.label_weight:
-            total = total + term.label_weight * (of_labels.sum() / size)
+            total = total + term.label_weight * ((weights * of_labels).sum() / size)
         if term.loss != "cross_entropy":
             loss = label_divergence(term.loss, targets_of(batch, part), part)
-        total = total + term.weight * (loss.sum() / size)
+        total = total + term.weight * ((weights * loss).sum() / size)
     return total
 
 

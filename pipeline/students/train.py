@@ -32,7 +32,7 @@ from pipeline.progress import rate
 from pipeline.schema import LABELLED, read_examples, write_table
 from pipeline.students.auxiliary import CacheTerm, TeacherCache
 from pipeline.students.checkpoint import Checkpoint
-from pipeline.students.data import AnyRow, LabelTerm, StudentRow, TargetRow, demonstrations, split, target_set
+from pipeline.students.data import AnyRow, LabelTerm, StudentRow, TargetRow, balanced, demonstrations, split, target_set
 from pipeline.students.loop import Outcome, Validation, answers, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
@@ -86,7 +86,7 @@ class _Job:
     def _learn_demonstrations(self, weight: float, batch_size: int) -> None:
         """Add the cross-entropy on the demonstrations' labels."""
         file = self.folders.artifacts / DEMONSTRATIONS_FILE
-        self.label_terms.append(LabelTerm("cross_entropy", weight, batch_size, demonstrations(file, self.tokens)))
+        self.label_terms.append(LabelTerm("cross_entropy", weight, batch_size, self._weighted(demonstrations(file, self.tokens))))
         self.sources["demonstrations"] = sha256_file(file)
 
     def _learn_texts(self) -> None:
@@ -103,7 +103,7 @@ class _Job:
             rows = self._without_validation(rows)
             loss = "cross_entropy" if student.loss == "hard" else student.loss
             of_labels = student.ce_weight if student.ce_target == "targets" else 0.0
-            self.label_terms.append(LabelTerm(loss, 1.0, student.batch_size, rows, of_labels))
+            self.label_terms.append(LabelTerm(loss, 1.0, student.batch_size, self._weighted(rows), of_labels))
         else:
             assert student.loss != "hard", "params were checked"
             cache = self._cache("cache", source, student.temperature)
@@ -130,6 +130,9 @@ class _Job:
         held, learnt = split(rows, "validation_fraction", self.student.validation_fraction)
         self.validation = Validation(held, self.student.evaluate_every, self.student.patience)
         return learnt
+
+    def _weighted(self, rows: list[TargetRow]) -> list[TargetRow]:
+        return balanced(rows) if self.student.class_weight == "balanced" else rows
 
     def _cache(self, name: str, folder: Path, temperature: float) -> TeacherCache:
         self.sources[name] = sha256_json(cache_manifest(folder))

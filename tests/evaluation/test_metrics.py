@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError
-from pipeline.evaluation.metrics import evaluate_predictions, expected_calibration_error, mean_accuracy, summary
+from pipeline.evaluation.metrics import before_temperature, evaluate_predictions, expected_calibration_error, mean_accuracy, summary
 from pipeline.schema import PREDICTIONS
 
 LABELS = ("negative", "neutral", "positive")
@@ -178,3 +178,42 @@ def test_the_summary_s_means_are_unweighted_over_the_sets_of_a_domain() -> None:
     assert all(isinstance(value, float) for value in row.values()), "dvc metrics shows numbers at the top level alone"
     assert "accuracy_in" not in summary(SUMMED, dict.fromkeys(SUMMED, "out"))
     assert summary({"movie": {"well_formed": 0.5, "n": 4}}, {"movie": "in"}) == {"well_formed_in": 0.5}
+
+
+def test_metrics_of_each_label_follow_their_definitions():
+    rows = random_rows(3, n=60, contexts=2, sets=("in",))
+    rows = [row for row in rows if row["label"] != "positive" or row["example_id"][-1] in "02"]  # a rare label
+    found = evaluate(rows)
+    for label, own in found["in"]["per_label"].items():
+        naive: list[list[float]] = []
+        for run in ("c0", "c1"):
+            part = [row for row in rows if row["run"] == run]
+            is_it = [row["label"] == label for row in part]
+            hits = sum(row["predicted"] == label for row, its in zip(part, is_it, strict=True) if its)
+            precision, recall = hits / sum(row["predicted"] == label for row in part), hits / sum(is_it)
+            order = sorted(range(len(part)), key=lambda i: -part[i]["probabilities"][LABELS.index(label)])
+            ranks = [rank for rank, i in enumerate(order, 1) if is_it[i]]
+            average = sum(found / rank for found, rank in enumerate(ranks, 1)) / len(ranks)
+            naive.append([precision, recall, 2 * precision * recall / (precision + recall), average])
+        assert own["n"] == sum(is_it)
+        assert [own[key] for key in ("precision", "recall", "f1", "average_precision")] == pytest.approx(np.mean(naive, axis=0), abs=1e-6)
+    rare, row = found["in"]["per_label"]["positive"], summary(found, {"in": "in"})
+    assert rare["n"] < 0.2 * found["in"]["n"]
+    assert (row["rarest_recall"], row["rarest_average_precision"]) == (rare["recall"], rare["average_precision"])
+    assert row["macro_f1"] == found["in"]["macro_f1"]
+    assert "rarest_recall" not in summary(evaluate(random_rows(3)), {"in": "in", "out": "out"})
+
+
+def test_uncorrected_metrics_are_those_of_the_probabilities_before_each_run_s_temperature():
+    cold, raw = {"c0": 0.4, "c1": 1.7}, random_rows(5, contexts=2)
+    rows = []
+    for row in raw:
+        powers = np.array(row["probabilities"]) ** (1 / cold[row["run"]])
+        rows.append(row | {"probabilities": (powers / powers.sum()).tolist()})
+    table, labels = predictions(rows), {"labels": LABELS, "resamples": 20, "seed": 0}
+    before, found = evaluate(raw), evaluate_predictions(table, **labels, before=before_temperature(table, cold))
+    for name, own in found.items():
+        assert own["uncorrected"] == pytest.approx({key: before[name][key] for key in ("log_loss", "ece")}, abs=2e-6)
+        assert own["log_loss"] != pytest.approx(own["uncorrected"]["log_loss"], abs=1e-3)
+        assert own["accuracy"] == before[name]["accuracy"]
+    assert "uncorrected" not in evaluate(rows)["in"]

@@ -15,7 +15,7 @@ from pipeline.files import sha256_json
 from pipeline.models.folders import cut_layers, load_model
 from pipeline.params import TuningParams
 from pipeline.students.checkpoint import Checkpoint, Reached
-from pipeline.students.data import Batches, LabelTerm, TargetRow, micro_batches, split
+from pipeline.students.data import Batches, LabelTerm, TargetRow, balanced, micro_batches, split
 from pipeline.students.loop import SmallVocabulary, StudentForward, Validation, train
 from pipeline.students.losses import label_divergence, objective
 from pipeline.students.tuning import adamw, apply_tuning, learning_rate, trained_weights
@@ -315,6 +315,17 @@ def test_hard_labels_are_the_targets_argmax(tiny_model):
     terms = [LabelTerm("cross_entropy", 1.0, 4, chosen) for chosen in (rows, hard)]
     one, two = (train(tiny_model("llama"), SINGLE, [term], tuning(), title="t").reached.losses for term in terms)
     assert one == two
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy"])
+def test_balanced_classes_are_the_mean_over_labels_of_the_mean_loss_of_each(loss):
+    rows = [TargetRow(str(n), (1,), (0.7, 0.3) if n < 6 else (0.2, 0.8)) for n in range(8)]
+    log_p = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    term = LabelTerm(loss, 1.0, 8, balanced(rows))
+    each = [float(objective([LabelTerm(loss, 1.0, 1, [row])], [[row]], own[None], [1])) for row, own in zip(rows, log_p, strict=True)]
+    assert float(objective([term], [term.rows], log_p, [8])) == pytest.approx((sum(each[:6]) / 6 + sum(each[6:]) / 2) / 2)
+    rare = balanced([TargetRow(str(n), (1,), (float(n > 0), float(n == 0))) for n in range(200)])
+    assert [rare[0].weight, rare[1].weight] == [10.0, pytest.approx(200 / 2 / 199)]
 
 
 def test_the_objective_is_the_weighted_sum_of_means():
