@@ -2,9 +2,9 @@
 
     python -m benchmarks.review ENCODER_FOLDER TASK_FOLDER … [--draws 10 11 12]
 
-A task's folder has pool.jsonl and test.jsonl (`text`, `label`). The learner is logistic regression on an encoder's embeddings, with 8 labels
-a class at first; voters are five such learners on bootstrap draws of these labels, and itself. It is then given 16 more of 1,000 texts:
-those that `pipeline.review.choose` chooses, or random ones (the mean of ten draws). Suspects: of 16 labels a class 10 % are flipped, and
+A task's folder has pool.jsonl and test.jsonl (`text`, `label`). The learner is logistic regression on an encoder's embeddings, with 8
+labels a class at first; voters are five such learners on bootstrap draws of these labels, and itself. It is then given 16 more of 1,000
+texts: those that `pipeline.review.choose` chooses, or random ones (the mean of ten draws). Suspects: of 16 labels a class 10 % are flipped, and
 voters answer those of a fold that they did not learn.
 """
 
@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 from pipeline.cache.labelled import folds_of
 from pipeline.review import choose, suspects
 
-PER_LABEL, MORE, TEXTS, VOTERS, RANDOM, FLIPPED, MOST_ROWS = 8, 16, 1000, 5, 10, 0.1, 2500
+PER_LABEL, MORE, TEXTS, VOTERS, RANDOM, FLIPPED, MOST_ROWS = 8, 16, 1000, 5, 10, 0.1, 1500
 
 
 @torch.inference_mode()
