@@ -30,7 +30,7 @@ SPLITS = 200
 
 
 def main(
-    train: Annotated[bool, typer.Option(help="Train both students first.")] = False,  # noqa: FBT002
+    train: Annotated[bool, typer.Option(help="Train both students first.")] = False,
     teacher: Annotated[str, typer.Option(help="The baseline that agreement is counted with.")] = "teacher",
 ) -> None:
     """Print three tables."""
