@@ -4,8 +4,8 @@
 
 A task's folder has pool.jsonl and test.jsonl (`text`, `label`). The learner is logistic regression on an encoder's embeddings, with 8
 labels a class at first; voters are five such learners on bootstrap draws of these labels, and itself. It is then given 16 more of 1,000
-texts: those that `pipeline.review.choose` chooses, or random ones (the mean of ten draws). Suspects: of 16 labels a class 10 % are flipped, and
-voters answer those of a fold that they did not learn.
+texts: those that `pipeline.review.choose` chooses, or random ones (the mean of ten draws). Suspects: of 16 labels a class 10 % are flipped,
+and voters answer those of a fold that they did not learn.
 """
 
 import argparse
