@@ -1,4 +1,4 @@
-"""`python -m benchmarks.promise`: does a threshold keep its promise? Run where students `cd` and `movie` were trained.
+"""`python -m benchmarks.promise`: does a threshold keep its promise? Run in a project after its targets and its teacher's evaluation.
 
 First on held-back answers of the students: 200 random halves, temperature and threshold from one, agreement in the other. Such a half is
 small, so a promise counts as broken if fewer of its answers agree than promised; the other half's own chance is in that number. Then on
@@ -6,29 +6,37 @@ simulated texts, where the true agreement is known. Then on the evaluation sets:
 gate and without, against the teacher's predictions there. `movie` learnt of `cd`'s texts those of one source, so the others are shifted.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import typer
 from scipy.special import expit, softmax
 
 from pipeline.errors import UsageError
 from pipeline.files import Folders
-from pipeline.models.held_back import HELD_BACK, HELD_BACK_FILE, fit_temperature, threshold
-from pipeline.params import load_params
-from pipeline.schema import PREDICTIONS, read_examples, read_table
+from pipeline.models.held_back import HELD_BACK, HELD_BACK_FILE, agreeing, fit_temperature, threshold
+from pipeline.params import Params, load_params
+from pipeline.schema import PREDICTIONS, TARGETS, read_examples, read_table, write_table
 from pipeline.serving import Predictor
+from pipeline.students.train import train_student
 
 PROMISES = (0.85, 0.9, 0.95, 0.98)
 SPLITS = 200
 
 
-def main(students: Annotated[str, typer.Option(help="Separated by commas.")] = "cd,movie", teacher: str = "teacher") -> None:
+def main(
+    train: Annotated[bool, typer.Option(help="Train both students first.")] = False,
+    teacher: Annotated[str, typer.Option(help="The baseline that agreement is counted with.")] = "teacher",
+) -> None:
     """Print three tables."""
-    folders, params = Folders.here(), load_params()
-    names = students.split(",")
+    folders, params, names = Folders.here(), load_params(), ["cd", "movie"]
+    if train:
+        _train(params, folders)
     print(f"| {SPLITS} halves | promise | refused | answered | agree | broken |\n|---|---:|---:|---:|---:|---:|")
     for name in names:
         rows = read_table(folders.artifacts / "students" / name / HELD_BACK_FILE, HELD_BACK)
@@ -40,6 +48,18 @@ def main(students: Annotated[str, typer.Option(help="Separated by commas.")] = "
     said = {(row["set"], row["example_id"]): row["predicted"] for row in predictions}
     for name in names:
         _shifted(name, folders.artifacts, said, list(params.data.evaluation), params.task.fields)
+
+
+def _train(params: Params, folders: Folders) -> None:
+    mix, movie = (folders.artifacts / "targets" / name for name in (params.students["cd"].learn_from.partition("/")[2], "movie"))
+    shutil.copytree(mix, movie, dirs_exist_ok=True)
+    transfer = read_examples(folders.artifacts / "data" / "transfer.parquet", params.task.fields)
+    own, rows = pa.array([one.example_id for one in transfer if one.source == "movie"]), read_table(mix / "targets.parquet", TARGETS)
+    write_table(rows.filter(pc.is_in(rows["example_id"], own)), movie / "targets.parquet")
+    cd = params.students["cd"]
+    params = params.model_copy(update={"students": {"cd": cd, "movie": cd.model_copy(update={"learn_from": "targets/movie"})}})
+    for name in params.students:
+        train_student(name, params, folders)
 
 
 def _line(name: str, promise: float, found: list[tuple[float, float]], broken: list[bool]) -> None:
@@ -85,8 +105,6 @@ def _simulated() -> None:
 
 def _shifted(name: str, artifacts: Path, said: dict[tuple[str, str], str], sets: list[str], fields: tuple[str, ...]) -> None:
     predictor = Predictor(artifacts / "students" / name, keep_states=True)
-    from pipeline.models.held_back import agreeing
-
     for key in sets:
         examples = read_examples(artifacts / "data" / "evaluation" / f"{key}.parquet", fields)
         found = predictor.predict([example.fields for example in examples])

@@ -6,6 +6,7 @@ import os
 import typer
 
 from pipeline.commands.project import check, clean, doctor, init, run, verify
+from pipeline.commands.review import review
 from pipeline.commands.students import export, monitor, predict, serve
 from pipeline.errors import ending_with_a_message
 
@@ -17,7 +18,7 @@ def _about() -> None:
     """Turn a few-shot prompt into a small model."""
 
 
-for command in (init, check, run, doctor, clean, predict, serve, monitor, export, verify):
+for command in (init, check, run, doctor, clean, predict, serve, monitor, review, export, verify):
     commands.command()(command)
 
 

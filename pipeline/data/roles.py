@@ -7,7 +7,7 @@ since no one learns from them. Transfer set and pool are drawn from all texts of
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.data.examples import Quarantined, SourceExamples, shorten
@@ -50,14 +50,20 @@ def assign(data: DataParams, labels: Sequence[str], sources: Mapping[str, Source
         draw = _Draw(f"evaluation.{name}", sources[wanted.source], data, roles)
         roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
 
-    wanted = data.demonstrations
-    draw = _Draw("demonstrations", sources[wanted.source], data, roles)
-    if wanted.max_words is not None:
-        short = [example for example in draw.usable if len(text_of(example).split()) <= wanted.max_words]
-        draw.lost[f"longer than max_words ({wanted.max_words})"] = len(draw.usable) - len(short)
-        draw.usable = short
-    draw.seed = data.seed if wanted.seed is None else wanted.seed
-    roles.drawn[draw.role] = draw.balanced(labels, wanted.per_label)
+    wanted, demonstrations = data.demonstrations, list[Example]()
+    for source in (wanted.source, *wanted.extra_sources):
+        draw = _Draw("demonstrations", sources[source], data, roles)
+        if wanted.max_words is not None:
+            short = [example for example in draw.usable if len(text_of(example).split()) <= wanted.max_words]
+            draw.lost[f"longer than max_words ({wanted.max_words})"] = len(draw.usable) - len(short)
+            draw.usable = short
+        draw.seed = data.seed if wanted.seed is None else wanted.seed
+        if source == wanted.source:
+            drawn = draw.balanced(labels, wanted.per_label)
+        else:
+            drawn = draw.first([example for example in draw.usable if not labels or example.label], wanted.extra_sources[source])
+        demonstrations = draw.ranked({example.example_id: example for example in [*demonstrations, *drawn]}.values())
+    roles.drawn["demonstrations"] = demonstrations
 
     for role, entry in zip(UNLABELLED, (data.transfer, data.pool), strict=True):
         for source, limit in entry.limits.items() if entry is not None else ():
@@ -122,11 +128,11 @@ class _Draw:
                     "rows."
                 )
             drawn += found
-        return self._ranked(drawn)
+        return self.ranked(drawn)
 
     def first(self, examples: Sequence[Example], count: int | None) -> list[Example]:
         """The first `count` of `examples` by rank that are not near copies; all of them if None."""
-        ranked, drawn = self._ranked(examples), list[Example]()
+        ranked, drawn = self.ranked(examples), list[Example]()
         wanted = len(ranked) if count is None else count
         size = max(wanted, LEAST_DRAW)
         for start in range(0, len(ranked), size):
@@ -146,7 +152,8 @@ class _Draw:
         rows = f"{self.source.counts['rows']:,} rows"
         return (f" (of its {rows}: {', '.join(parts)})" if parts else f" (all of its {rows} are usable)") + self._shown
 
-    def _ranked(self, examples: Sequence[Example]) -> list[Example]:
+    def ranked(self, examples: Iterable[Example]) -> list[Example]:
+        """In the order in which they are drawn."""
         return sorted(examples, key=lambda example: sha256_text(f"{self.seed}\0{self.role}\0{example.example_id}"))
 
     def _keep_out(self, example: Example, copy: Copy) -> None:

@@ -37,8 +37,8 @@ def evaluate_predictions(
 
     Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece`, `predicted_shares` and
     `per_label`, see `label_metrics`; if there are several runs, also `contexts`, see `spread`; with the rows `before` their
-    temperature, also
-    their `uncorrected` log_loss and ece. Shares are fractions with 6 digits. Raises CorruptError as `frames` and `example_scores` do.
+    temperature, also their `uncorrected` log_loss and ece. Shares are fractions with 6 digits. Raises CorruptError as `frames` and
+    `example_scores` do.
     """
     found, raw = {}, {} if before is None else frames(before, labels)
     for name, frame in frames(table, labels).items():
@@ -127,8 +127,8 @@ def summary(sets: Mapping[str, Json], domains: Mapping[str, str]) -> dict[str, f
 
     `well_formed_in`, `well_formed_out`, `accuracy_in` and `accuracy_out` are means over the sets of a domain, `accuracy_lowest` is the
     lowest of a set, `ece`, `log_loss` and `macro_f1` are means over all sets. `rarest_recall` and
-    `rarest_average_precision` are those of the
-    rarest label, means over the sets of which it has less than `RARE`. Every set has the same weight.
+    `rarest_average_precision` are those of the rarest label, means over the sets of which it has less than `RARE`. Every set has the
+    same weight.
     """
     row = {
         f"{what}_{domain}": [own[what] for name, own in sets.items() if domains[name] == domain and what in own]

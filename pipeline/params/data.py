@@ -251,6 +251,9 @@ class DemonstrationParams(Frozen):
     """Longer examples are not drawn, so that contexts stay short."""
     seed: int | None = None
     """Of this draw alone; the evaluation sets stay the same. Null: `data.seed`."""
+    extra_sources: dict[str, PositiveInt | None] = Field(default={})
+    """Further labelled sources → examples to add (null: all), of any labels, as those of `shotless review`. Where one has a text that is
+    drawn, its label wins; a later one's over an earlier one's."""
 
 
 class TransferParams(Frozen):

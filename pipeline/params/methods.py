@@ -520,11 +520,14 @@ class Params(Frozen):
             yield from _known(f"data.{role}.source", source, sources)
             if source in sources and role not in unlabelled and sources[source].label is None and self.task.labels:
                 yield f"data.{role}: source {source!r} has no labels (`label: null`), and this role needs them"
-        for role, entry in unlabelled.items():
+        for role, entry in {"demonstrations": self.data.demonstrations, **unlabelled}.items():
             for source in entry.extra_sources:
                 yield from _known(f"data.{role}.extra_sources", source, sources)
                 if source == entry.source:
-                    yield f"data.{role}.extra_sources: {source!r} is data.{role}.source itself; set its `limit`"
+                    limit = "limit" if role in unlabelled else "per_label"
+                    yield f"data.{role}.extra_sources: {source!r} is data.{role}.source itself; set its `{limit}`"
+                if role not in unlabelled and source in sources and sources[source].label is None and self.task.labels:
+                    yield f"data.{role}.extra_sources: {source!r} has no labels (`label: null`), and this role needs them"
         for source in pool.limits if pool is not None else ():
             if transfer.limits.get(source, 0) is None:
                 yield f"data.pool: data.transfer takes all texts of {source!r}, and none is left; set a limit there"

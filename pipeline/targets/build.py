@@ -44,8 +44,8 @@ def build_targets(name: str, params: TargetParams, task: Task, folders: Folders)
             "voter": number if params.weights == "learned" else 0,
         }
         contexts += [about | {"name": context["name"], "context_id": context["context_id"]} for context in cache.manifest["contexts"]]
-        scores.append(_scores(teacher, cache.rows, cache.manifest["contexts"], ids))
-        free.extend(_scores(teacher, cache.rows, cache.manifest["contexts"], cache.manifest["content_free"]))
+        scores.append(scores_in_contexts(teacher, cache.rows, cache.manifest["contexts"], ids))
+        free.extend(scores_in_contexts(teacher, cache.rows, cache.manifest["contexts"], cache.manifest["content_free"]))
     raw = np.concatenate(scores)  # [C, N, L]
     combinations = _combinations(params, contexts, raw, free, sources)
     voters = _by_source(Combination.averaged, combinations, raw, sources)  # [V, N, L]
@@ -147,7 +147,7 @@ def _judged(task: Task, contexts: Sequence[Mapping[str, Any]], combinations: Map
         return None
     ids, gold = [example.example_id for example in examples], np.array([task.labels.index(str(example.label)) for example in examples])
     own = {teacher: [context for context in contexts if context["teacher"] == teacher] for teacher in tables}
-    scores = np.concatenate([_scores(teacher, table, own[teacher], ids) for teacher, table in tables.items()])
+    scores = np.concatenate([scores_in_contexts(teacher, table, own[teacher], ids) for teacher, table in tables.items()])
     return Judged(_by_source(Combination.averaged, combinations, scores, [example.source for example in examples]), gold)
 
 
@@ -191,7 +191,7 @@ def _figures(log_p: np.ndarray, gold: np.ndarray) -> dict[str, float]:
     return {"log_loss": round(log_loss(log_p, gold), DIGITS), "accuracy": round(float((log_p.argmax(-1) == gold).mean()), DIGITS)}
 
 
-def _scores(teacher: str, rows: pa.Table, contexts: Sequence[Mapping[str, Any]], examples: Sequence[str]) -> np.ndarray:
+def scores_in_contexts(teacher: str, rows: pa.Table, contexts: Sequence[Mapping[str, Any]], examples: Sequence[str]) -> np.ndarray:
     """Label log-probabilities of some examples in each of a teacher's contexts, [contexts, examples, L] float64."""
     keys = zip(rows["context_id"].to_pylist(), rows["example_id"].to_pylist(), strict=True)
     row_of = {key: row for row, key in enumerate(keys)}

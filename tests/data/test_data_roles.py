@@ -249,3 +249,20 @@ def test_a_source_of_near_copies_names_the_limit_and_shows_a_pair(unlike: Texts,
         assign(data(evaluation=ALL_OF_B), LABELS, {"a": pile, "b": source("b", held_out)})
     for part in ("8 near copies of evaluation.b", "of a.csv", "like line", "of source 'b'", "raise data.near_copy (0.7)"):
         assert part in str(error.value)
+
+
+def test_extra_sources_add_their_labels_to_the_demonstrations_and_win(
+    sources: dict[str, SourceExamples], source: Source, unlike: Texts
+) -> None:
+    before = assign(data(), LABELS, sources).drawn["demonstrations"]
+    corrected, added = before[0], unlike(4, seed=2)
+    other = LABELS[corrected.label == LABELS[0]]
+    texts = [corrected.fields["text"], *added]
+    reviewed = source("reviewed", texts, [other, "positive", "positive", "positive", None])
+    wanted = {"source": "a", "per_label": 3, "extra_sources": {"reviewed": None}}
+    roles = assign(data(demonstrations=wanted), LABELS, sources | {"reviewed": reviewed})
+    labels = {example.example_id: example.label for example in roles.drawn["demonstrations"]}
+    expected = {example.example_id: example.label for example in before} | {e.example_id: e.label for e in reviewed.examples[:4]}
+    assert labels == expected
+    assert labels[corrected.example_id] == other
+    assert not labels.keys() & set(ids(roles.drawn["transfer"]))

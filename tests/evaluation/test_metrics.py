@@ -205,7 +205,7 @@ def test_metrics_of_each_label_follow_their_definitions():
 
 
 def test_uncorrected_metrics_are_those_of_the_probabilities_before_each_run_s_temperature():
-    cold, raw = {"c0": 0.4, "c1": 1.7}, random_rows(5, contexts=2)
+    cold, raw = {"c0": 0.4, "c1": 0.6}, random_rows(5, contexts=2)
     rows = []
     for row in raw:
         powers = np.array(row["probabilities"]) ** (1 / cold[row["run"]])
