@@ -8,6 +8,7 @@ From these come the temperature of its probabilities, the least confidence at wh
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -106,14 +107,19 @@ def agreeing(student: Trained, promise: float) -> Threshold:
             f"{where} has no {HELD_BACK_FILE}, so how often it agrees with its teacher is not known. A student has that file which learnt "
             "from a target set or a round, with `held_back` above 0 and by this version. Train it so with `dvc repro`, or use --right."
         )
-    rows, novelty = read_table(student.folder / HELD_BACK_FILE, HELD_BACK), novelty_of(student)
-    scores, targets = (np.array(rows[name].to_pylist(), dtype=np.float64) for name in ("label_logprobs", "probabilities"))
-    confidence, agrees = softmax(scores / student.temperature, axis=-1).max(-1), scores.argmax(-1) == targets.argmax(-1)
+    confidence, agrees, distances = held_back_answers(student.folder, student.temperature)
     try:
-        return threshold(confidence, agrees, promise, novelty, rows["distance"].to_numpy())
+        return threshold(confidence, agrees, promise, novelty_of(student), distances)
     except UsageError as error:
         more = f"Ask for less, or raise the limits of data.transfer or students.{student.name}.held_back and run `dvc repro`."
         raise UsageError(f"{where} was compared with its teacher on texts held back from training. {error} {more}") from None
+
+
+def held_back_answers(folder: Path, temperature: float) -> tuple[Floats, npt.NDArray[np.bool_], Floats]:
+    """Of each of a student's N held-back texts: its confidence, whether it agrees with its teacher, how strange the text is."""
+    rows = read_table(folder / HELD_BACK_FILE, HELD_BACK)
+    scores, targets = (np.array(rows[name].to_pylist(), dtype=np.float64) for name in ("label_logprobs", "probabilities"))
+    return softmax(scores / temperature, axis=-1).max(-1), scores.argmax(-1) == targets.argmax(-1), rows["distance"].to_numpy()
 
 
 def learnt_ids(student: Trained) -> set[str]:

@@ -11,11 +11,12 @@ from html import escape
 from typing import Any
 
 import altair as alt
+import numpy as np
 import polars as pl
 import vl_convert
 from markupsafe import Markup
 
-from pipeline.report.collect import DOMAINS, Collected, Json, domains_of, sets_of
+from pipeline.report.collect import DOMAINS, Collected, Json, domains_of, sets_of, surest_first
 from pipeline.report.prose import milliseconds, percent, scaled
 
 WIDTH, ROW = 150, 21  # pixels: width of a chart with names beside it, and height of its rows
@@ -77,25 +78,65 @@ def curve(found: Collected, student: str) -> Markup:
 
 
 def reliability(found: Collected, method: str) -> Markup:
-    """Accuracy by confidence in bins, a line for each domain; the sets of a domain are pooled."""
-    rows, lowest, sets = list[Json](), 100 / len(found.params.task.labels), found.of("detail", method)["sets"]
-    for domain in domains_of(found.document):
-        bins = pl.DataFrame([entry for where in sets_of(found.document, domain) for entry in sets[where]["reliability"]])
-        means = [(pl.col(key) * pl.col("n")).sum() / pl.col("n").sum() * 100 for key in ("confidence", "accuracy")]
-        rows += bins.group_by("low").agg(*means, pl.col("n").sum(), pl.lit(domain).alias("domain")).sort("low").to_dicts()
+    """Accuracy by confidence in bins, a line for each domain, a dotted one for a student before its temperature; sets are pooled."""
+    lowest, rows, before = 100 / len(found.params.task.labels), _bins(found, method, "reliability"), _bins(found, method, "uncorrected")
     x, y = _share(alt.X, "confidence", lowest, "confidence, %"), _share(alt.Y, "accuracy", 0, "right, %")
     color, shape = _two("domain", ["in", "out"])
     size = alt.Size("n:Q", scale=alt.Scale(type="sqrt", range=[18, 170], domain=[1, max(row["n"] for row in rows)]), legend=None)
     ideal = alt.Chart(_data([{"confidence": value, "accuracy": value} for value in (lowest, 100)]))
     base = alt.Chart(_data(rows)).encode(x=x, y=y, color=color)
-    chart = alt.layer(
+    layers = [
         ideal.mark_line(stroke=RULE, strokeDash=[4, 3]).encode(x=x, y=y),
         base.mark_line(strokeWidth=1.5, opacity=0.6),
         base.mark_point(filled=True, opacity=0.9).encode(shape=shape, size=size),
-    ).properties(width=190, height=190)
+    ]
+    if before:
+        layers.append(alt.Chart(_data(before)).mark_line(strokeWidth=1.5, strokeDash=[1, 3]).encode(x=x, y=y, color=color))
+    chart = alt.layer(*layers).properties(width=190, height=190)
     each = "{}, confidence {:.0f} %: {:.0f} % right of {:,}"
     spoken = "; ".join(each.format(DOMAINS[row["domain"]].lower(), row["confidence"], row["accuracy"], row["n"]) for row in rows)
     return _svg(chart, f"Reliability of {method}: {spoken}")
+
+
+def _bins(found: Collected, method: str, kind: str) -> list[Json]:
+    """The bins of metrics/detail, each domain's sets pooled, in percent; none if the sets have none of this kind."""
+    rows, sets = list[Json](), found.of("detail", method)["sets"]
+    for domain in domains_of(found.document):
+        if entries := [entry for where in sets_of(found.document, domain) for entry in sets[where].get(kind, ())]:
+            means = [(pl.col(key) * pl.col("n")).sum() / pl.col("n").sum() * 100 for key in ("confidence", "accuracy")]
+            bins = pl.DataFrame(entries).group_by("low").agg(*means, pl.col("n").sum(), pl.lit(domain).alias("domain"))
+            rows += bins.sort("low").to_dicts()
+    return rows
+
+
+def answered(found: Collected, student: str) -> Markup:
+    """What the surest answers of a student are worth, by their share: agreement with the reference, and how many are right (dotted).
+
+    A line for each domain, its sets pooled. Marks: what the thresholds of `predict --agree` reach, see `collect.thresholds`.
+    """
+    rows, marks = list[Json](), list[Json]()
+    for domain in domains_of(found.document):
+        surest = surest_first(found, student, domain)
+        places = np.unique(np.linspace(len(surest) / 20, len(surest), CURVE_POINTS).round().astype(int))
+        for what in ("agrees", "right"):
+            means = surest[what].cum_sum() / np.arange(1, len(surest) + 1)
+            rows += [{"domain": domain, "what": what, "share": 100 * n / len(surest), "value": 100 * means[int(n) - 1]} for n in places]
+        for promise, least in found.thresholds[student].items():
+            kept = surest.filter(pl.col("confidence") >= least)
+            if len(kept):
+                reached = {"share": 100 * len(kept) / len(surest), "value": 100 * kept["agrees"].mean(), "promise": promise}
+                marks.append({"domain": domain, "right": 100 * kept["right"].mean(), **reached})
+    low = min(row["value"] for row in rows) // 5 * 5
+    x, y = _share(alt.X, "share", 0, "answered, %"), _share(alt.Y, "value", low, "agrees, %")
+    color, shape = _two("domain", ["in", "out"])
+    dash = alt.StrokeDash("what:N", scale=alt.Scale(domain=["agrees", "right"], range=[[1, 0], [2, 3]]), legend=None)
+    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=color)
+    layers = [base.mark_line(strokeWidth=1.5).encode(strokeDash=dash)]
+    if marks:
+        layers.append(alt.Chart(_data(marks)).mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=color, shape=shape))
+    each = "{}, promised {:.0%}: {:.1f} % answered, of these {:.1f} % agree and {:.1f} % are right"
+    said = [each.format(DOMAINS[m["domain"]].lower(), m["promise"], m["share"], m["value"], m["right"]) for m in marks]
+    return _svg(alt.layer(*layers).properties(width=190, height=190), f"Answered share of {student}: {'; '.join(said)}")
 
 
 COSTS: dict[str, tuple[str, tuple[str, ...], Callable[[float], str]]] = {

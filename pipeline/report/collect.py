@@ -5,23 +5,27 @@ predictions: the page names it and the stage that writes it.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from pipeline.errors import UsageError, choices
-from pipeline.evaluation.metrics import Json, mean_accuracy
-from pipeline.files import Folders, read_json
+from pipeline.evaluation.metrics import RIGHT, Json, mean_accuracy
+from pipeline.files import MANIFEST, Folders, read_json
+from pipeline.models.held_back import HELD_BACK_FILE, STRANGEST, held_back_answers, threshold
 from pipeline.params import Params
 from pipeline.schema import ANSWERS, PREDICTIONS, read_examples, read_table
 
 DOMAINS = {"in": "In domain", "out": "Out of domain"}
 TIMES = ("metrics/cost", "metrics/runtime")
 MOST_QUARANTINED = 5
+PROMISES = (0.95, 0.98, 0.99)  # of `predict --agree`, that the page shows
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Collected:
     files: dict[str, Any]  # path from the project → what `_read` returns, for every file that is not a table
     missing: dict[str, str]  # file of times that does not exist, or is of another model → the stage that writes it
     predictions: dict[str, pl.DataFrame]  # method → its rows, as `schema.PREDICTIONS` or `schema.ANSWERS`
+    thresholds: dict[str, dict[float, float]]  # student → `PROMISES` that it can keep → the least confidence that is answered
     texts: dict[str, dict[str, str]]  # evaluation set → example_id → its input fields, joined by " / "
 
     def of(self, kind: str, name: str) -> Json:
@@ -64,7 +69,30 @@ def collect(params: Params, folders: Folders) -> Collected:
     for where in params.data.evaluation:
         examples = read_examples(paths[f"artifacts/data/evaluation/{where}.parquet"], params.task.fields)
         texts[where] = {example.example_id: " / ".join(example.fields.values()) for example in examples}
-    return Collected(params, _document(params, files, predictions), files, missing, predictions, texts)
+    thresholds = {name: _thresholds(folders.artifacts / "students" / name) for name in params.students}
+    return Collected(params, _document(params, files, predictions), files, missing, predictions, thresholds, texts)
+
+
+def _thresholds(folder: Path) -> dict[float, float]:
+    """Of each of `PROMISES` that a student can keep, by its held-back texts, the least confidence that is answered."""
+    manifest, found = read_json(folder / MANIFEST), dict[float, float]()
+    if HELD_BACK_FILE not in manifest["files"]:
+        return found
+    confidence, agrees, distances = held_back_answers(folder, manifest["temperature"])
+    known = distances <= np.quantile(distances, STRANGEST)
+    for promise in PROMISES:
+        with suppress(UsageError):  # it cannot keep this one, and the page says so
+            found[promise] = threshold(confidence[known], agrees[known], promise).confidence
+    return found
+
+
+def surest_first(found: Collected, student: str, domain: str) -> pl.DataFrame:
+    """A student's answers to a domain's sets, the surest first: `confidence`, `agrees` (with the reference) and `right`. First runs."""
+    ours, theirs = (found.predictions[name].unique(["set", "example_id"], keep="first") for name in (student, found.document["reference"]))
+    rows = ours.join(theirs, on=["set", "example_id"], suffix="_reference").filter(pl.col("set").is_in(sets_of(found.document, domain)))
+    agrees = pl.col("predicted") == pl.col("predicted_reference")
+    rows = rows.select("set", "example_id", confidence=pl.col("probabilities").list.max(), agrees=agrees, right=RIGHT)
+    return rows.sort("confidence", "set", "example_id", descending=[True, False, False])
 
 
 def _stages(params: Params) -> dict[str, str]:

@@ -20,11 +20,12 @@ from rich.text import Text
 from pipeline.errors import UsageError
 from pipeline.files import read_json
 from pipeline.params import Params
-from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
+from pipeline.report.collect import DOMAINS, PROMISES, Collected, Json, comparison, domains_of, ranked, sets_of, surest_first
 from pipeline.report.prose import DASH, about, most_answered, number, p_value, percent, plural, points, span
 
 MOST_LABELS, MOST_CONFUSIONS, MOST_SLICES, COMPARED = 12, 20, 40, 3
 """What is shown at most: labels of a confusion matrix, else confusions; slices of each dimension; students side by side (the best ones)."""
+UNEVEN = 0.4  # least share of either of two labels whose shares are alike
 Counts = npt.NDArray[np.int64]
 
 
@@ -173,7 +174,10 @@ def calibration(found: Collected) -> Table:
     for name, method in document["methods"].items():
         row: Row = [f"`{name}`"]
         for members in (sets_of(document, domain) for domain in domains):
-            row += [number(scale * fmean(method["sets"][one][key] for one in members), digits) for key, scale, digits in keys.values()]
+            for key, scale, digits in keys.values():
+                now, raw = ([entry[key] for one in members if key in (entry := own(method["sets"][one]))] for own in (dict, _uncorrected))
+                before = f"before {number(scale * fmean(raw), digits)}" if raw else ""
+                row.append(Cell(number(scale * fmean(now), digits), before))
             row.append(number(fmean(compare[name][one]["kl_nats"] for one in members), 3) if name in compare else DASH)
         label, where, share = most_answered(method)
         rows.append([*row, Cell(f"{percent(share, 0)} %", f"{label}, {where}")])
@@ -181,6 +185,27 @@ def calibration(found: Collected) -> Table:
     groups = [("", 1), *((DOMAINS[domain], len(keys) + 1) for domain in domains), ("Balance", 1)]
     columns = ["Method", *[*keys, "KL, nats"] * len(domains), "most frequent answer"]
     return Table("calibration-table", caption, columns, {"": rows}, groups)
+
+
+def _uncorrected(entry: Json) -> Json:
+    return entry.get("uncorrected", {})
+
+
+def answered(found: Collected) -> Table | None:
+    """What students answer with `--agree`, by domain; None if none held texts back."""
+    bodies, domains = dict[str, list[Row]](), domains_of(found.document)
+    for name in ranked(found.document, "student") if any(found.thresholds.values()) else ():
+        for promise in PROMISES:
+            row: Row = [f"{promise:.0%}"]
+            for domain in domains:
+                surest, least = surest_first(found, name, domain), found.thresholds[name].get(promise, math.inf)
+                kept = surest.filter(surest["confidence"] >= least)
+                row.append(percent(len(kept) / len(surest)))
+                row += [percent(float(kept[what].cast(float).mean() or 0)) if len(kept) else DASH for what in ("agrees", "right")]
+            bodies.setdefault(name, []).append(row)
+    caption = f"Thresholds are from held-back texts; agreement here is with {found.document['reference']}. Strange texts are not left out."
+    columns = ["Promised agreement", *["answered, %", "agrees, %", "right, %"] * len(domains)]
+    return Table("answered", caption, columns, bodies, [("", 1), *((DOMAINS[one], 3) for one in domains)]) if bodies else None
 
 
 def confusion(found: Collected) -> Table | None:
@@ -216,13 +241,13 @@ def confusions(found: Collected) -> Table | None:
 def classes(found: Collected) -> Table | None:
     """Precision, recall and F1 of each label, of the best student and the reference; first the labels that most examples are missed of.
 
-    The sets of a domain are pooled. None if there are two labels, of which the confusion says it all.
+    The sets of a domain are pooled. None if there are two labels of like shares, of which the confusion says it all.
     """
     labels, methods, bodies = found.params.task.labels, _judged(found), dict[str, list[Row]]()
-    if len(labels) == 2:
+    pooled = {domain: np.stack([_matrix(found, name, domain) for name in methods]) for domain in domains_of(found.document)}
+    if len(labels) == 2 and all(gold.min() >= UNEVEN * gold.sum() for gold in (counts[0].sum(axis=1) for counts in pooled.values())):
         return None
-    for domain in domains_of(found.document):
-        counts = np.stack([_matrix(found, name, domain) for name in methods])
+    for domain, counts in pooled.items():
         right, gold, said = counts.diagonal(axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
         scores = np.stack([right / said.clip(1), right / gold.clip(1), 2 * right / (said + gold).clip(1)], axis=-1)  # (methods, labels, 3)
         missed, extra = (gold - right)[0], (said - right)[0]

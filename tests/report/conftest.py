@@ -14,8 +14,9 @@ from ruamel.yaml import YAML
 
 from pipeline.evaluation.compare import compare_methods
 from pipeline.evaluation.free_text import judge
-from pipeline.evaluation.metrics import detail, evaluate_predictions, membership
+from pipeline.evaluation.metrics import before_temperature, detail, evaluate_predictions, membership
 from pipeline.files import Folders, sha256_text, write_json
+from pipeline.models.held_back import HELD_BACK, HELD_BACK_FILE
 from pipeline.params import Params, parse_params
 from pipeline.report.collect import Collected, collect
 from pipeline.report.page import build_report
@@ -104,9 +105,10 @@ def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
         write_table(table, path)
         about = {"method": method, "subject": sha256_text(method)}
         if params.task.completion is None:
-            judged = evaluate_predictions(table, params.task.labels, **settings)
+            before = before_temperature(table, dict.fromkeys(table["run"].to_pylist(), 0.5)) if method == "cd" else None
+            judged = evaluate_predictions(table, params.task.labels, **settings, before=before)
             members = {name: membership(rows) for name, rows in sets.items()}
-            broken_down = detail(table, params.task.labels, members, domains, **settings)
+            broken_down = detail(table, params.task.labels, members, domains, **settings, before=before)
             write_json(cost(params, method), folders.metrics / "cost" / f"{method}.json")
         else:
             judged, broken_down = judge(table, params.task.completion.form, **settings), {}
@@ -190,7 +192,17 @@ def _write_rest(params: Params, folders: Folders) -> None:
         (metrics / "curves").mkdir(exist_ok=True)
         lines = [f"{step},{1 / step:.6f}" for step in range(1, student.steps + 1)]
         (metrics / "curves" / f"{name}.csv").write_text("\n".join(["step,loss", *lines]) + "\n", encoding="utf-8")
-        write_json({"files": {"model.safetensors": {"sha256": "ab" * 32, "bytes": 9}}}, artifacts / "students" / name / "manifest.json")
+        kept = {"model.safetensors": {"sha256": "ab" * 32, "bytes": 9}}
+        if name == "cd" and params.task.completion is None:  # its held-back texts: it agrees in all but the least sure
+            sure = np.linspace(0.98, 0.5, 1000)
+            rest = (1 - sure) / (len(labels) - 1)
+            scores = [np.log([p, *[r] * (len(labels) - 1)]) for p, r in zip(sure, rest, strict=True)]
+            target = np.eye(len(labels))[[0] * 900 + [1] * 100]
+            ids, columns = [f"{n}" for n in range(1000)], [scores, list(target), np.linspace(0, 1, 1000)]
+            held = pa.table([ids, *(pa.array(own, kind) for own, kind in zip(columns, HELD_BACK.types[1:], strict=True))], schema=HELD_BACK)
+            write_table(held, artifacts / "students" / name / HELD_BACK_FILE)
+            kept[HELD_BACK_FILE] = {"sha256": "cd" * 32, "bytes": 9}
+        write_json({"files": kept, "temperature": 1.0}, artifacts / "students" / name / "manifest.json")
         write_json(_risk(params, name) if params.task.completion is None else {"student": name}, metrics / "risk" / f"{name}.json")
     source = {"rows": 10605, "quarantined": {"empty": 2}, "left_out_by_label_rule": 5310, "exact_repeats_removed": 12}
     source |= {"conflicting_labels_removed": 2, "examples": 5278}

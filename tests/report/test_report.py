@@ -324,6 +324,35 @@ def test_reliability_pools_the_sets_of_a_domain(found):
     assert drawn == expected
 
 
+def test_a_student_s_bins_before_its_temperature_are_drawn_and_its_errors_stand_below_the_corrected_ones(root, found):
+    table = tables.calibration(found)
+    cell = next(row for row in table.bodies[""] if row[0] == "`cd`")[1]
+    before = [
+        entry["uncorrected"]["ece"]
+        for name, entry in found.of("eval", "cd")["sets"].items()
+        if found.document["sets"][name]["domain"] == "in"
+    ]
+    assert table.columns[1] == "ECE, %"
+    assert cell.note == f"before {100 * np.mean(before):.1f}"
+    drawn = [str(charts.reliability(found, name)).count('stroke-dasharray="1,3"') for name in ("cd", "pbft")]
+    assert drawn == [2, 0]  # a line for each domain
+
+
+def test_the_answered_share_is_that_of_answers_as_sure_as_the_threshold(root, found):
+    ours, theirs = (found.predictions[name].filter(pl.col("set") == "tweets") for name in ("cd", "teacher"))
+    rows = tables.answered(found).bodies["cd"]
+    assert [row[0] for row in rows] == ["95%", "98%", "99%"]
+    for promise, row in zip((0.95, 0.98, 0.99), rows, strict=True):
+        said = {row["example_id"]: row["predicted"] for row in theirs.to_dicts()}
+        kept = [own for own in ours.to_dicts() if max(own["probabilities"]) >= found.thresholds["cd"][promise]]
+        agree = [own["predicted"] == said[own["example_id"]] for own in kept]
+        right = [own["predicted"] == own["label"] for own in kept]
+        assert row[4:7] == [f"{100 * share:.1f}" for share in (len(kept) / len(ours), np.mean(agree), np.mean(right))]
+    assert found.thresholds["pbft"] == {}
+    assert {cell for row in tables.answered(found).bodies["pbft"] for cell in row[1:]} == {"0.0", "–"}
+    assert "promised 95%: " + rows[0][4] + " % answered" in charts.answered(found, "cd")
+
+
 def test_a_comparison_reads_the_same_from_both_sides(found):
     row, turned = (comparison(found.document, *pair, "out") for pair in (("cd", "teacher"), ("teacher", "cd")))
     assert turned["difference"] == -row["difference"]
