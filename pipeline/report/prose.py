@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pipeline.params import Params, TargetParams
 from pipeline.report.collect import DOMAINS, Collected, Json, comparison, domains_of, ranked, sets_of
 
+FAR_SHARES = 0.1  # between the shares of labels that are assumed and those that are answered
 DASH = "–"
 ONE_LABEL_SHARE = 0.9  # a method that gives one label this often may hardly look at its input
 
@@ -110,6 +111,29 @@ def calibrated(target: TargetParams) -> str:
     within = " within each source" if target.calibrate_by == "source" else ""
     text = "not calibrated" if target.calibration == "none" else f"{target.calibration} calibration{within}"
     return text + "".join(f", {teacher}: {kind}" for teacher, kind in target.calibrations.items())
+
+
+def learnt_from_labels(found: Collected) -> list[str]:
+    """What labelled examples, and shares of labels, changed in each target set: a line for each."""
+
+    def worth(entry: Json) -> str:
+        return f"{entry['log_loss']:.2f} nats, {percent(entry['accuracy'], 0)} % right"
+
+    lines = []
+    for name in found.params.targets:
+        own = found.of("targets", name)
+        if judged := own.get("labelled"):
+            alone = [f"{teacher} {worth(entry)}" for teacher, entry in judged["teachers"].items()]
+            line = f"`{name}` learnt from {judged['rows']:,} labelled examples that its teachers had not seen. Log loss there"
+            line += f": {worth(judged['before'])} before; {worth(judged['after'])} after, on folds that the fit left out"
+            lines.append(line + "".join(f"; {one} alone" for one in alone) + ".")
+        if prior := own.get("prior"):
+            intervals = {label: f" ({percent(prior['low'][label])} to {percent(high)})" for label, high in prior.get("high", {}).items()}
+            shares = [f"{label} {percent(share)} %{intervals.get(label, '')}" for label, share in prior["shares"].items()]
+            far = max(abs(share - own["label_shares"][label]) for label, share in prior["shares"].items())
+            warning = "; the shares of its answers are far from that: look at its teachers, or at the shares" if far > FAR_SHARES else ""
+            lines.append(f"`{name}` takes for the labels’ shares ({prior['kind']}): {', '.join(shares)}{warning}.")
+    return lines
 
 
 def layers(found: Collected, student: str) -> str:

@@ -179,7 +179,19 @@ def _write_rest(params: Params, folders: Folders) -> None:
     }
     for name, target in params.targets.items():
         teachers = {teacher: {"weight": 1.0, "contexts": {"orders/0": change}} for teacher in target.teachers}
-        write_json({"rows": 1200, "teachers": teachers, "agreement": 0.82}, metrics / "targets" / f"{name}.json")
+        found: dict[str, Any] = {
+            "rows": 1200,
+            "teachers": teachers,
+            "agreement": 0.82,
+            "scale": 1.43,
+            "label_shares": dict.fromkeys(labels, 0.5),
+        }
+        if target.weights == "learned":
+            before, after = {"log_loss": 0.61, "accuracy": 0.75}, {"log_loss": 0.42, "accuracy": 0.875}
+            found["labelled"] = {"rows": 16, "before": before, "after": after, "teachers": dict.fromkeys(target.teachers, before)}
+            shares = dict(zip(labels, (0.9, 0.1), strict=False))
+            found["prior"] = {"kind": "estimate", "shares": shares, "low": shares, "high": shares}
+        write_json(found, metrics / "targets" / f"{name}.json")
     for teacher in params.teachers:
         kept = {"rows": 4800, "bytes_per_row": 241.5, "retained_mass": 0.991, "kl_to_live_nats": 0.0012, "scored_again": 32}
         write_json(kept, metrics / "fidelity" / f"{teacher}.json")

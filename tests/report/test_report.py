@@ -542,3 +542,10 @@ def test_numbers_read_well():
     assert [prose.milliseconds(x) for x in (4.84, 31.2, 1049.9, None)] == ["4.8", "31", "1,050", "–"]
     assert [prose.p_value(x) for x in (None, 0.0004, 0.25)] == ["–", "under 0.001", "0.250"]
     assert [prose.listed(names) for names in ([], ["a"], ["a", "b", "c"])] == ["–", "`a`", "`a`, `b` and `c`"]
+
+
+def test_the_page_says_what_labels_and_shares_changed(page):
+    text = " ".join(re.sub(r"<[^>]+>", "", page).split())
+    assert "learnt from 16 labelled examples that its teachers had not seen" in text
+    assert "0.61 nats, 75 % right before; 0.42 nats, 88 % right after" in text
+    assert "negative 90.0 % (90.0 to 90.0), positive 10.0 % (10.0 to 10.0); the shares of its answers are far from that" in text
