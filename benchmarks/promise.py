@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import typer
 from scipy.special import expit, softmax
 
@@ -54,8 +52,8 @@ def _train(params: Params, folders: Folders) -> None:
     mix, movie = (folders.artifacts / "targets" / name for name in (params.students["cd"].learn_from.partition("/")[2], "movie"))
     shutil.copytree(mix, movie, dirs_exist_ok=True)
     transfer = read_examples(folders.artifacts / "data" / "transfer.parquet", params.task.fields)
-    own, rows = pa.array([one.example_id for one in transfer if one.source == "movie"]), read_table(mix / "targets.parquet", TARGETS)
-    write_table(rows.filter(pc.is_in(rows["example_id"], own)), movie / "targets.parquet")
+    own, rows = {one.example_id for one in transfer if one.source == "movie"}, read_table(mix / "targets.parquet", TARGETS)
+    write_table(rows.filter([one in own for one in rows["example_id"].to_pylist()]), movie / "targets.parquet")
     cd = params.students["cd"]
     params = params.model_copy(update={"students": {"cd": cd, "movie": cd.model_copy(update={"learn_from": "targets/movie"})}})
     for name in params.students:
