@@ -194,16 +194,16 @@ def _uncorrected(entry: Json) -> Json:
 def answered(found: Collected) -> Table | None:
     """What students answer with `--agree`, by domain; None if none held texts back."""
     bodies, domains = dict[str, list[Row]](), domains_of(found.document)
-    for name in ranked(found.document, "student") if any(found.thresholds.values()) else ():
+    for name in (name for name in ranked(found.document, "student") if found.thresholds[name]):
         for promise in PROMISES:
             row: Row = [f"{promise:.0%}"]
             for domain in domains:
                 surest, least = surest_first(found, name, domain), found.thresholds[name].get(promise, math.inf)
                 kept = surest.filter(surest["confidence"] >= least)
-                row.append(percent(len(kept) / len(surest)))
+                row.append(percent(len(kept) / len(surest)) if promise in found.thresholds[name] else DASH)
                 row += [percent(float(kept[what].cast(float).mean() or 0)) if len(kept) else DASH for what in ("agrees", "right")]
             bodies.setdefault(name, []).append(row)
-    caption = f"Thresholds are from held-back texts; agreement here is with {found.document['reference']}. Strange texts are not left out."
+    caption = f"Thresholds are from held-back texts; agreement here is with {found.document['reference']}. A dash: not to be promised."
     columns = ["Promised agreement", *["answered, %", "agrees, %", "right, %"] * len(domains)]
     return Table("answered", caption, columns, bodies, [("", 1), *((DOMAINS[one], 3) for one in domains)]) if bodies else None
 

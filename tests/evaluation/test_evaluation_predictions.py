@@ -148,7 +148,7 @@ def test_the_stage_writes_predictions_and_metrics_of_them(world, no_cost, name, 
     assert metrics["sets"] == evaluate_predictions(table, world.labels, resamples=50, seed=3)
     assert [entry["n"] for entry in metrics["sets"].values()] == [4, 3]
     assert ("contexts" in metrics["sets"]["near"]) == (name != "teacher")
-    assert world.metric("summary", name).keys() == {"accuracy_in", "accuracy_lowest", "ece", "log_loss"}
+    assert world.metric("summary", name).keys() == {"accuracy_in", "accuracy_lowest", "ece", "log_loss", "macro_f1"}
     assert {entry["dimension"] for entry in detail["slices"]} == {"domain", "label", "length"}
     files = ("artifacts/predictions", "metrics/eval", "metrics/summary", "metrics/detail")
     before = {file: next((world.root / file).iterdir()).read_bytes() for file in files}
