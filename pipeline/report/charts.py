@@ -124,8 +124,12 @@ def answered(found: Collected, student: str) -> Markup:
         for promise, least in found.thresholds[student].items():
             kept = surest.filter(pl.col("confidence") >= least)
             if len(kept):
-                reached = {"share": 100 * len(kept) / len(surest), "value": 100 * kept["agrees"].mean(), "promise": promise}
-                marks.append({"domain": domain, "right": 100 * kept["right"].mean(), **reached})
+                reached = {
+                    "share": 100 * len(kept) / len(surest),
+                    "value": 100 * float(kept["agrees"].to_numpy().mean()),
+                    "promise": promise,
+                }
+                marks.append({"domain": domain, "right": 100 * float(kept["right"].to_numpy().mean()), **reached})
     low = min(row["value"] for row in rows) // 5 * 5
     x, y = _share(alt.X, "share", 0, "answered, %"), _share(alt.Y, "value", low, "agrees, %")
     color, shape = _two("domain", ["in", "out"])
