@@ -203,7 +203,9 @@ def answered(found: Collected) -> Table | None:
                 row.append(percent(len(kept) / len(surest)) if promise in found.thresholds[name] else DASH)
                 row += [percent(float(kept[what].to_numpy().mean())) if len(kept) else DASH for what in ("agrees", "right")]
             bodies.setdefault(name, []).append(row)
-    caption = f"Thresholds are from held-back texts; agreement here is with {found.document['reference']}. A dash: not to be promised. Strange texts are not left out."
+    caption = (
+        f"Thresholds are from held-back texts, agreement is with {found.document['reference']}. Strange texts count. {DASH}: no promise."
+    )
     columns = ["Promised agreement", *["answered, %", "agrees, %", "right, %"] * len(domains)]
     return Table("answered", caption, columns, bodies, [("", 1), *((DOMAINS[one], 3) for one in domains)]) if bodies else None
 
