@@ -107,10 +107,11 @@ def test_the_student_answers_alike_in_plain_transformers(workspace):
     texts = pl.read_parquet(workspace / "artifacts" / "data" / "evaluation" / "movie.parquet")
     predictions = pl.read_parquet(workspace / "artifacts" / "predictions" / "cd.parquet").filter(pl.col("set") == "movie")
     labels = [tokenizer(text).input_ids[0] for text in (" negative", " positive")]
+    temperature = json.loads((folder / "manifest.json").read_text("utf-8"))["temperature"]
     for row in texts.join(predictions, on="example_id").head(4).iter_rows(named=True):
         prompt = tokenizer(f"Review: {row['text']}\nSentiment:", return_tensors="pt")
         with torch.inference_mode():
-            probabilities = torch.softmax(model(**prompt).logits[0, -1, labels], -1)
+            probabilities = torch.softmax(model(**prompt).logits[0, -1, labels] / temperature, -1)
         assert probabilities.tolist() == pytest.approx(row["probabilities"], abs=1e-4)
 
 

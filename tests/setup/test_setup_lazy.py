@@ -18,4 +18,4 @@ def test_the_commands_are_those_of_the_documents_and_nothing_else():
     from pipeline.cli import commands
 
     names = {command.name or command.callback.__name__ for command in commands.registered_commands if not command.hidden}
-    assert names == {"init", "check", "run", "doctor", "clean", "predict", "serve", "monitor", "export", "verify"}
+    assert names == {"init", "check", "run", "doctor", "clean", "predict", "serve", "monitor", "export", "review", "verify"}

@@ -47,6 +47,7 @@ PARAMS: dict[str, Any] = {
 INSIDE = {
     "artifacts/data": [
         "demonstrations.parquet",
+        "label_counts.json",
         "transfer.parquet",
         "pool.parquet",
         "contexts/orders.parquet",
