@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-HELD_OUT = "held_out.parquet"
+LABELLED_FILE = "labelled.parquet"
 """In a tuned model's folder: `schema.LABELLED` of models that were tuned as it was, each without a fold."""
 MOST_FOLDS = 4
 MOST_JUDGED = 256

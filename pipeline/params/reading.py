@@ -27,7 +27,7 @@ from pipeline.params.methods import Params
 
 RESOLVED = Path("artifacts/params.json")
 VERSIONS = {
-    "models": ("torch", "transformers", "tokenizers", "jinja2", "peft", "gguf", "scikit-learn"),
+    "models": ("torch", "transformers", "tokenizers", "jinja2", "peft", "gguf", "scipy", "scikit-learn"),
     "tables": ("numpy", "polars", "pyarrow", "scipy", "scikit-learn"),
     "charts": ("altair", "vl-convert-python"),
 }

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.errors import UsageError
+from pipeline.errors import ShotlessError, UsageError
 from pipeline.evaluation.predictions import read_calibration, teachers_of
 from pipeline.files import Folders
 from pipeline.params import CacheParams, Params, pick
@@ -71,7 +71,7 @@ class Fallback:
         try:
             scores = [scorer.label_scores(contexts, examples, "") for scorer, contexts in self._asked]
             found = list(self._combination.ensemble(np.concatenate(scores)))
-        except Exception as error:  # a teacher costs its answer, not the service  # noqa: BLE001
+        except (ShotlessError, OSError, RuntimeError) as error:  # a teacher costs its answer, not the service (torch: RuntimeError)
             if isinstance(error, UsageError) and len(examples) > 1:  # a text that cannot be asked costs no other one its answer
                 return [shares for example in examples for shares in self._ask([example])]
             if not self.counts["failed"]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline import files
 from pipeline.cache.folder import CACHES, cache_manifest
-from pipeline.cache.labelled import HELD_OUT, folds_of
+from pipeline.cache.labelled import LABELLED_FILE, folds_of
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import Folders, sha256_file, sha256_json
 from pipeline.models import folders as models
@@ -54,7 +54,7 @@ def train_student(name: str, params: Params, folders: Folders, processes: Proces
 def tune_teacher(name: str, params: Params, folders: Folders) -> None:
     """Fine-tune a teacher's model on the demonstrations' labels, with no layer cut.
 
-    Writes artifacts/tuned/NAME, with `HELD_OUT` in it, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and
+    Writes artifacts/tuned/NAME, with `LABELLED_FILE` in it, metrics/train/tuned-NAME.json, metrics/curves/tuned-NAME.csv and
     metrics/runtime/tuned-NAME.json.
     """
     tuned = StudentParams(**dict(pick("tuned", params.tuned, name)), learn_from=DEMONSTRATIONS_FILE)
@@ -226,14 +226,14 @@ class _Job:
             model.config._name_or_path = ""
             models.save_model(model, models.load_tokenizer(self.base), output)
             if self.kind == "tuned":
-                write_table(self._held_out(entry), output / HELD_OUT)
+                write_table(self._answer_labelled(entry), output / LABELLED_FILE)
             names = [path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()]
             about = about | {"counts": counts, **choice, "trains": outcome.tuning.trains, "forward": outcome.forward}
             files.write_manifest(output, about, [name for name in names if not name.startswith("seeds/") and name != "README.md"])
         last = reached.losses[-max(1, steps // 10) :]
         return outcome, counts | choice | {"final_loss": _significant(math.fsum(last) / len(last))}
 
-    def _held_out(self, entry: StudentParams) -> pa.Table:
+    def _answer_labelled(self, entry: StudentParams) -> pa.Table:
         """`schema.LABELLED` without a context: each fold of the labelled examples is answered by a model that was tuned without it."""
         [term], rows = self.label_terms, list[dict[str, Any]]()
         for number, places in enumerate(folds_of([row.label for row in term.rows]), 1):

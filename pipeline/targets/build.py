@@ -18,7 +18,17 @@ from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.params import TargetParams
 from pipeline.schema import LABELLED, TARGETS, read_examples, read_table, write_table
 from pipeline.targets.calibration import Combination, learn_offsets, normalised
-from pipeline.targets.learning import Judged, Pool, equal_pool, estimated_shares, held_out, learn_pool, log_loss, share_intervals, shift_to
+from pipeline.targets.learning import (
+    Judged,
+    Pool,
+    cross_validated,
+    equal_pool,
+    estimated_shares,
+    learn_pool,
+    log_loss,
+    share_intervals,
+    shift_to,
+)
 from pipeline.task import Task
 
 DIGITS = 6
@@ -158,11 +168,11 @@ def _pool(params: TargetParams, task: Task, voters: np.ndarray, judged: Judged |
         pool = replace(pool, scales=pool.scales / params.temperature)
     if judged is not None:
         before, pool = pool.log_probabilities(judged.voters), learn_pool(judged)
-        alone = zip(params.teachers, judged.voters, strict=False) if params.weights == "learned" else ()
+        alone = zip(params.teachers, judged.voters, strict=True) if params.weights == "learned" else ()
         measured["labelled"] = {
             "rows": len(judged.gold),
             "before": _figures(before, judged.gold),
-            "after": _figures(held_out(judged), judged.gold),
+            "after": _figures(cross_validated(judged), judged.gold),
             "teachers": {teacher: _figures(own, judged.gold) for teacher, own in alone},
         }
     elif params.is_learned:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.cache.distributions import Distributions, decode
 from pipeline.cache.fidelity import censored, fidelity
 from pipeline.cache.folder import described_task, write_cache
-from pipeline.cache.labelled import HELD_OUT, folds_of
+from pipeline.cache.labelled import LABELLED_FILE, folds_of
 from pipeline.cache.store import Store
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json, read_manifest, sha256_json, write_json
@@ -97,8 +97,8 @@ def _labelled(scorer: Scorer, contexts: Sequence[Context], folders: Folders) -> 
     """
     task, kind = scorer.tokens.task, scorer.model_folder.parent.name
     if kind == "tuned" and not any(context.demonstrations for context in contexts):
-        held_out = read_table(scorer.model_folder / HELD_OUT, LABELLED)
-        return pa.concat_tables([held_out.set_column(0, LABELLED.field(0), pa.repeat(own.context_id, len(held_out))) for own in contexts])
+        answers = read_table(scorer.model_folder / LABELLED_FILE, LABELLED)
+        return pa.concat_tables([answers.set_column(0, LABELLED.field(0), pa.repeat(own.context_id, len(answers))) for own in contexts])
     if task.params.completion is not None or kind in {"tuned", "students"}:
         return LABELLED.empty_table()
     examples, rows = read_examples(folders.artifacts / "data" / "demonstrations.parquet", task.fields), list[dict[str, Any]]()

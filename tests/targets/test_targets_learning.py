@@ -10,9 +10,9 @@ from pipeline.targets.learning import (
     SCALE_PENALTY,
     Judged,
     Pool,
+    cross_validated,
     equal_pool,
     estimated_shares,
-    held_out,
     learn_pool,
     likely_shares,
     log_loss,
@@ -75,21 +75,21 @@ def test_few_labels_change_less_than_many():
     assert far[1] == pytest.approx(2 / 3, abs=0.1)
 
 
-def test_a_voter_that_knows_nothing_gets_little_and_the_held_out_loss_is_no_worse():
+def test_a_voter_that_knows_nothing_gets_little_and_the_cross_validated_loss_is_no_worse():
     gold = np.arange(48) % 3
     judged = Judged(np.stack([voter(gold, 3, 3.0), log_softmax(3 * RNG.normal(size=(48, 3)), axis=-1)]), gold)
     pool = learn_pool(judged)
     assert pool.scales[1] < 0.3 * pool.scales[0]
-    assert log_loss(held_out(judged), gold) < log_loss(equal_pool(2, 3).log_probabilities(judged.voters), gold)
+    assert log_loss(cross_validated(judged), gold) < log_loss(equal_pool(2, 3).log_probabilities(judged.voters), gold)
 
 
-def test_an_example_s_held_out_answer_does_not_depend_on_the_labels_of_its_fold():
+def test_an_example_s_cross_validated_answer_does_not_depend_on_the_labels_of_its_fold():
     gold = np.arange(16) % 2
     other, fold = gold.copy(), folds_of(gold.tolist())[0][:2]
     other[fold] = other[fold[::-1]]  # one of each label
     judged = [Judged(voter(gold, 2, 1.0)[None], gold)]
     judged.append(Judged(judged[0].voters, other))
-    first, second = map(held_out, judged)
+    first, second = map(cross_validated, judged)
     assert np.array_equal(first[fold], second[fold])
     assert not np.array_equal(first, second)
 
