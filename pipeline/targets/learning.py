@@ -1,8 +1,10 @@
 """What a few labelled examples say of teachers: how far to trust each, and which labels they name too often; and shares of labels.
 
 The pool of V voters (teachers, or their average) is log-linear: p(label | text) ∝ exp(Σ_v scale_v · log p_v(label | text) + bias(label)).
-The scale of a single voter is an inverse temperature (1706.04599). Scales and bias minimise the log loss on labelled examples that no voter
-has seen, plus a penalty on their distance from equal scales that add up to 1, and from no bias: few labels change little.
+The scale of a single voter is an inverse temperature (1706.04599). All is learnt on labelled examples that no voter has seen. First a voter's
+lean is subtracted: its mean log-probability of each label. Then scales and bias
+minimise the log loss, plus a penalty on their distance from no bias and from equal scales that add up to √V: few labels change little. √V
+lies between 1, which is right for voters that always say the same, and V, which is right for voters whose mistakes are independent.
 """
 
 from dataclasses import dataclass
@@ -51,21 +53,26 @@ def equal_pool(voters: int, labels: int) -> Pool:
 
 
 def learn_pool(judged: Judged) -> Pool:
-    """The pool that labelled examples choose."""
+    """The pool that labelled examples choose. Each label counts alike, however many examples it has."""
     count, labels, rows = len(judged.voters), judged.voters.shape[-1], np.arange(len(judged.gold))
-    equal = equal_pool(count, labels)
-    start, penalty = np.concatenate([equal.scales, equal.bias]), np.repeat([SCALE_PENALTY, BIAS_PENALTY], [count, labels])
+    _, label, examples = np.unique(judged.gold, return_inverse=True, return_counts=True)
+    weights = (1 / examples)[label] / len(examples)  # [M], with the sum 1
+    lean = np.einsum("vml,m->vl", judged.voters, weights)
+    voters = judged.voters - lean[:, None]
+    start, penalty = np.repeat([count**-0.5, 0.0], [count, labels]), np.repeat([SCALE_PENALTY, BIAS_PENALTY], [count, labels])
 
     def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
-        log_p = Pool(at[:count], at[count:]).log_probabilities(judged.voters)
+        log_p = Pool(at[:count], at[count:]).log_probabilities(voters)
         error = np.exp(log_p)  # [M, L]; less the gold label, the derivative of the log loss by the pool's scores
         error[rows, judged.gold] -= 1
-        slope = np.concatenate([np.einsum("vml,ml->v", judged.voters, error), error.sum(0)]) + 2 * penalty * (at - start)
-        return float((penalty * (at - start) ** 2).sum() - log_p[rows, judged.gold].sum()), slope
+        error *= len(rows) * weights[:, None]
+        slope = np.concatenate([np.einsum("vml,ml->v", voters, error), error.sum(0)]) + 2 * penalty * (at - start)
+        return float((penalty * (at - start) ** 2).sum() - len(rows) * weights @ log_p[rows, judged.gold]), slope
 
     bounds = [(0, None)] * count + [(None, None)] * labels
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS}).x
-    return Pool(found[:count], found[count:] - found[count:].mean())
+    scales, bias = found[:count], found[count:] - found[:count] @ lean
+    return Pool(scales, bias - bias.mean())
 
 
 def cross_validated(judged: Judged) -> np.ndarray:
