@@ -8,7 +8,11 @@ from stages import run
 
 def main() -> None:
     """Draw every role and build every list of contexts."""
-    prepare(resolved_params(), Folders.here())
+    folders = Folders.here()
+    # Later stages depend on these folders as a whole, and a task whose answers are free text has no target sets.
+    for root in (folders.artifacts, folders.metrics):
+        (root / "targets").mkdir(parents=True, exist_ok=True)
+    prepare(resolved_params(), folders)
 
 
 if __name__ == "__main__":
