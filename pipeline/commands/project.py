@@ -107,7 +107,7 @@ def _next_steps(workspace: Path) -> str:
     best = read_json(folder / "best.json")["student"]
     named = "" if workspace == Path() else f"--student {folder / 'students' / str(best)} "
     steps = [
-        *([f"use `{best}`:        shotless predict {named}--input new.jsonl --output answers.jsonl"] if best else []),
+        *([f"use it:          shotless predict {named}--input new.jsonl --output answers.jsonl"] if best else []),
         "another student: one more entry under `students` in params.yaml, and `shotless run`: only what is new runs",
         "your own data:   shotless init --labelled labelled.csv --unlabelled pile.jsonl --test test.csv --force",
     ]

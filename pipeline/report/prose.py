@@ -271,10 +271,11 @@ def chosen(found: Collected) -> str:
     if (name := best["student"]) is None:
         return f"No student is chosen for commands without `--student`{f' ({against})' if against else ''}."
     own = best["candidates"][name]
-    error = "" if own["standard_error"] is None else f" (standard error {percent(own['standard_error'])})"
+    beside = [] if own["standard_error"] is None else [f"standard error {percent(own['standard_error'])}"]
+    beside += [f"of `{other}` {percent(entry['score'])} %" for other, entry in best["candidates"].items() if other != name]
     text = f"`{name}` is chosen: commands take it if no student is named. On the {plural(best['texts'], 'text')} that all candidates held "
-    text += f"back, the target set `{best['targets']}` expects {percent(own['score'])} % of its answers to be right{error}"
-    text += "".join(f", `{other}`: {percent(entry['score'])} %" for other, entry in best["candidates"].items() if other != name)
+    text += f"back, the target set `{best['targets']}` expects {percent(own['score'])} % of its answers to be right"
+    text += f" ({'; '.join(beside)})" if beside else ""
     places = {domain: ranked(document, "student", domain).index(name) + 1 for domain in domains_of(document)}
     rank = " and ".join(f"number {place} {DOMAINS[domain].lower()}" for domain, place in places.items())
     text += f". Evaluation sets had no say; by their accuracy it is {rank} of {plural(len(found.params.students), 'student')}."

@@ -535,7 +535,7 @@ def test_a_choice_says_how_the_others_did_or_that_there_is_none(found):
     def said(**changes):
         return prose.chosen(replace(found, files=found.files | {"artifacts/best.json": best | changes}))
 
-    assert "to be right, `pbft`: 40.0 %. Evaluation" in said(candidates={"cd": entry, "pbft": entry | {"score": 0.4}}, no_candidates={})
+    assert "to be right (of `pbft` 40.0 %). Evaluation" in said(candidates={"cd": entry, "pbft": entry | {"score": 0.4}}, no_candidates={})
     none = said(student=None, candidates={})
     assert none == "No student is chosen for commands without `--student` (`pbft`: it learns from labels alone)."
     assert said(student=None, no_candidates={}) == "No student is chosen for commands without `--student`."
