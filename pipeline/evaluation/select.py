@@ -35,14 +35,15 @@ def select_student(params: Params, folders: Folders) -> None:
 
     best.json has `student`, the chosen one or None; `targets`, the target set that judges; `texts`, their number; `candidates`, the best
     first, each with its `score` (a share), `standard_error` (None for one text) and `parameters`; `no_candidates`, each with the reason. Of
-    equal scores the student of fewer parameters is chosen. Raises UsageError if no candidate is quick enough,
-    CorruptError if a student's folder is damaged, MismatchError if it is of another task.
+    equal scores the student of fewer parameters is chosen. Raises UsageError if no candidate is quick enough, CorruptError if a student's
+    folder is damaged, MismatchError if it is of another task.
     """
     reasons = {name: reason for name, student in params.students.items() if (reason := _reason_against(student))}
     students = {name: open_trained(folders.artifacts / "students" / name) for name in params.students if name not in reasons}
     for student in students.values():
         student.check_task(params.task)
-    judge, texts, scores = params.baselines[params.evaluation.reference].target_set, list[str](), dict[str, npt.NDArray[np.float64]]()
+    judge = params.baselines[params.evaluation.reference].target_set
+    texts, scores = list[str](), dict[str, npt.NDArray[np.float64]]()
     if students:
         targets = _rows(folders.artifacts / "targets" / judge / "targets.parquet", TARGETS, "probabilities")
         answers = {name: _rows(student.folder / HELD_BACK_FILE, HELD_BACK, "label_logprobs") for name, student in students.items()}

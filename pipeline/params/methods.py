@@ -315,7 +315,7 @@ class EvaluationParams(Frozen):
 
 
 class SelectParams(Frozen):
-    """Which student commands take if none is named: the one whose answers to held-back texts its teacher finds best (docs/students.md)."""
+    """Which student commands take if none is named: the one that the teacher expects to be right most often, by held-back texts."""
 
     within_ms: PositiveFloat | None = None
     """Milliseconds that a student may take for one text: the median on the machine that the stage `select` runs on. Null: no limit."""
