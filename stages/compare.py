@@ -8,10 +8,7 @@ from stages import run
 
 def main() -> None:
     """Write the comparisons."""
-    folders = Folders.here()
-    # The report depends on this folder, and a task whose answers are free text has no target sets.
-    (folders.metrics / "targets").mkdir(parents=True, exist_ok=True)
-    compare_methods(resolved_params(), folders)
+    compare_methods(resolved_params(), Folders.here())
 
 
 if __name__ == "__main__":

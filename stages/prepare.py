@@ -8,7 +8,12 @@ from stages import run
 
 def main() -> None:
     """Draw every role and build every list of contexts."""
-    prepare(resolved_params(), Folders.here())
+    folders = Folders.here()
+    # Later stages depend on these folders as a whole. A run may have no students, and free text has no target sets.
+    for root, names in ((folders.artifacts, ("students", "targets")), (folders.metrics, ("curves", "risk", "targets", "train"))):
+        for name in names:
+            (root / name).mkdir(parents=True, exist_ok=True)
+    prepare(resolved_params(), folders)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from pipeline.cli import app
-from pipeline.files import write_manifest
+from pipeline.files import write_json, write_manifest
 from pipeline.models.folders import load_tokenizer
 from pipeline.models.trained import about_trained
 from pipeline.params import TaskParams
@@ -33,6 +33,11 @@ def make_student(folder: Path, model: Path, template: str = TEMPLATE, verbaliser
     task = Task(TaskParams(template=template, verbalisers=verbalisers or VERBALISERS))
     seal(folder, task)
     return folder
+
+
+def choose(project: Path, student: str | None = "cd", **reasons: str) -> None:
+    """Write the file of the stage `select`: the student that is taken if none is named, and why others are no candidates."""
+    write_json({"student": student, "no_candidates": reasons}, project / "artifacts" / "best.json")
 
 
 def seal(folder: Path, task: Task) -> None:

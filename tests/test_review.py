@@ -96,7 +96,7 @@ def test_the_file_is_a_source_with_suspects_that_keep_their_label_and_texts_that
 
     source = read_source("reviewed", SourceParams(path=f"todo.{form}"), project / f"todo.{form}", Task(parse_params(small_params()).task))
     assert (source.bad_rows, source.counts["labelled"], source.counts["left_out_by_label_rule"]) == (0, 1, 5)
-    again = shotless(project, "review", "--output", f"todo.{form}", check=False)
+    again = shotless(project, "review", "--student", "cd", "--output", f"todo.{form}", check=False)
     assert (again.returncode, "exists, and may hold labels" in again.stderr) == (2, True)
 
 

@@ -102,12 +102,12 @@ def run(
 def _next_steps(workspace: Path) -> str:
     """Three things to try after a run."""
     from pipeline.files import Folders, read_json
-    from pipeline.report.collect import ranked
 
-    best = next(iter(ranked(read_json(workspace / "report" / "metrics.json"), "student")), None)
-    student = best if workspace == Path() or best is None else Folders.here(workspace).artifacts / "students" / best
+    folder = Folders.here(workspace).artifacts
+    best = read_json(folder / "best.json")["student"]
+    named = "" if workspace == Path() else f"--student {folder / 'students' / str(best)} "
     steps = [
-        *([f"use it:          shotless predict --student {student} --input new.jsonl --output answers.jsonl"] if best else []),
+        *([f"use it:          shotless predict {named}--input new.jsonl --output answers.jsonl"] if best else []),
         "another student: one more entry under `students` in params.yaml, and `shotless run`: only what is new runs",
         "your own data:   shotless init --labelled labelled.csv --unlabelled pile.jsonl --test test.csv --force",
     ]

@@ -11,7 +11,7 @@ from pipeline.errors import UsageError, choices
 
 
 def review(
-    student: Student = None,
+    student: Student,
     output: Annotated[Path, typer.Option("--output", "-o", help="csv, jsonl or parquet, to fill in the column `label`.")] = Path(
         "todo.csv"
     ),

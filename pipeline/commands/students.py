@@ -18,7 +18,32 @@ if TYPE_CHECKING:
     from pipeline.serving.fallback import Fallback
 
 STUDENTS = Path("artifacts/students")
-Student = Annotated[str | None, typer.Option(help="Name of a student, or its folder; by default the only student there is.")]
+BEST = Path("artifacts/best.json")
+
+
+def best_student() -> str:
+    """The student that the stage `select` chose; a line on standard error says which. Raises UsageError if there is none."""
+    from pipeline.files import read_json
+
+    known = f"there are: {choices(trained_students())}"
+    if not BEST.is_file():
+        raise UsageError(f"{BEST}: no such file, so no student is chosen. Run `shotless run`, or give --student; {known}.")
+    best = read_json(BEST)
+    if best["student"] is None:
+        why = "; ".join(f"{name}: {reason}" for name, reason in best["no_candidates"].items())
+        raise UsageError(f"{BEST}: no student is chosen ({why}). Give --student; {known}.")
+    print(f"{best['student']} is taken, the student that {BEST} names", file=sys.stderr)
+    return best["student"]
+
+
+def trained_students() -> list[str]:
+    """The names of this project's students that are trained."""
+    return [folder.parent.name for folder in STUDENTS.glob("*/manifest.json")]
+
+
+Student = Annotated[
+    str, typer.Option(default_factory=best_student, show_default=f"that of {BEST}", help="Name of a student, or its folder.")
+]
 Fields = Annotated[list[str] | None, typer.Option("--field", help="FIELD=COLUMN, for a column of another name.")]
 Log = Annotated[Path | None, typer.Option(help="Append to this predictions log, for `shotless monitor`.")]
 Agree = Annotated[
@@ -38,19 +63,16 @@ MostHandedBack = Annotated[int | None, typer.Option(min=0, help="For --fallback:
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: one for each core.")]
 
 
-def student_folder(student: str | None) -> Path:
+def student_folder(student: str) -> Path:
     """The folder of a student of this project if it is a name, or of any if it is a path. Raises UsageError naming those there are."""
-    if student is not None and "/" in student:
+    if "/" in student:
         return Path(student)
-    known = sorted(folder.parent.name for folder in STUDENTS.glob("*/manifest.json"))
-    name = student or (known[0] if len(known) == 1 else "")
-    if name not in known:
-        fault = f"no student {name!r}" if name else "name one"
-        raise UsageError(f"--student: {fault}; there are: {choices(known)}. `dvc repro` makes them.")
-    return STUDENTS / name
+    if student not in (known := trained_students()):
+        raise UsageError(f"--student: no student {student!r}; there are: {choices(known)}. `dvc repro` makes them.")
+    return STUDENTS / student
 
 
-def open_student(student: str | None) -> "Trained":
+def open_student(student: str) -> "Trained":
     """A checked student. Raises MismatchError if it is named, and was trained for another task than that of params.yaml."""
     from pipeline.serving import predictor
 
@@ -61,14 +83,14 @@ def open_student(student: str | None) -> "Trained":
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # transformers' advice is about its own use
     trained = predictor.open_folder(folder)
-    if (student is None or "/" not in student) and Path("params.yaml").is_file():
+    if "/" not in student and Path("params.yaml").is_file():
         from pipeline.params import load_params
 
         trained.check_task(load_params().task)
     return trained
 
 
-def open_predictor(student: str | None, threads: int | None, **settings: Any) -> "Predictor":
+def open_predictor(student: str, threads: int | None, **settings: Any) -> "Predictor":
     """A student that answers; an exported one without torch."""
     from pipeline.serving.predictor import Predictor, is_exported
 
@@ -81,7 +103,7 @@ def open_predictor(student: str | None, threads: int | None, **settings: Any) ->
 
 
 def open_promising(
-    student: str | None,
+    student: str,
     threads: int | None,
     agree: float | None,
     right: float | None,
@@ -160,7 +182,7 @@ def _right_threshold(predictor: "Predictor", right: float, file: str, column: st
 
 
 def predict(
-    student: Student = None,
+    student: Student,
     source: Annotated[str, typer.Option("--input", "-i", help="A file of examples (docs/data.md); - is standard input.")] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="jsonl, csv or parquet; - is standard output.")] = "-",
     input_format: Annotated[
@@ -216,7 +238,7 @@ def predict(
 
 
 def serve(
-    student: Student = None,
+    student: Student,
     host: Annotated[str, typer.Option(help="Address to listen on; the default is reached from this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
@@ -253,7 +275,7 @@ def serve(
 
 def monitor(
     inputs: Annotated[str, typer.Option(help="New inputs: jsonl, csv, tsv, parquet, or a predictions log.")],
-    student: Student = None,
+    student: Student,
     labels: Annotated[str | None, typer.Option(help="Column of gold labels; a source's label rule for this column holds.")] = None,
     field: Fields = None,
     reference: Annotated[Path | None, typer.Option(help="A file of inputs to compare with; default: the transfer set.")] = None,
@@ -311,7 +333,7 @@ def monitor(
 
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    student: Student = None,
+    student: Student,
     form: Annotated[Literal["transformers", "onnx"], typer.Option("--format", help="A copy, or a graph.")] = "transformers",
     int8: Annotated[bool, typer.Option("--int8", help="For ONNX: 8-bit integers.")] = False,
     most_changed: Annotated[float, typer.Option(min=0, max=1, help="For ONNX: share of labels that may change.")] = 0.01,

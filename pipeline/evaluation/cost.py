@@ -51,16 +51,29 @@ def measure_method(name: str, models: Sequence[Answering], params: Params, folde
         models = [replace(models[0], contexts=models[0].contexts[:1])]
     timed, threads = min(params.evaluation.cost_examples, len(examples)), params.runtime.threads or cores()
     asked = examples[: max(timed, THROUGHPUT_EXAMPLES)]
-    try:
-        if any(server_of(model.folder) for model in models):
-            figures = measure_served(models, params, examples[:timed], threads)
-        else:
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                figures = process.submit(measure, models, params.task, asked, timed, threads, name in params.students).result()
-    except BrokenProcessPool:
-        raise ShotlessError(f"The process that measures the cost of {name} was killed, perhaps for lack of memory. Run it again.") from None
+    if any(server_of(model.folder) for model in models):
+        figures = measure_served(models, params, examples[:timed], threads)
+    else:
+        figures = measured_apart(name, models, params.task, asked, timed, threads, name in params.students)
     write_json(figures, folders.metrics / "cost" / f"{name}.json")
     return figures
+
+
+def measured_apart(
+    name: str,
+    models: Sequence[Answering],
+    task: TaskParams,
+    examples: Sequence[Example],
+    timed: int,
+    threads: int,
+    one_thread: bool = False,
+) -> Json:
+    """`measure` of the method `name` in a process that does only this. Raises ShotlessError if that is killed."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            return process.submit(measure, models, task, examples, timed, threads, one_thread).result()
+    except BrokenProcessPool:
+        raise ShotlessError(f"The process that measures the cost of {name} was killed, perhaps for lack of memory. Run it again.") from None
 
 
 def measure_served(models: Sequence[Answering], params: Params, examples: Sequence[Example], threads: int) -> Json:

@@ -314,6 +314,13 @@ class EvaluationParams(Frozen):
     """Examples of each evaluation set that a student answers again with something swapped, for each kind of swap."""
 
 
+class SelectParams(Frozen):
+    """Which student commands take if none is named: the one that the teacher expects to be right most often, by held-back texts."""
+
+    within_ms: PositiveFloat | None = None
+    """Milliseconds that a student may take for one text: the median on the machine that the stage `select` runs on. Null: no limit."""
+
+
 class RuntimeParams(Frozen):
     """Settings that do not change results; no stage depends on them."""
 
@@ -380,6 +387,7 @@ class Params(Frozen):
     students: dict[Name, StudentParams] = Field(default={})
     baselines: dict[Name, BaselineParams]
     evaluation: EvaluationParams
+    select: SelectParams = SelectParams()
     runtime: RuntimeParams = RuntimeParams()
     monitor: MonitorParams = MonitorParams()
 

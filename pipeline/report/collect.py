@@ -99,7 +99,7 @@ def _stages(params: Params) -> dict[str, str]:
     """Every file of a run that the report reads → the stage that writes it."""
     evaluated = ("artifacts/predictions/{}.parquet", "metrics/eval/{}.json", "metrics/detail/{}.json", "metrics/cost/{}.json")
     trained = ("metrics/train/{}.json", "metrics/curves/{}.csv", "artifacts/students/{}/manifest.json", "metrics/runtime/student-{}.json")
-    stages = {"metrics/compare.json": "compare"}
+    stages = {"artifacts/best.json": "select", "metrics/compare.json": "compare"}
     stages |= dict.fromkeys(("metrics/prepare.json", "artifacts/data/quarantine.jsonl"), "prepare")
     stages |= {f"artifacts/data/evaluation/{name}.parquet": "prepare" for name in params.data.evaluation}
     for stage, names, files in (
@@ -128,8 +128,9 @@ def _read(path: Path) -> Any:
 
 
 def _document(params: Params, files: dict[str, Any], predictions: dict[str, pl.DataFrame]) -> Json:
-    """`reference`; `sets` {set: domain, n}; `methods` {name: kind, sets {set: its metrics with `agreement`}, means {domain: means over its
-    sets}, cost or None}; `comparisons`: the rows of metrics/compare.json that are about a whole domain.
+    """`reference`; `chosen`, the student of artifacts/best.json or None; `sets` {set: domain, n}; `methods` {name: kind, sets {set: its
+    metrics with `agreement`}, means {domain: means over its sets}, cost or None}; `comparisons`: the rows of metrics/compare.json that are
+    about a whole domain.
 
     Means have accuracy with its ci95, agreement and ece. Free text has also `answers`, True, and the `keys` of the answers' form; there,
     agreement is {"text" or key: share}, and means have well_formed and accuracy, if the task defines them.
@@ -156,6 +157,7 @@ def _document(params: Params, files: dict[str, Any], predictions: dict[str, pl.D
     answers = {} if completion is None else {"answers": True, "keys": list(completion.form.keys) if completion.form else []}
     return answers | {
         "reference": reference,
+        "chosen": files["artifacts/best.json"]["student"],
         "sets": {where: {"domain": sets[where].domain, "n": methods[reference]["sets"][where]["n"]} for where in sets},
         "methods": methods,
         "comparisons": [row for row in compare["comparisons"] if row["set"] is None],

@@ -264,6 +264,24 @@ def findings(document: Json) -> list[str]:
     return lines + ranges + warnings
 
 
+def chosen(found: Collected) -> str:
+    """Which student commands take if none is named, by what it was chosen, and its rank by accuracy; or why there is none."""
+    document, best = found.document, found.files["artifacts/best.json"]
+    against = "; ".join(f"`{name}`: {reason}" for name, reason in best["no_candidates"].items())
+    if (name := best["student"]) is None:
+        return f"No student is chosen for commands without `--student`{f' ({against})' if against else ''}."
+    own = best["candidates"][name]
+    beside = [] if own["standard_error"] is None else [f"standard error {percent(own['standard_error'])}"]
+    beside += [f"of `{other}` {percent(entry['score'])} %" for other, entry in best["candidates"].items() if other != name]
+    text = f"`{name}` is chosen: commands take it if no student is named. On the {plural(best['texts'], 'text')} that all candidates held "
+    text += f"back, the target set `{best['targets']}` expects {percent(own['score'])} % of its answers to be right"
+    text += f" ({'; '.join(beside)})" if beside else ""
+    places = {domain: ranked(document, "student", domain).index(name) + 1 for domain in domains_of(document)}
+    rank = " and ".join(f"number {place} {DOMAINS[domain].lower()}" for domain, place in places.items())
+    text += f". Evaluation sets had no say; by their accuracy it is {rank} of {plural(len(found.params.students), 'student')}."
+    return text + (f" Not candidates: {against}." if against else "")
+
+
 def difference(row: Json) -> str:
     """A comparison's sign, size and interval: `2.1 points above `teacher` (95 % interval …)`."""
     interval = f"(95 % interval of the difference {points(row['ci95'][0])} to {points(row['ci95'][1])})"

@@ -61,7 +61,7 @@ def headline(found: Collected) -> Table:
     places = [[*(("sets", where) for where in own), *[("means", domain)][: len(own) - 1]] for domain, own in sets.items()]
     bodies: dict[str, list[Row]] = {}
     for name, method in methods.items():
-        row: Row = [Cell(f"`{name}`", about(found, name))]
+        row: Row = [Cell(f"`{name}`", ("chosen; " if name == document["chosen"] else "") + about(found, name))]
         for kind, key in chain.from_iterable(places):
             entry, student = method[kind][key], method["kind"] == "student"
             note = span(entry["ci95"])
@@ -327,7 +327,12 @@ def print_summary(project: Path = Path()) -> None:
         table.add_column(f"{titles[key]},\n{DOMAINS[domain].lower()}", justify="right")
     best = {(key, domain): max(own[domain][key] for own in means.values()) for key, domain in columns}
     for name, own in means.items():
-        table.add_row(name, *(Text(percent(own[of][key]), "bold" if own[of][key] == best[key, of] else "") for key, of in columns))
+        table.add_row(
+            name + (" (chosen)" if name == document["chosen"] else ""),
+            *(Text(percent(own[of][key]), "bold" if own[of][key] == best[key, of] else "") for key, of in columns),
+        )
     console = Console(highlight=False)
     console.print(table)
+    if document["chosen"]:
+        console.print("Chosen by texts that students held back, not by these sets.")
     console.print(Text(f"Report: {folder / 'index.html'}"))

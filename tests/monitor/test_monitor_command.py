@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
-from serving_world import PROJECT, TEMPLATE, VERBALISERS, make_student, seal, shotless
+from serving_world import PROJECT, TEMPLATE, VERBALISERS, choose, make_student, seal, shotless
 
 from pipeline.monitor.sample import answer
 from pipeline.params import MonitorParams, TaskParams, read_yaml, write_yaml
@@ -44,6 +44,7 @@ def change(folder, **blocks):
 def folder(tmp_path, model_folder):
     """A project's folder: a student, a transfer set, params with light settings."""
     make_student(tmp_path / "artifacts" / "students" / "cd", model_folder("llama"))
+    choose(tmp_path)
     write_data(tmp_path, "transfer", texts(0, 150))
     params = read_yaml(PROJECT / "params.yaml")
     params["task"]["verbalisers"] = VERBALISERS

@@ -12,7 +12,7 @@ from serving_world import shotless
 from small_project import make_project, write_lines
 
 from pipeline.params import resolve
-from stages import model, prepare, source, student, targets, teacher
+from stages import model, prepare, select, source, student, targets, teacher
 
 NEW = [f"x great N/A x great service number {n} cold food late late x" for n in range(24)]
 
@@ -30,6 +30,7 @@ def repro(folder):
         for stage, name, output in ((teacher, "few_shot", "teachers"), (targets, "few_shot", "targets"), (student, "cd", "students")):
             shutil.rmtree(f"artifacts/{output}/{name}", ignore_errors=True)
             stage.main(name)
+        select.main()
 
 
 def scored(folder):

@@ -216,6 +216,17 @@ def _write_rest(params: Params, folders: Folders) -> None:
             kept[HELD_BACK_FILE] = {"sha256": "cd" * 32, "bytes": 9}
         write_json({"files": kept, "temperature": 1.0}, artifacts / "students" / name / "manifest.json")
         write_json(_risk(params, name) if params.task.completion is None else {"student": name}, metrics / "risk" / f"{name}.json")
+    own = {"score": 0.831, "standard_error": 0.0123, "parameters": 113_142_528}
+    best = {
+        "student": "cd",
+        "targets": "mix",
+        "texts": 225,
+        "candidates": {"cd": own},
+        "no_candidates": {"pbft": "it learns from labels alone"},
+    }
+    if params.task.completion is not None or "cd" not in params.students:
+        best |= {"student": None, "texts": 0, "candidates": {}, "no_candidates": {}}
+    write_json(best, artifacts / "best.json")
     source = {"rows": 10605, "quarantined": {"empty": 2}, "left_out_by_label_rule": 5310, "exact_repeats_removed": 12}
     source |= {"conflicting_labels_removed": 2, "examples": 5278}
     roles = {"demonstrations": {"drawn": 16}, "transfer": {"drawn": 1200, "copies_of_evaluation_removed": {"movie": 7, "tweets": 4}}}

@@ -163,6 +163,7 @@ def test_copies_kept_out_and_licences_are_shown(page):
         ("artifacts/predictions/cd.parquet", "evaluate@cd"),
         ("metrics/eval/icl.json", "baseline@icl"),
         ("metrics/compare.json", "compare"),
+        ("artifacts/best.json", "select"),
         ("metrics/risk/pbft.json", "risk@pbft"),
         ("metrics/prepare.json", "prepare"),
     ],
@@ -506,11 +507,38 @@ def test_the_summary_has_the_means_and_the_page(root, found, monkeypatch, capsys
     assert all(name in text for name in found.document["methods"])
     assert prose.percent(found.document["methods"]["cd"]["means"]["out"]["accuracy"]) in text
     assert "index.html" in text.replace("\n", "")
+    assert [line.split()[0] for line in text.splitlines() if " (chosen) " in line] == ["cd"]
+    assert "held back, not by these sets" in text
 
 
 def test_a_summary_without_a_report_says_how_to_get_one(tmp_path):
     with pytest.raises(UsageError, match="dvc repro report"):
         tables.print_summary(tmp_path)
+
+
+def test_the_chosen_student_is_marked_with_what_it_was_chosen_by_and_its_rank(found, page):
+    notes = {row[0].text: row[0].note for rows in tables.headline(found).bodies.values() for row in rows}
+    assert [name for name, note in notes.items() if note.startswith("chosen; ")] == ["`cd`"]
+    said = prose.chosen(found)
+    assert "On the 225 texts that all candidates held back, the target set `mix` expects 83.1 % of its answers to be right" in said
+    assert "(standard error 1.2). Evaluation sets had no say" in said
+    accuracy = {name: found.document["methods"][name]["means"]["out"]["accuracy"] for name in ("cd", "pbft")}
+    place = 1 + (accuracy["pbft"] > accuracy["cd"])
+    assert f"number {place} out of domain of 2 students. Not candidates: `pbft`: it learns from labels alone." in said
+    assert "<code>cd</code> is chosen: commands take it" in page
+
+
+def test_a_choice_says_how_the_others_did_or_that_there_is_none(found):
+    entry = {"score": 0.5, "standard_error": None, "parameters": 3}
+    best = found.files["artifacts/best.json"]
+
+    def said(**changes):
+        return prose.chosen(replace(found, files=found.files | {"artifacts/best.json": best | changes}))
+
+    assert "to be right (of `pbft` 40.0 %). Evaluation" in said(candidates={"cd": entry, "pbft": entry | {"score": 0.4}}, no_candidates={})
+    none = said(student=None, candidates={})
+    assert none == "No student is chosen for commands without `--student` (`pbft`: it learns from labels alone)."
+    assert said(student=None, no_candidates={}) == "No student is chosen for commands without `--student`."
 
 
 def test_free_text_has_its_own_tables_and_samples(free_text, write_run, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from serving_world import PROJECT, TEXTS, VERBALISERS, make_student, shotless, shotless_process
+from serving_world import PROJECT, TEXTS, VERBALISERS, choose, make_student, shotless, shotless_process
 
 from pipeline.params import read_yaml, write_yaml
 from pipeline.serving.files import Item, predict_items, writing
@@ -21,6 +21,7 @@ def folder(tmp_path_factory, model_folder):
     """A project's folder with a student called cd."""
     root = tmp_path_factory.mktemp("project")
     make_student(root / "artifacts" / "students" / "cd", model_folder("llama"))
+    choose(root)
     (root / "body.csv").write_text("body\na film\n", "utf-8")
     (root / "rows.jsonl").write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)), "utf-8")
     return root
@@ -177,15 +178,42 @@ def test_a_pipe_is_read_as_a_file_is(folder):
     assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
-def test_the_only_student_needs_no_name_and_several_need_one(folder, tmp_path, model_folder):
+def test_the_chosen_student_needs_no_name_and_a_line_says_which_it_is(folder):
     done = shotless(folder, "predict", "--input", "rows.jsonl", "--threads", "1")
-    assert len(done.stdout.splitlines()) == len(TEXTS)
-    none = shotless(tmp_path, "predict", "--input", "rows.jsonl", check=False)
-    assert (none.returncode, "there are: –" in none.stderr) == (2, True)
-    for name in ("a", "b"):
-        make_student(tmp_path / "artifacts" / "students" / name, model_folder("llama"))
-    several = shotless(tmp_path, "predict", "--input", "rows.jsonl", check=False)
-    assert (several.returncode, "name one; there are: a, b" in several.stderr) == (2, True)
+    assert done.stderr.splitlines()[0] == "cd is taken, the student that artifacts/best.json names"
+    assert done.stderr.count("best.json") == 1
+    named = shotless(folder, "predict", "--student", "cd", "--input", "rows.jsonl", "--threads", "1")
+    assert (named.stdout, "best.json" in named.stderr) == (done.stdout, False)
+
+
+COMMANDS = {
+    "predict": [],
+    "serve": [],
+    "monitor": ["--inputs", "new.jsonl", "--reference", "new.jsonl"],
+    "export": ["-o", "out"],
+    "review": [],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_without_a_chosen_student_a_command_says_what_to_do(tmp_path, model_folder, command):
+    shutil.copyfile(PROJECT / "params.yaml", tmp_path / "params.yaml")
+    (tmp_path / "new.jsonl").write_text("{}", "utf-8")
+    (tmp_path / "artifacts" / "students" / "a").mkdir(parents=True)
+    (tmp_path / "artifacts" / "students" / "a" / "manifest.json").write_text("{}", "utf-8")
+
+    def refused(*arguments):
+        done = shotless(tmp_path, command, *COMMANDS[command], *arguments, check=False)
+        assert done.returncode == 2
+        return done.stderr
+
+    absent = "artifacts/best.json: no such file, so no student is chosen. Run `shotless run`, or give --student; there are: a."
+    assert absent in refused()
+    choose(tmp_path, None, a="its `held_back` is 0")
+    assert "best.json: no student is chosen (a: its `held_back` is 0). Give --student; there are: a." in refused()
+    choose(tmp_path, "gone")
+    assert "--student: no student 'gone'; there are: a." in refused()
+    assert "no student 'b'; there are: a." in refused("--student", "b")
 
 
 def test_a_kept_column_is_renamed(folder):

@@ -7,7 +7,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
-from serving_world import TEXTS, make_student, shotless
+from serving_world import TEXTS, choose, make_student, shotless
 
 from pipeline.errors import UsageError
 from pipeline.files import read_manifest, sha256_json, write_manifest
@@ -28,6 +28,7 @@ def folder(tmp_path_factory, model_folder):
     """A project whose student agreed with its teacher in its surer half, with a file of labels that it is right in."""
     root = tmp_path_factory.mktemp("project")
     student = make_student(root / "artifacts" / "students" / "cd", model_folder("llama"))
+    choose(root)
     sure = sorted(one.confidence for one in Predictor(student, 1).predict(TEXTS))[len(TEXTS) // 2]
     scores = [np.log([share, 1 - share]) for share in np.linspace(max(sure, 0.5) + 1e-4, 0.99, 200)]
     scores += [np.log([share, 1 - share]) for share in np.linspace(0.5, sure - 1e-4, 200)]

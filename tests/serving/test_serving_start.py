@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from serving_world import PROJECT, TEXTS, make_student
+from serving_world import PROJECT, TEXTS, choose, make_student
 
 from pipeline.serving import Predictor, torch_engine
 
@@ -30,6 +30,7 @@ print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item(), tor
 def project(tmp_path, model_folder, monkeypatch):
     """A project with a student, and the memory of a run."""
     make_student(tmp_path / "artifacts" / "students" / "cd", model_folder("llama"))
+    choose(tmp_path)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), "utf-8")
     (tmp_path / ".work").mkdir()
     monkeypatch.chdir(tmp_path)

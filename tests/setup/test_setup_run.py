@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import PROJECT
+from serving_world import choose, shotless
 
 from pipeline.commands import reproduce as module
 from pipeline.commands.reproduce import Watch, reproduce
@@ -142,3 +144,19 @@ def test_time_left_is_that_of_the_work_at_the_rate_so_far(monkeypatch):
     assert watch.read("Running stage 'teacher@b':") == f"teacher@a: {overhead + 50:.0f} s"
     assert watch.seconds_left() == pytest.approx(150.0 - 1.0 + overhead)
     assert watch.whole == "4 of 6 stages, about 3 min left; to do: report"
+
+
+@pytest.mark.parametrize("preset", [None, "small"])
+@pytest.mark.parametrize("student", ["cd", None])
+def test_a_run_ends_with_how_the_chosen_student_is_used(tmp_path, monkeypatch, preset, student):
+    workspace = tmp_path if preset is None else tmp_path / "runs" / preset
+    choose(workspace, student)
+    for name in ("pipeline.params.resolve", "pipeline.commands.reproduce.reproduce", "pipeline.report.tables.print_summary"):
+        monkeypatch.setattr(name, lambda *_: None)
+    monkeypatch.setattr("pipeline.params.presets.make_workspace", lambda name, project: Path("runs") / name)
+    said = shotless(tmp_path, "run", *([] if preset is None else ["--preset", preset])).stdout.splitlines()
+    named = "" if preset is None else "--student runs/small/artifacts/students/cd "
+    use = f"  use it:          shotless predict {named}--input new.jsonl --output answers.jsonl"
+    assert said[0] == "Next:"
+    assert (use in said) == (student is not None)
+    assert len(said) == 3 + (student is not None)

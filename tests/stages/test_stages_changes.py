@@ -13,7 +13,7 @@ from pipeline.commands.reproduce import due_stages
 from pipeline.params import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # DVC's own, in pygtrie
-LAST = {"compare", "report"}
+LAST = {"select", "compare", "report"}
 
 
 def of(name, *kinds):
@@ -164,7 +164,11 @@ EDITS = {
     ),
     "a slice": (lambda raw: raw["data"]["sources"]["gold"].update(slices={"stars": "stars"}), {"source@gold", "prepare", "report"}),
     "a context's number": (lambda raw: raw["contexts"]["orders"].update(count=1), {"prepare", "report"}),
-    "the examples of risk checks": (lambda raw: raw["evaluation"].update(risk_examples=3), {"risk@cd", "risk@pbft", "risk@small", *LAST}),
+    "the examples of risk checks": (
+        lambda raw: raw["evaluation"].update(risk_examples=3),
+        {"risk@cd", "risk@pbft", "risk@small", "compare", "report"},
+    ),
+    "the limit of the choice": (lambda raw: raw.update(select={"within_ms": 5}), {"select", "report"}),
     "the threads": (lambda raw: raw.update(runtime={"threads": 1}), set()),
     "the monitor": (lambda raw: raw.update(monitor={"max_rows": 100}), set()),
 }
@@ -181,6 +185,13 @@ def test_other_texts_in_the_pool_run_its_rounds_and_their_students_alone(dag):
     (dag.folder / "artifacts/data/pool.parquet").write_text("other texts", "utf-8")
     assert dag.changed() == {"prepare", "round@second", "report"}  # the first for its outs, which it would write again
     assert dag.after({"round@second"}) == {"round@second", *of("small", "student", "evaluate", "risk"), *LAST}
+
+
+def test_no_evaluation_reaches_the_choice_of_the_student(dag):
+    assert "select" in dag.after({"student@cd"}) & dag.after({"targets@mix"})
+    assert not any("select" in dag.after({stage}) for stage in ("evaluate@cd", "risk@cd", "baseline@teacher", "compare"))
+    (dag.folder / "artifacts/data/evaluation/test.parquet").write_text("other texts", "utf-8")
+    assert "select" not in dag.changed()
 
 
 def test_nothing_behind_the_cache_starts_a_teacher(dag):

@@ -151,6 +151,7 @@ LABELS = SHARED | {
     },
     "baselines": {"teacher": {"prompts": "targets/mix", "contexts": "ensemble"}, "each": {"prompts": "targets/mix", "contexts": "each"}},
     "evaluation": {"reference": "teacher", "bootstrap": 50, "cost_examples": 1, "risk_examples": 2},
+    "select": {"within_ms": 1e6},
 }
 FREE = SHARED | {
     "task": {
@@ -175,6 +176,7 @@ BLOCKS = {  # stages in an order in which they can run, each with the map whose 
     "evaluate": "students",
     "baseline": "baselines",
     "risk": "students",
+    "select": "",
     "compare": "",
     "report": "",
 }
