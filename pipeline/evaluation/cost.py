@@ -34,7 +34,7 @@ from pipeline.schema import Context, Example, Prompt
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers.engines import LABELS_ONLY, Engine, open_engine
 
-THROUGHPUT_EXAMPLES = 64
+THROUGHPUT_EXAMPLES = 32
 ONE_THREAD_EXAMPLES = 16
 PROBES = 3
 Asked = Sequence[Sequence[Sequence[Prompt]]]

@@ -308,7 +308,7 @@ class EvaluationParams(Frozen):
     """Resamples behind each 95 % interval."""
     seed: int = 0
     """Of the resampling."""
-    cost_examples: PositiveInt = 8
+    cost_examples: PositiveInt = 4
     """Examples timed one by one for the cost table."""
     risk_examples: PositiveInt = 40
     """Examples of each evaluation set that a student answers again with something swapped, for each kind of swap."""
