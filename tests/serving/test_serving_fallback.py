@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
-from serving_world import LONG_VERBALISERS, make_student, seal, shotless
+from serving_world import LONG_VERBALISERS, choose, make_student, seal, shotless
 from small_project import OLD, make_project, small_params
 
 from pipeline.data.examples import write_source
@@ -57,6 +57,7 @@ def project(tmp_path, model_folder):
     """A project after its targets, with a student that agrees with its teacher if it is surer than the middle one of the texts."""
     make_project(tmp_path, model_folder("llama"))
     student = make_student(tmp_path / "artifacts" / "students" / "cd", model_folder("llama", seed=3))
+    choose(tmp_path)
     said = [found.probabilities for found in Predictor(student, 1).predict(OLD)]
     scores = np.log([list(shares.values()) for shares in said]).astype(np.float32)
     sure = scores.max(-1) > np.median(scores.max(-1))
