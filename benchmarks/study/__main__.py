@@ -6,7 +6,6 @@ A finished part costs seconds; a stopped one goes on. Figures are means over dra
 import json
 import random
 from collections import Counter, defaultdict
-from contextlib import chdir
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -32,9 +31,8 @@ def part_params(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> 
     raw, entry = read_yaml(Path("params.yaml")), plan["tasks"][task]
     if entry:
         write_files(plan, task, draw, workspace)
-        labelled, unlabelled, test = (Path(f"{name}.jsonl") for name in ("labelled", "unlabelled", "test"))
-        with chdir(workspace):  # the same models as in any run of these params
-            raw, _ = new_task(raw, Answers(labelled, unlabelled, test, entry["template"], {}, {}, "label"))
+        files = (workspace / f"{name}.jsonl" for name in ("labelled", "unlabelled", "test"))
+        raw, _ = new_task(raw, Answers(*files, entry["template"], {}, {}, "label"))
     raw = merge(raw, plan["also"] | {"data": {"demonstrations": {"seed": draw}}})
     parse_params(raw, PLAN)
     return raw
