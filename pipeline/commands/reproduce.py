@@ -112,14 +112,12 @@ class Watch:
         return f"{self.total - len(self.left)} of {self.total} stages{time_left}" + (f"; to do: {to_do}" if to_do else "")
 
     def seconds_left(self) -> float | None:
-        """The same work as in `shotless init`'s estimate, at the rate of this run so far; None before any is done."""
-        gone, own = max(time.monotonic() - self._since - SECONDS_A_STAGE, 1.0), self._work.get(self.stage, 0.0)
-        part = self.reading.done / self.reading.total if self.reading else 0.0
-        done, spent = self._done + own * part, self._spent + (gone if own * part else 0.0)
-        if not done:
+        """The same work as in `shotless init`'s estimate, at the rate of the stages that ended; None before any did."""
+        if not self._done:
             return None
-        others = sum(SECONDS_A_STAGE + self._work.get(stage, 0.0) * spent / done for stage in self.left if stage != self.stage)
-        return others + (gone * (1 - part) / part if part else max(own * spent / done - gone, 0.0))
+        seconds = {stage: SECONDS_A_STAGE + self._work.get(stage, 0.0) * self._spent / self._done for stage in self.left}
+        gone = min(time.monotonic() - self._since, seconds.get(self.stage, 0.0))
+        return sum(seconds.values()) - gone
 
 
 def duration(seconds: float) -> str:

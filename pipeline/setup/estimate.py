@@ -1,7 +1,8 @@
 """What a full run will cost here: tokens of work from the params, and the rate at which this machine did them on a few rows.
 
 Work is counted in tokens through the whole model. A teacher reads each of C contexts once and then N queries behind it, C·(L + N·Q); a
-step of training counts as three passes; a student of fewer layers counts its share. Loading, downloads and DVC take some seconds a stage.
+step of training counts as three passes; a student of fewer layers counts its share, and so does a smaller model. Teachers are judged on the
+labelled examples too (`pipeline/cache/labelled.py`). Loading, downloads and DVC take some seconds a stage.
 """
 
 import time
@@ -12,12 +13,13 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.labelled import MOST_FOLDS
 from pipeline.params import Params, load_params, read_yaml
 from pipeline.schema import NO_CONTEXT, Example
 from pipeline.task import Task
 
 ROWS_TRIED = 20
-SECONDS_A_STAGE = 6.0
+SECONDS_A_STAGE = 4.0
 PROCESS_BYTES = 700e6
 """Python, torch and the libraries, before a model is loaded."""
 TRAINING_BYTES = 4 * 7
@@ -60,12 +62,18 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
     return Trial(total / seconds, total / len(prompts), answer, model.num_parameters(), layers, engine.name, engine.reason)
 
 
-def token_work(params: Params, query: float, answer: float, layers: int | None, transfer: int, evaluated: int) -> dict[str, float]:
-    """Stage of dvc.yaml → tokens through the whole model, for stages that pass texts through one.
+def token_work(params: Params, query: float, answer: float, layers: int | None, transfer: int, evaluated: int, artifacts: Path) -> dict[str, float]:
+    """Stage of dvc.yaml → tokens through the largest model, for stages that pass texts through one.
 
     `query` and `answer` are tokens of a text and of the longest answer, `layers` those of the model (None: students are counted as whole
-    models), `transfer` and `evaluated` numbers of examples.
+    models), `transfer` and `evaluated` numbers of examples. A model that is not in `artifacts` yet counts as one of the largest.
     """
+    files = {name: [*(artifacts / "models" / name).glob("*.safetensors")] for name in params.models}
+    sizes = {name: sum(file.stat().st_size for file in own) for name, own in files.items() if own}
+    largest = max(sizes.values(), default=1)
+
+    def size_of(folder: str) -> float:
+        return sizes.get(params.base_model(folder), largest) / largest
 
     def share_of(kept: str | None) -> float:
         if not kept or layers is None:
@@ -75,13 +83,17 @@ def token_work(params: Params, query: float, answer: float, layers: int | None, 
         return len(parse_layers(kept, layers)) / layers
 
     def asked(teacher: str, examples: int) -> float:
-        context = params.contexts[params.teachers[teacher].contexts]
-        return context.count * (context.demonstrations * (query + answer) + examples * query)
+        context, model = params.contexts[params.teachers[teacher].contexts], params.teachers[teacher].model
+        return context.count * (context.demonstrations * (query + answer) + examples * query) * size_of(model)
 
-    work = {f"tune@{name}": 3.0 * tuned.steps * tuned.batch_size * query for name, tuned in params.tuned.items()}
-    work |= {f"teacher@{name}": asked(name, transfer) for name in params.teachers}
+    labelled = params.data.demonstrations.per_label * len(params.task.labels)
+    work = {  # once on all labels, and once without each fold
+        f"tune@{name}": 3.0 * tuned.steps * tuned.batch_size * query * MOST_FOLDS * size_of(tuned.base)
+        for name, tuned in params.tuned.items()
+    }
+    work |= {f"teacher@{name}": asked(name, transfer) + (MOST_FOLDS - 1) * asked(name, labelled) for name in params.teachers}
     for name, student in params.students.items():
-        share = len(student.runs) * share_of(student.layers)
+        share = len(student.runs) * share_of(student.layers) * size_of(student.base)
         rows = student.batch_size + sum(term.batch_size or student.batch_size for term in student.auxiliary.values())
         work |= {f"student@{name}": 3 * student.steps * rows * share * query, f"evaluate@{name}": evaluated * share * query}
     scored = set[str]()  # baselines of the same teachers share the store's rows
@@ -106,7 +118,7 @@ def prepared_work(project: Path) -> dict[str, float]:
 
     transfer = pq.read_metadata(data / "transfer.parquet").num_rows
     evaluated = sum(pq.read_metadata(file).num_rows for file in (data / "evaluation").glob("*.parquet"))
-    return token_work(load_params(project / "params.yaml"), 1.0, 0.0, None, transfer, evaluated)
+    return token_work(load_params(project / "params.yaml"), 1.0, 0.0, None, transfer, evaluated, project / "artifacts")
 
 
 def stage_count(params: Params, dag: Path) -> int:
@@ -126,7 +138,7 @@ def cost(params: Params, transfer: Sequence[Example], evaluated: int) -> str:
         )
     rows = transfer[:ROWS_TRIED]
     trial = try_rows(folder, Task(params.task), rows, params.runtime.threads)
-    each = token_work(params, trial.query_tokens, trial.answer_tokens, trial.layers, len(transfer), evaluated)
+    each = token_work(params, trial.query_tokens, trial.answer_tokens, trial.layers, len(transfer), evaluated, Path("artifacts"))
     work = {part: sum(tokens for stage, tokens in each.items() if stage.partition("@")[0] in kinds) for part, kinds in PARTS.items()}
     rate, length = trial.tokens_per_second, trial.query_tokens
     stages, peak = stage_count(params, Path("dvc.yaml")), PROCESS_BYTES + TRAINING_BYTES * trial.parameters

@@ -495,24 +495,34 @@ def test_a_delimiter_and_an_encoding_that_are_said_are_written(folder):
     assert (source.delimiter, source.encoding) == (";", "cp1252")
 
 
-def test_work_is_counted_as_the_stages_do_it():
+def test_work_is_counted_as_the_stages_do_it(tmp_path):
     params = load_params(PROJECT / "params.yaml")
-    sizes = {"query": 30.0, "answer": 3.0, "layers": 30, "transfer": 800, "evaluated": 600}
-    work = token_work(params, **sizes)
-    few_shot, plain = 4 * (16 * 33 + 600 * 30), 600 * 30
+    for model, size in (("smollm2", 400), ("minilm", 100)):
+        folder = tmp_path / "models" / model
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(size))
+    sizes = {"query": 30.0, "answer": 3.0, "layers": 30, "transfer": 800, "evaluated": 600, "artifacts": tmp_path}
+    work, shots = token_work(params, **sizes), params.contexts["orders"].count
+    tuned, contrast = (3 * 30 * params.tuned[name].steps * params.tuned[name].batch_size for name in ("tuned", "contrast"))
+    cd, encoder = (3 * 30 * params.students[name].steps * params.students[name].batch_size for name in ("cd", "encoder"))
+    few_shot, plain = shots * (16 * 33 + 600 * 30), 600 * 30
+    judged = 3 * 16 * 30  # three more folds than one, of 16 labelled examples
     assert work == pytest.approx(
         {
-            "tune@tuned": 3 * 30 * 24 * 16,
-            "teacher@few_shot": 4 * (16 * 33 + 800 * 30),
-            "teacher@zero_shot": 800 * 30,
-            "teacher@tuned": 800 * 30,
+            "tune@tuned": 4 * tuned,
+            "tune@contrast": contrast,
+            "teacher@few_shot": shots * (16 * 33 + 800 * 30) + 3 * shots * (16 * 33 + 16 * 30),
+            "teacher@zero_shot": 800 * 30 + judged,
+            "teacher@tuned": 800 * 30 + judged,
+            "teacher@contrast": (800 * 30 + judged) / 4,
         }
-        | {"student@cd": 3 * 30 * 24 / 30 * 150 * 8, "student@pbft": 3 * 30 * 24 / 30 * 40 * 16}
-        | {"evaluate@cd": plain * 24 / 30, "evaluate@pbft": plain * 24 / 30}
-        | {"baseline@zero_shot": plain, "baseline@icl": few_shot, "baseline@icl_calibrated": 0, "baseline@icl_ensemble": 0}
-        | {"baseline@teacher": plain}
+        | {"student@cd": cd * 24 / 30, "student@encoder": encoder / 4}
+        | {"evaluate@cd": plain * 24 / 30, "evaluate@encoder": plain / 4}
+        | {"baseline@zero_shot": plain, "baseline@few_shot": few_shot, "baseline@few_shot_calibrated": 0}
+        | {"baseline@fine_tuned": plain, "baseline@setfit": plain / 4, "baseline@teacher": 0}
     )
     assert sum(token_work(params, **sizes | {"layers": None}).values()) > sum(work.values()), "students count as whole models"
+    assert token_work(params, **sizes | {"artifacts": tmp_path / "none"})["evaluate@encoder"] == plain, "a model that is not there"
     seeds = params.students["cd"].model_copy(update={"seeds": (0, 1, 2)})
     more = token_work(params.model_copy(update={"students": params.students | {"cd": seeds}}), **sizes)
     assert more["student@cd"] == pytest.approx(3 * work["student@cd"])
