@@ -62,7 +62,9 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
     return Trial(total / seconds, total / len(prompts), answer, model.num_parameters(), layers, engine.name, engine.reason)
 
 
-def token_work(params: Params, query: float, answer: float, layers: int | None, transfer: int, evaluated: int, artifacts: Path) -> dict[str, float]:
+def token_work(
+    params: Params, query: float, answer: float, layers: int | None, transfer: int, evaluated: int, artifacts: Path
+) -> dict[str, float]:
     """Stage of dvc.yaml → tokens through the largest model, for stages that pass texts through one.
 
     `query` and `answer` are tokens of a text and of the longest answer, `layers` those of the model (None: students are counted as whole
