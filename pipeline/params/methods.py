@@ -280,8 +280,8 @@ class StudentParams(TuningParams):
 
 SERVER_TOP = 20
 """Most probable tokens that a server is asked for: what OpenAI and vLLM give unless they are set otherwise."""
-MONITOR_TESTS = 6
-"""Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
+MONITOR_TESTS = 7
+"""Tests that share `monitor.false_alarm_rate`: three of inputs, three of answers if there is a threshold, one of accuracy with labels."""
 
 
 class BaselineParams(Frozen):
@@ -337,7 +337,8 @@ class MonitorParams(Frozen):
     false_alarm_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
     """Chance that inputs like the reference raise any alarm at all, over all tests together."""
     smallest_shift: Fraction = 0.1
-    """Smaller shifts of length and confidence (gap of the distribution functions) or label shares (total variation) are no alarm."""
+    """Smaller shifts of length and confidence (gap of the distribution functions), label shares (total variation) or the answered share
+    are no alarm."""
     smallest_vocabulary_share: Fraction = 0.001
     """The same for vocabulary: share of the variance that lies between reference and new inputs; small, since texts share few words."""
     smallest_embedding_share: Fraction = 0.01
