@@ -529,6 +529,10 @@ class Params(Frozen):
                     yield f"data.{role}.extra_sources: {source!r} is data.{role}.source itself; set its `{limit}`"
                 if role not in unlabelled and source in sources and sources[source].label is None and self.task.labels:
                     yield f"data.{role}.extra_sources: {source!r} has no labels (`label: null`), and this role needs them"
+        for source in self.data.never_held_back:
+            yield from _known("data.never_held_back", source, sources)
+        if not transfer.limits.keys() - set(self.data.never_held_back):
+            yield "data.never_held_back: it names every source of data.transfer, and students could hold nothing back; leave one out"
         for source in pool.limits if pool is not None else ():
             if transfer.limits.get(source, 0) is None:
                 yield f"data.pool: data.transfer takes all texts of {source!r}, and none is left; set a limit there"
