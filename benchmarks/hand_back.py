@@ -29,6 +29,7 @@ from pipeline.students.train import train_student
 
 RESULTS = Path("benchmarks/results/hand_back.json")
 SEED = 0
+SERVED = "served"  # the source of what was handed back, which is never held back: texts that arrive are not all as hard
 
 
 def main(
@@ -46,6 +47,7 @@ def main(
     params, machine = load_params(), about()
     changed = {
         "runtime": params.runtime.model_copy(update={"threads": threads}),
+        "data": params.data.model_copy(update={"never_held_back": (*params.data.never_held_back, SERVED)}),
         "students": {student: params.students[student].model_copy(update={"steps": steps})},
     }
     params, here = params.model_copy(update=changed), Folders.here()
@@ -112,7 +114,7 @@ def one_round(predictor: Predictor, fallback: Fallback, wave: Sequence[Example])
 def learn(handed: Sequence[tuple[Example, Prediction]], targets: str, params: Params, folders: Folders) -> None:
     """Put what was handed back into the transfer set and the target set; its answers are the targets that it would get there."""
     fields, transfer = tuple(params.task.fields), folders.artifacts / "data" / "transfer.parquet"
-    texts = [*read_examples(transfer, fields), *(Example(example.fields, source="served") for example, _ in handed)]
+    texts = [*read_examples(transfer, fields), *(Example(example.fields, source=SERVED) for example, _ in handed)]
     write_examples(texts, fields, transfer)
     file = folders.artifacts / "targets" / targets / "targets.parquet"
     columns = [

@@ -5,16 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import numpy as np
+import pyarrow as pa
+
 from pipeline.cli import app
-from pipeline.files import write_json, write_manifest
+from pipeline.files import read_manifest, write_json, write_manifest
 from pipeline.models.folders import load_tokenizer
+from pipeline.models.held_back import HELD_BACK, HELD_BACK_FILE, LEARNT, LEARNT_FILE
 from pipeline.models.trained import about_trained
 from pipeline.params import TaskParams
+from pipeline.schema import write_table
 from pipeline.task import Task, TaskTokens
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -43,6 +50,15 @@ def choose(project: Path, student: str | None = "cd", **reasons: str) -> None:
 def seal(folder: Path, task: Task) -> None:
     """Write a student's manifest for the files that `folder` has now."""
     write_manifest(folder, about_trained(folder.name, TaskTokens(task, load_tokenizer(folder)), {}))
+
+
+def hold_back(student: Path, rows: Sequence[tuple[Any, Any, float]], learnt: Sequence[tuple[str, Any]]) -> None:
+    """Give a student held-back texts (label_logprobs, target, distance) and learnt ones (id, state), as training leaves them."""
+    held = [dict(zip(HELD_BACK.names, (f"held {n}", *row), strict=True)) for n, row in enumerate(rows)]
+    write_table(pa.Table.from_pylist(held, HELD_BACK), student / HELD_BACK_FILE)
+    known = [{"example_id": one, "state": np.float16(state)} for one, state in learnt]
+    write_table(pa.Table.from_pylist(known, LEARNT), student / LEARNT_FILE)
+    write_manifest(student, {key: value for key, value in read_manifest(student).items() if key != "files"} | {"temperature": 1.0})
 
 
 @dataclass(frozen=True)

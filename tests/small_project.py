@@ -39,7 +39,7 @@ def small_params():
         "students": {"cd": {"base": "models/tiny", "learn_from": "targets/few_shot", "steps": 3, "learning_rate": 1e-3}},
         "baselines": {"teacher": {"prompts": "targets/few_shot", "contexts": "ensemble"}},
         "evaluation": {"reference": "teacher"},
-        "monitor": {"permutations": 599},
+        "monitor": {"permutations": 699},
         "runtime": {"threads": 1},
     }
 

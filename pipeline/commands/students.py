@@ -1,5 +1,6 @@
 """`shotless predict`, `serve`, `monitor` and `export`: a student in use."""
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -208,7 +209,7 @@ def predict(
     predictor = open_promising(student, threads, agree, right, labelled, label, field or [])
     teachers = open_fallback(fallback, most_handed_back, predictor, threads)
     items = files.read_items(source, files.columns_of(predictor.task.fields, field or []), kept, input_format)
-    journal = files.PredictionLog(log, predictor.weights_sha256) if log else None
+    journal = files.PredictionLog(log, predictor.weights_sha256, predictor.threshold) if log else None
     rows, bad, kept_back, first = 0, 0, 0, ""
     more = [*["answered"] * (predictor.threshold is not None), *(files.HANDED_BACK if teachers is not None else ())]
     with files.writing(output, form, predictor.labels, kept, more) as write:
@@ -267,7 +268,7 @@ def serve(
 
     predictor = open_promising(student, threads, agree, right, labelled, label, max_chars=max_chars)
     teachers = open_fallback(fallback, most_handed_back, predictor, threads)
-    journal = PredictionLog(log, predictor.weights_sha256) if log else None
+    journal = PredictionLog(log, predictor.weights_sha256, predictor.threshold) if log else None
     limits = Limits(max_body_bytes, max_rows, body_seconds, batch_rows, waiting_rows)
     print(f"{predictor.student.name}: {', '.join(predictor.labels)}; engine {predictor.engine.name}", file=sys.stderr, flush=True)
     uvicorn.run(make_app(predictor, limits, journal, teachers), host=host, port=port, log_level="info", access_log=False, http="h11")
@@ -277,6 +278,9 @@ def monitor(
     inputs: Annotated[str, typer.Option(help="New inputs: jsonl, csv, tsv, parquet, or a predictions log.")],
     student: Student,
     labels: Annotated[str | None, typer.Option(help="Column of gold labels; a source's label rule for this column holds.")] = None,
+    agree: Annotated[
+        float | None, typer.Option(min=0.01, max=0.999, help="Test the answered share too, as with predict --agree; a log has its own.")
+    ] = None,
     field: Fields = None,
     reference: Annotated[Path | None, typer.Option(help="A file of inputs to compare with; default: the transfer set.")] = None,
     json_file: Annotated[Path, typer.Option("--json")] = Path("report/monitor.json"),
@@ -285,12 +289,13 @@ def monitor(
 ) -> None:
     """Test new inputs and the student's answers for drift; hold accuracy and memory against thresholds. Ends with 3 on an alarm."""
     from pipeline.files import Folders, write_json
+    from pipeline.models.held_back import Threshold, agreeing, novelty_of
     from pipeline.models.process import peak_rss_bytes
     from pipeline.monitor.drift import corrected, drift_tests
     from pipeline.monitor.sample import GOLD, LEAST_ROWS, answer, label_rule, with_gold, with_shares_of
-    from pipeline.monitor.verdict import accuracy_bound, accuracy_test, print_table, verdict, write_page
+    from pipeline.monitor.verdict import accuracy_bound, accuracy_test, answered_test, print_table, verdict, write_page
     from pipeline.params import MonitorParams, load_params
-    from pipeline.serving.files import columns_of, read_items
+    from pipeline.serving.files import columns_of, logged_threshold, read_items
     from pipeline.serving.predictor import Predictor
 
     params = load_params() if Path("params.yaml").is_file() else None
@@ -306,6 +311,9 @@ def monitor(
         raise UsageError("--labels: nothing says how accurate is enough; set monitor.min_accuracy, or evaluate the student.")
 
     predictor = Predictor(trained, threads, keep_states=True)
+    threshold = None if agree is None else agreeing(trained, agree)
+    if agree is None and (least := logged_threshold(inputs, predictor.weights_sha256)) is not None:
+        threshold = Threshold(least, math.nan, novelty_of(trained))
     fields, mapped = columns_of(predictor.task.fields, []), columns_of(predictor.task.fields, field or [])
     items = read_items(inputs, mapped, {GOLD: labels} if labels else {})
     if labels:
@@ -319,6 +327,8 @@ def monitor(
         rows = chain.from_iterable(read_items(str(file), fields, {}) for file in files if file.is_file())
         unseen = with_shares_of(old, answer(predictor, rows, "evaluation sets in domain", settings, least=0))
     tests = drift_tests(old, new, predictor.labels, settings, unseen if unseen and len(unseen) >= LEAST_ROWS else None)
+    if threshold is not None and (test := answered_test(trained, threshold, new, settings.smallest_shift)) is not None:
+        tests.append(test)
     if labels and bound:
         tests.append(accuracy_test(new, *bound))
     tests = corrected(tests, settings.false_alarm_rate)

@@ -19,7 +19,8 @@ from scipy import stats
 from pipeline.errors import UsageError
 from pipeline.evaluation.metrics import rounded
 from pipeline.files import read_json, write_text
-from pipeline.models.held_back import Novelty
+from pipeline.models.held_back import HELD_BACK_FILE, Novelty, Threshold, held_back_answers
+from pipeline.models.trained import Trained
 from pipeline.monitor.drift import DriftTest
 from pipeline.monitor.sample import Sample
 from pipeline.params import MonitorParams
@@ -56,6 +57,23 @@ def accuracy_test(new: Sample, bound: float, origin: str) -> DriftTest:
     p_value = float(stats.binomtest(sum(right), len(right), min(1.0, max(0.0, bound)), alternative="less").pvalue)
     then, now = f"at least {bound:.1%} ({origin})", f"{found:.1%} of {len(right):,} labelled"
     return DriftTest("accuracy", "accuracy", "below the bound", 0.0, max(0.0, bound - found), p_value, then, now)
+
+
+def answered_test(student: Trained, threshold: Threshold, new: Sample, smallest: float) -> DriftTest | None:
+    """Does the student answer less of the new inputs than of its held-back texts? None if it has none.
+
+    Fisher's exact test, one-sided. It is exact for a threshold at the confidence of one of the held-back texts too: the p-value is the
+    chance that so few of the surest texts, of both together, are new ones.
+    """
+    if HELD_BACK_FILE not in student.manifest["files"]:
+        return None
+    confidence, _, distances = held_back_answers(student.folder, student.temperature)
+    most = np.inf if threshold.novelty is None else threshold.novelty.most
+    then, now = (confidence >= threshold.confidence) & (distances <= most), threshold.answers(new.confidence, new.states)
+    table = [[int(own.sum()), int((~own).sum())] for own in (now, then)]
+    shares = [f"{own.mean():.1%} of {len(own):,}{kind}" for own, kind in ((then, " held-back texts"), (now, ""))]
+    fall, p_value = max(0.0, float(then.mean() - now.mean())), float(stats.fisher_exact(table, alternative="less").pvalue)
+    return DriftTest("answered", "answers", "fall of the answered share", smallest, fall, p_value, *shares)
 
 
 def verdict(

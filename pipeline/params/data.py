@@ -296,6 +296,9 @@ class DataParams(Frozen):
     """Which unlabelled examples are learnt from."""
     pool: TransferParams | None = None
     """More unlabelled examples, with the keys of `transfer`: no teacher answers them, but students do, for other students (`rounds`)."""
+    never_held_back: tuple[str, ...] = Field(default=(), strict=False)
+    """Sources of transfer set or pool whose texts were chosen, as those that a student handed back. Students learn all of them and hold
+    none back (`students.X.held_back`): what is held back has to be like the texts that will arrive."""
     evaluation: dict[Name, EvaluationSetParams] = Field(min_length=1)
     """Evaluation sets."""
     bad_rows_limit: Fraction = 0.02

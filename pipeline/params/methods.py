@@ -280,8 +280,8 @@ class StudentParams(TuningParams):
 
 SERVER_TOP = 20
 """Most probable tokens that a server is asked for: what OpenAI and vLLM give unless they are set otherwise."""
-MONITOR_TESTS = 6
-"""Tests that share `monitor.false_alarm_rate`: three of inputs, two of answers, one of accuracy where labels are given."""
+MONITOR_TESTS = 7
+"""Tests that share `monitor.false_alarm_rate`: three of inputs, three of answers if there is a threshold, one of accuracy with labels."""
 
 
 class BaselineParams(Frozen):
@@ -344,7 +344,8 @@ class MonitorParams(Frozen):
     false_alarm_rate: Annotated[float, Field(gt=0, le=0.2)] = 0.01
     """Chance that inputs like the reference raise any alarm at all, over all tests together."""
     smallest_shift: Fraction = 0.1
-    """Smaller shifts of length and confidence (gap of the distribution functions) or label shares (total variation) are no alarm."""
+    """Smaller shifts of length and confidence (gap of the distribution functions), label shares (total variation) or the answered share
+    are no alarm."""
     smallest_vocabulary_share: Fraction = 0.001
     """The same for vocabulary: share of the variance that lies between reference and new inputs; small, since texts share few words."""
     smallest_embedding_share: Fraction = 0.01
@@ -536,6 +537,10 @@ class Params(Frozen):
                     yield f"data.{role}.extra_sources: {source!r} is data.{role}.source itself; set its `{limit}`"
                 if role not in unlabelled and source in sources and sources[source].label is None and self.task.labels:
                     yield f"data.{role}.extra_sources: {source!r} has no labels (`label: null`), and this role needs them"
+        for source in self.data.never_held_back:
+            yield from _known("data.never_held_back", source, sources)
+        if not transfer.limits.keys() - set(self.data.never_held_back):
+            yield "data.never_held_back: it names every source of data.transfer, and students could hold nothing back; leave one out"
         for source in pool.limits if pool is not None else ():
             if transfer.limits.get(source, 0) is None:
                 yield f"data.pool: data.transfer takes all texts of {source!r}, and none is left; set a limit there"

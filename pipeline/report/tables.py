@@ -25,6 +25,7 @@ from pipeline.report.prose import DASH, about, most_answered, number, p_value, p
 
 MOST_LABELS, MOST_CONFUSIONS, MOST_SLICES, COMPARED = 12, 20, 40, 3
 """What is shown at most: labels of a confusion matrix, else confusions; slices of each dimension; students side by side (the best ones)."""
+LABEL_SCORES = {"precision": "precision", "recall": "recall", "f1": "F1", "average_precision": "AP"}
 UNEVEN = 0.4  # least share of either of two labels whose shares are alike
 Counts = npt.NDArray[np.int64]
 
@@ -241,26 +242,36 @@ def confusions(found: Collected) -> Table | None:
 
 
 def classes(found: Collected) -> Table | None:
-    """Precision, recall and F1 of each label, of the best student and the reference; first the labels that most examples are missed of.
-
-    The sets of a domain are pooled. None if there are two labels of like shares, of which the confusion says it all.
+    """Precision, recall, F1 and average precision of each label, of the best student and the reference, means over the sets of a domain;
+    first the labels that most examples are missed of. None if there are two labels of like shares, of which the confusion says it all.
     """
     labels, methods, bodies = found.params.task.labels, _judged(found), dict[str, list[Row]]()
-    pooled = {domain: np.stack([_matrix(found, name, domain) for name in methods]) for domain in domains_of(found.document)}
-    if len(labels) == 2 and all(gold.min() >= UNEVEN * gold.sum() for gold in (counts[0].sum(axis=1) for counts in pooled.values())):
+    document, are_even = found.document, len(labels) == 2
+    for domain in domains_of(document):
+        sets = [[document["methods"][name]["sets"][where]["per_label"] for where in sets_of(document, domain)] for name in methods]
+        of = {label: [[own[label] for own in each if own[label]["n"]] for each in sets] for label in labels}  # by method, then by set
+        counts = {label: sum(own["n"] for own in first) for label, (first, *_) in of.items()}
+        missed = {label: math.fsum(own["n"] * (1 - own["recall"]) for own in first) for label, (first, *_) in of.items()}
+        are_even = are_even and min(counts.values()) >= UNEVEN * sum(counts.values())
+        bodies[DOMAINS[domain]] = [
+            [label, number(counts[label]), *(_mean(own, key) for own in of[label] for key in LABEL_SCORES)]
+            for label in sorted(labels, key=missed.__getitem__, reverse=True)
+        ]
+    if are_even:
         return None
-    for domain, counts in pooled.items():
-        right, gold, said = counts.diagonal(axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
-        scores = np.stack([right / said.clip(1), right / gold.clip(1), 2 * right / (said + gold).clip(1)], axis=-1)  # (methods, labels, 3)
-        missed, extra = (gold - right)[0], (said - right)[0]
-        rows = bodies[DOMAINS[domain]] = []
-        for i in np.lexsort((-extra, -missed)).tolist():
-            shares = [Cell(percent(score), heat=round(score, 2)) for own in scores[:, i].tolist() for score in own]
-            rows.append([labels[i], number(int(gold[0, i])), number(int(missed[i])), number(int(extra[i])), *shares])
-    caption = f"Precision, recall and F1 of each label in percent, sorted by the examples of it that {methods[0]} missed."
-    groups = [("", 2), (methods[0], 5), *((name, 3) for name in methods[1:])]
-    columns = ["Label", "examples", "missed", "wrongly given", *["precision", "recall", "F1"] * len(methods)]
-    return Table("classes", caption, columns, bodies, groups)
+    caption = (
+        "Precision, recall, F1 and average precision (AP) of each label in percent, means over the sets that have it. First the label that "
+        f"{methods[0]} missed most examples of."
+    )
+    columns = ["Label", "examples", *[*LABEL_SCORES.values()] * len(methods)]
+    return Table("classes", caption, columns, bodies, [("", 2), *((name, len(LABEL_SCORES)) for name in methods)])
+
+
+def _mean(entries: Sequence[Json], key: str) -> Cell | str:
+    if not entries:
+        return DASH
+    score = fmean(entry[key] for entry in entries)
+    return Cell(percent(score), heat=round(score, 2))
 
 
 def _judged(found: Collected) -> list[str]:

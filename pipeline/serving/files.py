@@ -16,21 +16,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.readers import MISSING, BadRow, MissingColumnError, read_rows
+from pipeline.data.readers import MISSING, BadRow, MissingColumnError, Row, read_rows
 from pipeline.errors import UsageError, choices
 from pipeline.files import replacing
 from pipeline.params.data import FORMATS, form_of
 from pipeline.serving.predictor import Prediction, Predictor
 
+if TYPE_CHECKING:
+    from pipeline.models.held_back import Threshold
+
 WRITTEN = {suffix: form for suffix, form in FORMATS.items() if form in {"csv", "jsonl", "parquet"}}  # the output's formats
 HANDED_BACK = ("by", "student_label", "student_confidence")  # columns of CSV and Parquet if there is a fallback
 OWN_COLUMNS = ("line", "label", "confidence", "probabilities", "cut", "answered", "student_answer", *HANDED_BACK, "error")
 WINDOW_CHARS = 4_000_000
+STUDENT_DIGITS = 16  # of its weights' sha256, in a predictions log
 UNENCODABLE = "backslashreplace"
 """Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's escape."""
 
@@ -106,6 +110,15 @@ def read_items(path: str, columns: Mapping[str, str], kept: Mapping[str, str], f
         options = {column: f"--keep NAME={column}" for column in kept.values()}
         options |= {column: f"--field {name}=COLUMN" for name, column in columns.items()}
         raise UsageError(f"{missing.fault} Name the right one with {options[missing.column]}.") from None
+
+
+def logged_threshold(path: str, weights_sha256: str) -> float | None:
+    """The threshold in the last line that this student wrote into a predictions log; None if it had none, or the file is not a log."""
+    if format_of(path) != "jsonl" or not Path(path).is_file():
+        return None
+    lines = (read.values for read in read_rows(Path(path), "jsonl", ["student", "threshold"]) if isinstance(read, Row))
+    found = [least for by, least in lines if by == weights_sha256[:STUDENT_DIGITS]]
+    return found[-1] if found and found[-1] is not MISSING else None
 
 
 def predict_items(predictor: Predictor, items: Iterable[Item], window_rows: int) -> Iterator[list[Answered]]:
@@ -195,26 +208,28 @@ def json_line(row: Any) -> str:
 class PredictionLog:
     """What a student was asked in use, and what it answered, as JSON lines; `shotless monitor` reads them back. Its folder is made.
 
-    A line has `time` (UTC, ISO 8601), `student` (the first 16 digits of its weights' sha256), `fields` (the input), then the answer
-    (`Prediction.as_json`). Each append, from any thread, is one write to the file's end, so several processes can
-    share a log, and any tool can cut, join or rotate it. It holds the inputs: keep it where inputs may be kept.
+    A line has `time` (UTC, ISO 8601), `student` (the first digits of its weights' sha256), `threshold` (the least confidence that is
+    answered) if there is one, `fields` (the input), then the answer (`Prediction.as_json`). Each append, from any thread, is one write to
+    the file's end, so several processes can share a log, and any tool can cut, join or rotate it. It holds the inputs: keep it where
+    inputs may be kept.
 
     A log that cannot be opened at the start raises OSError. A write that fails later costs log lines, never answers: they are counted in
     `lost`, with one warning on standard error.
     """
 
-    def __init__(self, path: Path, weights_sha256: str) -> None:
+    def __init__(self, path: Path, weights_sha256: str, threshold: "Threshold | None" = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
         self.lost = 0
         self._path = path
-        self._student = weights_sha256[:16]
+        self._head: dict[str, Any] = {"student": weights_sha256[:STUDENT_DIGITS]}
+        self._head |= {} if threshold is None else {"threshold": threshold.confidence}
         self._lock = threading.Lock()
         self._torn = False
 
     def append(self, rows: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
         """Append inputs with their answers (`Prediction.as_json`)."""
-        head = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "student": self._student}
+        head = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **self._head}
         lines = [json_line({**head, "fields": dict(fields), **answer}) for fields, answer in rows]
         with self._lock:
             data = "".join(["\n"] * self._torn + lines).encode("utf-8", UNENCODABLE)

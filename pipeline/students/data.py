@@ -6,7 +6,7 @@ every step has the same size.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -100,17 +100,20 @@ def shortest_and_longest(rows: Sequence[AnyRow]) -> list[AnyRow]:
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
-def split(rows: Sequence[AnyRow], key: Literal["held_back", "validation_fraction"], fraction: float) -> tuple[list[AnyRow], list[AnyRow]]:
-    """The rows that the param `key` keeps from being learnt, and the others.
+def split(
+    rows: Sequence[AnyRow], key: Literal["held_back", "validation_fraction"], fraction: float, learnt_whole: Collection[str] = ()
+) -> tuple[list[AnyRow], list[AnyRow]]:
+    """The rows that the param `key` keeps from being learnt, and the others, among them all of the examples `learnt_whole`.
 
-    A row is kept from it if the hash of key and example is in the first `fraction` of all hashes. So the part is the same for every
+    Another row is kept from it if the hash of key and example is in the first `fraction` of all hashes. So the part is the same for every
     student and seed, a transfer set that grows moves no example to the other side, and all contexts of an example are on one side. The
     fraction is met on average. Raises UsageError if either side is empty.
     """
     held: list[AnyRow] = []
     learnt: list[AnyRow] = []
     for row in rows:
-        (held if int(sha256_json([key, row.example])[:13], 16) / 16**13 < fraction else learnt).append(row)
+        is_held = row.example not in learnt_whole and int(sha256_json([key, row.example])[:13], 16) / 16**13 < fraction
+        (held if is_held else learnt).append(row)
     if not held or not learnt:
         lacking = "for it" if learnt else "to learn from"
         raise UsageError(f"{key}: {fraction} of {len(rows)} examples leaves none {lacking}. Choose another fraction, or 0.")

@@ -5,7 +5,7 @@ removed after it. All files but those in metrics/runtime depend on params and da
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +81,7 @@ class _Job:
         if student.learn_from == DEMONSTRATIONS_FILE:
             self._learn_demonstrations(1.0, student.batch_size)
         else:
-            self._learn_texts()
+            self._learn_texts(params.data.never_held_back)
 
     def _learn_demonstrations(self, weight: float, batch_size: int) -> None:
         """Add the cross-entropy on the demonstrations' labels."""
@@ -89,8 +89,8 @@ class _Job:
         self.label_terms.append(LabelTerm("cross_entropy", weight, batch_size, self._weighted(demonstrations(file, self.tokens))))
         self.sources["demonstrations"] = sha256_file(file)
 
-    def _learn_texts(self) -> None:
-        """Add all that is learnt from a target set, a round or caches, and what is learnt beside it."""
+    def _learn_texts(self, never_held_back: Collection[str]) -> None:
+        """Add all that is learnt from a target set, a round or caches, and what is learnt beside it; hold texts back, of other sources."""
         student, kind = self.student, self.student.learn_from.partition("/")[0]
         source = self.folders.artifacts / student.learn_from
         file = source / "texts.parquet" if kind == "rounds" else self.folders.artifacts / "data" / "transfer.parquet"
@@ -99,7 +99,9 @@ class _Job:
             self.sources |= {name: sha256_file(source / name) for name in ("targets.parquet", "calibration.json")}
             rows = target_set(source, texts, self.tokens)
             if student.held_back:
-                self.held_back, rows = split(rows, "held_back", student.held_back)
+                chosen = {example.example_id for example in texts if example.source in never_held_back}
+                self.held_back, rows = split(rows, "held_back", student.held_back, chosen)
+                self.sources |= {"never_held_back": sha256_json(sorted(chosen))} if chosen else {}
             rows = self._without_validation(rows)
             loss = "cross_entropy" if student.loss == "hard" else student.loss
             of_labels = student.ce_weight if student.ce_target == "targets" else 0.0

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
-from serving_world import PROJECT, TEMPLATE, VERBALISERS, choose, make_student, seal, shotless
+from serving_world import PROJECT, TEMPLATE, VERBALISERS, choose, hold_back, make_student, seal, shotless
 
 from pipeline.monitor.sample import answer
 from pipeline.params import MonitorParams, TaskParams, read_yaml, write_yaml
@@ -48,7 +48,7 @@ def folder(tmp_path, model_folder):
     write_data(tmp_path, "transfer", texts(0, 150))
     params = read_yaml(PROJECT / "params.yaml")
     params["task"]["verbalisers"] = VERBALISERS
-    write_yaml(params | {"monitor": {"permutations": 599, "min_accuracy": 0.5}}, tmp_path / "params.yaml")
+    write_yaml(params | {"monitor": {"permutations": 699, "min_accuracy": 0.5}}, tmp_path / "params.yaml")
     write_rows(tmp_path / "alike.jsonl", [{"text": t} for t in dict.fromkeys(texts(1, 80))])
     write_rows(tmp_path / "other.jsonl", [{"text": f"x great N/A x great {n} N/A x x x x x {t}"} for n, t in enumerate(texts(2, 60))])
     return tmp_path
@@ -99,6 +99,43 @@ def test_a_predictions_log_is_read_back(folder):
     logged = monitor(folder, "--inputs", "log/used.jsonl")
     assert direct.returncode == logged.returncode == 3
     assert document(folder)["tests"] == tests
+
+
+def test_a_fall_of_the_answered_share_is_an_alarm_by_a_promise_and_by_a_log_that_says_what_was_answered(folder):
+    student = folder / "artifacts" / "students" / "cd"
+    held = Predictor(student, 1, keep_states=True).predict(list(dict.fromkeys(texts(5, 300))))
+    sure = np.quantile([one.confidence for one in held], 0.3)
+    scores = [np.log(list(one.probabilities.values())) for one in held]
+    targets = [[0.9, 0.1] if (own[0] > own[1]) == (max(own) > np.log(sure)) else [0.1, 0.9] for own in scores]  # it agrees if it is sure
+    hold_back(student, list(zip(scores, targets, [1.0] * len(held), strict=True)), [(str(n), one.state) for n, one in enumerate(held)])
+
+    monitor(folder, "--inputs", "alike.jsonl")
+    assert len(document(folder)["tests"]) == 5
+    assert monitor(folder, "--inputs", "alike.jsonl", "--agree", "0.9").returncode == 0
+    [*_, test] = document(folder)["tests"]
+    assert (test["name"], test["of"], test["smallest"]) == ("answered", "answers", 0.1)
+    least = Predictor(student, 1, agree=0.9).threshold.confidence
+    alike = Predictor(student, 1).predict([json.loads(line)["text"] for line in (folder / "alike.jsonl").read_text("utf-8").splitlines()])
+    then, now = (np.mean([one.confidence >= least for one in own]) for own in (held, alike))
+    assert (test["then"], test["now"]) == (f"{then:.1%} of {len(held)} held-back texts", f"{now:.1%} of {len(alike)}")
+
+    found = dict.fromkeys(texts(6, 400))
+    answers = zip(found, Predictor(student, 1).predict(list(found)), strict=True)
+    unsure = sorted(answers, key=lambda pair: pair[1].confidence)
+    write_rows(folder / "unsure.jsonl", [{"text": text} for text, _ in [*unsure[:60], *unsure[-15:]]])
+    assert monitor(folder, "--inputs", "unsure.jsonl", "--agree", "0.9").returncode == 3
+    by_promise = document(folder)
+    assert by_promise["due"]
+    assert "answered" in by_promise["alarms"]
+    shotless(folder, "predict", "-i", "unsure.jsonl", "-o", "out.jsonl", "--agree", "0.9", "--log", "used.jsonl", "--threads", "1")
+    assert monitor(folder, "--inputs", "used.jsonl").returncode == 3
+    by_log = document(folder)["tests"][-1]
+    assert (by_log["name"], by_log["now"], by_log["alarm"]) == ("answered", by_promise["tests"][-1]["now"], True)
+    (folder / "used.jsonl").write_text((folder / "used.jsonl").read_text("utf-8").replace('"student": "', '"student": "another'), "utf-8")
+    monitor(folder, "--inputs", "used.jsonl")
+    assert len(document(folder)["tests"]) == 5
+    refused = monitor(folder, "--inputs", "alike.jsonl", "--agree", "0.999")
+    assert (refused.returncode, "99.9% cannot be promised" in " ".join(refused.stderr.split())) == (2, True)
 
 
 def test_all_rows_are_counted_and_the_drawn_ones_are_kept(folder):
@@ -189,7 +226,7 @@ def test_what_is_not_a_label_ends_with_2_and_its_line(folder, value, said):
 
 
 def test_the_bound_is_the_students_own_accuracy_out_of_domain_if_params_have_none(folder):
-    change(folder, monitor={"permutations": 599})
+    change(folder, monitor={"permutations": 699})
     write_rows(folder / "gold.jsonl", [{"text": text, "gold": "positive"} for text in texts(5, 30)])
     none = monitor(folder, "--inputs", "gold.jsonl", "--labels", "gold")
     assert (none.returncode, "set monitor.min_accuracy" in none.stderr) == (2, True)
@@ -205,7 +242,7 @@ def test_the_bound_is_the_students_own_accuracy_out_of_domain_if_params_have_non
 
 
 def test_memory_over_its_limit_and_rows_with_errors_are_alarms_that_retraining_does_not_mend(folder):
-    change(folder, monitor={"permutations": 599, "max_memory_mb": 1})
+    change(folder, monitor={"permutations": 699, "max_memory_mb": 1})
     with (folder / "alike.jsonl").open("a", encoding="utf-8") as file:
         file.write("not json\n" * 5)
     done = monitor(folder, "--inputs", "alike.jsonl")
@@ -243,5 +280,5 @@ def test_what_cannot_be_compared_ends_with_2(folder, arguments, said):
 
 
 def test_a_rate_that_the_permutations_cannot_reach_is_refused():
-    with pytest.raises(ValueError, match="set 599 or more"):
+    with pytest.raises(ValueError, match="set 699 or more"):
         MonitorParams(permutations=300)

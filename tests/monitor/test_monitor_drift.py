@@ -3,16 +3,22 @@
 import itertools
 import math
 import tracemalloc
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pipeline.models.held_back import HELD_BACK, HELD_BACK_FILE, Threshold
 from pipeline.monitor.drift import DriftTest, bag_kernel, corrected, discrepancy, drift_tests, gaussian_kernel, label_shift
 from pipeline.monitor.sample import Sample, draw, with_shares_of
+from pipeline.monitor.verdict import answered_test
 from pipeline.params import MonitorParams
+from pipeline.schema import write_table
 from pipeline.serving.files import Item
 
 LABELS = ["negative", "positive"]
@@ -174,12 +180,29 @@ def test_a_draw_reads_a_long_file_in_the_memory_of_the_rows_it_keeps():
     assert peak < 50 * 5000 * 4  # all rows are 100 MB
 
 
+@pytest.mark.parametrize(("answered", "least"), [(3, 0), (5, 1), (2, 2), (5, 4)])
+def test_the_chance_of_an_answered_share_counts_the_orders_of_held_back_and_new_texts(tmp_path, answered, least):
+    """With the threshold at the `answered`-th surest held-back text, any order of held-back and new texts is as likely as any other."""
+    held, new = np.linspace(0.95, 0.55, 6), 4
+    columns = [list("abcdef"), [np.log([p, 1 - p]) for p in held], [[1.0, 0.0]] * 6, [0.0] * 6]
+    write_table(pa.Table.from_pydict(dict(zip(HELD_BACK.names, columns, strict=True)), HELD_BACK), tmp_path / HELD_BACK_FILE)
+    student = SimpleNamespace(folder=tmp_path, temperature=1.0, manifest={"files": {HELD_BACK_FILE: {}}})
+    sure = np.where(np.arange(new) < least, 0.99, 0.5)
+    threshold = Threshold(held[answered - 1] - 1e-6, math.nan)
+    found = answered_test(student, threshold, replace(sample(np.random.default_rng(0), new), confidence=sure), 0.1)
+    orders = list(itertools.combinations(range(6 + new), new))  # places of the new texts, the surest first
+    before = [sum(place - at < answered for at, place in enumerate(order)) for order in orders]  # held-back texts that are surer
+    assert found.p_value == pytest.approx(np.mean([count <= least for count in before]))
+    assert found.effect == pytest.approx(max(0.0, answered / 6 - least / new))
+    assert answered_test(SimpleNamespace(manifest={"files": {}}), threshold, sample(np.random.default_rng(0), 4), 0.1) is None
+
+
 def test_confidence_is_held_against_texts_that_were_not_learnt_from():
     rng = np.random.default_rng(5)
     learnt, unseen, new = (sample(rng, 200, confidence=value) for value in (6.0, 2.0, 2.0))
 
     def confidence(*of):
-        [test] = [test for test in drift_tests(learnt, new, LABELS, MonitorParams(permutations=599), *of) if test.name == "confidence"]
+        [test] = [test for test in drift_tests(learnt, new, LABELS, MonitorParams(permutations=699), *of) if test.name == "confidence"]
         return test
 
     assert confidence().p_value < 1e-6

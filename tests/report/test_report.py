@@ -1,5 +1,6 @@
 """The report of a made-up run: numbers come from disk, the page needs nothing else, hostile text is escaped, missing files are named."""
 
+import copy
 import html
 import itertools
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json, write_json
@@ -300,17 +301,34 @@ def test_many_labels_have_their_confusions_and_scores_instead_of_a_grid(many):
     rows = tables.classes(found).bodies["Out of domain"]
     labels = [row[0] for row in rows]
     assert sorted(labels) == list(found.params.task.labels)
-    scores = np.array(precision_recall_fscore_support(gold, said, labels=labels, zero_division=0)[:3]).T
-    assert np.array([[float(cell.text) for cell in row[4:7]] for row in rows]) == pytest.approx(100 * scores, abs=0.051)
+    shares, known = np.array(frame["probabilities"].to_list()), list(found.params.task.labels)
+    precisions = [average_precision_score([g == label for g in gold], shares[:, known.index(label)]) for label in labels]
+    scores = np.array([*precision_recall_fscore_support(gold, said, labels=labels, zero_division=0)[:3], precisions]).T
+    assert np.array([[float(cell.text) for cell in row[2:6]] for row in rows]) == pytest.approx(100 * scores, abs=0.051)
+    assert [int(row[1]) for row in rows] == [gold.count(label) for label in labels]
     missed = [sum(g == label != s for g, s in zip(gold, said, strict=True)) for label in labels]
-    given = [sum(g != label == s for g, s in zip(gold, said, strict=True)) for label in labels]
-    counts = [gold.count(label) for label in labels]
-    assert [tuple(map(int, row[1:4])) for row in rows] == list(zip(counts, missed, given, strict=True))
     assert missed == sorted(missed, reverse=True)
     page = (root / "report" / "index.html").read_text(encoding="utf-8")
     assert [name for name in re.findall(r'<table id="([^"]+)">', page) if name.startswith(("conf", "cl"))] == ["confusions", "classes"]
     assert "By gold label" not in page
     assert "no context shows an example of 75 of 77 labels" in page
+
+
+def test_two_labels_have_their_scores_if_one_is_rare_means_over_the_sets_that_have_it(found):
+    assert tables.classes(found) is None
+    document = copy.deepcopy(found.document)
+    for own in document["sets"].values():
+        own["domain"] = "out"
+    for method in document["methods"].values():
+        method["means"] = {"out": method["means"]["out"]}
+        for where, own in method["sets"].items():
+            own["per_label"]["positive"] = {"n": 5, "precision": 0.2, "recall": 0.4, "f1": 0.3, "average_precision": 0.75}
+            own["per_label"]["negative"] = {"n": 0} if where == "movie" else {"n": 2, **dict.fromkeys(tables.LABEL_SCORES, 0.5)}
+        method["sets"]["movie"]["per_label"]["positive"]["average_precision"] = 0.25
+    rows = tables.classes(replace(found, document=document)).bodies["Out of domain"]
+    assert [row[:2] for row in rows] == [["positive", "10"], ["negative", "2"]]
+    assert [cell.text for cell in rows[0][2:6]] == ["20.0", "40.0", "30.0", "50.0"]
+    assert [cell.text for cell in rows[1][2:]] == ["50.0"] * 8
 
 
 def test_reliability_pools_the_sets_of_a_domain(found):

@@ -4,16 +4,13 @@ import json
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
-from serving_world import TEXTS, choose, make_student, shotless
+from serving_world import TEXTS, choose, hold_back, make_student, shotless
 
 from pipeline.errors import UsageError
 from pipeline.files import read_manifest, sha256_json, write_manifest
-from pipeline.models.held_back import HELD_BACK, LEARNT
 from pipeline.models.trained import open_trained
-from pipeline.schema import write_table
 from pipeline.serving import Predictor
 from pipeline.serving.export import write_onnx
 from pipeline.serving.predictor import Prediction
@@ -32,16 +29,10 @@ def folder(tmp_path_factory, model_folder):
     sure = sorted(one.confidence for one in Predictor(student, 1).predict(TEXTS))[len(TEXTS) // 2]
     scores = [np.log([share, 1 - share]) for share in np.linspace(max(sure, 0.5) + 1e-4, 0.99, 200)]
     scores += [np.log([share, 1 - share]) for share in np.linspace(0.5, sure - 1e-4, 200)]
-    rows = [(f"held {n}", one, [0.9, 0.1] if n < 200 else [0.1, 0.9], FARTHEST * n / 400) for n, one in enumerate(scores)]
-    write_table(
-        pa.Table.from_pylist([dict(zip(HELD_BACK.names, row, strict=True)) for row in rows], HELD_BACK), student / "held_back.parquet"
-    )
-    states = [np.float16(one.state) for one in Predictor(student, 1, keep_states=True).predict(TEXTS)]
+    rows = [(one, [0.9, 0.1] if n < 200 else [0.1, 0.9], FARTHEST * n / 400) for n, one in enumerate(scores)]
+    states = [one.state for one in Predictor(student, 1, keep_states=True).predict(TEXTS)]
     ids = [sha256_json({"text": LEARNT_TEXT}), *(f"learnt {n}" for n in range(len(states) - 1))]
-    write_table(
-        pa.Table.from_pylist([{"example_id": i, "state": s} for i, s in zip(ids, states, strict=True)], LEARNT), student / "learnt.parquet"
-    )
-    write_manifest(student, {key: value for key, value in read_manifest(student).items() if key != "files"} | {"temperature": 1.0})
+    hold_back(student, rows, list(zip(ids, states, strict=True)))
     (root / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), "utf-8")
     labelled = [{"text": f"{text} {n}"} for n in range(12) for text in TEXTS]
     found = Predictor(student, 1).predict(labelled)

@@ -136,7 +136,7 @@ class Project:
         empty = torch.zeros(positions, 0)
         return torch.cat([empty, *(kept[layer].reshape(len(ids), -1)[here] for layer in layers)], -1), logits[here]
 
-    def params(self, students=None, tuned=None, rounds=None):
+    def params(self, students=None, tuned=None, rounds=None, never_held_back=()):
         free = "completion" in self.task_params
         cache = FULL.model_dump(mode="json") | {"temperatures": [2.0]}
         return Params.model_validate(
@@ -151,6 +151,7 @@ class Project:
                     "demonstrations": {"source": "s", "per_label": 2},
                     "transfer": {"source": "s"},
                     "pool": {"source": "p"} if rounds else None,
+                    "never_held_back": never_held_back,
                     "evaluation": {"e": {"source": "s", "domain": "in"}},
                 },
                 "contexts": {"few": {"demonstrations": 1}},

@@ -1,5 +1,7 @@
 """What a student holds back: nobody learns it, its answers to it are its own, and all who answer for it use the temperature found there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
@@ -11,6 +13,7 @@ from pipeline.models.held_back import HELD_BACK, LEARNT
 from pipeline.schema import TARGETS, Example, read_table
 from pipeline.serving import Predictor
 from pipeline.students.checkpoint import Checkpoint
+from pipeline.students.train import train_student
 from pipeline.targets.rounds import build_round
 
 SOME = [Example({"text": f"{one} and {other}"}, source="s") for one in ("funny", "a dull mess", "late", "warm") for other in "abcdefgh"]
@@ -72,6 +75,20 @@ def test_a_student_of_nothing_held_back_has_the_temperature_1_and_no_file(make_p
         assert project.manifest().get("temperature") == 1.0
         assert set(project.manifest()["files"]) >= {"learnt.parquet", "model.safetensors"}
         assert not (project.output() / "held_back.parquet").exists()
+
+
+def test_texts_of_a_source_that_is_never_held_back_are_all_learnt_and_move_no_other(make_project):
+    project = larger(make_project())
+    project.train(steps=2, held_back=0.3)
+    before, manifest = set(read(project.output())[0]["example_id"]), project.manifest()
+    examples = [replace(example, source="p" if n % 2 else "s") for n, example in enumerate(SOME)]
+    project.write_examples("transfer", examples)
+    params = project.params({"cd": {"steps": 2, "held_back": 0.3}}, never_held_back=["p"])
+    train_student("cd", params, project.folders)
+    found, learnt = read(project.output())
+    assert set(found["example_id"]) == before & {example.example_id for example in examples if example.source == "s"} != before
+    assert set(found["example_id"]) | {row["example_id"] for row in learnt} == {example.example_id for example in examples}
+    assert project.manifest()["sources_sha256"] != manifest["sources_sha256"]  # so that no checkpoint of the one is used for the other
 
 
 def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(make_project, monkeypatch):
