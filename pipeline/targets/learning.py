@@ -2,8 +2,8 @@
 
 The pool of V voters (teachers, or their average) is log-linear: p(label | text) ∝ exp(Σ_v scale_v · log p_v(label | text) + bias(label)).
 The scale of a single voter is an inverse temperature (1706.04599). All is learnt on labelled examples that no voter has seen. First the
-lean of each voter is subtracted: its mean log-probability of each label. Then scales and bias minimise the log loss, plus a penalty on their
-distance from no bias and from equal scales that add up to √V: few labels change little. √V lies between 1, which is right for voters that
+lean of each voter is subtracted: its mean log-probability of each label. Then scales and bias minimise the log loss, plus a penalty on the
+distance from no bias and equal scales that add up to √V: few labels change little. √V lies between 1, which is right for voters that
 always say the same, and V, which is right for voters whose mistakes are independent.
 """
 
