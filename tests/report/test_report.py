@@ -234,7 +234,7 @@ def test_a_teacher_behind_a_server_and_in_chat_turns_is_called_so(raw, write_run
     page = html.unescape((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
     assert "servers/big + smollm2: from prompt to 2 students" in page
     assert re.search(r"few_shot</code> \(chat\).{0,80}top k tail", page, re.DOTALL)
-    assert "some of them in chat turns" in page
+    assert "few_shot (servers/big, 4 contexts of 16 demonstrations, in chat turns) + zero_shot (smollm2)" in re.sub(r"<[^>]+>|models/", "", page)
     assert "of 25.0\u00a0% of its labels a bound alone is known, in 50.0\u00a0% of the rows" in page
 
 
@@ -441,7 +441,7 @@ def test_a_student_of_labels_pays_for_no_teacher_and_a_slower_one_never_pays(fou
 )
 def test_every_teacher_tuned_model_and_base_that_a_student_is_made_with_counts(raw, changes, made_with):
     raw["students"]["cd"] |= changes
-    raw["students"]["second"] = raw["students"]["pbft"] | {"learn_from": "targets/zero_shot_raw"}
+    raw["students"]["second"] = raw["students"]["pbft"] | {"learn_from": "targets/zero_shot"}
     assert tables.makers("students/cd", parse_params(raw)) == made_with | {"students/cd"}
 
 
