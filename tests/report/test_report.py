@@ -69,6 +69,8 @@ def test_every_accuracy_on_disk_is_in_the_headline_and_in_the_json(root, page, f
             accuracy = (own["predicted"] == own["label"]).mean()
             assert document["methods"][method]["sets"][where]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
             assert rows[method][1 + number].strip("★☆") == prose.percent(accuracy)
+    assert "few_shot + zero_shot + tuned; not calibrated, weighted by the labels" in page
+    assert "few_shot; batch_log calibration, one context at a time" in page
     assert document["methods"]["teacher"]["sets"]["movie"]["agreement"] == 1
     assert document["sets"] == {"movie": {"domain": "in", "n": 40}, "tweets": {"domain": "out", "n": 40}}
     assert document["methods"]["cd"]["cost"]["latency_ms"] == 31.0
