@@ -82,7 +82,7 @@ def about(found: Collected, method: str) -> str:
     contexts = sum(params.contexts[params.teachers[name].contexts].count for name in target.teachers)
     how = "" if contexts == 1 else ", one context at a time" if baseline.contexts == "each" else f", mean of {contexts} contexts"
     if target.weights == "learned" and baseline.contexts == "ensemble":
-        how = ", weighted by the labels"
+        how = ", weighted by the labels" if found.of("targets", baseline.target_set).get("labelled") else ", equal weights"
     return f"answers of {' + '.join(name + in_chat(params, name) for name in target.teachers)}; {calibrated(target)}{how}"
 
 

@@ -503,7 +503,6 @@ def test_a_delimiter_and_an_encoding_that_are_said_are_written(folder):
     assert (source.delimiter, source.encoding) == (";", "cp1252")
 
 
-<<<<<<< HEAD
 def test_work_is_counted_as_the_stages_do_it(tmp_path):
     params = load_params(PROJECT / "params.yaml")
     for model, size in (("smollm2", 400), ("minilm", 100)):
