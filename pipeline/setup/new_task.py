@@ -40,7 +40,7 @@ WORDS = {
     ("1", "2", "3", "4", "5"): ("terrible", "bad", "okay", "good", "great"),
 }
 """What a model might answer for labels that are numbers."""
-KEPT = ("tuned", "teachers", "targets", "students", "baselines", "evaluation", "select", "runtime", "monitor")
+KEPT = ("servers", "tuned", "teachers", "targets", "students", "baselines", "evaluation", "select", "runtime", "monitor")
 """Blocks of the present params that have nothing to do with its task."""
 PER_LABEL = 8
 DEMONSTRATIONS = 16

@@ -95,7 +95,7 @@ def test_what_is_written_is_taken_and_names_the_users_files(folder, model_folder
     assert "artifacts/models/smollm2 does not exist yet" in done.stdout
     assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
     old = load_params(PROJECT / "params.yaml")
-    for block in ("models", "teachers", "targets", "students", "baselines", "tuned", "evaluation", "select"):
+    for block in ("models", "teachers", "targets", "students", "baselines", "tuned", "evaluation"):
         assert getattr(params, block) == getattr(old, block), block
     assert set(params.downloads) == {"smollm2", "minilm"}, "the old task's data are not downloaded"
     written = (folder / "params.yaml").read_text("utf-8")
@@ -113,6 +113,16 @@ def test_students_of_a_round_are_left_out_of_a_task_without_a_pool(folder):
     assert "students.small: left out, since it learns from a round of more texts, and here is no pool of them" in done.stdout
     params = load_params(folder / "new.yaml")
     assert (set(params.students), params.rounds, params.data.pool) == ({"cd", "encoder"}, {}, None)
+
+
+def test_servers_and_a_limit_of_milliseconds_stay(folder):
+    raw = read_yaml(folder / "params.yaml")
+    raw["servers"], raw["select"] = {"big": {"url": "http://127.0.0.1:8000/v1", "model": "m"}}, {"within_ms": 20.0}
+    raw["teachers"]["few_shot"]["model"] = "servers/big"
+    write_yaml(raw, folder / "params.yaml")
+    shotless(folder, "init", *MAPPED, "--force")
+    params = load_params(folder / "params.yaml")
+    assert (set(params.servers), params.select.within_ms) == ({"big"}, 20.0)
 
 
 def test_it_says_what_a_run_will_cost_if_the_model_is_there(folder, model_folder):
