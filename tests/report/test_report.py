@@ -77,6 +77,12 @@ def test_every_accuracy_on_disk_is_in_the_headline_and_in_the_json(root, page, f
     assert {row["set"] for row in document["comparisons"]} == {None}
 
 
+def test_weights_that_no_label_could_choose_are_called_equal(found):
+    file = "metrics/targets/mix.json"
+    unjudged = {key: value for key, value in found.files[file].items() if key != "labelled"}
+    assert prose.about(replace(found, files=found.files | {file: unjudged}), "teacher").endswith("; not calibrated, equal weights")
+
+
 def test_the_same_inputs_give_the_same_bytes(root, found, tmp_path):
     shutil.copytree(root, tmp_path / "again")
     before = (root / "report" / "index.html").read_bytes()
