@@ -47,7 +47,7 @@ TRL = "trl==1.16.0"
 def main(
     model: Annotated[Path, typer.Option(help="A model folder.")] = Path("artifacts/models/smollm2"),
     transfer: Annotated[Path, typer.Option(help="The texts, as `prepare` writes them.")] = Path("artifacts/data/transfer.parquet"),
-    encoder: Annotated[Path, typer.Option(help="The folder of an encoder's student.")] = Path("runs/encoders/artifacts/students/encoder"),
+    encoder: Annotated[Path, typer.Option(help="The folder of an encoder's student.")] = Path("artifacts/students/encoder"),
     steps: int = 12,
     batch_size: int = 16,
     rounds: int = 2,
@@ -69,7 +69,7 @@ def main(
             notes.append(f"TRL's rows left out: installing {TRL} failed: {(error.stderr or '').strip()[-300:]}")
             wanted = [name for name in wanted if name not in NEEDS_TRL]
     if set(wanted) & set(ENCODERS) and not (encoder / "manifest.json").is_file():
-        notes.append(f"encoder's rows left out: no {encoder}. `shotless run --preset encoders student@encoder` makes it.")
+        notes.append(f"encoder's rows left out: no {encoder}. `shotless run student@encoder` makes it.")
         wanted = [name for name in wanted if name not in ENCODERS]
     with tempfile.TemporaryDirectory() as scratch:
         lesson = write_lesson(model, transfer, steps * batch_size, Path(scratch) / "lesson.json")

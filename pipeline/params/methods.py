@@ -285,11 +285,11 @@ MONITOR_TESTS = 7
 
 
 class BaselineParams(Frozen):
-    """Prompting without training."""
+    """A way to do without a student."""
 
     prompts: str
-    """`targets/NAME`: the prompts of a target set, with its calibration. If answers are free text: `teachers/NAME`, the prompts of a
-    teacher, or `models/NAME`, a model without a context."""
+    """`targets/NAME`: the teachers of a target set, with its calibration and weights. If answers are free text: `teachers/NAME`, the
+    prompts of a teacher, or `models/NAME`, a model without a context."""
     contexts: Literal["each", "ensemble"]
     """Each context alone (mean, worst and best are reported), or all averaged as the target set says. Free text cannot be averaged."""
 

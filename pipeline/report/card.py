@@ -12,7 +12,7 @@ from jinja2 import Environment
 
 from pipeline.params import HubDownload
 from pipeline.report.collect import DOMAINS, Collected
-from pipeline.report.prose import context_sizes, in_chat, layers, learnt, licence_of, number, percent, plural, scaled
+from pipeline.report.prose import asked, layers, learnt, licence_of, number, percent, plural, scaled
 from pipeline.report.tables import weakest_slice
 
 
@@ -55,9 +55,7 @@ def _facts(found: Collected, student: str) -> dict[str, str]:
     facts["training"] = learnt(params, student)
     kind, _, target = entry.learn_from.partition("/")
     if kind == "targets":
-        contexts, demonstrations = context_sizes(params, target)
-        teachers = ", ".join(f"{name}{in_chat(params, name)} ({params.teachers[name].model})" for name in params.targets[target].teachers)
-        facts["teachers"] = f"{teachers}; {plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}"
+        facts["teachers"] = ", ".join(asked(params, teacher) for teacher in params.targets[target].teachers)
         facts["transfer examples"] = number(found.of("targets", target).get("rows"))
     if kind == "rounds":
         roles = found.files["metrics/prepare.json"]["roles"]
@@ -82,7 +80,7 @@ def _limits(found: Collected, student: str) -> list[str]:
     if weak := weakest_slice(found, student):
         where = f"{weak['dimension']} “{weak['slice']}”, {DOMAINS[weak['domain']].lower()}"
         lines.append(f"Its weakest slice is {where}: {percent(weak['accuracy'])} % of {plural(weak['n'], 'example')} right.")
-    if asked := [entry for entry in found.of("risk", student).get("swaps", []) if entry["asked"]]:
-        worst = max(asked, key=lambda entry: entry["flips"] / entry["asked"])
+    if swapped := [entry for entry in found.of("risk", student).get("swaps", []) if entry["asked"]]:
+        worst = max(swapped, key=lambda entry: entry["flips"] / entry["asked"])
         lines.append(f"A swap that should not matter, “{worst['what']}”, changed {worst['flips']:,} of {plural(worst['asked'], 'answer')}.")
     return lines

@@ -78,14 +78,26 @@ def about(found: Collected, method: str) -> str:
     if method in params.students:
         return f"{learnt(params, method)}; {layers(found, method).partition(' (')[0]}"
     baseline = params.baselines[method]
-    target, contexts = params.targets[baseline.target_set], context_sizes(params, baseline.target_set)[0]
+    target = params.targets[baseline.target_set]
+    contexts = sum(params.contexts[params.teachers[name].contexts].count for name in target.teachers)
     how = "" if contexts == 1 else ", one context at a time" if baseline.contexts == "each" else f", mean of {contexts} contexts"
-    return f"prompts {' + '.join(name + in_chat(params, name) for name in target.teachers)}; {calibrated(target)}{how}"
+    if target.weights == "learned" and baseline.contexts == "ensemble":
+        how = ", weighted by the labels" if found.of("targets", baseline.target_set).get("labelled") else ", equal weights"
+    return f"answers of {' + '.join(name + in_chat(params, name) for name in target.teachers)}; {calibrated(target)}{how}"
 
 
 def in_chat(params: Params, teacher: str) -> str:
     """A note behind a teacher that is asked in chat turns."""
     return " (chat)" if params.contexts[params.teachers[teacher].contexts].format == "chat" else ""
+
+
+def asked(params: Params, teacher: str) -> str:
+    """A teacher with its model and what its prompts show."""
+    entry = params.teachers[teacher]
+    context = params.contexts[entry.contexts]
+    shown = [f"{plural(context.count, 'context')} of {plural(context.demonstrations, 'demonstration')}"] if context.demonstrations else []
+    turns = ["in chat turns"] if context.format == "chat" else []
+    return f"`{teacher}` ({', '.join([entry.model, *shown, *turns])})"
 
 
 def learnt(params: Params, name: str) -> str:
@@ -142,12 +154,6 @@ def layers(found: Collected, student: str) -> str:
     return f"all {count} layers" if kept is None else f"{count} layers ({kept})"
 
 
-def context_sizes(params: Params, targets: str) -> tuple[int, int]:
-    """Contexts behind a target set, and the largest number of demonstrations in one."""
-    entries = [params.contexts[params.teachers[name].contexts] for name in params.targets[targets].teachers]
-    return sum(entry.count for entry in entries), max(entry.demonstrations for entry in entries)
-
-
 def title(params: Params) -> str:
     """The page's heading: which models, how many students."""
     asked = [teacher.model for teacher in params.teachers.values()]
@@ -160,12 +166,7 @@ def lead(found: Collected) -> list[str]:
     params, reference = found.params, found.params.evaluation.reference
     first = f"The teacher is `{reference}`. Students learn from its answers, token by token, and see the bare input."
     if target := params.baselines[reference].target_set:
-        contexts, demonstrations = context_sizes(params, target)
-        models = listed(dict.fromkeys(params.teachers[name].model for name in params.targets[target].teachers))
-        formats = {params.contexts[params.teachers[name].contexts].format for name in params.targets[target].teachers}
-        form = "" if formats == {"plain"} else " in chat turns" if formats == {"chat"} else ", some of them in chat turns"
-        shown = f"{plural(contexts, 'context')} of up to {plural(demonstrations, 'demonstration')}"
-        first = f"The teacher is {models}, prompted with {shown}{form}."
+        first = f"The teacher is {' + '.join(asked(params, name) for name in params.targets[target].teachers)}."
         first += f" Students learn from its answers to {found.of('targets', target)['rows']:,} unlabelled examples."
     lines = [first]
     for name, student in params.students.items():
@@ -240,14 +241,14 @@ def too_long(found: Collected) -> str:
 
 def findings(document: Json) -> list[str]:
     """Sentences for "What this run shows", the most important first."""
-    lines, ranges, warnings = ["This run has no student: it shows prompting alone."], list[str](), list[str]()
+    lines, ranges, warnings = ["This run has no student: it shows baselines alone."], list[str](), list[str]()
     if students := ranked(document, "student"):
         domain, reference, methods = domains_of(document)[-1], document["reference"], document["methods"]
         lines = [_best_student(document, one) for one in reversed(domains_of(document))]
         winner, means = ranked(document)[0], {name: method["means"][domain] for name, method in methods.items()}
         row = comparison(document, students[0], winner, domain)
         if methods[winner]["kind"] == "baseline" and means[winner]["accuracy"] > means[reference]["accuracy"] and row is not None:
-            lines.append(f"{DOMAINS[domain]}, the prompt `{winner}` is the most accurate method; `{students[0]}` is {difference(row)}.")
+            lines.append(f"{DOMAINS[domain]}, the baseline `{winner}` is the most accurate method; `{students[0]}` is {difference(row)}.")
         ours, theirs = (percent(means[name]["ece"]) for name in (students[0], reference))
         off = f"the confidence of `{students[0]}` is off by {ours} points on average (expected calibration error)"
         lines.append(f"{DOMAINS[domain]}, {off}, that of `{reference}` by {theirs}.")

@@ -57,7 +57,7 @@ class Table:
 def headline(found: Collected) -> Table:
     """Methods × evaluation sets in percent right, with means over domains and agreement with the reference."""
     document, methods, domains = found.document, found.document["methods"], domains_of(found.document)
-    titles = {"baseline": "Prompting, no training", "student": "Students, no demonstrations in the prompt"}
+    titles = {"baseline": "Baselines", "student": "Students, no demonstrations in the prompt"}
     sets = {domain: sets_of(document, domain) for domain in domains}
     places = [[*(("sets", where) for where in own), *[("means", domain)][: len(own) - 1]] for domain, own in sets.items()]
     bodies: dict[str, list[Row]] = {}
@@ -138,7 +138,7 @@ def break_even(found: Collected) -> Table:
             else:
                 row.append(Cell(f"{math.ceil(spent / saved):,}", f"saves {1000 * saved:,.0f} ms each") if saved > 0 else "never")
         rows.append(row)
-    caption = f"Predictions after which a student has saved the time spent on it, compared with prompting {reference}."
+    caption = f"Predictions after which a student has saved the time spent on it, compared with {reference}."
     columns = ["Student", "teachers and bases, s", "training, s", "predictions one by one", "predictions in batches"]
     return Table("break-even", caption, columns, {"": rows})
 

@@ -40,7 +40,7 @@ WORDS = {
     ("1", "2", "3", "4", "5"): ("terrible", "bad", "okay", "good", "great"),
 }
 """What a model might answer for labels that are numbers."""
-KEPT = ("tuned", "teachers", "targets", "students", "baselines", "evaluation", "runtime", "monitor")
+KEPT = ("servers", "tuned", "teachers", "targets", "students", "baselines", "evaluation", "select", "runtime", "monitor")
 """Blocks of the present params that have nothing to do with its task."""
 PER_LABEL = 8
 DEMONSTRATIONS = 16
@@ -240,19 +240,25 @@ def _prompt(params: Params, demonstrations: Sequence[Example], query: Example, t
 
 
 def _room(params: Params, tokenizers: Collection[str]) -> int:
-    """Tokens that every model of this run takes before an answer; what a model that is not there takes is assumed."""
+    """Tokens that every model takes before an answer; what a model that is shown demonstrations and is not there takes is assumed."""
     if not tokenizers:
         return UNKNOWN_LIMIT - ANSWER_TOKENS
     from pipeline.models.folders import context_limit  # brings torch
 
     limits = {name: context_limit(Path("artifacts") / "models" / name) for name in tokenizers}
-    return min(limits.get(name) or UNKNOWN_LIMIT for name in params.models) - ANSWER_TOKENS
+    return min(limits.get(name) or UNKNOWN_LIMIT for name in _prompted(params).union(tokenizers)) - ANSWER_TOKENS
+
+
+def _prompted(params: Params) -> set[str]:
+    """The models that are shown demonstrations."""
+    shown = [pairs for name, pairs in params.context_models().items() if name and params.contexts[name].demonstrations]
+    return {model for pairs in shown for model, _ in pairs}
 
 
 def _token_counts(texts: Sequence[str], params: Params, tokenizers: Mapping[str, Any]) -> list[int]:
-    """The most tokens that a model of this run makes of each text; what a model that is not there makes is estimated."""
+    """The most tokens that a model makes of each text; what one that is shown demonstrations and is not there makes is estimated."""
     counts = [[len(ids) for ids in tokenizer(list(texts)).input_ids] for tokenizer in tokenizers.values() if texts]
-    if len(tokenizers) < len(params.models):
+    if not counts or _prompted(params).difference(tokenizers):
         counts.append([len(text.encode()) // BYTES_A_TOKEN for text in texts])
     return [max(of_one) for of_one in zip(*counts, strict=True)]
 

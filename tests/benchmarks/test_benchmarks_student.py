@@ -72,5 +72,5 @@ def test_without_an_encoder_its_rows_are_left_out_and_the_others_stay(run, tmp_p
     write_json(document | {"rows": [kept]}, tmp_path / "student.json")
     assert run(tmp_path / "nowhere", "encoder,encoder_onnx_int8")["rows"] == [kept]
     said = capsys.readouterr().out
-    assert f"encoder's rows left out: no {tmp_path / 'nowhere'}. `shotless run --preset encoders student@encoder` makes it." in said
+    assert f"encoder's rows left out: no {tmp_path / 'nowhere'}. `shotless run student@encoder` makes it." in said
     assert "200.0" in said

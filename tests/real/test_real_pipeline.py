@@ -33,10 +33,10 @@ SLICE = {
         },
     },
     "contexts": {"orders": {"demonstrations": 8, "count": 2}},
-    "tuned": {"tuned": {"steps": 3}},
-    "students": {"cd": {"steps": 3}, "pbft": None},
-    "baselines": {"icl_calibrated": None, "icl_ensemble": None},
-    "targets": {"few_shot": None},
+    "tuned": {"tuned": {"steps": 3}, "contrast": {"steps": 3}},
+    "students": {"cd": {"steps": 3}, "encoder": {"steps": 3}},
+    "baselines": {"few_shot_calibrated": None, "fine_tuned": None},
+    "targets": {"few_shot_calibrated": None, "tuned": None},
     "evaluation": {"bootstrap": 200, "cost_examples": 2},
 }
 
@@ -73,7 +73,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_report_has_every_method_on_every_set(workspace):
     methods = json.loads((workspace / "report" / "metrics.json").read_text("utf-8"))["methods"]
-    assert set(methods) == {"cd", "zero_shot", "icl", "teacher"}
+    assert set(methods) == {"cd", "encoder", "zero_shot", "few_shot", "setfit", "teacher"}
     for method in methods.values():
         assert set(method["sets"]) == {"movie", "editorials"}
         assert method["cost"]["latency_ms"] > 0

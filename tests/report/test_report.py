@@ -70,10 +70,18 @@ def test_every_accuracy_on_disk_is_in_the_headline_and_in_the_json(root, page, f
             accuracy = (own["predicted"] == own["label"]).mean()
             assert document["methods"][method]["sets"][where]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
             assert rows[method][1 + number].strip("★☆") == prose.percent(accuracy)
+    assert "few_shot + zero_shot + tuned; not calibrated, weighted by the labels" in page
+    assert "few_shot; batch_log calibration, one context at a time" in page
     assert document["methods"]["teacher"]["sets"]["movie"]["agreement"] == 1
     assert document["sets"] == {"movie": {"domain": "in", "n": 40}, "tweets": {"domain": "out", "n": 40}}
     assert document["methods"]["cd"]["cost"]["latency_ms"] == 31.0
     assert {row["set"] for row in document["comparisons"]} == {None}
+
+
+def test_weights_that_no_label_could_choose_are_called_equal(found):
+    file = "metrics/targets/mix.json"
+    unjudged = {key: value for key, value in found.files[file].items() if key != "labelled"}
+    assert prose.about(replace(found, files=found.files | {file: unjudged}), "teacher").endswith("; not calibrated, equal weights")
 
 
 def test_the_same_inputs_give_the_same_bytes(root, found, tmp_path):
@@ -235,7 +243,8 @@ def test_a_teacher_behind_a_server_and_in_chat_turns_is_called_so(raw, write_run
     page = html.unescape((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
     assert "servers/big + smollm2: from prompt to 2 students" in page
     assert re.search(r"few_shot</code> \(chat\).{0,80}top k tail", page, re.DOTALL)
-    assert "some of them in chat turns" in page
+    said = re.sub(r"<[^>]+>", "", page)
+    assert "few_shot (servers/big, 4 contexts of 16 demonstrations, in chat turns) + zero_shot (models/smollm2)" in said
     assert "of 25.0\u00a0% of its labels a bound alone is known, in 50.0\u00a0% of the rows" in page
 
 
@@ -459,7 +468,7 @@ def test_a_student_of_labels_pays_for_no_teacher_and_a_slower_one_never_pays(fou
 )
 def test_every_teacher_tuned_model_and_base_that_a_student_is_made_with_counts(raw, changes, made_with):
     raw["students"]["cd"] |= changes
-    raw["students"]["second"] = raw["students"]["pbft"] | {"learn_from": "targets/zero_shot_raw"}
+    raw["students"]["second"] = raw["students"]["pbft"] | {"learn_from": "targets/zero_shot"}
     assert tables.makers("students/cd", parse_params(raw)) == made_with | {"students/cd"}
 
 

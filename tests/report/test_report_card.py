@@ -71,7 +71,7 @@ def test_the_card_s_code_runs_and_reads_the_student_s_own_prompt(found, tmp_path
 def test_a_card_says_what_was_learnt_from_and_under_which_licence(root):
     cd, pbft = card_of(root, "cd"), card_of(root, "pbft")
     assert cd.startswith("---\nlicense: apache-2.0\n")
-    assert "6 contexts of up to 16 demonstrations" in cd
+    assert "`few_shot` (models/smollm2, 4 contexts of 16 demonstrations), `zero_shot` (models/smollm2)" in cd
     assert "teacher's answers" in cd
     assert "| labelled examples | 16 |" in pbft
     assert "teacher's answers" not in pbft

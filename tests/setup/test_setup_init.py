@@ -62,7 +62,7 @@ def small_students(folder):
     """Students of the models in these tests, which have 4 layers."""
     raw = read_yaml(folder / "params.yaml")
     for student in raw["students"].values():
-        student["layers"] = "0-1, 3"
+        student |= {"layers": "0-1, 3"} if "layers" in student else {}
     write_yaml(raw, folder / "params.yaml")
 
 
@@ -97,7 +97,7 @@ def test_what_is_written_is_taken_and_names_the_users_files(folder, model_folder
     old = load_params(PROJECT / "params.yaml")
     for block in ("models", "teachers", "targets", "students", "baselines", "tuned", "evaluation"):
         assert getattr(params, block) == getattr(old, block), block
-    assert set(params.downloads) == {"smollm2"}, "the old task's data are not downloaded"
+    assert set(params.downloads) == {"smollm2", "minilm"}, "the old task's data are not downloaded"
     written = (folder / "params.yaml").read_text("utf-8")
     assert "docs/params.md" in written
     assert "&id" not in written, "people read it: no anchors"
@@ -107,12 +107,22 @@ def test_what_is_written_is_taken_and_names_the_users_files(folder, model_folder
 def test_students_of_a_round_are_left_out_of_a_task_without_a_pool(folder):
     raw = read_yaml(folder / "params.yaml")
     raw["data"]["pool"], raw["rounds"] = {"source": "movie"} | {"limit": 30}, {"second": {"student": "cd"}}
-    raw["students"]["small"] = raw["students"]["pbft"] | {"learn_from": "rounds/second"}
+    raw["students"]["small"] = raw["students"]["encoder"] | {"learn_from": "rounds/second"}
     write_yaml(raw, folder / "params.yaml")
     done = shotless(folder, "init", *MAPPED, "--output", "new.yaml")
     assert "students.small: left out, since it learns from a round of more texts, and here is no pool of them" in done.stdout
     params = load_params(folder / "new.yaml")
-    assert (set(params.students), params.rounds, params.data.pool) == ({"cd", "pbft"}, {}, None)
+    assert (set(params.students), params.rounds, params.data.pool) == ({"cd", "encoder"}, {}, None)
+
+
+def test_servers_and_a_limit_of_milliseconds_stay(folder):
+    raw = read_yaml(folder / "params.yaml")
+    raw["servers"], raw["select"] = {"big": {"url": "http://127.0.0.1:8000/v1", "model": "m"}}, {"within_ms": 20.0}
+    raw["teachers"]["few_shot"]["model"] = "servers/big"
+    write_yaml(raw, folder / "params.yaml")
+    shotless(folder, "init", *MAPPED, "--force")
+    params = load_params(folder / "params.yaml")
+    assert (set(params.servers), params.select.within_ms) == ({"big"}, 20.0)
 
 
 def test_it_says_what_a_run_will_cost_if_the_model_is_there(folder, model_folder):
@@ -283,6 +293,14 @@ def test_as_many_demonstrations_as_fit_the_model(folder, model_folder, monkeypat
     params = prepares(folder, model, monkeypatch)
     assert 2 <= params.contexts["orders"].demonstrations <= demonstrations
     assert params.contexts["none"].demonstrations == 0
+
+
+def test_an_encoder_that_is_not_there_yet_takes_no_room_from_demonstrations(folder, model_folder):
+    """Of a model that is not there 8,192 tokens are assumed, half of them for a context; 16 of these texts need more."""
+    shutil.copytree(model_folder("llama", max_position_embeddings=32768), folder / "artifacts" / "models" / "smollm2")
+    small_students(folder)
+    three(folder, text=lambda n: sentence(n, words=60))
+    assert "contexts: at most 16 demonstrations;" in shotless(folder, "init", *FILES, "--dry-run").stdout
 
 
 def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monkeypatch):

@@ -169,17 +169,17 @@ def test_the_metrics_are_those_of_the_files(folders, scores):
 
 
 def test_calibrations_of_teachers_that_are_not_there_are_refused(raw_params):
-    raw_params["targets"]["mix"]["calibrations"] = {"other": "none"}
-    with pytest.raises(UsageError, match=r"targets\.mix: calibrations: other not among its teachers; choose from: few_shot, tuned, zero"):
+    raw_params["targets"]["few_shot"]["calibrations"] = {"other": "none"}
+    with pytest.raises(UsageError, match=r"targets\.few_shot: calibrations: other not among its teachers; choose from: few_shot"):
         parse_params(raw_params)
 
 
 def test_calibration_by_source_without_batch_calibration_is_refused(raw_params):
-    raw_params["targets"]["few_shot_raw"]["calibrate_by"] = "source"
-    with pytest.raises(UsageError, match=r"targets\.few_shot_raw: `calibrate_by: source` is for `batch` or `batch_log`.*'none'"):
+    raw_params["targets"]["own"] = {"teachers": {"few_shot": 1.0}, "calibration": "none", "calibrate_by": "source"}
+    with pytest.raises(UsageError, match=r"targets\.own: `calibrate_by: source` is for `batch` or `batch_log`.*'none'"):
         parse_params(raw_params)
-    raw_params["targets"]["few_shot_raw"]["calibration"] = "batch"
-    assert parse_params(raw_params).targets["few_shot"].calibration == "batch_log"
+    del raw_params["targets"]["own"]["calibration"]
+    assert parse_params(raw_params).targets["own"].calibration == "batch_log"
 
 
 # --- what labelled examples and shares change
