@@ -104,6 +104,17 @@ def test_what_is_written_is_taken_and_names_the_users_files(folder, model_folder
     prepares(folder, model_folder("llama", max_position_embeddings=2048), monkeypatch, "params.yaml")
 
 
+def test_fewer_of_a_label_are_drawn_if_its_texts_are_those_of_the_test(folder):
+    three(folder, label=lambda n: "rare" if n % 5 == 0 else "usual")
+    tested = [{"text": sentence(n), "label": "rare"} for n in range(0, 25, 5)]  # 5 of the 8 rare labelled texts
+    write_rows(folder / "mine" / "t.jsonl", tested + [{"text": sentence(100 + n), "label": "usual"} for n in range(20)])
+    done = shotless(folder, "init", *FILES)
+    assert load_params(folder / "new.yaml").data.demonstrations.per_label == 3
+    assert "data.demonstrations.per_label: 3, since of one label no more are left beside the test's texts" in done.stdout
+    asked = shotless(folder, "init", *FILES, "--force", "--per-label", "8", check=False)
+    assert "8 examples of label 'rare' wanted, 3 found" in asked.stderr
+
+
 def test_students_of_a_round_are_left_out_of_a_task_without_a_pool(folder):
     raw = read_yaml(folder / "params.yaml")
     raw["data"]["pool"], raw["rounds"] = {"source": "movie"} | {"limit": 30}, {"second": {"student": "cd"}}
