@@ -26,7 +26,6 @@ from pipeline.targets.learning import (
     estimated_shares,
     learn_pool,
     log_loss,
-    share_intervals,
     shift_to,
 )
 from pipeline.task import Task
@@ -177,15 +176,15 @@ def _pool(params: TargetParams, task: Task, voters: np.ndarray, judged: Judged |
         }
     elif params.is_learned:
         print("Nothing is learnt from labels: with one example of each, no teacher can be judged on others than it has seen.")
-    if params.prior is None:
+    if params.prior is None or (params.prior == "estimate" and judged is None):
         return pool, measured
     log_p = pool.log_probabilities(voters)
     interval: dict[str, Any] = {}
     if params.prior == "estimate":
-        shares = estimated_shares(log_p)
-        if judged is not None:
-            low, high = share_intervals(voters, judged)
-            interval = {"low": _by_label(task.labels, low), "high": _by_label(task.labels, high)}
+        assert judged is not None
+        estimate = estimated_shares(voters, judged)
+        shares = estimate.shares
+        interval = {"low": _by_label(task.labels, estimate.low), "high": _by_label(task.labels, estimate.high)}
     else:
         counts = read_json(folders.artifacts / "data" / "label_counts.json") if params.prior == "labelled" else params.prior
         stated = np.array([1.0 if counts == "equal" else counts[label] for label in task.labels])

@@ -18,9 +18,10 @@ from pipeline.cache.labelled import folds_of
 SCALE_PENALTY, BIAS_PENALTY = 1.0, 4.0
 """Times a squared distance, added to the log loss of all examples in nats: normal priors with standard deviations of 0.71 and 0.35.
 Cross-validation chose no better ones (one draw of TREC, AG News and SMS spam each)."""
-STEPS, SMALLEST_STEP = 10_000, 1e-7
-RESAMPLES = 200
-LEAST_SHARE = 1e-9
+STEPS, SMALLEST_STEP, SMALLEST_CHANGE = 10_000, 1e-7, 1e-5
+RESAMPLES = 50
+LEAST_SHARE = 1e-3
+"""Of a label that no text seems to have."""
 
 
 @dataclass(frozen=True)
@@ -101,32 +102,42 @@ def shift_to(shares: np.ndarray, log_p: np.ndarray) -> np.ndarray:
 
 
 def likely_shares(log_p: np.ndarray) -> np.ndarray:
-    """The most likely shares [L] of labels among N texts, by expectation maximisation (Saerens et al. 2002).
+    """The most likely shares [L] of labels among N texts, by expectation maximisation (Saerens et al. 2002); `LEAST_SHARE` at least.
 
     `log_p` [N, L] nats are right if labels have equal shares, as the labelled examples have.
     """
     shares = np.full(log_p.shape[-1], 1 / log_p.shape[-1])
     for _ in range(STEPS):
         before, shares = shares, softmax(log_p + np.log(shares.clip(LEAST_SHARE)), axis=-1).mean(0)
-        if np.abs(shares - before).max() < SMALLEST_STEP:
+        if np.abs(shares - before).max() < SMALLEST_CHANGE:
             break
-    return shares
+    return shares.clip(LEAST_SHARE) / shares.clip(LEAST_SHARE).sum()
 
 
-def estimated_shares(log_p: np.ndarray) -> np.ndarray:
-    """What is taken for the labels' shares: the mean of `likely_shares` and of the mean probabilities, which lean to equal shares.
+@dataclass(frozen=True)
+class EstimatedShares:
+    """Of L labels among texts."""
 
-    With few labels the likely shares go too far: they found no negative film review where 5 % were, and 3 % of spam where 9 % were.
+    shares: np.ndarray  # [L]
+    low: np.ndarray  # [L], with `high` a 95 % interval of the most likely shares
+    high: np.ndarray  # [L]
+
+
+def estimated_shares(voters: np.ndarray, judged: Judged) -> EstimatedShares:
+    """The shares of labels among N texts, from `voters` [V, N, L] nats and from labelled examples that say how far to trust them.
+
+    They lie on the way from the pool's mean probabilities, which lean to equal shares, to the most likely shares: half way at most, since
+    with few labels the likely shares go too far (they found no negative film review where 5 % were), and less the more the likely shares
+    change if labelled examples and texts are drawn again. If the variance is as large as the squared way, they stay where they are.
     """
-    return ((likely_shares(log_p) + np.exp(log_p).mean(0)) / 2).clip(LEAST_SHARE)
-
-
-def share_intervals(voters: np.ndarray, judged: Judged) -> tuple[np.ndarray, np.ndarray]:
-    """95 % intervals of `estimated_shares` of N texts, `voters` [V, N, L]: low [L], high [L]. Texts and labelled examples are resampled."""
     rng, found = np.random.default_rng(0), []
     by_label = [np.flatnonzero(judged.gold == label) for label in np.unique(judged.gold)]
     for _ in range(RESAMPLES):
         pool = learn_pool(judged.rows(np.concatenate([rng.choice(own, len(own)) for own in by_label])))
-        found.append(estimated_shares(pool.log_probabilities(voters[:, rng.integers(0, voters.shape[1], voters.shape[1])])))
+        texts = rng.integers(0, voters.shape[1], voters.shape[1])
+        found.append(likely_shares(pool.log_probabilities(voters[:, texts])))
+    log_p = learn_pool(judged).log_probabilities(voters)
+    mean, likely = np.exp(log_p).mean(0), likely_shares(log_p)
+    kept = 1 - np.log(found).var(0).sum() / max((np.log(likely / mean) ** 2).sum(), LEAST_SHARE)
     low, high = np.quantile(found, [0.025, 0.975], axis=0)
-    return low, high
+    return EstimatedShares(mean + max(0.0, kept) / 2 * (likely - mean), low, high)

@@ -16,7 +16,6 @@ from pipeline.targets.learning import (
     learn_pool,
     likely_shares,
     log_loss,
-    share_intervals,
     shift_to,
 )
 
@@ -111,16 +110,27 @@ def test_a_shift_gives_the_texts_the_stated_shares():
     assert np.allclose(shift_to(softmax(log_p, axis=-1).mean(0), log_p), 0, atol=1e-5)
 
 
-def test_likely_shares_are_found_where_probabilities_are_right_and_the_estimate_has_an_interval():
+def test_likely_shares_are_found_where_probabilities_are_right():
     truth = np.array([0.1, 0.9])
-    gold, seen = RNG.choice(2, 2000, p=truth), np.arange(64) % 2
-    texts = voter(gold, 2, 4.0)
+    texts = voter(RNG.choice(2, 2000, p=truth), 2, 4.0)
     shares = likely_shares(texts)
     assert np.allclose(shares, truth, atol=0.03)
     grid = np.linspace(0.001, 0.999, 999)
     likelihood = [np.log(np.exp(texts) @ [share, 1 - share]).sum() for share in grid]
     assert shares[0] == pytest.approx(grid[int(np.argmax(likelihood))], abs=2e-3)
-    assert np.allclose(estimated_shares(texts), (shares + np.exp(texts).mean(0)) / 2)
-    low, high = share_intervals(texts[None], Judged(voter(seen, 2, 4.0)[None], seen))
-    assert (low < estimated_shares(texts)).all()
-    assert (estimated_shares(texts) < high).all()
+
+
+@pytest.mark.parametrize(("strength", "trusted"), [(8.0, True), (0.3, False)])
+def test_shares_are_estimated_as_far_as_the_labels_bear_it(strength, trusted):
+    gold, seen = RNG.choice(2, 1000, p=[0.1, 0.9]), np.arange(16) % 2
+    texts, judged = voter(gold, 2, strength)[None], Judged(voter(seen, 2, strength)[None], seen)
+    found = estimated_shares(texts, judged)
+    log_p = learn_pool(judged).log_probabilities(texts)
+    mean, likely = np.exp(log_p).mean(0)[0], likely_shares(log_p)[0]
+    assert min(mean, likely) - 1e-9 <= found.shares[0] <= max(mean, likely) + 1e-9
+    assert found.shares.sum() == pytest.approx(1)
+    assert (found.low < found.high).all()
+    if trusted:
+        assert found.shares[0] == pytest.approx((mean + likely) / 2, abs=0.02)
+    else:
+        assert found.shares[0] == pytest.approx(mean, abs=0.05), "a voter that knows nothing says nothing about shares"
