@@ -31,8 +31,8 @@ def part_params(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> 
     raw, entry = read_yaml(Path("params.yaml")), plan["tasks"][task]
     if entry:
         write_files(plan, task, draw, workspace)
-        files = (workspace / f"{name}.jsonl" for name in ("labelled", "unlabelled", "test"))
-        raw, _ = new_task(raw, Answers(*files, entry["template"], {}, {}, "label"))
+        labelled, unlabelled, test = (workspace / f"{name}.jsonl" for name in ("labelled", "unlabelled", "test"))
+        raw, _ = new_task(raw, Answers(labelled, unlabelled, test, entry["template"], {}, {}, "label"))
     raw = merge(raw, plan["also"] | {"data": {"demonstrations": {"seed": draw}}})
     parse_params(raw, PLAN)
     return raw

@@ -71,9 +71,9 @@ def answered_test(student: Trained, threshold: Threshold, new: Sample, smallest:
     most = np.inf if threshold.novelty is None else threshold.novelty.most
     then, now = (confidence >= threshold.confidence) & (distances <= most), threshold.answers(new.confidence, new.states)
     table = [[int(own.sum()), int((~own).sum())] for own in (now, then)]
-    shares = [f"{own.mean():.1%} of {len(own):,}{kind}" for own, kind in ((then, " held-back texts"), (now, ""))]
-    fall, p_value = max(0.0, float(then.mean() - now.mean())), float(stats.fisher_exact(table, alternative="less").pvalue)
-    return DriftTest("answered", "answers", "fall of the answered share", smallest, fall, p_value, *shares)
+    before, after = (f"{own.mean():.1%} of {len(own):,}{kind}" for own, kind in ((then, " held-back texts"), (now, "")))
+    fall, (_, p_value) = max(0.0, float(then.mean() - now.mean())), stats.fisher_exact(table, alternative="less")
+    return DriftTest("answered", "answers", "fall of the answered share", smallest, fall, float(p_value), before, after)
 
 
 def verdict(

@@ -105,19 +105,19 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
     if form.template.endswith(" "):
         notes.append("task.template: it ends in a space, since tokenizers begin all answers with a space of its own")
     room = _context_room(read, task, tokens, _room(params, tokenizers), notes)
-    most = raw["data"]["demonstrations"]["per_label"]
-    for per_label in range(most, 0, -1):
-        raw["data"]["demonstrations"]["per_label"] = per_label
+    drawn, demonstrations = raw["data"]["demonstrations"], list[Example]()
+    most = drawn["per_label"]
+    while not demonstrations:
         for entry in raw["contexts"].values():
-            entry["demonstrations"] = min(entry["demonstrations"], per_label * len(form.verbalisers))
+            entry["demonstrations"] = min(entry["demonstrations"], drawn["per_label"] * len(form.verbalisers))
         try:
             demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
-            break
         except UsageError as error:  # near copies of the test's texts are kept out, and may leave fewer of a label
-            if answers.per_label is not None or per_label == 1:
+            if answers.per_label is not None or drawn["per_label"] == 1:
                 raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
-    if per_label < most:
-        notes.append(f"data.demonstrations.per_label: {per_label}, since of one label no more are left beside the test's texts")
+            drawn["per_label"] -= 1
+    if drawn["per_label"] < most:
+        notes.append(f"data.demonstrations.per_label: {drawn['per_label']}, since of one label no more are left beside the test's texts")
     notes += choose_formats(raw, demonstrations, read["labelled"].examples, tokenizers)
     params, unlabelled = parse_params(raw), read["unlabelled"].examples
     notes += _prompt(params, demonstrations, unlabelled[0], tokenizers)
