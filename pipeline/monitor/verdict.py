@@ -7,7 +7,7 @@ for retraining to mend.
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -72,8 +72,8 @@ def answered_test(student: Trained, threshold: Threshold, new: Sample, smallest:
     then, now = (confidence >= threshold.confidence) & (distances <= most), threshold.answers(new.confidence, new.states)
     table = [[int(own.sum()), int((~own).sum())] for own in (now, then)]
     before, after = (f"{own.mean():.1%} of {len(own):,}{kind}" for own, kind in ((then, " held-back texts"), (now, "")))
-    fall, (_, p_value) = max(0.0, float(then.mean() - now.mean())), stats.fisher_exact(table, alternative="less")
-    return DriftTest("answered", "answers", "fall of the answered share", smallest, fall, float(p_value), before, after)
+    fall, exact = max(0.0, float(then.mean() - now.mean())), cast("Any", stats.fisher_exact(table, alternative="less"))
+    return DriftTest("answered", "answers", "fall of the answered share", smallest, fall, float(exact.pvalue), before, after)
 
 
 def verdict(
