@@ -23,7 +23,7 @@ BEST = Path("artifacts/best.json")
 
 
 def best_student() -> str:
-    """The student that the stage `select` chose; a line on standard error says which. Raises UsageError if there is none."""
+    """The name of the chosen student (stage `select`), also printed on standard error. Raises UsageError if none was chosen."""
     from pipeline.files import read_json
 
     known = f"there are: {choices(trained_students())}"

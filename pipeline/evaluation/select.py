@@ -1,4 +1,4 @@
-"""The stage `select`: which student commands take if none is named.
+"""The stage `select`: it chooses the student that commands use by default.
 
 Students are compared on the texts that all of them held back, so that none is judged by what it learnt. A student's score is the mean
 probability that the reference's target set gives to the label that the student answers: how often the teacher expects it to be right. One

@@ -266,7 +266,7 @@ def findings(document: Json) -> list[str]:
 
 
 def chosen(found: Collected) -> str:
-    """Which student commands take if none is named, by what it was chosen, and its rank by accuracy; or why there is none."""
+    """Which student was chosen, why, and its rank by accuracy; or why none was."""
     document, best = found.document, found.files["artifacts/best.json"]
     against = "; ".join(f"`{name}`: {reason}" for name, reason in best["no_candidates"].items())
     if (name := best["student"]) is None:
