@@ -94,7 +94,7 @@ def main(parts: Annotated[list[str] | None, typer.Argument(help="TASK-DRAW; none
         workspace.mkdir(parents=True, exist_ok=True)
         write_workspace(part_params(plan, *known[part], workspace), workspace, Path())
         resolve(workspace)
-        reproduce(workspace, Path(), ["compare", "select"])
+        reproduce(workspace, Path(), ["compare", "select"], jobs=1)
     for task, methods in gather(known).items():
         print(table(task, methods))
 

@@ -83,15 +83,16 @@ def check() -> None:
 def run(
     stages: Annotated[list[str] | None, typer.Argument(help="Stages such as `prepare` or `teacher@few_shot`; default: all.")] = None,
     preset: Annotated[str | None, typer.Option(help="Lay presets/NAME.yaml over params.yaml, and run in runs/NAME.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=2, help="Stages that run at once: two take the memory of two.")] = 2,
 ) -> None:
-    """Check params.yaml, run what has changed (`dvc repro`), and print what was gained."""
+    """Check params.yaml, run what has changed, as `dvc repro` does, and print what was gained."""
     from pipeline.commands.reproduce import reproduce
     from pipeline.params import resolve
     from pipeline.params.presets import make_workspace
 
     workspace = Path() if preset is None else make_workspace(preset, Path())
     resolve(workspace)  # as the first stage does: which other stages are due follows from it
-    reproduce(workspace, Path(), stages or [])
+    reproduce(workspace, Path(), stages or [], jobs)
     if not stages:
         from pipeline.report.tables import print_summary
 

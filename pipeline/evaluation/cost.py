@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,42 +22,55 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import ShotlessError
 from pipeline.evaluation.metrics import Json
-from pipeline.evaluation.predictions import Answering
-from pipeline.files import Folders, sha256_json, write_json
+from pipeline.evaluation.predictions import Answering, models_of, read_sets
+from pipeline.files import Folders, read_json, sha256_json, write_json
 from pipeline.models.folders import load_model, server_of, weights_sha256
 from pipeline.models.forward import plain_logits
 from pipeline.models.machine import DTYPES, cpu_info, default_device, use_machine
 from pipeline.models.packed import Row
 from pipeline.models.process import cores, peak_rss_bytes
 from pipeline.models.trained import load_tokens
-from pipeline.params import Params, TaskParams
+from pipeline.params import Format, Params, TaskParams
 from pipeline.schema import Context, Example, Prompt
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers.engines import LABELS_ONLY, Engine, open_engine
 
 THROUGHPUT_EXAMPLES = 32
 ONE_THREAD_EXAMPLES = 16
-PROBES = 3
+Key = tuple[Path, str, Format]
 Asked = Sequence[Sequence[Sequence[Prompt]]]
 """Prompts of each window of each example in each context."""
 
 
-def measure_method(name: str, models: Sequence[Answering], params: Params, folders: Folders, examples: Sequence[Example]) -> Json:
-    """Measure a method on the first of `examples` and write its figures (`measure`) to metrics/cost/NAME.json.
+def measure_costs(params: Params, folders: Folders) -> None:
+    """Write metrics/cost/NAME.json (`measure`) of every student and baseline, and artifacts/costs.json: method → subject of its figures.
 
-    `models` are from `predictions.models_of`. An ensemble's answer takes all of them in all their contexts; of seeds, and of contexts on
-    their own, the first is measured.
+    The first texts of the first evaluation set are asked. An ensemble's answer takes all of its models in all their contexts; of seeds, and
+    of contexts on their own, the first is measured. What was measured here before is not measured again, by whichever method. Free text has
+    no cost table: nothing is measured for it.
     """
+    methods = [*params.baselines, *params.students] if params.task.completion is None else []
+    folder, examples, subjects = folders.metrics / "cost", next(iter(read_sets(params, folders).values())), dict[str, str]()
+    for name in methods:
+        figures = _figures(name, models_of(name, params, folders), params, examples, folder)
+        write_json(figures, folder / f"{name}.json")
+        subjects[name] = figures["measured"]["subject"]
+    write_json(subjects, folders.artifacts / "costs.json")
+
+
+def _figures(name: str, models: Sequence[Answering], params: Params, examples: Sequence[Example], folder: Path) -> Json:
+    """Figures of a method; those in `folder` if they are of the same subject, measured alike."""
     if name not in params.baselines or params.baselines[name].contexts == "each":
         models = [replace(models[0], contexts=models[0].contexts[:1])]
     timed, threads = min(params.evaluation.cost_examples, len(examples)), params.runtime.threads or cores()
-    asked = examples[: max(timed, THROUGHPUT_EXAMPLES)]
+    asked, one_thread = examples[: max(timed, THROUGHPUT_EXAMPLES)], name in params.students
     if any(server_of(model.folder) for model in models):
-        figures = measure_served(models, params, examples[:timed], threads)
-    else:
-        figures = measured_apart(name, models, params.task, asked, timed, threads, name in params.students)
-    write_json(figures, folders.metrics / "cost" / f"{name}.json")
-    return figures
+        return measure_served(models, params, examples[:timed], threads)
+    about = measured_on(models, params.task, asked, timed, threads)
+    for earlier in map(read_json, sorted(folder.glob("*.json"))):
+        if earlier["measured"] == about and ("one_thread" in earlier or not one_thread):
+            return earlier
+    return measured_apart(name, models, params.task, asked, timed, threads, one_thread)
 
 
 def measured_apart(
@@ -70,7 +84,9 @@ def measured_apart(
 ) -> Json:
     """`measure` of the method `name` in a process that does only this. Raises ShotlessError if that is killed."""
     try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        context = get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # its libraries are loaded once, for all that is measured
+        with ProcessPoolExecutor(1, context) as process:
             return process.submit(measure, models, task, examples, timed, threads, one_thread).result()
     except BrokenProcessPool:
         raise ShotlessError(f"The process that measures the cost of {name} was killed, perhaps for lack of memory. Run it again.") from None
@@ -117,40 +133,22 @@ def measure(
     `parameters`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}; `one_thread`
     {`latency_ms`, `throughput`}, if asked for and on a CPU.
     """
-    device = default_device()
+    about, device = measured_on(models, task, examples, timed, threads), default_device()
     one_thread = one_thread and device.type == "cpu"
     counts = list(dict.fromkeys([threads, 1] if one_thread else [threads]))  # of threads
     use_machine(threads)
-    keys = [(model.folder, model.dtype, model.format) for model in models]
-    tokens = {key: load_tokens(Task(task, model.format), model.folder) for key, model in zip(keys, models, strict=True)}
-
-    def prompts_of(own: TaskTokens, context: Context) -> list[list[Prompt]]:
-        return [own.prompts(context, windows) for windows in own.windows(context, examples)]
-
-    asked = [(model, [prompts_of(tokens[key], one) for one in model.contexts]) for key, model in zip(keys, models, strict=True)]
-    subject = [[weights_sha256(model.folder), [[prompt.ids for one in own for prompt in one] for own in each]] for model, each in asked]
-    passes = [(key, own) for key, (_, prompts) in zip(keys, asked, strict=True) for own in prompts]  # a context's prompts of each example
-    networks = {(folder, dtype): load_model(folder, DTYPES[dtype], device) for folder, dtype in dict.fromkeys(key[:2] for key in keys)}
+    tokens, asked = _asked(models, task, examples)
+    networks = {key[:2]: load_model(key[0], DTYPES[key[1]], device) for key in tokens}
+    passes = [(key, own) for key, prompts in asked for own in prompts]  # a context's prompts of each example
     by_network = [(networks[key[:2]], [own for place, own in passes if place == key]) for key in tokens]
     latencies = [_latency_ms(by_network, timed, count) for count in counts]
-    names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
-    processor = next(names, platform.processor() or platform.machine())
     figures = {
-        "measured": {
-            "subject": sha256_json(subject),
-            "examples": timed,
-            "batched": len(examples),
-            "device": device.type,
-            "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-            "dtypes": sorted({model.dtype for model in models}),
-            "threads": threads,
-            "torch": torch.__version__,
-        },
+        "measured": about,
         "prompt_tokens": sum(len(prompt.ids) for _, own in passes for one in own[:timed] for prompt in one) / timed,
         "latency_ms": latencies[0],
         "peak_rss_bytes": peak_rss_bytes(),
         "parameters": sum(network.num_parameters() for network in networks.values()),
-        "disk_bytes": sum(file.stat().st_size for folder in {key[0] for key in keys} for file in folder.iterdir() if file.is_file()),
+        "disk_bytes": sum(file.stat().st_size for folder in {key[0] for key in tokens} for file in folder.iterdir() if file.is_file()),
         "forward_passes": sum(len(one) for _, own in passes for one in own[:timed]) / timed,
     }
     if device.type == "cuda":
@@ -160,8 +158,8 @@ def measure(
         if network in opened:  # asked in another format, with other tokens for its labels
             engine = Engine(network, opened[network].packed, own.completions, LABELS_ONLY, opened[network].token_budget)
         else:
-            probes = [one[0] for one in max(prompts, key=lambda own: len(own[0][0].ids))[:PROBES]]
-            engine = opened[network] = open_engine(network, own, LABELS_ONLY, probes)
+            probe = min(prompts, key=lambda own: len(own[0][0].ids))[0][:1]  # evaluation has probed longer ones
+            engine = opened[network] = open_engine(network, own, LABELS_ONLY, probe)
         engines.append((engine, prompts))
     few = min(len(examples), ONE_THREAD_EXAMPLES)
     batched = [_throughput(engines, len(examples) if count == threads else few, count) for count in counts]
@@ -169,6 +167,37 @@ def measure(
     if one_thread:
         figures["one_thread"] = {"latency_ms": latencies[-1], "throughput": batched[-1]}
     return figures
+
+
+def measured_on(models: Sequence[Answering], task: TaskParams, examples: Sequence[Example], timed: int, threads: int) -> Json:
+    """What is measured, by content, and on what; times are equal if these are, up to what else the machine does."""
+    device = default_device()
+    names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
+    processor = next(names, platform.processor() or platform.machine())
+    ids = [[[prompt.ids for one in own for prompt in one] for own in each] for _, each in _asked(models, task, examples)[1]]
+    return {
+        "subject": sha256_json([[weights_sha256(model.folder), own] for model, own in zip(models, ids, strict=True)]),
+        "examples": timed,
+        "batched": len(examples),
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "dtypes": sorted({model.dtype for model in models}),
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+
+
+def _asked(
+    models: Sequence[Answering], task: TaskParams, examples: Sequence[Example]
+) -> tuple[dict[Key, TaskTokens], list[tuple[Key, list[Sequence[Sequence[Prompt]]]]]]:
+    """Tokens by model, number format and prompt format; and each model's prompts of the examples' windows in each of its contexts."""
+    keys = [(model.folder, model.dtype, model.format) for model in models]
+    tokens = {key: load_tokens(Task(task, key[2]), key[0]) for key in dict.fromkeys(keys)}
+
+    def prompts_of(own: TaskTokens, context: Context) -> list[list[Prompt]]:
+        return [own.prompts(context, windows) for windows in own.windows(context, examples)]
+
+    return tokens, [(key, [prompts_of(tokens[key], one) for one in model.contexts]) for key, model in zip(keys, models, strict=True)]
 
 
 @torch.inference_mode()

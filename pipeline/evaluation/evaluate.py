@@ -1,7 +1,6 @@
-"""A method's evaluation: its predictions to Parquet, metrics from these, cost measured apart."""
+"""A method's evaluation: its predictions to Parquet, metrics from these."""
 
 from pipeline.evaluation import free_text
-from pipeline.evaluation.cost import measure_method
 from pipeline.evaluation.metrics import before_temperature, detail, evaluate_predictions, membership, summary
 from pipeline.evaluation.predictions import answer, models_of, predict, read_sets
 from pipeline.files import Folders, write_json
@@ -13,8 +12,7 @@ def evaluate(name: str, params: Params, folders: Folders) -> None:
     """Evaluate a student or baseline.
 
     Writes artifacts/predictions/NAME.parquet, metrics/eval/NAME.json, metrics/summary/NAME.json (one row for `dvc metrics show`) and
-    metrics/detail/NAME.json (reliability, confusion, slices). metrics/cost/NAME.json is not an output of DVC: it has times of this machine.
-    Free text has no probabilities of labels, hence no calibration curves, and its cost is not measured.
+    metrics/detail/NAME.json (reliability, confusion, slices). Free text has no probabilities of labels, hence no calibration curves.
     """
     if name not in params.students:
         pick("students, baselines", params.baselines, name)
@@ -32,8 +30,6 @@ def evaluate(name: str, params: Params, folders: Folders) -> None:
         before = before_temperature(table, temperatures) if set(temperatures.values()) != {1.0} else None
         result = evaluate_predictions(table, labels, **bootstrap, before=before)
         broken_down = detail(table, labels, members, domains, **bootstrap, before=before)
-        cost = measure_method(name, models, params, folders, next(iter(sets.values())))
-        head["subject"] = cost["measured"]["subject"]
     else:
         result = free_text.judge(table, completion.form, **bootstrap)
     write_json({**head, "sets": result}, folders.metrics / "eval" / f"{name}.json")

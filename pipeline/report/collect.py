@@ -59,8 +59,8 @@ def collect(params: Params, folders: Folders) -> Collected:
     files = {name: _read(path) for name, path in paths.items() if name not in missing and path.suffix != ".parquet"}
     methods = [*params.baselines, *params.students]
     for name in methods:
-        cost, evaluated = f"metrics/cost/{name}.json", files[f"metrics/eval/{name}.json"]
-        if cost in files and files[cost]["measured"]["subject"] != evaluated.get("subject"):
+        cost = f"metrics/cost/{name}.json"
+        if cost in files and files[cost]["measured"]["subject"] != files["artifacts/costs.json"].get(name):
             missing[cost] = stages[cost]
             del files[cost]
     rows = PREDICTIONS if params.task.completion is None else ANSWERS
@@ -97,9 +97,10 @@ def surest_first(found: Collected, student: str, domain: str) -> pl.DataFrame:
 
 def _stages(params: Params) -> dict[str, str]:
     """Every file of a run that the report reads → the stage that writes it."""
-    evaluated = ("artifacts/predictions/{}.parquet", "metrics/eval/{}.json", "metrics/detail/{}.json", "metrics/cost/{}.json")
+    evaluated = ("artifacts/predictions/{}.parquet", "metrics/eval/{}.json", "metrics/detail/{}.json")
     trained = ("metrics/train/{}.json", "metrics/curves/{}.csv", "artifacts/students/{}/manifest.json", "metrics/runtime/student-{}.json")
-    stages = {"artifacts/best.json": "select", "metrics/compare.json": "compare"}
+    stages = {"artifacts/best.json": "select", "artifacts/costs.json": "cost", "metrics/compare.json": "compare"}
+    stages |= {f"metrics/cost/{name}.json": "cost" for name in [*params.baselines, *params.students]}
     stages |= dict.fromkeys(("metrics/prepare.json", "artifacts/data/quarantine.jsonl"), "prepare")
     stages |= {f"artifacts/data/evaluation/{name}.parquet": "prepare" for name in params.data.evaluation}
     for stage, names, files in (

@@ -12,8 +12,9 @@ import torch
 
 from pipeline.errors import ShotlessError
 from pipeline.evaluation import cost as cost_module
-from pipeline.evaluation.cost import measure, measure_method
-from pipeline.evaluation.predictions import Answering, models_of, read_sets
+from pipeline.evaluation.cost import measure, measure_costs
+from pipeline.evaluation.predictions import Answering
+from pipeline.files import read_json
 from pipeline.models.folders import load_model, load_tokenizer, save_model
 from pipeline.params import TaskParams
 from pipeline.schema import Context, Example
@@ -157,15 +158,51 @@ def test_the_subject_is_weights_and_prompts_wherever_they_lie(model_folder, tmp_
     assert here not in other
 
 
-def measured(world, name):
-    params = world.params
-    figures = measure_method(name, models_of(name, params, world.folders), params, world.folders, read_sets(params, world.folders)["near"])
-    assert figures == world.metric("cost", name)
-    return figures
+@pytest.fixture
+def noted(monkeypatch):
+    """What would be measured, and on what counts; figures are made up."""
+    found = []
+
+    def note(models, task, examples, timed, threads, one_thread):
+        about = cost_module.measured_on(models, task, examples, timed, threads)
+        found.append(([(str(model.folder), len(model.contexts)) for model in models], (len(examples), timed, threads, one_thread)))
+        return {"measured": about, "number": len(found)} | ({"one_thread": {}} if one_thread else {})
+
+    monkeypatch.setattr(cost_module, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(cost_module, "measure", note)
+    return found
+
+
+def test_each_method_is_measured_on_its_own_models_and_contexts(world, noted):
+    measure_costs(world.params, world.folders)
+    place = {name: world.metric("cost", name)["number"] - 1 for name in [*world.params.baselines, *world.params.students]}
+    for name, asked in {
+        "several": [("students/cd", 1)],  # the first of its seeds, which is the same model
+        "icl": [("models/first", 1)],  # the first context
+        "teacher": [("models/first", 2), ("models/second", 1)],
+    }.items():
+        models = [(str(world.artifacts / folder), count) for folder, count in asked]
+        assert noted[place[name]] == (models, (4, 2, 1, name in world.params.students))  # of students alone, one thread beside all
+    subjects = {name: world.metric("cost", name)["measured"]["subject"] for name in place}
+    assert read_json(world.artifacts / "costs.json") == subjects
+
+
+def test_the_same_models_and_prompts_are_measured_once(world, noted):
+    measure_costs(world.params, world.folders)
+    subjects = read_json(world.artifacts / "costs.json")
+    assert len(noted) == len(set(subjects.values())) < len(subjects)
+    measure_costs(world.params, world.folders)
+    assert len(noted) == len(set(subjects.values())), "nor in another run"
+    figures = world.metrics / "cost" / "cd.json"
+    figures.write_text(figures.read_text("utf-8").replace('"threads": 1', '"threads": 7'), "utf-8")
+    measure_costs(world.params, world.folders)
+    assert len(noted) == len(set(subjects.values())) + 1, "figures of other threads do not serve"
 
 
 def test_a_process_of_its_own_measures(world):
-    figures = measured(world, "cd")
+    params = world.params.model_copy(update={"baselines": {}, "students": {"cd": world.params.students["cd"]}})
+    measure_costs(params, world.folders)
+    figures = world.metric("cost", "cd")
     assert (figures["measured"]["examples"], figures["measured"]["batched"]) == (2, 4)
     assert figures["peak_rss_bytes"] > 1 << 20
 
@@ -176,24 +213,6 @@ def killed(*_):
 
 def test_a_process_that_is_killed_is_an_error_and_leaves_no_figures(world, monkeypatch):
     monkeypatch.setattr(cost_module, "measure", killed)
-    with pytest.raises(ShotlessError, match="The process that measures the cost of cd was killed"):
-        measured(world, "cd")
+    with pytest.raises(ShotlessError, match="The process that measures the cost of icl was killed"):
+        measure_costs(world.params, world.folders)
     assert not (world.metrics / "cost").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        ("several", [("students/several", 1)]),  # the first of its seeds
-        ("icl", [("models/first", 1)]),  # the first context
-        ("teacher", [("models/first", 2), ("models/second", 1)]),
-    ],
-)
-def test_a_method_is_measured_on_its_own_models_and_contexts(world, monkeypatch, name, asked):
-    def noted(models, _, examples, *rest):
-        return {"models": [[str(model.folder), len(model.contexts)] for model in models], "counts": [len(examples), *rest]}
-
-    monkeypatch.setattr(cost_module, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    monkeypatch.setattr(cost_module, "measure", noted)
-    counts = [4, 2, 1, name in world.params.students]  # of students alone, one thread beside all
-    assert measured(world, name) == {"models": [[str(world.artifacts / folder), n] for folder, n in asked], "counts": counts}

@@ -131,20 +131,13 @@ def test_slices_come_from_the_file_itself(world):
     assert (sets["near"], [example.slices for example in sets["far"]]) == (examples, [{}] * 3)
 
 
-@pytest.fixture
-def no_cost(monkeypatch):
-    """The stage without its measurement, which has tests of its own."""
-    figures = {"measured": {"subject": "s"}}
-    monkeypatch.setattr("pipeline.evaluation.evaluate.measure_method", lambda *_: figures)
-
-
 @pytest.mark.parametrize(("name", "kind"), [("several", "student"), ("icl", "baseline"), ("teacher", "baseline")])
-def test_the_stage_writes_predictions_and_metrics_of_them(world, no_cost, name, kind):
+def test_the_stage_writes_predictions_and_metrics_of_them(world, name, kind):
     evaluate(name, world.params, world.folders)
     table = read_table(world.artifacts / "predictions" / f"{name}.parquet", PREDICTIONS)
     assert table == predicted(world, name)
     metrics, detail = world.metric("eval", name), world.metric("detail", name)
-    assert (metrics["method"], metrics["kind"], metrics["subject"]) == (name, kind, "s")
+    assert (metrics["method"], metrics["kind"]) == (name, kind)
     assert metrics["sets"] == evaluate_predictions(table, world.labels, resamples=50, seed=3)
     assert [entry["n"] for entry in metrics["sets"].values()] == [4, 3]
     assert ("contexts" in metrics["sets"]["near"]) == (name != "teacher")

@@ -95,7 +95,7 @@ def test_a_second_run_does_nothing_and_a_students_change_runs_that_student_alone
     changed["students"]["cd"]["learning_rate"] = 1e-6
     yaml.dump(changed, workspace / "params.yaml")
     lines = dvc(workspace, "repro").splitlines()
-    ran = ("params", "student@cd", "select", "evaluate@cd", "risk@cd", "compare", "report")
+    ran = ("params", "student@cd", "select", "evaluate@cd", "risk@cd", "cost", "compare", "report")
     assert {line for line in lines if line.startswith("Running")} == {f"Running stage '{stage}':" for stage in ran}
 
 

@@ -127,7 +127,6 @@ def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
     for method in [*params.baselines, *params.students]:
         table, path = predictions(params, method, sets), folders.artifacts / "predictions" / f"{method}.parquet"
         write_table(table, path)
-        about = {"method": method, "subject": sha256_text(method)}
         if params.task.completion is None:
             before = before_temperature(table, dict.fromkeys(table["run"].to_pylist(), 0.5)) if method == "cd" else None
             judged = evaluate_predictions(table, params.task.labels, **settings, before=before)
@@ -137,7 +136,8 @@ def _write_run(raw: dict[str, Any], root: Path, examples: int = 40) -> Params:
         else:
             judged, broken_down = judge(table, params.task.completion.form, **settings), {}
         write_json({"method": method, **broken_down}, folders.metrics / "detail" / f"{method}.json")
-        write_json({**about, "sets": judged}, folders.metrics / "eval" / f"{method}.json")
+        write_json({"method": method, "sets": judged}, folders.metrics / "eval" / f"{method}.json")
+    write_json({method: sha256_text(method) for method in [*params.baselines, *params.students]}, folders.artifacts / "costs.json")
     compare_methods(params, folders)
     _write_rest(params, folders)
     return params

@@ -150,7 +150,7 @@ def test_costs_of_another_model_are_not_shown_and_the_machine_is_named(page):
     assert rows["cd"][1:7] == ["26", "1", "31", "52", "81.2", "40.6"]
     assert rows["teacher"][3:7] == ["140", "–", "81.2", "–"]
     assert set(rows["icl"][1:]) == {"–"}
-    assert "or of another model: <code>metrics/cost/icl.json</code>. Run <code>dvc repro -f -s baseline@icl report</code>" in page
+    assert "or of another model: <code>metrics/cost/icl.json</code>. Run <code>dvc repro -f -s cost report</code>" in page
     for fact in ("A made-up processor", "float32", "2 threads", "8 texts", "64 texts"):
         assert fact in page
 

@@ -14,7 +14,7 @@ from conftest import PROJECT
 from serving_world import choose, shotless
 
 from pipeline.commands import reproduce as module
-from pipeline.commands.reproduce import Watch, reproduce
+from pipeline.commands.reproduce import Plan, reproduce, shares_of_cores
 from pipeline.errors import ShotlessError
 
 METER = "import sys; from pipeline.progress import progress\nwith progress('work', 2, 'rows') as meter:\n    meter.advance(2, 'a note')\n"
@@ -43,7 +43,7 @@ def log_of(folder):
 
 
 def ended(said):
-    """The stages of whose end a line tells; what runs is told between them, more often on a slow machine."""
+    """The stages of whose end a line tells, in order; what runs is told between them, more often on a slow machine."""
     return [line.split(":")[0] for line in said.splitlines()[1:-1] if not line.startswith("…")]
 
 
@@ -68,7 +68,7 @@ def test_a_line_a_stage_all_in_the_log_and_a_second_run_that_runs_nothing(folder
     [
         ("echo before\necho 'error: 3 rows.' >&2\necho 'Take more.' >&2\nexit 2\n", "third: 3 rows.\nTake more.\nWhat is done"),
         (f"{sys.executable} -c 'raise KeyError(7)'\n", "third: Traceback (most recent call last):"),
-        ("echo killed; exit 9\n", "third: > sh third.sh && cp in.txt third.txt\nkilled\nERROR: failed to reproduce 'third'"),
+        ("echo killed; exit 9\n", "third: Running stage 'third':\n> sh third.sh && cp in.txt third.txt\nkilled\nERROR: failed to"),
     ],
 )  # fmt: skip
 def test_a_stage_that_fails_says_its_own_error_in_front_and_the_next_run_goes_on(folder, capsys, script, said):
@@ -76,7 +76,7 @@ def test_a_stage_that_fails_says_its_own_error_in_front_and_the_next_run_goes_on
     with pytest.raises(ShotlessError) as caught:
         reproduce(folder, folder)
     assert str(caught.value).startswith(said)
-    assert ("failed to reproduce" in str(caught.value)) == ("failed to reproduce" in said)
+    assert ("ERROR: failed to" in str(caught.value)) == ("ERROR: failed to" in said)
     assert str(caught.value).endswith(f"is in .work/logs/{log_of(folder).name}")
     assert "second: " in capsys.readouterr().err
     log_of(folder).unlink()
@@ -125,27 +125,80 @@ def test_a_run_that_is_told_to_end_ends_its_stages(folder):
     assert not alive
 
 
+PLANNED = {
+    "prepare": (),
+    "teacher@a": ("prepare",),
+    "teacher@b": ("prepare",),
+    "cost": ("prepare",),
+    "report": ("teacher@a", "teacher@b", "cost"),
+}
+
+
 def test_time_left_is_that_of_the_work_at_the_rate_so_far(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     overhead = module.SECONDS_A_STAGE
-    watch = Watch(["prepare", "teacher@a", "teacher@b", "report"], 6, lambda: {"teacher@a": 100.0, "teacher@b": 300.0})
-    assert watch.read("Stage 'download@x' didn't change, skipping") is None
-    watch.read("Running stage 'prepare':")
+    plan = Plan(PLANNED, 6, lambda: {"teacher@a": 100.0, "teacher@b": 300.0})
+    plan.start("prepare")
     clock[0] = 5.0
-    assert watch.read("Running stage 'teacher@a':") == "prepare: 5 s"
-    assert watch.seconds_left() is None
-    assert watch.whole == "3 of 6 stages; to do: teacher, report"
-    clock[0] += overhead + 10.0
-    watch.read("a: 50/100 rows, 5.0/s, 10 s left  note")
-    assert watch.seconds_left() is None, "nothing is known of this machine yet"
-    assert watch.now == "teacher@a  a: 50/100 rows, 5.0/s, 10 s left  note"
-    clock[0] += 40.0
-    assert watch.read("Running stage 'teacher@b':") == f"teacher@a: {overhead + 50:.0f} s"
-    assert watch.seconds_left() == pytest.approx((overhead + 150.0) + overhead)
+    assert plan.end("prepare") == "prepare: 5 s"
+    plan.start("teacher@a")
+    assert plan.seconds_left(1) is None
+    assert plan.whole(1) == "2 of 6 stages; to do: teacher, cost, report"
+    clock[0] += overhead + 50.0
+    assert plan.end("teacher@a") == f"teacher@a: {overhead + 50:.0f} s"
+    plan.start("teacher@b")
+    assert plan.seconds_left(1) == pytest.approx((overhead + 150.0) + 2 * overhead)
     clock[0] += 20.0
-    assert watch.seconds_left() == pytest.approx((overhead + 150.0 - 20.0) + overhead)
-    assert watch.whole == "4 of 6 stages, about 2 min left; to do: report"
+    assert plan.seconds_left(1) == pytest.approx((overhead + 150.0 - 20.0) + 2 * overhead)
+    assert plan.seconds_left(2) == pytest.approx(plan.seconds_left(1) / 2)
+    assert plan.whole(1) == "3 of 6 stages, about 2 min left; to do: cost, report"
+
+
+def test_what_has_most_behind_it_starts_first_and_what_measures_time_runs_alone():
+    work = {"teacher@a": 100.0, "teacher@b": 300.0}
+    plan = Plan(PLANNED, 5, lambda: work)
+    assert plan.next() == "prepare"
+    plan.start("prepare")
+    assert plan.next() is None, "all others wait for it"
+    plan.end("prepare")
+    for stage in ("teacher@b", "teacher@a"):
+        assert plan.next() == stage
+        plan.start(stage)
+    assert plan.next() is None
+    plan.end("teacher@b")
+    assert plan.next() is None, "a teacher still runs"
+    plan.end("teacher@a")
+    assert plan.next() == "cost"
+    plan.start("cost")
+    assert plan.next() is None
+    plan.end("cost")
+    assert plan.next() == "report"
+
+
+def test_two_lanes_take_half_of_the_cores_each_if_two_long_stages_can_run_at_once(monkeypatch):
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: {3, 1, 2, 0, 7})
+    monkeypatch.setattr(module, "cores", lambda: 5)
+    assert shares_of_cores(PLANNED, 2) == [[0, 1], [2, 3, 7]]
+    assert shares_of_cores(PLANNED, 1) == [[]]
+    chain = {"student@a": ("prepare",), "evaluate@a": ("student@a",), "select": ("student@a",), "risk@a": ("evaluate@a",)}
+    assert shares_of_cores({"prepare": (), **chain}, 2) == [[]]
+    monkeypatch.setattr(module, "cores", lambda: 1)
+    assert shares_of_cores(PLANNED, 2) == [[]]
+
+
+def test_two_stages_run_at_once_each_on_its_own_cores(folder, capsys, monkeypatch):
+    """Each waits for the other, so one by one neither would end."""
+    wait = "touch {}.here; while [ ! -e {}.here ]; do sleep 0.05; done; taskset -cp $$ | sed 's/.*: //' > {}.txt"
+    both = {f"teacher@{one}": wait.format(one, other, one) for one, other in ("ab", "ba")}
+    each = "".join(f'      {name[-1]}: {{run: "{command}"}}\n' for name, command in both.items())
+    stage = "    do: {cmd: '${item.run}', deps: [in.txt], outs: ['${key}.txt']}\n"
+    (folder / "dvc.yaml").write_text(f"stages:\n  teacher:\n    foreach:\n{each}{stage}", "utf-8")
+    first, *_, last = sorted(os.sched_getaffinity(0)) * 2  # of a test's worker, which has one core
+    monkeypatch.setattr(module, "shares_of_cores", lambda *_: [[first], [last]])
+    reproduce(folder, folder)
+    assert sorted(ended(capsys.readouterr().err)) == sorted(both)
+    assert [(folder / f"{name}.txt").read_text("utf-8").strip() for name in "ab"] == [str(first)] * 2
 
 
 @pytest.mark.parametrize("preset", [None, "small"])

@@ -13,7 +13,7 @@ from pipeline.commands.reproduce import due_stages
 from pipeline.params import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # DVC's own, in pygtrie
-LAST = {"select", "compare", "report"}
+LAST = {"select", "cost", "compare", "report"}
 
 
 def of(name, *kinds):
@@ -26,12 +26,13 @@ def test_nothing_runs_after_nothing_changed(dag):
 
 def test_what_a_run_calls_due_is_what_dvc_runs(dag):
     due, total = due_stages(dag.folder, [])
-    assert due == []
+    assert not due
     dag.change(MORE["a student"][0])
     due, more = due_stages(dag.folder, [])
     assert set(due) - {"params"} == dag.after(dag.changed())
+    assert due["evaluate@more"] == {"params", "student@more"}
     assert more == total + 3
-    assert due_stages(dag.folder, ["targets@mix"])[0] == ["params"], "what a target does not need is not due"
+    assert due_stages(dag.folder, ["targets@mix"])[0] == {"params": set()}, "what a target does not need is not due"
 
 
 def test_a_row_added_to_a_local_file_runs_its_source_and_what_follows(dag):
@@ -168,6 +169,7 @@ EDITS = {
         lambda raw: raw["evaluation"].update(risk_examples=3),
         {"risk@cd", "risk@pbft", "risk@small", "compare", "report"},
     ),
+    "the texts of the cost table": (lambda raw: raw["evaluation"].update(cost_examples=3), {"cost", "compare", "report"}),
     "the limit of the choice": (lambda raw: raw.update(select={"within_ms": 5}), {"select", "report"}),
     "the threads": (lambda raw: raw.update(runtime={"threads": 1}), set()),
     "the monitor": (lambda raw: raw.update(monitor={"max_rows": 100}), set()),

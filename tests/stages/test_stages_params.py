@@ -177,6 +177,7 @@ BLOCKS = {  # stages in an order in which they can run, each with the map whose 
     "baseline": "baselines",
     "risk": "students",
     "select": "",
+    "cost": "",
     "compare": "",
     "report": "",
 }

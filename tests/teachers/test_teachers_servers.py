@@ -21,7 +21,7 @@ from teachers.test_teachers_chat import in_chat
 
 from pipeline.cache import distributions
 from pipeline.errors import MismatchError, ShotlessError, UsageError
-from pipeline.evaluation.cost import measure_method
+from pipeline.evaluation.cost import measure_served
 from pipeline.evaluation.predictions import models_of, predict
 from pipeline.models.folders import load_model
 from pipeline.params import CacheParams, ServerParams, StudentParams, TaskParams
@@ -431,13 +431,13 @@ def test_a_baseline_asks_the_server_and_its_cost_is_measured_as_asked(serve):
     asked = len(server.asked)
     assert predict("b", models, params, world.folders, sets).equals(table)
     assert len(server.asked) == asked
-    figures = measure_method("b", models, params, world.folders, sets["e"])
+    figures = measure_served(models, params, sets["e"], 1)
     assert figures["measured"]["device"] == "server"
     assert figures["latency_ms"] > 0
     assert figures["forward_passes"] == len(CONTEXTS)
     server.shift = 5.0
     with pytest.raises(MismatchError, match="answers otherwise"):
-        measure_method("b", models, params, world.folders, sets["e"])
+        measure_served(models, params, sets["e"], 1)
 
 
 RECORDED = Path(__file__).with_name("llama_cpp_python.json")
