@@ -51,19 +51,19 @@ def due_stages(workspace: Path, targets: Sequence[str]) -> tuple[dict[str, set[s
     from dvc.repo import Repo
     from dvc.repo.reproduce import plan_repro
 
-    due: dict[Any, set[str]] = {}
+    due: dict[str, set[str]] = {}
     try:
         with contextlib.chdir(workspace), warnings.catch_warnings(), Repo() as repo, repo.lock:
             warnings.simplefilter("ignore", DeprecationWarning)  # DVC's own, in pygtrie
             graph = repo.index.graph  # an edge leads to what a stage depends on
             wanted = plan_repro(graph, [stage for target in targets for stage in repo.stage.collect(target)])
             for stage in wanted:
-                waits = {other.addressing for other in graph.successors(stage) if other in due}
+                waits = {other.addressing for other in graph.successors(stage)} & due.keys()
                 if waits - {"params"} or stage.status():  # whose file was just written
-                    due[stage] = waits
+                    due[stage.addressing] = waits
     except DvcException as error:
         raise ShotlessError(f"{workspace / 'dvc.yaml'}: {error}") from None
-    return {stage.addressing: waits for stage, waits in due.items()}, len(wanted)
+    return due, len(wanted)
 
 
 @dataclass
