@@ -203,8 +203,8 @@ def reproduce(workspace: Path, project: Path, targets: Sequence[str] = (), jobs:
             number, line = next(lines)
             lane, ended = lanes[number], ""
             found = ENDED.match(line)
-            if not found:
-                file.write(f"{lane.stage}: {line}" if len(lanes) > 1 and line.strip() else line)
+            if not found and line.strip():
+                file.write(f"{lane.stage}: {line}" if len(lanes) > 1 else line)
                 file.flush()
             if found and found[1] != "0":
                 _fail(lane, log)
@@ -255,7 +255,7 @@ for line in stages:
     if cores:
         os.sched_setaffinity(0, map(int, cores))
     code = main(["--wait-for-lock", "repro", "--single-item", stage])
-    print(f"lane: {code}", flush=True)
+    print(f"\\nlane: {code}", flush=True)
 """
 """Reads stages with their cores, and says how each ended (`ENDED`)."""
 
