@@ -60,14 +60,14 @@ setup: .venv/.installed
 setup-dev: .venv/.installed-dev
 
 # Twice --quiet: pip's warnings, of an index for example, are not this project's to explain. Errors are shown. A home that cannot be written
-# to has no place for pip's cache, which pip itself does not see if it is run by root.
+# to has no place for pip's cache, which pip itself does not see if it is run by root. Python compiles what is imported, which is a small part.
 .venv/.installed-dev: EXTRAS := [dev]
 .venv/.installed .venv/.installed-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'
 	@echo "setting up .venv; this takes some minutes"
 	@$(PYTHON) -m venv .venv
 	@cache="$$("$(BIN)/python" -m pip cache dir)"; mkdir -p "$$cache" 2>/dev/null && [ -w "$$cache" ] || export PIP_NO_CACHE_DIR=1; \
-	  "$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt --editable ".$(EXTRAS)"
+	  "$(BIN)/python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".$(EXTRAS)"
 	@touch .venv/.installed $@
 
 clean:

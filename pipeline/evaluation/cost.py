@@ -35,8 +35,8 @@ from pipeline.schema import Context, Example, Prompt
 from pipeline.task import Task, TaskTokens
 from pipeline.teachers.engines import LABELS_ONLY, Engine, open_engine
 
-THROUGHPUT_EXAMPLES = 32
-ONE_THREAD_EXAMPLES = 16
+THROUGHPUT_EXAMPLES = 16
+ONE_THREAD_EXAMPLES = 8
 Key = tuple[Path, str, Format]
 Asked = Sequence[Sequence[Sequence[Prompt]]]
 """Prompts of each window of each example in each context."""
