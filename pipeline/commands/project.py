@@ -21,6 +21,9 @@ def init(
     label_column: Annotated[str | None, typer.Option(help="The column with the labels, by default `label`.")] = None,
     verbaliser: Annotated[list[str] | None, typer.Option(help="LABEL=WORD: what the model answers for a label.")] = None,
     per_label: Annotated[int | None, typer.Option(min=1, help="Demonstrations of each label; default: 8, or as many as there are.")] = None,
+    all_teachers: Annotated[
+        bool, typer.Option("--all-teachers", help="Of many labels too; else more than 20 have teachers and students that are encoders.")
+    ] = False,
     delimiter: Annotated[str | None, typer.Option(help="Between the columns of csv files; by default it is found.")] = None,
     encoding: Annotated[str | None, typer.Option(help="Of text files; by default it is found.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("params.yaml"),
@@ -48,6 +51,7 @@ def init(
         fields=_pairs(field or [], "--field"),
         label_column=label_column or "label",
         per_label=per_label,
+        all_teachers=all_teachers,
         delimiter=delimiter,
         encoding=encoding,
     )

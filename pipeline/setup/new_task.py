@@ -22,7 +22,7 @@ from pipeline.data.examples import BadValueError, SourceExamples, check_limit, l
 from pipeline.data.readers import MISSING, BadRow, MissingColumnError, Row, json_keys, source_rows
 from pipeline.data.roles import assign, text_of
 from pipeline.errors import UsageError, choices
-from pipeline.params import ContextParams, Params, SourceParams, TaskParams, parse_params
+from pipeline.params import DEMONSTRATIONS_FILE, ContextParams, Params, SourceParams, TaskParams, parse_params
 from pipeline.params.data import DOWNLOADS, FORMATS, source_entry
 from pipeline.schema import NO_CONTEXT, Context, Example
 from pipeline.setup.boundary import fitting_form, load_tokenizers
@@ -42,6 +42,8 @@ WORDS = {
 """What a model might answer for labels that are numbers."""
 KEPT = ("servers", "tuned", "teachers", "targets", "students", "baselines", "evaluation", "select", "runtime", "monitor")
 """Blocks of the present params that have nothing to do with its task."""
+MANY_LABELS = 20
+"""Of more, decoders are left out: each reads the labels behind every text, and of 77 intents these were 139 tokens behind 20 of a text."""
 PER_LABEL = 8
 DEMONSTRATIONS = 16
 """In a context, at most, if they fit: as many of each label, or of more labels than that one of each in several contexts."""
@@ -71,6 +73,7 @@ class Answers:
     fields: Mapping[str, str]  # template field → column, if they differ
     label_column: str
     per_label: int | None = None  # None: `PER_LABEL`, or as many as there are
+    all_teachers: bool = False  # of more than `MANY_LABELS` too
     delimiter: str | None = None  # of the text files; None: found by the reader
     encoding: str | None = None
 
@@ -83,8 +86,11 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
     taught = [name for name, student in parse_params(base).students.items() if student.learn_from.startswith("rounds/")]
     if taught:
         base = {**base, "students": {name: entry for name, entry in base["students"].items() if name not in taught}}
+    many = list[str]()
     try:
         counts = label_counts(answers)
+        if len(counts) > MANY_LABELS and not answers.all_teachers:
+            base, many = _encoders_alone(base, len(counts))
         raw = _raw(base, answers, counts)
         tokenizers = load_tokenizers(parse_params(raw))
         form = fitting_form(parse_params(raw).task, tokenizers.values())
@@ -99,6 +105,7 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
         check_limit(source, params.data.bad_rows_limit)
     tokens = partial(_token_counts, params=params, tokenizers=tokenizers)
     notes = [line for source in read.values() for line in _about(source)]
+    notes += many
     notes += [f"students.{name}: left out, since it learns from a round of more texts, and here is no pool of them" for name in taught]
     labels = [f"{label} ({count:,} rows, {form.verbalisers[label]!r})" for label, count in islice(counts.items(), LABELS_SHOWN)]
     notes.append(f"labels: {', '.join(labels)}" + (f" and {len(counts) - len(labels):,} more" if len(counts) > len(labels) else ""))
@@ -219,6 +226,40 @@ def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -
     }
 
 
+def _encoders_alone(base: Mapping[str, Any], labels: int) -> tuple[dict[str, Any], list[str]]:
+    """`base` with the teachers and students that are made of contrastively tuned encoders' models, and what needs no others; and a line that
+    names those left out. All of `base` if no such teacher or student would be left.
+    """
+    params = parse_params(base)
+    encoders = {params.base_model(tuned.base) for tuned in params.tuned.values() if tuned.tuning == "contrastive"}
+    teachers = {name for name, teacher in params.teachers.items() if params.base_model(teacher.model) in encoders}
+    targets = {name for name, target in params.targets.items() if teachers.intersection(target.teachers)}
+    kept = {
+        "models": encoders,
+        "tuned": {name for name, tuned in params.tuned.items() if params.base_model(tuned.base) in encoders},
+        "teachers": teachers,
+        "targets": targets,
+        "students": {
+            name
+            for name, student in params.students.items()
+            if params.base_model(student.base) in encoders
+            and student.learn_from in {DEMONSTRATIONS_FILE, *(f"targets/{target}" for target in targets)}
+        },
+        "baselines": {name for name, baseline in params.baselines.items() if baseline.target_set in targets},
+        "contexts": {params.teachers[name].contexts for name in teachers},
+    }
+    if not kept["students"] or params.evaluation.reference not in kept["baselines"]:
+        return dict(base), []
+    left_out = [f"{block}.{name}" for block in ("teachers", "students") for name in base[block] if name not in kept[block]]
+    small = {**base, **{block: {name: entry for name, entry in base.get(block, {}).items() if name in kept[block]} for block in kept}}
+    for name, target in small["targets"].items():
+        own = {teacher: weight for teacher, weight in target["teachers"].items() if teacher in teachers}
+        small["targets"][name] = target | {"teachers": own}
+    return small, [
+        f"{', '.join(left_out)}: left out, since a decoder reads {labels} labels behind every text, which takes long; --all-teachers keeps them"
+    ]
+
+
 def _about(source: SourceExamples) -> Iterator[str]:
     yield f"{source.file}: {source.counts['rows']:,} rows, {len(source.examples):,} texts, {source.bad_rows:,} bad"
     for example in source.examples[:ROWS_SHOWN]:
@@ -325,7 +366,8 @@ def _choose_demonstrations(
         entry["count"] = min(max(entry.get("count", 1), covering), possible)
     why = ", as many as fit beside an input" if fitting < wanted else ""
     why += f", which show the {labels:,} labels between them" if 0 < fitting < labels <= MOST_CONTEXTS * fitting else ""
-    notes.append(f"contexts: at most {fitting} demonstrations{why}; {room:,} tokens are left for them")
+    if contexts:
+        notes.append(f"contexts: at most {fitting} demonstrations{why}; {room:,} tokens are left for them")
     return chosen
 
 

@@ -93,8 +93,9 @@ def train(
         if params.tuning == "contrastive":
             [term] = label_terms
             with torch.no_grad():
-                embeddings = torch.cat([forward.embeddings(rows) for [rows] in micro_batches([term.rows], params.batch_size)])
-            outcome.reached.losses.append(fit_label_layer(model, embeddings, [row.label for row in term.rows]))
+                ordered = sorted(term.rows, key=lambda row: row.tokens)
+                embeddings = torch.cat([forward.embeddings(rows) for [rows] in micro_batches([ordered], params.batch_size)])
+            outcome.reached.losses.append(fit_label_layer(model, embeddings, [row.label for row in ordered]))
     finally:
         forward.detach()
     if adapter is not None and processes.first:
@@ -123,7 +124,8 @@ class SmallVocabulary:
 
     With losses over single-token labels, an embedding row has a gradient only if its token occurs in a row that is learnt, or is a label.
     Adam leaves the others as they are: their moments stay zero, and embeddings get no weight decay here. Without them, SmolLM2-135M has a
-    fifth less of parameters, gradients and moments in memory and in every step.
+    fifth less of parameters, gradients and moments in memory and in every step, and MiniLM half less. A token's number among the kept ones
+    is its place in `token_ids` sorted.
     """
 
     def __init__(self, model: PreTrainedModel, token_ids: Iterable[int]) -> None:
@@ -171,15 +173,18 @@ class StudentForward:
         self._label_probe = shortest_and_longest(label_rows) if label_rows else []
         self._cache_probe = [row.packed for term in cache_terms for row in shortest_and_longest(term.rows)]
         self.packed: PackedModel | None = None
-        if is_encoder(model.config):
-            self.description = f"plain: an encoder, rows padded to at most {MOST_PADDED} times their length"
-            return
+        self._is_encoder = is_encoder(model.config)
         self._expected = self._probed()
         if not cache_terms and not self.branch_tokens:
-            self._small = SmallVocabulary(model, [token for ids in (*(row.ids for row in label_rows), *completions) for token in ids])
+            # an encoder's completions are numbers of labels; its padding keeps its number, which some families find positions by
+            others = [range((model.config.pad_token_id or 0) + 1)] if self._is_encoder else completions
+            self._small = SmallVocabulary(model, [token for ids in (*(row.ids for row in label_rows), *others) for token in ids])
             if not self._difference(None) <= TOLERANCE_NATS:
                 self._small.restore()
                 self._small = None
+        if self._is_encoder:
+            self.description = f"plain: an encoder, rows padded to at most {MOST_PADDED} times their length"
+            return
         self.packed, reason = packed_if_exact(model, self._difference)
         self.description = f"{'plain' if self.packed is None else 'packed'}: {reason}"
 
@@ -195,7 +200,7 @@ class StudentForward:
 
     def _scored(self, rows: Sequence[TargetRow], layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
         ids_of: Callable[[Sequence[int]], Sequence[int]] = tuple if self._small is None else self._small.ids
-        tree = tree_of([ids_of(ids) for ids in self._completions])
+        tree = tree_of(self._completions if self._is_encoder else [ids_of(ids) for ids in self._completions])
         inputs = [Row(ids_of(row.ids), tree) for row in rows]
         logits, states = logits_of(self._model, self.packed, inputs, layers)
         return label_log_probabilities(logits, tree), states
@@ -216,7 +221,7 @@ class StudentForward:
 
     def _in_groups(self, rows: Sequence[TargetRow], computed: Callable[[Sequence[TargetRow]], Tensor]) -> Tensor:
         """What is computed of rows, in their order. An encoder's rows are padded, so those of about the same length share a pass."""
-        if not is_encoder(self._model.config):
+        if not self._is_encoder:
             return computed(rows)
         order, groups = sorted(range(len(rows)), key=lambda number: rows[number].tokens), list[list[int]]()
         for number in order:

@@ -329,12 +329,46 @@ def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monk
 INTENTS = [f"{word}_topic_{n}" for n in range(6) for word in WORDS][:77]
 
 
-def test_77_labels_are_shown_by_several_contexts_between_them(folder, model_folder, monkeypatch):
+def intents(folder):
+    """The files of FILES, with 77 labels."""
     for name, start in (("l", 0), ("t", 400)):
         rows = [{"text": sentence(start + n, 6), "label": INTENTS[n % 77].title()} for n in range(77 * 2)]
         write_rows(folder / "mine" / f"{name}.jsonl", rows)
     write_rows(folder / "mine" / "u.jsonl", [{"text": sentence(1000 + n)} for n in range(60)])
+
+
+def test_decoders_are_left_out_of_a_task_with_many_labels(folder, encoder_folder, monkeypatch):
+    intents(folder)
     said = shotless(folder, "init", *FILES).stdout
+    assert "teachers.few_shot, teachers.zero_shot, teachers.tuned, students.cd: left out, since a decoder reads 77 labels" in said
+    params = prepares(folder, encoder_folder(), monkeypatch)
+    made = {
+        block: list(getattr(params, block)) for block in ("models", "tuned", "teachers", "contexts", "targets", "students", "baselines")
+    }
+    assert made == {
+        "models": ["minilm"],
+        "tuned": ["contrast"],
+        "teachers": ["contrast"],
+        "contexts": ["none"],
+        "targets": ["mix", "contrast"],
+        "students": ["encoder"],
+        "baselines": ["setfit", "teacher"],
+    }
+    assert list(params.targets["mix"].teachers) == ["contrast"]
+
+
+def test_decoders_stay_if_there_is_no_encoder_to_do_their_work(folder):
+    intents(folder)
+    raw = read_yaml(folder / "params.yaml")
+    del raw["students"]["encoder"]
+    write_yaml(raw, folder / "params.yaml")
+    assert "left out" not in shotless(folder, "init", *FILES).stdout
+    assert set(load_params(folder / "new.yaml").teachers) == set(raw["teachers"])
+
+
+def test_77_labels_are_shown_by_several_contexts_between_them(folder, model_folder, monkeypatch):
+    intents(folder)
+    said = shotless(folder, "init", *FILES, "--all-teachers").stdout
     assert "and 65 more" in said
     assert "contexts: at most 16 demonstrations, which show the 77 labels between them" in said
     params = prepares(folder, model_folder("llama", max_position_embeddings=4096), monkeypatch)

@@ -14,6 +14,8 @@ from pipeline.models.folders import load_model
 from pipeline.schema import NO_CONTEXT, Example, read_examples
 from pipeline.serving import Predictor
 from pipeline.students.checkpoint import Checkpoint
+from pipeline.students.data import TargetRow
+from pipeline.students.loop import StudentForward
 from pipeline.students.losses import contrast
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
@@ -92,6 +94,30 @@ def test_without_a_step_the_head_is_a_logistic_regression_on_the_frozen_encoder(
     answers = Predictor(project.output(), 1).predict(asked)
     found = [[answer.probabilities[label] for label in ("negative", "positive")] for answer in answers]
     assert np.allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_values_and_gradients_are_those_of_transformers_on_each_text_alone(encoder_folder, family):
+    """The oracle has no padding, the whole vocabulary, and torch's own choice of attention."""
+    model = load_model(encoder_folder(family), labels=("negative", "positive"), seed=0)
+    rows = [TargetRow(str(n), (2, *range(9, 9 + n), 3), (0.0, 1.0)) for n in (1, 6, 2, 11, 3)]
+    alone = torch.cat([model(input_ids=torch.tensor([row.ids])).logits for row in rows]).log_softmax(-1)
+    alone[:, 1].sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    forward = StudentForward(model, [[0], [1]], rows)
+    found = forward.label_log_probabilities(rows)
+    assert torch.allclose(found, alone, atol=1e-5)
+    found[:, 1].sum().backward()
+    embeddings = model.get_input_embeddings().weight
+    kept = [0, 1, 2, 3, *range(9, 20)]
+    assert embeddings.shape[0] == len(kept)
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            wanted = expected[name][kept] if parameter is embeddings else expected[name]
+            assert torch.allclose(parameter.grad, wanted, atol=1e-4 * max(1.0, float(wanted.abs().max()))), name
+    forward.detach()
+    assert model.get_input_embeddings().weight.shape[0] > len(kept)
 
 
 def test_pairs_are_contrasted_as_the_definition_says():
