@@ -227,8 +227,10 @@ def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -
 
 
 def _encoders_alone(base: Mapping[str, Any], labels: int) -> tuple[dict[str, Any], list[str]]:
-    """`base` with the teachers and students that are made of contrastively tuned encoders' models, and what needs no others; and a line that
-    names those left out. All of `base` if no such teacher or student would be left.
+    """`base` with the teachers and students of encoders that are tuned by contrasts, and what needs no others; and what was left out.
+
+    Their contrastive tuning has no steps: at 8 texts of each of 77 intents, 40 steps cost 4 points of the head's accuracy. All of `base` if
+    no such student would be left.
     """
     params = parse_params(base)
     encoders = {params.base_model(tuned.base) for tuned in params.tuned.values() if tuned.tuning == "contrastive"}
@@ -250,13 +252,19 @@ def _encoders_alone(base: Mapping[str, Any], labels: int) -> tuple[dict[str, Any
     }
     if not kept["students"] or params.evaluation.reference not in kept["baselines"]:
         return dict(base), []
-    left_out = [f"{block}.{name}" for block in ("teachers", "students") for name in base[block] if name not in kept[block]]
+    left_out = [f"{block}.{name}" for block in ("teachers", "students") for name in base.get(block, {}) if name not in kept[block]]
     small = {**base, **{block: {name: entry for name, entry in base.get(block, {}).items() if name in kept[block]} for block in kept}}
     for name, target in small["targets"].items():
-        own = {teacher: weight for teacher, weight in target["teachers"].items() if teacher in teachers}
-        small["targets"][name] = target | {"teachers": own}
+        own = {
+            key: {one: target[key][one] for one in target[key] if one in teachers} for key in ("teachers", "calibrations") if key in target
+        }
+        small["targets"][name] = target | own
+    still = [name for name, tuned in params.tuned.items() if name in kept["tuned"] and tuned.tuning == "contrastive"]
+    for name in still:
+        small["tuned"][name] = small["tuned"][name] | {"steps": 0}
     return small, [
-        f"{', '.join(left_out)}: left out, since a decoder reads {labels} labels behind every text, which takes long; --all-teachers keeps them"
+        f"{', '.join(left_out)}: left out, since decoders read {labels} labels behind every text, which is slow; --all-teachers keeps them",
+        f"{', '.join(f'tuned.{name}.steps' for name in still)}: 0, since contrasts of so many labels made a head worse than none did",
     ]
 
 

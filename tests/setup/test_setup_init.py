@@ -340,7 +340,8 @@ def intents(folder):
 def test_decoders_are_left_out_of_a_task_with_many_labels(folder, encoder_folder, monkeypatch):
     intents(folder)
     said = shotless(folder, "init", *FILES).stdout
-    assert "teachers.few_shot, teachers.zero_shot, teachers.tuned, students.cd: left out, since a decoder reads 77 labels" in said
+    assert "teachers.few_shot, teachers.zero_shot, teachers.tuned, students.cd: left out, since decoders read 77 labels" in said
+    assert "tuned.contrast.steps: 0, since" in said
     params = prepares(folder, encoder_folder(), monkeypatch)
     made = {
         block: list(getattr(params, block)) for block in ("models", "tuned", "teachers", "contexts", "targets", "students", "baselines")
@@ -354,7 +355,7 @@ def test_decoders_are_left_out_of_a_task_with_many_labels(folder, encoder_folder
         "students": ["encoder"],
         "baselines": ["setfit", "teacher"],
     }
-    assert list(params.targets["mix"].teachers) == ["contrast"]
+    assert (list(params.targets["mix"].teachers), params.tuned["contrast"].steps) == (["contrast"], 0)
 
 
 def test_decoders_stay_if_there_is_no_encoder_to_do_their_work(folder):
