@@ -38,7 +38,7 @@ from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
 from pipeline.task import Task
 
-TRAINING_VERSION = 6
+TRAINING_VERSION = 7
 """Raised when the training's numbers change: a checkpoint of another version is not used."""
 
 
