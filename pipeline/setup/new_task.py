@@ -258,13 +258,15 @@ def _encoders_alone(base: Mapping[str, Any], labels: int) -> tuple[dict[str, Any
         own = {
             key: {one: target[key][one] for one in target[key] if one in teachers} for key in ("teachers", "calibrations") if key in target
         }
-        small["targets"][name] = target | own
+        small["targets"][name] = {
+            key: value for key, value in target.items() if key != "auxiliary_caches"
+        } | own  # encoders learn from none
     still = [name for name, tuned in params.tuned.items() if name in kept["tuned"] and tuned.tuning == "contrastive"]
     for name in still:
         small["tuned"][name] = small["tuned"][name] | {"steps": 0}
     return small, [
         f"{', '.join(left_out)}: left out, since decoders read {labels} labels behind every text, which is slow; --all-teachers keeps them",
-        f"{', '.join(f'tuned.{name}.steps' for name in still)}: 0, since contrasts of so many labels made a head worse than none did",
+        f"{', '.join(f'tuned.{name}.steps' for name in still)}: 0, since contrastive tuning on 77 labels lowered accuracy",
     ]
 
 
