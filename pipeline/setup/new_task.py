@@ -266,7 +266,7 @@ def _encoders_alone(base: Mapping[str, Any], labels: int) -> tuple[dict[str, Any
         small["tuned"][name] = small["tuned"][name] | {"steps": 0}
     return small, [
         f"{', '.join(left_out)}: left out, since decoders read {labels} labels behind every text, which is slow; --all-teachers keeps them",
-        f"{', '.join(f'tuned.{name}.steps' for name in still)}: 0, since contrastive tuning on 77 labels lowered accuracy",
+        f"{', '.join(f'tuned.{name}.steps' for name in still)}: 0, since contrastive tuning lowered accuracy on a task of 77 labels",
     ]
 
 
