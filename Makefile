@@ -33,7 +33,7 @@ test: setup-dev lint
 	@$(PYTEST)
 
 test-fast: setup-dev
-	@$(PYTEST) -m "not real"
+	@$(PYTEST) -m "not real and not slow"
 
 test-ray: setup-dev
 	@SHOTLESS_RAY=1 "$(BIN)/python" -m pytest tests/teachers/test_teachers_ray.py

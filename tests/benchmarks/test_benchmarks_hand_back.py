@@ -12,6 +12,8 @@ from pipeline.params import resolve
 from pipeline.schema import Example, read_examples, read_table
 from stages import model, prepare, source, targets, teacher
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["cold", "late", "warm", "great", "terrible", "lifeless"]
 
 

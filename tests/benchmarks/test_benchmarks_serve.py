@@ -8,6 +8,8 @@ from pipeline.errors import UsageError
 from pipeline.files import read_json
 from pipeline.schema import Example, write_examples
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from pipeline.params import load_params
 from pipeline.schema import Example, write_examples
 from pipeline.task import EncoderTokens, Task
 
+pytestmark = pytest.mark.slow
+
 ANSWERING = {"latency_ms", "peak_rss_mb", "disk_mb", "mean_text_tokens"}
 TRAINING = {"tokens_per_s", "peak_rss_above_model_bytes"}
 

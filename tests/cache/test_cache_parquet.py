@@ -89,6 +89,7 @@ def test_the_bytes_of_a_position_are_few(tmp_path):
     assert size(tmp_path / "few.parquet") < size(tmp_path / "plain.parquet") / 1.2
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_gives_the_same_bytes(tmp_path):
     code = "import sys, pathlib, score_rows\nfolder = pathlib.Path(sys.argv[1])\nscore_rows.capture(folder / 'work', folder / 'cache', 5)\n"
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

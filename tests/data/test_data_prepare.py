@@ -283,6 +283,7 @@ def contents(*folders: str) -> dict[Path, bytes]:
     return {path: path.read_bytes() for folder in folders for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(raw: Raw) -> None:
     params = run(raw)
     written = ("artifacts/sources", "artifacts/data", "metrics")

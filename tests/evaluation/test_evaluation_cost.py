@@ -199,6 +199,7 @@ def test_the_same_models_and_prompts_are_measured_once(world, noted):
     assert len(noted) == len(set(subjects.values())) + 1, "figures of other threads do not serve"
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures(world):
     params = world.params.model_copy(update={"baselines": {}, "students": {"cd": world.params.students["cd"]}})
     measure_costs(params, world.folders)
@@ -211,6 +212,7 @@ def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_an_error_and_leaves_no_figures(world, monkeypatch):
     monkeypatch.setattr(cost_module, "measure", killed)
     with pytest.raises(ShotlessError, match="The process that measures the cost of icl was killed"):

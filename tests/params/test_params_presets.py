@@ -63,6 +63,7 @@ def test_a_preset_that_params_refuse_is_named_and_makes_no_workspace(project):
     assert not (project / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_workspace_is_a_dag_that_dvc_resolves_and_shares_the_cache(project):
     (project / "presets" / "more.yaml").write_text(
         "students: {cd: {seed: 7}, other: {base: models/smollm2, steps: 1, learning_rate: 1e-5, learn_from: targets/mix}}\n"

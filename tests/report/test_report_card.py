@@ -89,6 +89,7 @@ def test_a_card_has_its_numbers_and_measured_limits(root, found):
     assert "contractions" not in limits  # nothing was asked
 
 
+@pytest.mark.slow
 def test_dvc_does_not_see_a_card(tmp_path):
     """A card in a stage's output does not change the output's hash."""
     shutil.copy(PROJECT / ".dvcignore", tmp_path)

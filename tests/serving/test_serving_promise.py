@@ -103,6 +103,7 @@ def test_being_right_takes_labels_that_were_not_learnt(folder):
         assert shotless(folder, "predict", "--input", "rows.jsonl", *wrong, check=False).returncode == 2
 
 
+@pytest.mark.slow
 def test_an_export_keeps_the_threshold_and_says_that_it_has_no_gate(folder, student, tmp_path):
     graph = folder / "graph"
     graph.mkdir()

@@ -425,6 +425,7 @@ def test_bytes_that_are_not_a_request_stop_nothing(address, name):
     assert say(address, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") == 200
 
 
+@pytest.mark.slow
 def test_a_real_process_listens_on_loopback_answers_and_ends_when_told(tmp_path, model_folder, predictor):
     folder = make_student(tmp_path / "cd", model_folder("llama"))
     command = [

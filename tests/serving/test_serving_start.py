@@ -49,6 +49,7 @@ def shares(opened):
     return [found.probabilities for found in opened.predict(TEXTS)]
 
 
+@pytest.mark.slow
 def test_predict_imports_what_it_uses_and_leaves_no_trace(project):
     expected = shares(Predictor("artifacts/students/cd", 1))
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}

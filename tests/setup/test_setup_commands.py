@@ -54,6 +54,7 @@ def test_absent_files_and_other_versions_are_named_together_before_anything_runs
         assert "constraints.txt pins 0.1. Run `make setup`, or correct the pin." in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_for_an_unknown_entry_or_without_inputs_says_what_to_do(folder):
     write_yaml(read_yaml(folder / "params.yaml") | {"runtime": {"threads": 1}}, folder / "params.yaml")
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
@@ -65,6 +66,7 @@ def test_a_stage_for_an_unknown_entry_or_without_inputs_says_what_to_do(folder):
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_refuses_a_library_that_was_installed_after_the_params_were_resolved(folder):
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     resolve(folder)
@@ -86,6 +88,7 @@ def dag(folder, model):
     shutil.copyfile(PROJECT / ".dvc" / "config", folder / ".dvc" / "config")
 
 
+@pytest.mark.slow
 def test_run_runs_stages_in_the_project_and_in_a_preset_that_shares_the_store(tmp_path, model_folder, capfd):
     dag(tmp_path, model_folder("llama"))
     (tmp_path / "presets").mkdir()
@@ -101,6 +104,7 @@ def test_run_runs_stages_in_the_project_and_in_a_preset_that_shares_the_store(tm
 
 
 @pytest.mark.parametrize("name", ["plain", "a path with spaces", "übung", "it's $HOME & more"])
+@pytest.mark.slow
 def test_dvc_alone_runs_stages_in_a_new_shell_without_git_and_with_a_home_that_is_read_only(tmp_path, model_folder, name):
     folder = tmp_path / name
     folder.mkdir()

@@ -47,6 +47,7 @@ def ended(said):
     return [line.split(":")[0] for line in said.splitlines()[1:-1] if not line.startswith("…")]
 
 
+@pytest.mark.slow
 def test_a_line_a_stage_all_in_the_log_and_a_second_run_that_runs_nothing(folder, capsys, monkeypatch):
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
     reproduce(folder, folder, ["second"])
@@ -71,6 +72,7 @@ def test_a_line_a_stage_all_in_the_log_and_a_second_run_that_runs_nothing(folder
         ("echo killed; exit 9\n", "third: Running stage 'third':\n> sh third.sh && cp in.txt third.txt\nkilled\nERROR: failed to"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_stage_that_fails_says_its_own_error_in_front_and_the_next_run_goes_on(folder, capsys, script, said):
     (folder / "third.sh").write_text(script, "utf-8")
     with pytest.raises(ShotlessError) as caught:
@@ -85,6 +87,7 @@ def test_a_stage_that_fails_says_its_own_error_in_front_and_the_next_run_goes_on
     assert ended(capsys.readouterr().err) == ["third"]
 
 
+@pytest.mark.slow
 def test_an_unknown_stage_is_named_before_anything_runs(folder):
     with pytest.raises(ShotlessError, match=r"dvc\.yaml: .*'nope'"):
         reproduce(folder, folder, ["nope"])
@@ -94,6 +97,7 @@ def test_an_unknown_stage_is_named_before_anything_runs(folder):
 RUN = "from pathlib import Path; from pipeline.commands.reproduce import reproduce; reproduce(Path(), Path())"
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_shows_what_runs_and_how_many_are_done(folder):
     (folder / "third.sh").write_text("sleep 2\n", "utf-8")
     ours, theirs = pty.openpty()
@@ -112,6 +116,7 @@ def test_on_a_terminal_it_shows_what_runs_and_how_many_are_done(folder):
         assert text in shown.decode()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_ends_its_stages(folder):
     (folder / "third.sh").write_text("echo $$ > pid\nsleep 60\n", "utf-8")
     process = subprocess.Popen([sys.executable, "-c", RUN], stderr=subprocess.DEVNULL)

@@ -12,7 +12,7 @@ from small_project import write_lines
 from pipeline.commands.reproduce import due_stages
 from pipeline.params import reading
 
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # DVC's own, in pygtrie
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")]  # DVC's own, in pygtrie
 LAST = {"select", "cost", "compare", "report"}
 
 

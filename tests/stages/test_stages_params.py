@@ -217,6 +217,7 @@ def run_all(folder: Path, raw: dict[str, Any], patch: Callable[[Any, str, Any], 
 
 
 @pytest.mark.parametrize("raw", [LABELS, FREE], ids=["labels", "free text"])
+@pytest.mark.slow
 def test_every_param_that_a_stage_reads_is_tracked(tmp_path, monkeypatch, model_folder, raw):
     (tmp_path / "my").mkdir()
     shutil.copytree(model_folder("llama"), tmp_path / "my" / "model")

@@ -35,6 +35,7 @@ def largest_difference(one, two):
     return max(float((one[key] - two[key]).abs().max()) for key in one)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_student_of_one(make_project, tmp_path):
     one, two = make_project("one", caches=["few", "reader"]), make_project("two", caches=["few", "reader"])
     for project in (one, two):

@@ -58,6 +58,7 @@ def test_workers_leave_the_files_that_one_process_leaves(worlds):
 
 
 @RAY
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced_and_its_part_done_again(worlds, monkeypatch, capsys):
     local, on_ray = worlds
     expected, killed, pools = captured(local), [], []

@@ -416,6 +416,7 @@ def test_a_server_without_log_probabilities_is_refused_with_what_to_do(serve):
         world.meet()
 
 
+@pytest.mark.slow
 def test_a_baseline_asks_the_server_and_its_cost_is_measured_as_asked(serve):
     world, server = serve("vllm")
     world.meet()
@@ -498,6 +499,7 @@ def scored(root):
         return scorer.score(CONTEXTS, [example(text) for text in TEXTS], "killed")
 
 
+@pytest.mark.slow
 def test_a_capture_that_was_killed_asks_for_no_stored_row_again(serve):
     world, server = serve("sglang")
     world.meet()
