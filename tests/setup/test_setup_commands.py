@@ -103,10 +103,9 @@ def test_run_runs_stages_in_the_project_and_in_a_preset_that_shares_the_store(tm
     assert shotless(tmp_path, "run", "teacher@nope", check=False).returncode == 1
 
 
-@pytest.mark.parametrize("name", ["plain", "a path with spaces", "übung", "it's $HOME & more"])
 @pytest.mark.slow
-def test_dvc_alone_runs_stages_in_a_new_shell_without_git_and_with_a_home_that_is_read_only(tmp_path, model_folder, name):
-    folder = tmp_path / name
+def test_dvc_alone_runs_stages_in_a_new_shell_without_git_and_with_a_home_that_is_read_only(tmp_path, model_folder):
+    folder = tmp_path / "übung, it's $HOME & more"
     folder.mkdir()
     dag(folder, model_folder("llama"))
     (folder / ".venv" / "bin").mkdir(parents=True)
