@@ -11,7 +11,7 @@ help:
 	@echo "make run              set up, download model and data, run the pipeline, print what was gained"
 	@echo "make run PRESET=NAME  the same with presets/NAME.yaml laid over params.yaml, in runs/NAME"
 	@echo "make test             set up, lint, check types, run the tests"
-	@echo "make test-fast        the tests without the real model"
+	@echo "make test-fast        the quick tests alone, while code changes: no real model, no DVC, no processes of their own, no exports"
 	@echo "make test-ray         every way in which a worker of Ray may fail; make test has one of them"
 	@echo "make test-servers     a teacher behind llama.cpp's own server, compiled in an environment of its own (after make run)"
 	@echo "make lint             ruff and pyright"
