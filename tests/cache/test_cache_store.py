@@ -63,6 +63,7 @@ def test_another_identity_does_not_find_the_rows(tmp_path, part):
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 8), max_size=4), st.integers(1, 22))
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(tmp_path_factory, kills, count):
     folder = tmp_path_factory.mktemp("killed")
     capture(folder / "unbroken work", folder / "unbroken", count)
@@ -105,6 +106,7 @@ def test_a_part_with_a_damaged_page_is_set_aside_with_a_message_and_scored_again
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 7), st.sampled_from(["flip", "cut", "zeros"]))
+@pytest.mark.slow
 def test_damage_anywhere_in_a_part_changes_no_number(tmp_path_factory, place, bit, kind):
     folder = tmp_path_factory.mktemp("damaged")
     store = Store(folder, IDENTITY)

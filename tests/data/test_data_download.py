@@ -113,6 +113,7 @@ def test_a_member_of_a_release_is_copied(index: Index, tmp_path: Path, capsys: p
     assert "licence MIT" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_archive_in_a_release_is_unpacked_and_archives_in_it_are_not(
     index: Index, tmp_path: Path, make_tar: Make, make_zip: Make
 ) -> None:
@@ -125,6 +126,7 @@ def test_an_archive_in_a_release_is_unpacked_and_archives_in_it_are_not(
         assert files_below(tmp_path / "downloads") == {f"mine/{name}": content for name, content in held.items()}
 
 
+@pytest.mark.slow
 def test_a_bad_download_leaves_what_was_there_and_the_next_one_is_whole(index: Index, tmp_path: Path) -> None:
     body = wheel_with({"rows/pile.jsonl": bytes(range(256)) * 100})
     params, folder, half = pypi(body, "rows/pile.jsonl"), tmp_path / "downloads/mine", len(body) // 2

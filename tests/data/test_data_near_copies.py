@@ -32,6 +32,7 @@ def naive_jaccard(one: str, other: str) -> Fraction:
 
 
 @given(candidates=TEXTS, some=TEXTS, others=TEXTS, threshold=st.sampled_from([0.3, 0.5, 0.7, 1.0]), block=st.sampled_from([1, 3, 1024]))
+@pytest.mark.slow
 def test_copies_are_those_of_a_naive_comparison(
     candidates: list[str], some: list[str], others: list[str], threshold: float, block: int
 ) -> None:

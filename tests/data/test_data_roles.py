@@ -100,6 +100,7 @@ def test_another_seed_draws_others(sources: dict[str, SourceExamples]) -> None:
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
+@pytest.mark.slow
 def test_gold_labels_never_choose_unlabelled_texts(sources: dict[str, SourceExamples], unlike: Texts, source: Source, seed: int) -> None:
     """Transfer set and pool are the same whatever the labels of their source are: shuffled, or of no label at all for some or all rows."""
     draw = random.Random(seed)

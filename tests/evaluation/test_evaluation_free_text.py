@@ -94,6 +94,7 @@ def free(world):
     return world
 
 
+@pytest.mark.slow
 def test_every_seed_and_every_context_has_its_answers(free):
     free.capture("few")
     runs = {"several": ["seed 4", "seed 7"], "teacher": ["shots/0", "shots/1"], "untouched": [""]}

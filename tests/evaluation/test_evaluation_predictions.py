@@ -50,11 +50,13 @@ def calibrated(world, number, context, text):
 
 
 @pytest.mark.parametrize(("name", "targets"), [("icl", "few"), ("icl_mix", "mix")])
+@pytest.mark.slow
 def test_every_context_answers_by_its_own_model_calibrated_by_itself(world, name, targets):
     runs = [run for run in MODEL_OF if targets == "mix" or run.startswith("shots")]
     assert_predictions(world, predicted(world, name), runs, lambda run, _, text: calibrated(world, runs.index(run), run, text))
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_the_weighted_mean_of_the_calibrated_answers_pooled(world):
     weights = {"shots/0": 3 / 8, "shots/1": 3 / 8, "none/0": 1 / 4}
 
@@ -75,6 +77,7 @@ def test_a_set_of_a_source_with_offsets_of_its_own_is_calibrated_by_them(world):
 
 
 @pytest.mark.parametrize("by", ["set", "source"])
+@pytest.mark.slow
 def test_the_ensemble_of_the_transfer_set_would_be_the_targets(world, by):
     """Baselines and targets are made by the same arithmetic from the same calibration, of caches that were captured."""
     world.raw["targets"]["mix"] |= {"calibrations": {"few": "contextual"}, "calibrate_by": by, "temperature": 0.7}

@@ -213,12 +213,14 @@ def assert_checks_of(world, found, name, place, run):
     assert found["disagreement"][0]["share"] == pytest.approx(len(differ) / 7, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_s_answers_to_swapped_texts_are_the_plain_forward_s(world):
     found = checked(world, "cd")
     assert_checks_of(world, found, "cd", "", "")
     assert found.keys() == {"student", "reference", "swaps", "gaps", "disagreement"}
 
 
+@pytest.mark.slow
 def test_each_seed_is_checked_by_its_own_model_and_its_own_answers(world):
     found = checked(world, "several")
     assert (found["run"], list(found["runs"])) == ("seed 4", ["seed 7"])

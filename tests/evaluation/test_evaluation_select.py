@@ -155,6 +155,7 @@ def test_if_none_is_quick_enough_the_quickest_is_named_with_its_time(chosen, clo
     assert read_json(world.metrics / "runtime" / "select.json")["latency_ms"]["poor"] == 5.0
 
 
+@pytest.mark.slow
 def test_a_student_is_timed_in_a_process_of_its_own(chosen, world):
     assert chosen({"cd": ({}, {IDS[0]: 0}, 3)}, within_ms=1e9)["student"] == "cd"
     assert read_json(world.metrics / "runtime" / "select.json")["latency_ms"]["cd"] > 0

@@ -84,6 +84,7 @@ def test_weights_that_no_label_could_choose_are_called_equal(found):
     assert prose.about(replace(found, files=found.files | {file: unjudged}), "teacher").endswith("; not calibrated, equal weights")
 
 
+@pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes(root, found, tmp_path):
     shutil.copytree(root, tmp_path / "again")
     before = (root / "report" / "index.html").read_bytes()
@@ -184,6 +185,7 @@ def test_a_required_file_that_is_missing_is_named_with_its_stage(root, found, tm
         collect(found.params, Folders.here(tmp_path))
 
 
+@pytest.mark.slow
 def test_times_that_are_missing_are_named_on_the_page(root, found, tmp_path):
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     for folder in ("cost", "runtime"):
@@ -208,6 +210,7 @@ def test_a_damaged_file_is_named(root, found, tmp_path, name, text, message):
     assert Path(name).name in str(error.value)
 
 
+@pytest.mark.slow
 def test_hostile_text_is_escaped(raw, write_run, tmp_path):
     hostile = "<script>alert(1)</script> & {text}:"
     raw["task"]["template"] = hostile
@@ -222,6 +225,7 @@ def test_hostile_text_is_escaped(raw, write_run, tmp_path):
     assert "Eve &lt;liked&gt; it" in page
 
 
+@pytest.mark.slow
 def test_a_run_without_students_leaves_their_sections_out(raw, write_run, tmp_path):
     raw["students"] = {}
     raw["data"]["evaluation"] = {"movie": raw["data"]["evaluation"]["movie"]}
@@ -231,6 +235,7 @@ def test_a_run_without_students_leaves_their_sections_out(raw, write_run, tmp_pa
     assert 'id="training"' not in page
 
 
+@pytest.mark.slow
 def test_a_teacher_behind_a_server_and_in_chat_turns_is_called_so(raw, write_run, tmp_path):
     raw["servers"] = {"big": {"url": "http://127.0.0.1:1/v1", "model": "big", "tokenizer": "models/smollm2"}}
     raw["teachers"]["few_shot"]["model"] = "servers/big"
@@ -248,6 +253,7 @@ def test_a_teacher_behind_a_server_and_in_chat_turns_is_called_so(raw, write_run
     assert "of 25.0\u00a0% of its labels a bound alone is known, in 50.0\u00a0% of the rows" in page
 
 
+@pytest.mark.slow
 def test_a_student_of_several_seeds_has_their_mean_and_deviation(raw, write_run, tmp_path):
     raw["students"]["cd"]["seeds"] = [0, 1, 7]
     page, document = rebuilt(write_run(raw, tmp_path), tmp_path)
@@ -258,6 +264,7 @@ def test_a_student_of_several_seeds_has_their_mean_and_deviation(raw, write_run,
     assert "seeds: 0, 1, 7" in (tmp_path / "artifacts/students/cd/README.md").read_text("utf-8").replace(" | ", ": ")
 
 
+@pytest.mark.slow
 def test_a_student_of_a_teacher_s_distributions_is_called_so(raw, write_run, tmp_path):
     raw["students"]["pbft"] = {"base": "models/smollm2", "learn_from": "teachers/few_shot", "steps": 5, "learning_rate": 1e-4}
     page, _ = rebuilt(write_run(raw, tmp_path, examples=10), tmp_path)
@@ -294,6 +301,7 @@ def test_confusion_counts_every_prediction_of_a_domain(root, found):
         assert [float(cell.text) for cell in row[1:3]] == pytest.approx([100 * count / sum(counts) for count in counts], abs=0.051)
 
 
+@pytest.mark.slow
 def test_many_labels_have_their_confusions_and_scores_instead_of_a_grid(many):
     root, found = many
     frame = pl.read_parquet(root / "artifacts" / "predictions" / f"{ranked(found.document, 'student')[0]}.parquet")
@@ -472,6 +480,7 @@ def test_every_teacher_tuned_model_and_base_that_a_student_is_made_with_counts(r
     assert tables.makers("students/cd", parse_params(raw)) == made_with | {"students/cd"}
 
 
+@pytest.mark.slow
 def test_a_student_of_a_round_is_shown_with_its_teacher_texts_and_whole_cost(raw, write_run, tmp_path):
     raw["data"]["pool"] = {"source": "movie", "limit": 5000, "extra_sources": {"amazon": 9}}
     raw["rounds"] = {"second": {"student": "cd", "temperature": 0.5}}

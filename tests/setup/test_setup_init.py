@@ -257,6 +257,7 @@ def test_asking_again_keeps_the_first_params_and_bad_rows_are_shown(folder):
         assert (folder / "params.yaml.old").read_text("utf-8") == (PROJECT / "params.yaml").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_few_texts_too_long_for_the_model_are_counted_and_cut(folder, model_folder, monkeypatch):
     model = model_folder("llama", max_position_embeddings=1024)
     shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
@@ -281,6 +282,7 @@ LONG = {  # words of a text (5 to 6 tokens each here), what the model takes, mos
 
 
 @pytest.mark.parametrize("name", LONG)
+@pytest.mark.slow
 def test_it_never_stops_because_texts_are_long_and_a_run_takes_what_it_writes(folder, model_folder, monkeypatch, name):
     words, limit, most = LONG[name]
     model = model_folder("llama", max_position_embeddings=limit)

@@ -99,6 +99,7 @@ def test_a_changed_weight_is_refused_by_name(make_project):
         open_trained(project.output())
 
 
+@pytest.mark.slow
 def test_a_tuned_teacher_is_pbft_without_a_cut(make_project):
     project = make_project()
     project.train("pbft", learn_from="data/demonstrations.parquet", steps=40, learning_rate=3e-3)
@@ -241,6 +242,7 @@ def test_what_the_validation_came_to_is_in_metrics_manifest_and_curve(make_proje
     assert found[metrics["best_step"]] == metrics["validation_kl_nats"] == min(found.values())
 
 
+@pytest.mark.slow
 def test_gold_labels_reach_only_a_student_that_is_given_them(make_project):
     projects = [make_project(name) for name in ("a", "b", "c")]
     turned = [Example({"text": text}, label, source="s") for text, label in (("warm and funny", "negative"), ("bored", "positive"))]
@@ -360,6 +362,7 @@ def other_tokenizer():
 
 
 @pytest.mark.parametrize(("architecture", "tuning"), [("gpt2", "full"), ("opt", "lora")])
+@pytest.mark.slow
 def test_a_student_of_another_family_with_another_tokenizer_learns_the_targets(
     make_project, tiny_model, other_tokenizer, architecture, tuning
 ):

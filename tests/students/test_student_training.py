@@ -304,6 +304,7 @@ def test_a_kept_adapter_on_the_cut_base_is_the_merged_model(model_folder, tmp_pa
 
 
 @pytest.mark.parametrize("loss", ["kl", "reverse_kl", "jensen_shannon", "cross_entropy"])
+@pytest.mark.slow
 def test_every_loss_brings_a_student_near_its_targets(tiny_model, loss):
     term = LabelTerm(loss, 1.0, 5, make_rows(10))
     losses = train(tiny_model("llama"), SINGLE, [term], tuning(steps=80, learning_rate=3e-3), title="t").reached.losses
