@@ -422,10 +422,10 @@ def naive_agreement(model):
 def test_the_best_step_s_weights_are_those_the_model_ends_with(tiny_model, changes):
     model = tiny_model("llama")
     before = naive_agreement(model)
-    params = tuning(steps=12, learning_rate=3e-2, **changes)
+    params = tuning(steps=6, learning_rate=3e-2, **changes)
     outcome = train(model, SINGLE, [kl_term()], params, title="t", validation=Validation(HELD, 1, None))
     steps, values = zip(*outcome.reached.validations, strict=True)
-    assert steps == tuple(range(13))
+    assert steps == tuple(range(7))
     assert values[0] == pytest.approx(before, rel=1e-4)
     assert outcome.reached.best[0] == steps[values.index(min(values))]
     assert naive_agreement(model) == pytest.approx(min(values), rel=2e-3, abs=1e-4)
@@ -487,8 +487,8 @@ def test_the_fraction_is_met_on_average_and_an_empty_side_is_refused():
 def test_several_passes_a_step_give_the_numbers_of_one(tiny_model, size, completions):
     whole, parted = tiny_model("llama"), tiny_model("llama")
     terms = [kl_term(), gold_term()]
-    one = train(whole, completions, terms, tuning(steps=6), title="t")
-    other = train(parted, completions, terms, tuning(steps=6, micro_batch=size), title="t")
+    one = train(whole, completions, terms, tuning(steps=3), title="t")
+    other = train(parted, completions, terms, tuning(steps=3, micro_batch=size), title="t")
     assert other.reached.losses == pytest.approx(one.reached.losses, rel=1e-4, abs=1e-5)
     assert other.tokens == one.tokens
     with torch.no_grad():
@@ -529,7 +529,7 @@ def test_killed_after_every_step_the_training_ends_with_the_same_bits(tiny_model
         made.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
         return made
 
-    params, terms = tuning(weight_decay=0.01, learning_rate=1e-2, **changes), [kl_term(), gold_term()]
+    params, terms = tuning(steps=4, weight_decay=0.01, learning_rate=1e-2, **changes), [kl_term(), gold_term()]
     validation = Validation(HELD, 2, None)
     whole, resumed_at = model(), []
     expected = train(whole, SINGLE, terms, params, title="t", validation=validation)
