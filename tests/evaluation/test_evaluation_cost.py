@@ -141,6 +141,7 @@ def test_every_window_of_a_long_text_is_measured(model_folder, seen):
     assert figures["prompt_tokens"] == sum(map(len, batch)) / 2
 
 
+@pytest.mark.slow
 def test_the_subject_is_weights_and_prompts_wherever_they_lie(model_folder, tmp_path):
     def subject(*models):
         return measure(models, TASK, EXAMPLES, 1, 1)["measured"]["subject"]

@@ -103,6 +103,7 @@ def test_repeating_a_context_narrows_no_interval() -> None:
 
 @given(st.integers(0, 2**16), st.integers(1, 30))
 @settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 def test_the_interval_holds_the_accuracy_and_stays_in_range(seed: int, n: int) -> None:
     for metrics in evaluate(random_rows(seed, n=n), resamples=100).values():
         low, high = metrics["ci95"]

@@ -184,6 +184,7 @@ def student(tmp_path_factory, model_folder):
     return make
 
 
+@pytest.mark.slow
 def test_probabilities_of_windows_are_averaged_by_teacher_student_and_graph_alike(student):
     folder, graph = student("windows")
     scorer = Scorer(folder, task("windows"), work=None, threads=1)

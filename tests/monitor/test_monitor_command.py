@@ -101,6 +101,7 @@ def test_a_predictions_log_is_read_back(folder):
     assert document(folder)["tests"] == tests
 
 
+@pytest.mark.slow
 def test_a_fall_of_the_answered_share_is_an_alarm_by_a_promise_and_by_a_log_that_says_what_was_answered(folder):
     student = folder / "artifacts" / "students" / "cd"
     held = Predictor(student, 1, keep_states=True).predict(list(dict.fromkeys(texts(5, 300))))

@@ -112,6 +112,7 @@ def test_an_alarm_needs_a_shift_that_matters():
 
 
 @pytest.mark.parametrize(("reference", "new"), [(150, 20), (60, 60)])
+@pytest.mark.slow
 def test_inputs_like_the_reference_raise_no_more_alarms_than_the_stated_rate(reference, new):
     """Significance alone is counted, without the smallest shifts, which only make alarms rarer."""
     params = MonitorParams(false_alarm_rate=0.1, permutations=199)

@@ -39,6 +39,7 @@ def scored(folder):
     return [prompt for part in parts for prompt in pl.read_parquet(part, columns=["prompt_sha"])["prompt_sha"]]
 
 
+@pytest.mark.slow
 def test_new_inputs_are_scored_alone_and_the_student_is_trained_again(tmp_path, model_folder, monkeypatch):
     monkeypatch.setenv("SHOTLESS_WORK", str(tmp_path / ".work"))
     make_project(tmp_path, model_folder("llama"))

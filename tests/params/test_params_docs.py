@@ -35,6 +35,7 @@ def test_the_page_of_params_is_up_to_date_and_says_what_every_key_means():
     assert "|  |" not in written, "a key without a docstring"
 
 
+@pytest.mark.slow
 def test_the_defaults_on_the_page_are_those_of_a_file_that_leaves_them_out(raw_params):
     section, defaults = "", {}
     for line in page().splitlines():

@@ -91,6 +91,7 @@ TEXTS = st.sampled_from(["true", "1", "no", "null", "", "a: b", "# x", "- y", "?
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.dictionaries(TEXTS, TEXTS | st.integers() | st.booleans() | st.none() | st.lists(TEXTS, max_size=3), max_size=4))
+@pytest.mark.slow
 def test_what_is_written_is_read_again(tmp_path, value):
     write_yaml({"task": value}, tmp_path / "params.yaml")
     assert read_yaml(tmp_path / "params.yaml") == {"task": value}

@@ -35,6 +35,7 @@ onload = () => {
 
 
 @pytest.mark.parametrize("run", ["root", "many"])
+@pytest.mark.slow
 def test_nothing_is_wider_than_the_screen_and_no_label_is_cut_off(request, run, tmp_path):
     folder = request.getfixturevalue("root") if run == "root" else request.getfixturevalue("many")[0]
     shutil.copy(folder / "report" / "index.html", tmp_path / "report.html")

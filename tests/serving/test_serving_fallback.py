@@ -99,6 +99,7 @@ def pairs(predictor, texts):
     return list(zip(texts, predictor.predict(texts), strict=True))
 
 
+@pytest.mark.slow
 def test_a_text_of_the_transfer_set_gets_its_target_and_no_prompt_is_asked(predictor, fallback, prompts):
     rows = pairs(predictor, OLD)
     found = fallback.answer(rows)
@@ -119,6 +120,7 @@ def test_a_text_of_the_transfer_set_gets_its_target_and_no_prompt_is_asked(predi
     assert fallback.counts == {"answered": sum(not own.answered for _, own in rows), "over the limit": 0, "failed": 0}
 
 
+@pytest.mark.slow
 def test_a_new_text_is_answered_as_the_baseline_answers_it_and_asked_once(predictor, fallback, params, prompts):
     predictor.threshold = Threshold(1.1, 0.0)
     found = fallback.answer(pairs(predictor, NEW))
@@ -134,6 +136,7 @@ def test_a_new_text_is_answered_as_the_baseline_answers_it_and_asked_once(predic
     )
 
 
+@pytest.mark.slow
 def test_the_log_is_a_source_and_only_what_was_not_asked_before_is_asked(project, prompts):
     (project / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in NEW), "utf-8")
     options = ["--agree", "0.9", "--fallback", "few_shot", "--log", "served.jsonl", "--threads", "1"]
@@ -159,6 +162,7 @@ def test_the_log_is_a_source_and_only_what_was_not_asked_before_is_asked(project
     assert sum(prompts) == 2 * (len(NEW) - len(handed))
 
 
+@pytest.mark.slow
 def test_tables_say_who_answered_and_what_the_student_said(project):
     (project / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in NEW), "utf-8")
     options = ["--agree", "0.9", "--fallback", "few_shot", "--most-handed-back", "1", "--threads", "1"]
@@ -178,6 +182,7 @@ def test_tables_say_who_answered_and_what_the_student_said(project):
     ]
 
 
+@pytest.mark.slow
 def test_beyond_the_limit_the_students_answer_stays_unanswered(predictor, params):
     predictor.threshold = Threshold(1.1, 0.0)
     fallback = Fallback("few_shot", predictor, params, Folders.here(), most=3)
@@ -187,6 +192,7 @@ def test_beyond_the_limit_the_students_answer_stays_unanswered(predictor, params
     assert fallback.counts == {"answered": 3, "over the limit": len(NEW) - 3, "failed": 0}
 
 
+@pytest.mark.slow
 def test_a_teacher_that_fails_costs_its_answers_and_is_named_once(predictor, fallback, monkeypatch, capsys):
     predictor.threshold = Threshold(1.1, 0.0)
     [(scorer, _)] = fallback._asked
@@ -205,6 +211,7 @@ def test_a_teacher_that_fails_costs_its_answers_and_is_named_once(predictor, fal
     assert {one.by for one in fallback.answer(rows)} == {"few_shot"}
 
 
+@pytest.mark.slow
 def test_a_text_that_cannot_be_asked_costs_no_other_one_its_answer(predictor, fallback, monkeypatch):
     predictor.threshold = Threshold(1.1, 0.0)
     [(scorer, _)] = fallback._asked
@@ -221,6 +228,7 @@ def test_a_text_that_cannot_be_asked_costs_no_other_one_its_answer(predictor, fa
     assert fallback.counts["failed"] == 1
 
 
+@pytest.mark.slow
 def test_over_http_the_student_goes_on_while_the_teacher_answers(predictor, fallback, tmp_path, monkeypatch):
     rows = pairs(predictor, NEW)
     sure, unsure = (next(text for text, own in rows if own.answered is answered) for answered in (True, False))
@@ -252,6 +260,7 @@ def test_over_http_the_student_goes_on_while_the_teacher_answers(predictor, fall
     assert 'shotless_threshold_total{answered="false"} 1.0' in shown
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_refused_at_the_start(project, predictor, params):
     (project / "rows.jsonl").write_text('{"text": "a film"}\n', "utf-8")
     for options, words in (

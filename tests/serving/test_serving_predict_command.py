@@ -32,6 +32,7 @@ def predictor(folder):
     return Predictor(folder / "artifacts" / "students" / "cd", 1)
 
 
+@pytest.mark.slow
 def test_standard_input_to_standard_output_with_a_bad_row_between(folder):
     lines = [
         json.dumps({"text": "a warm film"}),
@@ -54,6 +55,7 @@ def test_standard_input_to_standard_output_with_a_bad_row_between(folder):
     assert {len(entry["student"]) for entry in logged} == {16}
 
 
+@pytest.mark.slow
 def test_if_no_row_has_an_answer_it_says_why_and_what_to_do(folder):
     done = shotless_process(folder, "predict", "--student", "cd", "--threads", "1", stdin='{"body": "x"}')
     assert done.returncode == 1

@@ -46,6 +46,7 @@ def student(folder):
     return folder / "artifacts" / "students" / "cd"
 
 
+@pytest.mark.slow
 def test_what_is_under_the_threshold_is_marked_in_every_output(folder, student):
     predictor = Predictor(student, 1, agree=0.95)
     answers = predictor.predict(TEXTS)

@@ -87,7 +87,7 @@ def naive_loss(project, model, rows, divergence="kl", coarse=None, temperature=1
 def test_the_loss_of_a_step_is_that_of_full_distributions_at_every_answer_position(make_project, divergence):
     project = make_project(free=True, caches=["few"])
     term, model = term_of(project, divergence), load_model(project.artifacts / "models" / "tiny")
-    rows = term.rows[::3]
+    rows = term.rows[::4]
     assert len(term.rows) == len(project.examples) * 2  # without the input that has no content
     assert {row.positions for row in rows} != {1}
     expected = naive_loss(project, model, rows, divergence)
@@ -110,9 +110,10 @@ def test_other_architectures_give_the_same(make_project, model_folder, architect
     settings = {"bloom": {"n_head": 4, "n_layer": 4}, "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 3.0}}
     project = make_project(base=model_folder(architecture, **settings.get(architecture, {})), free=True, caches=["few"])
     term, model = term_of(project), load_model(project.artifacts / "models" / "tiny")
+    rows = term.rows[::4]
     with torch.no_grad():
-        found, _, fused = loss_of(term, model, term.rows[:])
-        assert float(found) == pytest.approx(float(naive_loss(project, model, term.rows)), abs=5e-5)
+        found, _, fused = loss_of(term, model, rows)
+        assert float(found) == pytest.approx(float(naive_loss(project, model, rows)), abs=5e-5)
     assert fused == (architecture != "gemma2")
 
 
@@ -121,11 +122,13 @@ def test_the_tail_as_one_bucket_is_the_coarsened_divergence(make_project, temper
     project = make_project(free=True)
     project.write_cache(params=CacheParams(encoding="top_k_tail", top_k=300, **TEMPERED))
     term, model = term_of(project, temperature=temperature), load_model(project.artifacts / "models" / "tiny")
+    rows = term.rows[::4]
     with torch.no_grad():
-        expected = naive_loss(project, model, term.rows, coarse=300, temperature=temperature)
-        assert float(loss_of(term, model, term.rows[:])[0]) == pytest.approx(float(expected), abs=5e-5)
+        expected = naive_loss(project, model, rows, coarse=300, temperature=temperature)
+        assert float(loss_of(term, model, rows)[0]) == pytest.approx(float(expected), abs=5e-5)
 
 
+@pytest.mark.slow
 def test_exact_head_and_drawn_tail_come_near_the_whole(make_project):
     project = make_project(free=True)
     project.write_cache(params=CacheParams(encoding="hybrid", top_k=30, samples=500, resolution_nats=None))
@@ -211,6 +214,7 @@ def test_a_layer_that_the_student_lacks_is_refused(make_project):
 
 
 @pytest.mark.parametrize("changes", [{}, {"tuning": "lora", "learning_rate": 2e-2}, {"tuning": "head"}, {"micro_batch": 3}])
+@pytest.mark.slow
 def test_free_answers_are_learnt(make_project, changes):
     project = make_project(free=True, caches=["few"])
     project.train(**({"steps": 30, "learning_rate": 3e-3} | changes))

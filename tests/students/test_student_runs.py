@@ -219,6 +219,7 @@ def test_several_seeds_are_trainings_of_their_own_each_in_a_complete_folder(make
     assert project.checkpoints() == []
 
 
+@pytest.mark.slow
 def test_seeds_that_were_done_before_a_kill_are_not_trained_again(make_project, monkeypatch):
     one, two = make_project("one"), make_project("two")
     changes = {"steps": 5, "seeds": [0, 1]}
