@@ -8,6 +8,7 @@ import shutil
 from contextlib import chdir
 
 import polars as pl
+import pytest
 from serving_world import shotless
 from small_project import make_project, write_lines
 

@@ -39,7 +39,6 @@ def imported():
     return {canonical("ruamel.yaml" if top == "ruamel" else known[top][0]) for top in tops}
 
 
-@pytest.mark.slow
 def test_every_imported_package_is_declared_and_every_declared_one_has_a_use():
     declared = names(DECLARED["dependencies"])
     assert imported() - declared - names(EXTRAS) == set()

@@ -193,6 +193,7 @@ def test_two_lanes_take_half_of_the_cores_each_if_two_long_stages_can_run_at_onc
     assert shares_of_cores(PLANNED, 2) == [[]]
 
 
+@pytest.mark.slow
 def test_two_stages_run_at_once_each_on_its_own_cores(folder, capsys, monkeypatch):
     """Each waits for the other, so one by one neither would end."""
     wait = "touch {}.here; while [ ! -e {}.here ]; do sleep 0.05; done; taskset -cp $$ | sed 's/.*: //' > {}.txt"
