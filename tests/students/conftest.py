@@ -213,8 +213,14 @@ class Project:
         return sorted((self.root / ".work").rglob("*.safetensors"))
 
 
+@pytest.fixture(scope="session")
+def written_caches(tmp_path_factory):
+    """The folder of caches that a project has written; others take copies, since a cache depends on the teacher and the task alone."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture
-def make_project(tmp_path, model_folder, monkeypatch):
+def make_project(tmp_path, model_folder, monkeypatch, written_caches):
     """`make_project("name", base=model_folder("gpt2"), free=True, caches=…)`."""
     monkeypatch.delenv("SHOTLESS_WORK", raising=False)
 
@@ -224,7 +230,12 @@ def make_project(tmp_path, model_folder, monkeypatch):
             shutil.copytree(folder, root / "artifacts" / "models" / model)
         project = Project(root, FREE if free else LABELS)
         for cache in caches:
-            project.write_cache(cache)
+            here, kept = project.artifacts / "teachers" / cache, written_caches / f"{'free' if free else 'labels'}-{cache}"
+            if not kept.exists():
+                project.write_cache(cache)
+                shutil.copytree(here, kept)
+            elif not here.exists():
+                shutil.copytree(kept, here)
         if caches and not free:
             project.write_targets()
         return project

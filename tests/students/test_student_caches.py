@@ -225,10 +225,10 @@ def test_free_answers_are_learnt(make_project, changes):
     assert manifest["completions"] == {}
 
 
-@pytest.mark.parametrize(
-    "tuning", [{}, {"tuning": "lora", "learning_rate": 2e-2}, {"tuning": "bitfit", "learning_rate": 2e-2}, {"freeze_layers": 1}]
-)
-@pytest.mark.parametrize("auxiliary", CACHES)
+OTHERS = [{"tuning": "lora", "learning_rate": 2e-2}, {"tuning": "bitfit", "learning_rate": 2e-2}, {"freeze_layers": 1}]
+
+
+@pytest.mark.parametrize(("auxiliary", "tuning"), [*((name, {}) for name in CACHES), *(("all", tuning) for tuning in OTHERS)])
 def test_caches_beside_targets_are_learnt_and_leave_a_plain_student(make_project, auxiliary, tuning):
     project = make_project(caches=["few", "reader"])
     caches = CACHES[auxiliary]

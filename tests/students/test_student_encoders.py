@@ -36,7 +36,7 @@ def test_every_tuning_leaves_a_plain_classifier(make_project, encoder_folder, tu
 @pytest.mark.parametrize("family", ENCODERS)
 def test_transformers_alone_gives_the_labels_and_probabilities_of_predict(make_project, encoder_folder, family):
     project = make_project(base=encoder_folder(family))
-    project.train(steps=60, learning_rate=3e-3)
+    project.train(steps=20, learning_rate=3e-3)
     texts = [example.fields["text"] for example in project.examples]
     found = pipeline("text-classification", str(project.output()), top_k=None)(texts)
     for answer, expected in zip(Predictor(project.output(), 1).predict(texts), found, strict=True):
