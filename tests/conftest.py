@@ -166,10 +166,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "test_real_pipeline", "test_serving_onnx", "test_stages_changes", "test_setup_commands", "test_setup_run", "test_student_runs",
-    "test_student_caches", "test_student_processes", "test_student_training", "test_report", "test_setup_init", "test_benchmarks_student",
-    "test_teachers_ray", "test_models_long_texts", "test_evaluation_cost", "test_serving_predict_command", "test_monitor_command",
-    "test_serving_fallback",
+    "test_real_pipeline", "test_serving_onnx", "test_stages_changes", "test_student_runs", "test_student_caches", "test_student_processes",
+    "test_student_training", "test_report", "test_setup_init", "test_benchmarks_student", "test_teachers_ray", "test_models_long_texts",
+    "test_evaluation_cost", "test_serving_predict_command", "test_serving_promise", "test_monitor_command", "test_serving_fallback",
 )  # fmt: skip
 """Files of tests by what they take, the longest first; the rest are quick."""
 
