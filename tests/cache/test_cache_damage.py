@@ -92,6 +92,7 @@ def test_any_damaged_file_of_a_folder_that_travels_is_refused_by_name(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.slow
 def test_damage_to_any_file_of_the_store_changes_no_byte_of_the_cache(tmp_path, kind):
     dice = random.Random(kind)
     capture(tmp_path / "work", tmp_path / "cache", 9)

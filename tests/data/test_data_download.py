@@ -103,6 +103,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 # pip
 
 
+@pytest.mark.slow
 def test_a_member_of_a_release_is_copied(index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = wheel_with({"rows/data/pile.jsonl": b"rows\r\n", "rows/other.txt": b"not asked for"})
     index.offer(body)
@@ -144,6 +145,7 @@ def test_a_bad_download_leaves_what_was_there_and_the_next_one_is_whole(index: I
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_removed(index: Index, tmp_path: Path) -> None:
     body = wheel_with({"rows/a": b"a"})
     index.offer(body)
@@ -153,6 +155,7 @@ def test_what_a_killed_run_left_is_removed(index: Index, tmp_path: Path) -> None
     assert files_below(tmp_path) == {"mine/a": b"a"}
 
 
+@pytest.mark.slow
 def test_no_network_names_the_next_step(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     with pytest.raises(

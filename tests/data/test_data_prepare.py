@@ -158,6 +158,7 @@ def test_a_text_that_spells_a_control_token_is_set_aside_before_any_model_runs(r
     assert counts()["roles"]["evaluation"]["test"]["drawn"] == 30
 
 
+@pytest.mark.slow
 def test_a_long_text_is_read_in_windows_that_fit_every_context_and_copy_no_evaluation_text(raw: Raw, tokenizer: Any) -> None:
     held_out = Path("test.tsv").read_text(encoding="utf-8").splitlines()[0].partition("\t")[2]
     long = " ".join(f"chapter {number} of many" for number in range(400))

@@ -290,6 +290,7 @@ def test_no_delimiter_that_gives_the_columns_is_an_error_that_lists_most_of_them
 
 
 @given(rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=8))
+@pytest.mark.slow
 def test_tsv_and_jsonl_and_parquet_agree(rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("formats")
     (folder / "t").write_bytes("".join(f"{x}\t{y}\n" for x, y in rows).encode())

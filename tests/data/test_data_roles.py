@@ -67,6 +67,7 @@ def test_an_example_has_one_role_across_sources_too(unlike: Texts, source: Sourc
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
+@pytest.mark.slow
 def test_the_order_of_the_file_does_not_count(sources: dict[str, SourceExamples], seed: int) -> None:
     draw = random.Random(seed)
     shuffled = {n: SourceExamples(n, s.file, draw.sample(s.examples, len(s.examples)), [], s.counts) for n, s in sources.items()}

@@ -36,6 +36,7 @@ def test_a_student_answers_as_the_plain_forward_on_the_bare_query(world):
     assert_predictions(world, predicted(world, "cd"), [""], lambda _, __, text: world.answer("cd", "", text))
 
 
+@pytest.mark.slow
 def test_every_seed_of_a_student_answers_with_its_own_model(world):
     places = {"seed 4": "", "seed 7": "seeds/7"}
     assert_predictions(world, predicted(world, "several"), list(places), lambda run, _, text: world.answer("several", places[run], text))
@@ -102,6 +103,7 @@ def test_a_student_of_another_task_is_refused(world, changes):
         models_of("cd", world.params, world.folders)
 
 
+@pytest.mark.slow
 def test_the_order_of_labels_in_params_does_not_matter(world):
     before = predicted(world, "cd"), predicted(world, "teacher")
     world.raw["task"]["verbalisers"] = dict(reversed(world.raw["task"]["verbalisers"].items()))
@@ -135,6 +137,7 @@ def test_slices_come_from_the_file_itself(world):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("several", "student"), ("icl", "baseline"), ("teacher", "baseline")])
+@pytest.mark.slow
 def test_the_stage_writes_predictions_and_metrics_of_them(world, name, kind):
     evaluate(name, world.params, world.folders)
     table = read_table(world.artifacts / "predictions" / f"{name}.parquet", PREDICTIONS)
@@ -164,6 +167,7 @@ def test_an_example_in_two_sets_is_answered_alike(world):
     assert shared[0] == shared[1]
 
 
+@pytest.mark.slow
 def test_baselines_share_the_scores_of_the_same_prompts_and_students_leave_none(world, monkeypatch):
     predicted(world, "cd")
     assert not (world.folders.work / "scores").exists()

@@ -62,6 +62,7 @@ def document(folder):
     return json.loads((folder / "report" / "monitor.json").read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_inputs_like_the_transfer_set_end_with_0_and_others_with_3(folder):
     well = monitor(folder, "--inputs", "alike.jsonl")
     assert well.returncode == 0, well.stdout + well.stderr
@@ -82,6 +83,7 @@ def test_inputs_like_the_transfer_set_end_with_0_and_others_with_3(folder):
     assert not re.search(r"(src|href)=|https?://|<script", page)
 
 
+@pytest.mark.slow
 def test_confidence_is_compared_with_the_evaluation_set_in_domain_if_it_is_large_enough(folder):
     monitor(folder, "--inputs", "alike.jsonl")
     assert "not learnt from" not in document(folder)["tests"][4]["then"]
@@ -92,6 +94,7 @@ def test_confidence_is_compared_with_the_evaluation_set_in_domain_if_it_is_large
     assert 20 <= known <= 60
 
 
+@pytest.mark.slow
 def test_a_predictions_log_is_read_back(folder):
     shotless(folder, "predict", "-i", "other.jsonl", "-o", "out.jsonl", "--log", "log/used.jsonl", "--threads", "1")
     direct = monitor(folder, "--inputs", "other.jsonl")
@@ -158,6 +161,7 @@ def test_all_rows_are_counted_and_the_drawn_ones_are_kept(folder):
     assert {int(text.split()[2]) % 3 for text in found.texts} == {0}
 
 
+@pytest.mark.slow
 def test_accuracy_under_the_bound_is_an_alarm(folder):
     shotless(folder, "predict", "-i", "alike.jsonl", "-o", "out.jsonl", "--keep", "text", "--keep", "gold=text", "--threads", "1")
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text("utf-8").splitlines()]
@@ -186,6 +190,7 @@ def spellings(rule, values):
         spellings({"column": "label"}, ("negative", " positive")),  # no source has this column
     ],
 )
+@pytest.mark.slow
 def test_gold_labels_are_read_by_the_label_rule_of_the_source_with_that_column(folder, rule, negative, positive):
     data = read_yaml(folder / "params.yaml")["data"]
     data["sources"]["movie"]["label"] = rule
@@ -200,6 +205,7 @@ def test_gold_labels_are_read_by_the_label_rule_of_the_source_with_that_column(f
     assert document(folder)["tests"][-1]["now"] == f"100.0% of {len(gold) - 5} labelled"
 
 
+@pytest.mark.slow
 def test_rules_that_differ_for_one_column_are_refused_unless_evaluation_sets_agree(folder):
     data = read_yaml(folder / "params.yaml")["data"]
     data["sources"]["amazon"]["label"] = {"column": "rating", "threshold": 2.0}

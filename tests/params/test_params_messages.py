@@ -402,6 +402,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(PLACES), value=VALUES)
+@pytest.mark.slow
 def test_any_value_anywhere_is_kept_as_written_or_refused_with_its_place(raw_params: Raw, path: str, value: Any) -> None:
     raw = put(copy.deepcopy(raw_params), path, value)
     params, refused = None, ""

@@ -38,6 +38,7 @@ def without_infinities(value):
 
 
 @given(st.dictionaries(st.text(max_size=6), VALUES, max_size=4))
+@pytest.mark.slow
 def test_a_line_is_strict_json_of_the_same_row(row):
     assert strict(json_line(row)) == without_infinities(row)
 

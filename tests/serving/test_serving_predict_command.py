@@ -65,6 +65,7 @@ def test_if_no_row_has_an_answer_it_says_why_and_what_to_do(folder):
     ]
 
 
+@pytest.mark.slow
 def test_every_output_format_holds_the_same_answers_in_order(folder):
     for form in ("jsonl", "csv", "parquet"):
         shotless(
@@ -228,6 +229,7 @@ def test_a_kept_column_is_renamed(folder):
     assert {row["label"] for row in rows.values()} <= {"negative", "positive"}
 
 
+@pytest.mark.slow
 def test_numbers_that_json_lacks_become_null(folder):
     lines = ['{"text": "a film", "score": NaN, "more": [1, -Infinity]}', '{"text": "dull", "score": 0.5, "more": {"a": 1e999}}']
     (folder / "gaps.jsonl").write_text("\n".join(lines), "utf-8")

@@ -154,6 +154,7 @@ def is_text(value):
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps({"inputs": value}).encode()))
+@pytest.mark.slow
 def test_any_body_has_an_answer_for_each_row_that_is_a_text_or_a_reason(client, body):
     done = client.post("/predict", content=body, headers=JSON)
     try:
@@ -363,6 +364,7 @@ def test_a_full_queue_tells_a_request_to_come_back(predictor, monkeypatch):
         assert (first.result().status_code, second.result().status_code) == (200, 200)
 
 
+@pytest.mark.slow
 def test_many_clients_at_once_each_get_their_own_answers(address, predictor):
     expected = dict(zip(TEXTS, predictor.predict(TEXTS), strict=True))
 

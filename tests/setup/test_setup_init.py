@@ -136,6 +136,7 @@ def test_servers_and_a_limit_of_milliseconds_stay(folder):
     assert (set(params.servers), params.select.within_ms) == ({"big"}, 20.0)
 
 
+@pytest.mark.slow
 def test_it_says_what_a_run_will_cost_if_the_model_is_there(folder, model_folder):
     shutil.copytree(model_folder("llama", max_position_embeddings=2048), folder / "artifacts" / "models" / "smollm2")
     done = shotless(folder, "init", *MAPPED, "--output", "other.yaml", check=False)
@@ -181,6 +182,7 @@ def test_it_takes_the_format_in_which_the_model_answers_more_right(folder, model
     assert ("user: Text: " in "\n".join(notes)) == (chosen == "chat turns")
 
 
+@pytest.mark.slow
 def test_right_answers_are_counted_in_both_formats(folder, model_folder):
     model = folder / "model"
     shutil.copytree(model_folder("llama"), model)
@@ -297,6 +299,7 @@ def test_it_never_stops_because_texts_are_long_and_a_run_takes_what_it_writes(fo
 
 
 @pytest.mark.parametrize(("limit", "demonstrations"), [(1024, 2), (2048, 4), (16384, 16)])
+@pytest.mark.slow
 def test_as_many_demonstrations_as_fit_the_model(folder, model_folder, monkeypatch, limit, demonstrations):
     model = model_folder("llama", max_position_embeddings=limit)
     shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
@@ -316,6 +319,7 @@ def test_an_encoder_that_is_not_there_yet_takes_no_room_from_demonstrations(fold
     assert "contexts: at most 16 demonstrations;" in shotless(folder, "init", *FILES, "--dry-run").stdout
 
 
+@pytest.mark.slow
 def test_long_demonstrations_are_left_to_shorter_ones(folder, model_folder, monkeypatch):
     model = model_folder("llama", max_position_embeddings=2048)
     shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
@@ -369,6 +373,7 @@ def test_decoders_stay_if_there_is_no_encoder_to_do_their_work(folder):
     assert set(load_params(folder / "new.yaml").teachers) == set(raw["teachers"])
 
 
+@pytest.mark.slow
 def test_77_labels_are_shown_by_several_contexts_between_them(folder, model_folder, monkeypatch):
     intents(folder)
     said = shotless(folder, "init", *FILES, "--all-teachers").stdout
@@ -458,6 +463,7 @@ def test_numbers_get_a_suggestion_that_is_taken(folder, labels, suggested):
     assert list(load_params(folder / "new.yaml").task.labels) == sorted(map(str, labels))
 
 
+@pytest.mark.slow
 def test_digits_as_answers_get_the_form_in_which_the_model_tells_them_apart(folder, model_folder, monkeypatch):
     model = model_folder("llama", max_position_embeddings=2048)
     shutil.copytree(model, folder / "artifacts" / "models" / "smollm2")
@@ -480,6 +486,7 @@ def test_the_space_before_an_answer_is_where_models_expect_it(folder, template, 
     assert (task.template, task.verbalisers["no"]) == (template.replace("\\n", "\n").rstrip(" "), verbaliser)
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_the_same_and_writes_nothing(folder, model_folder):
     shutil.copytree(model_folder("llama", max_position_embeddings=2048), folder / "artifacts" / "models" / "smollm2")
     small_students(folder)

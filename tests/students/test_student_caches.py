@@ -84,6 +84,7 @@ def naive_loss(project, model, rows, divergence="kl", coarse=None, temperature=1
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.slow
 def test_the_loss_of_a_step_is_that_of_full_distributions_at_every_answer_position(make_project, divergence):
     project = make_project(free=True, caches=["few"])
     term, model = term_of(project, divergence), load_model(project.artifacts / "models" / "tiny")
@@ -118,6 +119,7 @@ def test_other_architectures_give_the_same(make_project, model_folder, architect
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.slow
 def test_the_tail_as_one_bucket_is_the_coarsened_divergence(make_project, temperature):
     project = make_project(free=True)
     project.write_cache(params=CacheParams(encoding="top_k_tail", top_k=300, **TEMPERED))
@@ -137,6 +139,7 @@ def test_exact_head_and_drawn_tail_come_near_the_whole(make_project):
         assert float(loss_of(term, model, term.rows[:])[0]) == pytest.approx(float(naive_loss(project, model, term.rows)), rel=0.05)
 
 
+@pytest.mark.slow
 def test_labels_have_the_one_position_behind_the_bare_prompt(make_project):
     project = make_project(caches=["few"])
     term, model, tokenizer = (
@@ -229,6 +232,7 @@ OTHERS = [{"tuning": "lora", "learning_rate": 2e-2}, {"tuning": "bitfit", "learn
 
 
 @pytest.mark.parametrize(("auxiliary", "tuning"), [*((name, {}) for name in CACHES), *(("all", tuning) for tuning in OTHERS)])
+@pytest.mark.slow
 def test_caches_beside_targets_are_learnt_and_leave_a_plain_student(make_project, auxiliary, tuning):
     project = make_project(caches=["few", "reader"])
     caches = CACHES[auxiliary]
@@ -243,6 +247,7 @@ def test_caches_beside_targets_are_learnt_and_leave_a_plain_student(make_project
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "qwen3", "gpt_neox"])
+@pytest.mark.slow
 def test_caches_teach_other_families_and_widths_with_the_same_tokenizer(make_project, model_folder, architecture):
     width = {"n_embd": 16} if architecture == "gpt2" else {}
     project = make_project(base=model_folder(architecture, **width), caches=["few", "reader"])
@@ -250,6 +255,7 @@ def test_caches_teach_other_families_and_widths_with_the_same_tokenizer(make_pro
     assert sum(project.losses()[-5:]) < sum(project.losses()[:5])
 
 
+@pytest.mark.slow
 def test_micro_batches_of_all_summands_add_up_to_the_step(make_project):
     losses = []
     for micro_batch in (None, 1):
@@ -259,6 +265,7 @@ def test_micro_batches_of_all_summands_add_up_to_the_step(make_project):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_and_packed_passes_train_the_same_student(make_project, model_folder):
     """A window shorter than the rows is refused by the packed pass; rows that are shorter than it are not."""
     losses, forwards = [], []
@@ -273,6 +280,7 @@ def test_plain_and_packed_passes_train_the_same_student(make_project, model_fold
 
 
 @pytest.mark.parametrize("free", [False, True])
+@pytest.mark.slow
 def test_what_is_validated_on_or_not_among_the_targets_is_learnt_from_no_cache(make_project, monkeypatch, free):
     project, seen = make_project(free=free, caches=["few"] if free else ["few", "reader"]), set()
     original = CacheLoss.__call__
@@ -291,6 +299,7 @@ def test_what_is_validated_on_or_not_among_the_targets_is_learnt_from_no_cache(m
     assert project.json("metrics/train/cd.json")["validation_examples"] == held_rows
 
 
+@pytest.mark.slow
 def test_a_cache_s_validation_is_the_mean_kl_over_its_positions(make_project):
     project = make_project(free=True, caches=["few"])
     project.train(steps=1, loss="reverse_kl", validation_fraction=0.4)
@@ -337,6 +346,7 @@ def test_a_cache_that_is_not_the_target_set_s_is_refused(make_project):
         project.train(auxiliary={"reader": {}})
 
 
+@pytest.mark.slow
 def test_too_little_mass_at_the_temperature_is_refused(make_project):
     project = make_project(free=True)
     project.write_cache(params=CacheParams(encoding="top_k_tail", top_k=1, **TEMPERED))

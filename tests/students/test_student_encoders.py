@@ -34,6 +34,7 @@ def test_every_tuning_leaves_a_plain_classifier(make_project, encoder_folder, tu
 
 
 @pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.slow
 def test_transformers_alone_gives_the_labels_and_probabilities_of_predict(make_project, encoder_folder, family):
     project = make_project(base=encoder_folder(family))
     project.train(steps=20, learning_rate=3e-3)
@@ -68,6 +69,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(make_project, encoder_
     assert broken.files() == whole.files()
 
 
+@pytest.mark.slow
 def test_a_contrastive_student_brings_texts_of_one_label_together(make_project, encoder_folder):
     project = make_project(base=encoder_folder())
     project.train(steps=40, learning_rate=1e-3, **LABELLED)
@@ -142,6 +144,7 @@ def test_an_encoder_learns_from_no_cache(make_project, encoder_folder):
 
 
 @pytest.mark.parametrize("tuning", ["full", "contrastive"])
+@pytest.mark.slow
 def test_a_tuned_encoder_scores_as_a_teacher_does(make_project, encoder_folder, tuning):
     project = make_project(base=encoder_folder())
     project.tune(steps=80, learning_rate=3e-3, tuning=tuning)

@@ -179,6 +179,7 @@ def killed_at_save(project, monkeypatch, number, **changes):
             train_student("cd", params, project.folders)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_stops_at_the_same_step_after_a_kill(make_project, monkeypatch):
     one, two = make_project("one"), make_project("two")
     changes = {"steps": 40, "learning_rate": 0.3, "validation_fraction": 0.3, "evaluate_every": 2, "patience": 2}
@@ -192,6 +193,7 @@ def test_a_run_that_stopped_early_stops_at_the_same_step_after_a_kill(make_proje
 
 
 @pytest.mark.parametrize("what", ["params", "targets"])
+@pytest.mark.slow
 def test_a_checkpoint_of_other_params_or_targets_is_not_used_and_does_not_stay(make_project, monkeypatch, what):
     project = make_project()
     killed_at_save(project, monkeypatch, 3)
@@ -202,6 +204,7 @@ def test_a_checkpoint_of_other_params_or_targets_is_not_used_and_does_not_stay(m
     assert project.checkpoints() == []
 
 
+@pytest.mark.slow
 def test_several_seeds_are_trainings_of_their_own_each_in_a_complete_folder(make_project):
     project, single = make_project("one"), make_project("two")
     project.train(steps=5, seeds=[3, 1])
@@ -257,6 +260,7 @@ def test_gold_labels_reach_only_a_student_that_is_given_them(make_project):
     assert projects[0].weights() != projects[1].weights()
 
 
+@pytest.mark.slow
 def test_hard_labels_need_no_more_than_the_argmax_of_the_targets(make_project):
     projects = [make_project(name) for name in ("a", "b")]
     rows = read_table(projects[1].artifacts / "targets/mix/targets.parquet", TARGETS).to_pylist()
@@ -266,6 +270,7 @@ def test_hard_labels_need_no_more_than_the_argmax_of_the_targets(make_project):
     assert projects[0].weights() == projects[1].weights()
 
 
+@pytest.mark.slow
 def test_demonstrations_a_step_are_a_quarter_of_the_batch_or_what_is_asked(make_project):
     project = make_project()
     for changes, size in (({}, 1), ({"batch_size": 2}, 1), ({"batch_size": 9}, 2), ({"ce_batch_size": 3}, 3)):
