@@ -37,6 +37,7 @@ def read(folder):
 
 
 @pytest.mark.parametrize("kind", ["decoder", "long verbalisers", "encoder"])
+@pytest.mark.slow
 def test_answers_to_what_was_held_back_are_the_student_s_own(make_project, encoder_folder, kind):
     long = {"negative": " bad", "positive": " so-so"} if kind == "long verbalisers" else None
     project = larger(make_project(base=encoder_folder() if kind == "encoder" else None), long)
@@ -67,6 +68,7 @@ def test_answers_to_what_was_held_back_are_the_student_s_own(make_project, encod
     assert np.log(temperature) == pytest.approx(min(grid, key=loss), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_student_of_nothing_held_back_has_the_temperature_1_and_no_file(make_project):
     project = make_project()
     project.train(steps=2, held_back=0.3)
@@ -91,6 +93,7 @@ def test_texts_of_a_source_that_is_never_held_back_are_all_learnt_and_move_no_ot
     assert project.manifest()["sources_sha256"] != manifest["sources_sha256"]  # so that no checkpoint of the one is used for the other
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(make_project, monkeypatch):
     whole, broken = (larger(make_project(name)) for name in ("whole", "broken"))
     changes = {**BOTH, "seeds": [3, 1], "validation_fraction": 0.0}
@@ -114,6 +117,7 @@ def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(make_project, monke
     assert {"artifacts/students/cd/held_back.parquet", "artifacts/students/cd/seeds/1/held_back.parquet"} <= whole.files().keys()
 
 
+@pytest.mark.slow
 def test_evaluation_and_rounds_sharpen_as_the_student_does(make_project):
     project = larger(make_project())
     project.write_examples("pool", [Example({"text": "a plot"}, source="p")])

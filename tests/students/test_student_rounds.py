@@ -15,6 +15,8 @@ from pipeline.students.train import train_student
 from pipeline.targets.rounds import build_round
 from pipeline.teachers import engines, scorer
 
+pytestmark = pytest.mark.slow
+
 POOL = [Example({"text": text}, source="p", line=n) for n, text in enumerate(["a warm mess", "bored and cold", "I loved the food", "plot"])]
 
 

@@ -155,6 +155,7 @@ def test_a_combination_is_read_from_calibration_json_for_a_source():
 
 
 @given(SCORES)
+@pytest.mark.slow
 def test_voters_are_averaged_each_by_itself_and_pooled_by_their_scales(scores):
     p = np.exp(normalised(scores))
     first, second = (0.5 * p[0] + 0.25 * p[1]) / 0.75, p[2]

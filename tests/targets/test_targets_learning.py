@@ -121,6 +121,7 @@ def test_likely_shares_are_found_where_probabilities_are_right():
 
 
 @pytest.mark.parametrize(("strength", "trusted"), [(8.0, True), (0.3, False)])
+@pytest.mark.slow
 def test_shares_are_estimated_as_far_as_the_labels_bear_it(strength, trusted):
     gold, seen = RNG.choice(2, 1000, p=[0.1, 0.9]), np.arange(16) % 2
     texts, judged = voter(gold, 2, strength)[None], Judged(voter(seen, 2, strength)[None], seen)

@@ -23,6 +23,8 @@ from pipeline.teachers import scorer as scorer_module
 from pipeline.teachers.capture import content_free
 from pipeline.teachers.scorer import LocalBackend
 
+pytestmark = pytest.mark.slow
+
 LABELS = ["mixed", "negative", "positive"]
 FREE = ["N/A", ""]
 
