@@ -23,6 +23,7 @@ def in_chat(folder):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_cache_has_the_whole_labels_behind_each_conversation(world):
     in_chat(world.model)
     world.write_contexts(CONTEXTS)
@@ -51,6 +52,7 @@ def test_a_cache_has_the_whole_labels_behind_each_conversation(world):
     assert cache.manifest["format"] == "chat"
 
 
+@pytest.mark.slow
 def test_asking_in_turns_leaves_plain_answers_in_the_store(world):
     plain = world.capture()
     in_chat(world.model)
