@@ -148,6 +148,7 @@ def learnt_by_hand(model, kind, params):
 )  # fmt: skip
 @pytest.mark.slow
 @pytest.mark.slow
+@pytest.mark.slow
 def test_training_gives_the_naive_loop_s_losses_and_answers(tiny_model, architecture, kind, completions):
     params = tuning(steps=3, weight_decay=0.1, max_grad_norm=0.5, learning_rate=1e-2 if kind != "full" else 1e-3, **TUNINGS[kind])
     model, terms, ids = tiny_model(architecture), [kl_term(), gold_term()], [make_rows(1)[0].ids]
@@ -423,6 +424,7 @@ def naive_agreement(model):
 @pytest.mark.parametrize("changes", [*TUNINGS.values(), {"micro_batch": 2}])
 @pytest.mark.slow
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_best_step_s_weights_are_those_the_model_ends_with(tiny_model, changes):
     model = tiny_model("llama")
     before = naive_agreement(model)
@@ -501,6 +503,7 @@ def test_several_passes_a_step_give_the_numbers_of_one(tiny_model, size, complet
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=3), st.integers(1, 9))
+@pytest.mark.slow
 def test_micro_batches_keep_every_row_in_its_term(sizes, size):
     batches = [make_rows(count, seed) for seed, count in enumerate(sizes)]
     cut = list(micro_batches(batches, size))
@@ -525,6 +528,7 @@ class DyingCheckpoint(Checkpoint):
 
 
 @pytest.mark.parametrize("changes", [*TUNINGS.values(), {"micro_batch": 3, "decay": "cosine"}])
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.slow
 def test_killed_after_every_step_the_training_ends_with_the_same_bits(tiny_model, tmp_path, changes):

@@ -18,6 +18,7 @@ def combination(offsets=None, weights=(0.5, 0.25, 0.25), average="probability", 
 
 
 @given(SCORES)
+@pytest.mark.slow
 def test_probabilities_sum_to_one(scores):
     for average in ("probability", "log_probability"):
         for kind in ("none", "batch", "batch_log"):

@@ -81,6 +81,7 @@ def assert_right(model, found, completions, prompts, expected=None):
     ("context_tokens", "completions"), [(0, SINGLE), (1, MULTI), (70, SINGLE), (70, MULTI)], ids=["none", "one", "single", "multi"]
 )
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "phi3", "smollm3", "olmo2"])
+@pytest.mark.slow
 def test_the_fast_engine_gives_the_plain_forwards_numbers(tiny_model, architecture, context_tokens, completions):
     model = tiny_model(architecture)
     prompts = prompts_of(random_ids(context_tokens, 1), 9, 3, 17, 1, 9)
@@ -140,6 +141,7 @@ def test_of_many_labels_those_that_can_matter_are_followed_and_the_rest_is_bound
 
 
 @pytest.mark.parametrize("share", [1e-9, 1.0, 1e9])
+@pytest.mark.slow
 def test_what_labels_are_assumed_to_have_changes_the_work_and_not_the_promise(sharp_model, monkeypatch, share):
     monkeypatch.setattr(engines, "MOST_NODES", 8)
     monkeypatch.setattr(engines, "LABELS_SHARE", share)
@@ -297,6 +299,7 @@ def test_the_shared_prefix_is_the_longest_that_all_begin_with_and_leaves_each_a_
     assert any(prompt.ids[: count + 1] != prompts[0].ids[: count + 1] or len(prompt.ids) == count + 1 for prompt in prompts)
 
 
+@pytest.mark.slow
 def test_a_context_of_8192_tokens_works_on_a_model_that_takes_it(tiny_model):
     model = tiny_model("llama", max_position_embeddings=8300, num_hidden_layers=2)
     engine = open_for(model, prompts_of(random_ids(8192, 4), 20, 31))  # compares the two passes
@@ -412,6 +415,7 @@ def test_logits_of_a_pass_fit_its_memory(tiny_model, monkeypatch, labels, vocabu
     assert len(batches[0]) * row.outputs * vocabulary * 4 * 2 <= engines.ACTIVATIONS
 
 
+@pytest.mark.slow
 def test_a_probe_of_many_labels_costs_the_plain_pass_few_prompts(tiny_model, monkeypatch):
     model, rows, plain = tiny_model("llama"), [], engines.plain_logits
     monkeypatch.setattr(engines, "plain_logits", lambda model, own, layers: rows.extend(own) or plain(model, own, layers))

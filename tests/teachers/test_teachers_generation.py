@@ -68,12 +68,14 @@ def test_greedy_answers_are_the_step_by_step_argmax(tiny_model, tokenizer, archi
     assert len({tuple(answer) for answer in answers}) > 1
 
 
+@pytest.mark.slow
 def test_a_window_shorter_than_the_prompt_is_kept_to(tiny_model, tokenizer):
     model, context, params = tiny_model("mistral", sliding_window=8), random_ids(40, 1), completion()
     answers = write(Generator(model, tokenizer, params), context, QUERIES)
     assert answers == [plain_answer(model, tokenizer, [*context, *query], params) for query in QUERIES]
 
 
+@pytest.mark.slow
 def test_a_model_s_own_sampling_habits_play_no_part(tiny_model, tokenizer):
     """Chat models come with a generation config that samples and penalises; the cache holds their plain distributions."""
     model, params = tiny_model("llama"), completion(max_tokens=24)
@@ -88,6 +90,7 @@ def test_a_model_s_own_sampling_habits_play_no_part(tiny_model, tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_others_of_its_batch(tiny_model, tokenizer, temperature):
     model, context, params = tiny_model("qwen2"), random_ids(20, 1), completion(temperature=temperature)
     together = write(Generator(model, tokenizer, params), context, QUERIES)
@@ -170,6 +173,7 @@ def test_a_seed_repeats_and_another_one_differs(tiny_model, tokenizer):
     assert answers(1) != answers(2)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_tempered_distribution(tiny_model, tokenizer):
     model, temperature, draws = tiny_model("llama"), 2.0, 400
     prompt = QUERIES[1]
@@ -193,6 +197,7 @@ def test_a_context_is_read_once_where_the_model_can_share_it(tiny_model, tokeniz
     assert other.shares_prefix is False
 
 
+@pytest.mark.slow
 def test_the_context_s_keys_are_not_written_to(tiny_model, tokenizer):
     model, params, first, second = tiny_model("llama"), completion(), random_ids(20, 1), random_ids(15, 2)
     generator = Generator(model, tokenizer, params)

@@ -157,6 +157,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 def test_what_a_text_holds_is_never_read_as_the_template_and_changes_no_other_answer(model_folder):
     scorer, good = Scorer(model_folder("llama"), LABELS, work=None, threads=1), [example("a warm film"), example("bored")]
     alone = scorer.label_scores([TWO], good, "t")[0]

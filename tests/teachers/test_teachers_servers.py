@@ -123,6 +123,7 @@ def check_labels(rows, local):
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "llama_cpp", "openai"])
+@pytest.mark.slow
 def test_labels_are_those_of_the_model_itself(serve, local, kind):
     """Labels of several tokens, and outside of the most probable tokens: each kind gives any token's log-probability in its own way."""
     world, _ = serve(kind, listed=5)
@@ -138,6 +139,7 @@ def test_labels_are_those_of_the_model_itself(serve, local, kind):
     assert row["tail_mass"][0] == pytest.approx(1 - np.exp(row["topk_logprobs"][0]).sum(), abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_same_without_exact_tokens_has_bounds_that_hold(serve, local):
     world, _ = serve("vllm", exact=False, listed=20)
     assert not world.meet()["found"]["exact"]
@@ -150,6 +152,7 @@ def test_the_same_without_exact_tokens_has_bounds_that_hold(serve, local):
     assert figures["moved_most"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_server_that_tokenises_is_sent_text(serve, local):
     world, server = serve("openai", {"tokenizer": None})
     found = world.meet()["found"]
@@ -160,6 +163,7 @@ def test_a_server_that_tokenises_is_sent_text(serve, local):
     assert all(isinstance(body["prompt"], str) for path, body in server.asked if path == "/v1/completions")
 
 
+@pytest.mark.slow
 def test_a_server_for_chat_alone_gets_one_message_and_labels_without_their_space(serve):
     world, server = serve("openai", {"tokenizer": None}, completions=False)
     assert world.meet()["found"]["chat_alone"]
@@ -170,6 +174,7 @@ def test_a_server_for_chat_alone_gets_one_message_and_labels_without_their_space
 
 
 @pytest.mark.parametrize("fault", [429, 500, "cut", "slow", "text"])
+@pytest.mark.slow
 def test_what_passes_is_asked_again(serve, local, fault):
     world, server = serve("sglang", {"timeout_seconds": 1.0} if fault == "slow" else {})
     world.meet()
@@ -196,6 +201,7 @@ def is_hard(row):
 @pytest.mark.parametrize(
     ("kind", "sends"), [*((kind, "ids") for kind in ("vllm", "sglang", "llama_cpp", "openai")), ("llama_cpp", "text"), ("openai", "text")]
 )
+@pytest.mark.slow
 def test_free_text_is_what_the_model_itself_writes(serve, local_text, tokenizer, kind, sends):
     """Ends of one token, of two, and none; servers that show the end and that cut it off; tokens that no text tells apart."""
     world, server = serve(kind, {"sends": sends}, seed=2)
@@ -228,6 +234,7 @@ def test_free_text_is_what_the_model_itself_writes(serve, local_text, tokenizer,
 
 
 @pytest.mark.parametrize("form", ["plain", "chat"])
+@pytest.mark.slow
 def test_a_service_for_chat_alone_writes_answers_that_a_student_learns(serve, tokenizer, monkeypatch, form):
     """Of a conversation the tokens are kept, if each is one of the tokenizer's, and the end for certain; else the text is learnt, as a
     plain prompt's answer always is.
@@ -289,6 +296,7 @@ def changed(**changes):
         (lambda reply: reply | {"model": "tiny-2"}, "is of model 'tiny-2', and the stage `server` met 'tiny-1'"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_be_right_is_refused_and_what_was_answered_is_kept(serve, local, fault, message):
     world, server = serve("sglang")
     world.meet()
@@ -316,6 +324,7 @@ def test_nothing_answers(serve):
         world.capture()
 
 
+@pytest.mark.slow
 def test_a_redirect_is_not_followed_and_the_key_is_nowhere(serve, monkeypatch, capfd):
     monkeypatch.setenv("BIG_KEY", "sk-very-secret")
     world, server = serve("vllm", {"key_env": "BIG_KEY"})
