@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 PRESET ?=
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-fast test-ray test-servers lint docs setup setup-dev clean bench-teacher bench-student bench-serve bench-cache check-gpu
@@ -60,7 +61,8 @@ setup: .venv/.installed
 setup-dev: .venv/.installed-dev
 
 # Twice --quiet: pip's warnings, of an index for example, are not this project's to explain. Errors are shown. A home that cannot be written
-# to has no place for pip's cache, which pip itself does not see if it is run by root. Python compiles what is imported, which is a small part.
+# to has no place for pip's cache, which pip itself does not see if it is run by root. Python compiles what is imported, which is
+# a small part, and keeps it.
 .venv/.installed-dev: EXTRAS := [dev]
 .venv/.installed .venv/.installed-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=…")'

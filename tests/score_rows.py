@@ -86,7 +86,7 @@ def divide(wanted: Sequence[str]) -> list[list[str]]:
 def score(store: Store, wanted: Sequence[str], before: Callable[[int], None] = lambda _: None) -> list[str]:
     """Score what a store lacks, in the parts of the whole request; `before(n)` is called before the n-th. Returns what was scored."""
     scored: list[str] = []
-    with store.lock():
+    with store.request(wanted):
         missing = set(store.missing(wanted))
         lacking = [[key for key in part if key in missing] for part in divide(wanted)]
         for number, own in enumerate(filter(None, lacking)):

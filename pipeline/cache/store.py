@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -40,11 +41,20 @@ class Store:
         self._rows: dict[str, tuple[Path, int]] = {}  # prompt_sha → part, row in it
 
     @contextmanager
+    def request(self, keys: Sequence[str]) -> Iterator[None]:
+        """Be the one that has these prompts scored: a second run waits here, and then finds the first one's rows. Other requests go on."""
+        with one_writer(self.folder / f"lock-{sha256_json(list(keys))[:16]}"):
+            with self.lock():  # looks at the files
+                pass
+            yield
+
+    @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the one writer. A second run waits here, and then finds the first one's rows. Damaged files are set aside."""
+        """Be the one that tidies up: damaged files are set aside, and what a killed run has left is removed."""
         with one_writer(self.folder / "lock"):
             for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink()
+                if not psutil.pid_exists(int(leftover.suffixes[-2].removeprefix("."))):  # it may be written now
+                    leftover.unlink()
             if _identity_of(self.folder) != self._identity:  # new, or damaged: the folder is named after what belongs there
                 write_json(self._identity, self.folder / "identity.json")
             for path, fault in self.faults().items():
@@ -53,7 +63,7 @@ class Store:
             yield
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """The prompts that have to be scored: each once, in their order. The lock is held."""
+        """The prompts that have to be scored: each once, in their order. Their request is held."""
         return [key for key in dict.fromkeys(keys) if key not in self._rows]
 
     def write(self, rows: pa.Table, seconds: float, engine: Mapping[str, Any]) -> None:

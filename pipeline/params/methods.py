@@ -310,7 +310,7 @@ class EvaluationParams(Frozen):
     """Of the resampling."""
     cost_examples: PositiveInt = 4
     """Examples timed one by one for the cost table."""
-    risk_examples: PositiveInt = 40
+    risk_examples: PositiveInt = 20
     """Examples of each evaluation set that a student answers again with something swapped, for each kind of swap."""
 
 

@@ -187,7 +187,7 @@ class Scorer:
         asked = self._asked(contexts, examples)
         keys = self.keys = [key for own in asked for key in own.keys]
         if self.store is not None:
-            with self.store.lock():
+            with self.store.request(keys):
                 for rows, seconds in self._score(asked, examples, self.store.missing(keys), title):
                     self.store.write(rows, seconds, self.engine_report or {})
             read = self.store.read

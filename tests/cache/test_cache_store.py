@@ -1,5 +1,6 @@
 """The store: nothing is scored twice, a killed run ends with the bytes of an unbroken one, damage is found and scored again."""
 
+import os
 import threading
 
 import pyarrow.parquet as pq
@@ -140,7 +141,7 @@ def test_what_a_killed_run_left_unfinished_is_removed(tmp_path):
     store = Store(tmp_path, IDENTITY)
     score(store, keys(1))
     for name in ("identity.json", "part-0f.parquet"):
-        (store.folder / f".{name}.123.tmp").write_bytes(b"half")
+        (store.folder / f".{name}.4194999.tmp").write_bytes(b"half")
     assert score(Store(tmp_path, IDENTITY), keys(1)) == []
     assert not list(store.folder.glob(".*.tmp"))
 
@@ -174,16 +175,28 @@ def test_stores_are_listed_with_their_identity(tmp_path):
     assert stores(tmp_path / "nowhere") == {}
 
 
-def test_a_second_run_waits_for_the_first(tmp_path):
-    one, other, entered = Store(tmp_path, IDENTITY), Store(tmp_path, IDENTITY), threading.Event()
+def test_a_second_run_waits_for_the_first_and_finds_its_rows_and_another_request_goes_on(tmp_path):
+    one, other, found = Store(tmp_path, IDENTITY), Store(tmp_path, IDENTITY), []
 
     def second():
-        with other.lock():
-            entered.set()
+        with other.request(keys(3)):
+            found.append(other.missing(keys(3)))
 
     thread = threading.Thread(target=second)
-    with one.lock():
+    with one.request(keys(3)):
         thread.start()
-        assert not entered.wait(0.3)
+        with Store(tmp_path, IDENTITY).request(keys(2, first=7)):
+            assert not found
+        one.write(stored(keys(3)), 1.0, {"name": "made up"})
+        assert not found
     thread.join(10)
-    assert entered.is_set()
+    assert found == [[]]
+
+
+def test_what_another_run_writes_now_is_not_removed_as_left_over(tmp_path):
+    store = Store(tmp_path, IDENTITY)
+    score(store, keys(1))
+    written = store.folder / f".part-a.parquet.{os.getpid()}.tmp"
+    written.write_bytes(b"half")
+    with Store(tmp_path, IDENTITY).request(keys(2)):
+        assert written.is_file()
