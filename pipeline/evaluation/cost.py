@@ -191,7 +191,7 @@ def _asked(
     models: Sequence[Answering], task: TaskParams, examples: Sequence[Example]
 ) -> tuple[dict[Key, TaskTokens], list[tuple[Key, list[Sequence[Sequence[Prompt]]]]]]:
     """Tokens by model, number format and prompt format; and each model's prompts of the examples' windows in each of its contexts."""
-    keys = [(model.folder, model.dtype, model.format) for model in models]
+    keys: list[Key] = [(model.folder, model.dtype, model.format) for model in models]
     tokens = {key: load_tokens(Task(task, key[2]), key[0]) for key in dict.fromkeys(keys)}
 
     def prompts_of(own: TaskTokens, context: Context) -> list[list[Prompt]]:
