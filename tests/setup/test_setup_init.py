@@ -387,6 +387,9 @@ def test_77_labels_are_shown_by_several_contexts_between_them(folder, model_fold
 
 def test_two_demonstrations_have_two_orders(folder):
     three(folder)
+    raw = read_yaml(folder / "params.yaml")
+    raw["contexts"]["orders"]["count"] = 8
+    write_yaml(raw, folder / "params.yaml")
     shotless(folder, "init", *FILES, "--per-label", "1")
     context = load_params(folder / "new.yaml").contexts["orders"]
     assert (context.demonstrations, context.count) == (2, 2)

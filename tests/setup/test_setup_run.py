@@ -201,11 +201,11 @@ def test_two_stages_run_at_once_each_on_its_own_cores(folder, capsys, monkeypatc
     each = "".join(f'      {name[-1]}: {{run: "{command}"}}\n' for name, command in both.items())
     stage = "    do: {cmd: '${item.run}', deps: [in.txt], outs: ['${key}.txt']}\n"
     (folder / "dvc.yaml").write_text(f"stages:\n  teacher:\n    foreach:\n{each}{stage}", "utf-8")
-    first, *_, last = sorted(os.sched_getaffinity(0)) * 2  # of a test's worker, which has one core
+    first, *_, last = sorted(os.sched_getaffinity(0)) * 2  # a worker of these tests may have one core
     monkeypatch.setattr(module, "shares_of_cores", lambda *_: [[first], [last]])
     reproduce(folder, folder)
     assert sorted(ended(capsys.readouterr().err)) == sorted(both)
-    assert [(folder / f"{name}.txt").read_text("utf-8").strip() for name in "ab"] == [str(first)] * 2
+    assert {(folder / f"{name}.txt").read_text("utf-8").strip() for name in "ab"} == {str(first), str(last)}
 
 
 @pytest.mark.parametrize("preset", [None, "small"])
