@@ -361,7 +361,8 @@ def test_decoders_are_left_out_of_a_task_with_many_labels(folder, encoder_folder
         "students": ["encoder"],
         "baselines": ["setfit", "teacher"],
     }
-    assert (list(params.targets["mix"].teachers), params.tuned["contrast"].steps, params.students["encoder"].steps) == (["contrast"], 0, 400)
+    assert (list(params.targets["mix"].teachers), params.tuned["contrast"].steps) == (["contrast"], 0)
+    assert params.students["encoder"].steps == 400
 
 
 def test_decoders_stay_if_there_is_no_encoder_to_do_their_work(folder):
