@@ -67,8 +67,6 @@ def make_files(raw: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.parametrize("block", blocks())
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 def test_a_block_of_a_document_is_taken_by_check_and_by_dvc(project, block):
     assert set(block) <= set(Params.model_fields), "a block of YAML that is not of params.yaml: fence it as text"
     base = read_yaml(project / "params.yaml")

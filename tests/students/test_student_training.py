@@ -147,10 +147,8 @@ def learnt_by_hand(model, kind, params):
     ids=["llama-single", "llama-multi", "opt-single", "gpt2-multi"],
 )  # fmt: skip
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 def test_training_gives_the_naive_loop_s_losses_and_answers(tiny_model, architecture, kind, completions):
-    params = tuning(steps=3, weight_decay=0.1, max_grad_norm=0.5, learning_rate=1e-2 if kind != "full" else 1e-3, **TUNINGS[kind])
+    params = tuning(steps=5, weight_decay=0.1, max_grad_norm=0.5, learning_rate=1e-2 if kind != "full" else 1e-3, **TUNINGS[kind])
     model, terms, ids = tiny_model(architecture), [kl_term(), gold_term()], [make_rows(1)[0].ids]
     naive, start = copy.deepcopy(model), copy.deepcopy(model)
     expected = naive_training(naive, completions, terms, params, learnt_by_hand(naive, kind, params))
@@ -423,8 +421,6 @@ def naive_agreement(model):
 
 @pytest.mark.parametrize("changes", [*TUNINGS.values(), {"micro_batch": 2}])
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.slow
 def test_the_best_step_s_weights_are_those_the_model_ends_with(tiny_model, changes):
     model = tiny_model("llama")
     before = naive_agreement(model)
@@ -528,8 +524,6 @@ class DyingCheckpoint(Checkpoint):
 
 
 @pytest.mark.parametrize("changes", [*TUNINGS.values(), {"micro_batch": 3, "decay": "cosine"}])
-@pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.slow
 def test_killed_after_every_step_the_training_ends_with_the_same_bits(tiny_model, tmp_path, changes):
     """A weight that no row reaches has no gradient and no moments yet; a checkpoint has to do without them."""
