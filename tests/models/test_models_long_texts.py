@@ -203,6 +203,7 @@ def test_probabilities_of_windows_are_averaged_by_teacher_student_and_graph_alik
     assert [answer.ids for answer in by_torch] == [answer.ids for answer in by_onnx]
 
 
+@pytest.mark.slow
 def test_teacher_student_and_graph_cut_to_the_same_tokens(student):
     folder, graph = student("head_tail")
     (prompt,) = load_tokens(task(), folder).prompts(NO_CONTEXT, [Example({"text": LONG})])

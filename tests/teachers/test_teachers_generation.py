@@ -60,6 +60,7 @@ def plain_answer(model, tokenizer, prompt, params, end_ids=(0,)):
 
 @pytest.mark.parametrize("context_tokens", [0, 1, 40])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *OTHERS])
+@pytest.mark.slow
 def test_greedy_answers_are_the_step_by_step_argmax(tiny_model, tokenizer, architecture, context_tokens):
     model = tiny_model(architecture, **OTHERS.get(architecture, {}))
     context, params = random_ids(context_tokens, 1), completion()

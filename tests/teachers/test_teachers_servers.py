@@ -356,6 +356,7 @@ def test_a_redirect_is_not_followed_and_the_key_is_nowhere(serve, monkeypatch, c
         world.capture()
 
 
+@pytest.mark.slow
 def test_another_model_is_another_teacher(serve):
     world, server = serve("vllm")
     world.meet()
@@ -370,6 +371,7 @@ def test_another_model_is_another_teacher(serve):
     assert len(world.scored()) == before + ROWS + len(CONTEXTS)  # all is asked again, in a store of its own
 
 
+@pytest.mark.slow
 def test_a_little_drift_is_the_same_teacher(serve):
     world, server = serve("vllm")
     first = world.meet()
@@ -383,6 +385,7 @@ def test_a_little_drift_is_the_same_teacher(serve):
     assert len(server.asked) == asked
 
 
+@pytest.mark.slow
 def test_the_budget_stops_before_it_is_passed(serve, capfd):
     price = {"input": 1e6 / 40, "output": 0.0}  # a prompt of 40 tokens costs one
     world, _ = serve("sglang", {"price": price, "budget": 1.0, "concurrency": 1})
@@ -406,6 +409,7 @@ def test_the_budget_stops_before_it_is_passed(serve, capfd):
     assert set(kept) < set(world.scored())
 
 
+@pytest.mark.slow
 def test_requests_at_a_time_are_bounded(serve):
     world, server = serve("sglang", {"concurrency": 2})
     world.meet()
