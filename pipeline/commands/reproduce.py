@@ -72,13 +72,12 @@ class Lane:
 
     process: subprocess.Popen[str]
     stage: str = ""
-    started: float = 0.0
     printed: list[str] = field(default_factory=list)  # by the stage, without its meters' lines
     reading: Reading | None = None  # of its meter
 
     def start(self, stage: str, cores: Iterable[int]) -> None:
         """Reproduce a stage on some of the cores."""
-        self.stage, self.started, self.printed, self.reading = stage, time.monotonic(), [], None
+        self.stage, self.printed, self.reading = stage, [], None
         assert self.process.stdin is not None
         self.process.stdin.write(f"{stage} {' '.join(map(str, cores))}\n")
         self.process.stdin.flush()
