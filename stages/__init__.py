@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -9,7 +10,13 @@ import typer
 
 from pipeline.errors import ending_with_a_message
 
-# Read at import by libraries that the stages bring in: their bars would break up the stages' own lines.
+# Set-up compiles nothing (Makefile): the first stage that imports a module does, for all.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Read at import by libraries that the stages bring in. Threads that wait spin for microseconds, then sleep: spinning longer, two processes
+# on two cores slow each other down (docs/reliability.md). Bars would break up the stages' own lines.
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,7 +1,7 @@
 """A run, watched: DVC reproduces what is due, what is done and what runs is shown, and everything that is printed goes to a log.
 
 On two cores and more two stages run at once, each on half of the cores: they use them better than one stage uses all. A stage that measures
-time has the machine for itself. Each lane is a process that hands DVC one stage after the other; `dvc repro` gives the same, one by one.
+time has the machine for itself. Each lane is a process (`commands/lane.py`); `dvc repro` gives the same, one by one.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from pipeline.commands.lane import ENDED, lane_command
 from pipeline.errors import ShotlessError
 from pipeline.files import Folders
 from pipeline.models.process import cores
@@ -33,7 +35,6 @@ from pipeline.setup.estimate import SECONDS_A_STAGE, prepared_work
 
 SECONDS_BETWEEN_LINES = 30.0
 PASSED = re.compile(r"Stage '.+' (?:didn't change|is cached)")
-ENDED = re.compile(r"lane: (\d+)$")
 ALONE = ("cost", "select")
 """Stages that measure time."""
 LONG = ("tune", "teacher", "round", "student", "evaluate", "baseline", "risk")
@@ -190,7 +191,7 @@ def reproduce(workspace: Path, project: Path, targets: Sequence[str] = (), jobs:
     with (
         log.open("w", encoding="utf-8") as file,
         Progress(BarColumn(24), note, console=console, disable=not console.is_terminal, transient=True) as bar,
-        running([[sys.executable, "-c", LANE]] * len(shares), workspace, environment) as (processes, lines),
+        lanes_of(len(shares), workspace, environment) as (processes, lines),
     ):
         lanes, said = [Lane(process) for process in processes], time.monotonic()
         whole, *bars = [bar.add_task("", note="") for _ in (None, *lanes)]
@@ -244,27 +245,12 @@ def _fail(lane: Lane, log: Path) -> NoReturn:
     )
 
 
-LANE = """
-import os, sys
-from dvc.cli import main
-stages = os.fdopen(os.dup(0))
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-for line in stages:
-    stage, *cores = line.split()
-    if cores:
-        os.sched_setaffinity(0, map(int, cores))
-    code = main(["--wait-for-lock", "repro", "--single-item", stage])
-    print(f"\\nlane: {code}", flush=True)
-"""
-"""Reads stages with their cores, and says how each ended (`ENDED`)."""
-
-
 @contextlib.contextmanager
-def running(
-    commands: Sequence[Sequence[str]], folder: Path, environment: dict[str, str]
+def lanes_of(
+    count: int, workspace: Path, environment: dict[str, str]
 ) -> Iterator[tuple[list[subprocess.Popen[str]], Iterator[tuple[int, str]]]]:
-    """Processes in this block, and the lines that they and their children print, each with its process's number; an empty line after a
-    second without one.
+    """Processes of lanes in this block, and the lines that they and their children print, each with its lane's number; an empty line after
+    a second without one.
 
     All of them end with the block, also if this process is told to end.
     """
@@ -273,12 +259,13 @@ def running(
         sys.exit(128 + number)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    pipes = TemporaryDirectory()
     processes = [
-        subprocess.Popen(  # noqa: S603  DVC
-            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            encoding="utf-8", errors="backslashreplace", start_new_session=True,
+        subprocess.Popen(  # noqa: S603  this Python
+            lane_command(Path(pipes.name) / str(number)), cwd=workspace, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, encoding="utf-8", errors="backslashreplace", start_new_session=True,
         )
-        for command in commands
+        for number in range(count)
     ]  # fmt: skip
     queue: SimpleQueue[tuple[int, str]] = SimpleQueue()
 
@@ -303,13 +290,14 @@ def running(
         yield processes, lines()
     finally:
         for process in processes:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # what a killed lane has started is still there
                 os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
+            process.wait()
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         for reader in readers:
             reader.join(timeout=1.0)
+        pipes.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -208,6 +208,35 @@ def test_two_stages_run_at_once_each_on_its_own_cores(folder, capsys, monkeypatc
     assert {(folder / f"{name}.txt").read_text("utf-8").strip() for name in "ab"} == {str(first), str(last)}
 
 
+SHOW = """
+import os, signal, sys
+import psutil
+print("stage", sys.argv[1:], __name__, "torch" in sys.modules, *psutil.Process().parent().cmdline()[1:3])
+if sys.argv[1:] == ["killed"]:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_runs_in_a_fork_of_its_lane_and_fails_as_it_does_alone(folder):
+    (folder / "stages").mkdir()
+    (folder / "stages" / "__init__.py").touch()
+    (folder / "stages" / "student.py").write_text(SHOW, "utf-8")
+    (folder / "stages" / "report.py").write_text(SHOW, "utf-8")
+    stages = {"a": ("report", "light"), "b": ("student", "heavy"), "c": ("student", "killed")}
+    line = "  {}: {{cmd: 'sh {}/stages/run {} {}', deps: [in.txt]}}\n"
+    each = [line.format(name, PROJECT, *command) for name, command in stages.items()]
+    (folder / "dvc.yaml").write_text("stages:\n" + "".join(each), "utf-8")
+    with pytest.raises(ShotlessError, match="exited with 137"):
+        reproduce(folder, folder)
+    said = [line for line in log_of(folder).read_text("utf-8").splitlines() if line.startswith("stage")]
+    assert said == [
+        "stage ['light'] __main__ False -m pipeline.commands.lane",
+        "stage ['heavy'] __main__ True -m pipeline.commands.lane",
+        "stage ['killed'] __main__ True -m pipeline.commands.lane",
+    ]
+
+
 @pytest.mark.parametrize("preset", [None, "small"])
 @pytest.mark.parametrize("student", ["cd", None])
 def test_a_run_ends_with_how_the_chosen_student_is_used(tmp_path, monkeypatch, preset, student):
