@@ -10,8 +10,10 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import (
@@ -116,12 +118,18 @@ def add_mean_layer(model: PreTrainedModel) -> None:
         pooler.dense.bias.zero_()
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a folder of float32 safetensors: transformers reads a GGUF and dequantises it."""
+def _convert_gguf(file: Path, folder: Path) -> None:
+    """Write a folder of float32 safetensors: transformers reads a GGUF and dequantises it.
+
+    It would parse the file three times, and build the same map of names once for each module of the model.
+    """
+    import gguf
+
     logging.disable_progress_bar()
-    with _reading(gguf, "contents"):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
+    once = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with _reading(file, "contents"), mock.patch.multiple(gguf, **once):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
     # It is a plain float32 model that still calls itself quantised, and transformers refuses to save such a one.
     delattr(model.config, "quantization_config")
     vars(model).update(hf_quantizer=None, is_quantized=False)

@@ -38,7 +38,7 @@ LEARNT = pa.schema(
         pa.field("state", pa.list_(pa.float16()), nullable=False),  # last layer at the answer position; empty beyond `STATES` texts
     ]
 )
-STATES = 1000
+STATES = 128
 STRANGEST = 0.99
 """Quantile of the held-back texts' distances beyond which a text is too strange to be answered."""
 LARGEST_TEMPERATURE = 20.0

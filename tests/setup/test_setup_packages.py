@@ -13,7 +13,6 @@ EXTRAS = [entry for extra, entries in DECLARED["optional-dependencies"].items() 
 PINS = dict(re.findall(r"(?m)^([A-Za-z0-9._-]+)==([^\s;]+)", (PROJECT / "constraints.txt").read_text("utf-8")))
 NOT_IMPORTED = {
     "fsspec": "pyarrow opens URLs with it",
-    "gguf": "transformers reads GGUF files with it",
 }
 
 
