@@ -15,6 +15,8 @@ from pathlib import Path
 ENDED = re.compile(r"lane: (\d+)$")
 """What a lane prints when a stage has ended, with DVC's exit code."""
 FOLDER = "SHOTLESS_LANE"
+GPU = Path("/proc/driver/nvidia")
+"""With a GPU, or on macOS, stages are processes of their own: what torch has loaded there may not survive a fork."""
 LIBRARIES = (
     "polars", "pyarrow.parquet", "scipy.special", "sklearn.linear_model", "safetensors.torch", "tokenizers",
     "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
@@ -41,7 +43,8 @@ def serve(folder: Path) -> list[str]:
 
     told = os.fdopen(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ[FOLDER] = str(folder)
+    if sys.platform == "linux" and not GPU.exists():
+        os.environ[FOLDER] = str(folder)
     commands = os.open(folder / "commands", os.O_RDWR)  # for writing too, so that it does not end
     for line in told:
         stage, *cores = line.split()

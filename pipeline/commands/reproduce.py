@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from pipeline.commands.lane import ENDED, lane_command
+from pipeline.commands.lane import ENDED, GPU, lane_command
 from pipeline.errors import ShotlessError
 from pipeline.files import Folders
 from pipeline.models.process import cores
@@ -154,7 +154,7 @@ def shares_of_cores(due: Mapping[str, Collection[str]], jobs: int) -> list[list[
         behind[stage] = set(waits).union(*(behind[other] for other in waits))
     long = [stage for stage in due if stage.partition("@")[0] in LONG]
     at_once = any(one not in behind[other] for place, other in enumerate(long) for one in long[:place])
-    if jobs < 2 or not at_once or cores() < 2 or not hasattr(os, "sched_setaffinity") or Path("/proc/driver/nvidia").exists():
+    if jobs < 2 or not at_once or cores() < 2 or not hasattr(os, "sched_setaffinity") or GPU.exists():
         return [[]]
     allowed = sorted(os.sched_getaffinity(0))
     return [allowed[: len(allowed) // 2], allowed[len(allowed) // 2 :]]
