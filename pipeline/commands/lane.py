@@ -4,6 +4,7 @@ Loading torch and transformers takes five seconds, as much as many a stage; a fo
 `stages/run`, which writes to and reads from two pipes in FOLDER, made by `lane_command`. This project's own code is loaded by each fork.
 """
 
+import gc
 import os
 import re
 import runpy
@@ -53,12 +54,13 @@ def serve(folder: Path) -> list[str]:
         ended, end = os.pipe()  # the first ends when no one has the second
         reproducing = os.fork()
         if not reproducing:
-            sys.exit(main(["--wait-for-lock", "repro", "--single-item", stage]))
+            os._exit(main(["--wait-for-lock", "repro", "--single-item", stage]))  # it need not take apart what it has from here
         os.close(end)
         while commands in select.select([commands, ended], [], [])[0]:
             name, *arguments = os.read(commands, select.PIPE_BUF).decode().split()
             for library in LIBRARIES if name not in WITHOUT_THEM else ():
                 import_module(library)
+            gc.freeze()  # a fork that looks through all of it, at its end at the latest, takes a second more
             running = os.fork()
             if not running:
                 return [f"stages.{name}", *arguments]
