@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 LABELLED_FILE = "labelled.parquet"
 """In a tuned model's folder: `schema.LABELLED` of models that were tuned as it was, each without a fold."""
-MOST_FOLDS = 3
+MOST_FOLDS = 4
 MOST_JUDGED = 256
 """Labelled examples that are in a fold, about: enough to judge by, and each costs a teacher as much as an unlabelled text."""
 
