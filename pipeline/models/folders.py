@@ -126,7 +126,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import gguf
 
     logging.disable_progress_bar()
-    once = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    once: dict[str, Any] = {name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with _reading(file, "contents"), mock.patch.multiple(gguf, **once):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
