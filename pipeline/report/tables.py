@@ -327,7 +327,7 @@ def print_summary(project: Path = Path()) -> None:
     """
     folder = project / "report"
     if not (folder / "metrics.json").is_file():
-        raise UsageError(f"{folder / 'metrics.json'}: no such file. `dvc repro report` writes it.")
+        raise UsageError(f"{folder / 'metrics.json'}: no such file. `dvc repro --force --single-item report` writes it.")
     document = read_json(folder / "metrics.json")
     titles = {"well_formed": "well formed", "accuracy": "right", "agreement": "agrees"}
     means = {name: method["means"] for name, method in document["methods"].items()}

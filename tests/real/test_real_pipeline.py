@@ -1,4 +1,4 @@
-"""The real model and the real texts, end to end on a small slice, as `dvc repro` runs them."""
+"""The real model and the real texts, end to end on a small slice, as `shotless run` runs them."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def dvc(workspace: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A preset's workspace, after `dvc repro`; with models and students it takes gigabytes, so it goes when its tests have ended."""
+    """A preset's workspace, after `shotless run`; with models and students it takes gigabytes, so it goes when its tests have ended."""
     project = tmp_path_factory.mktemp("project")
     for item in ("dvc.yaml", "params.yaml", "constraints.txt", ".dvcignore"):
         shutil.copyfile(PROJECT / item, project / item)
@@ -66,7 +66,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (project / "presets").mkdir()
     YAML(typ="safe", pure=True).dump(SLICE, project / "presets" / "slice.yaml")
     folder = make_workspace("slice", project)
-    dvc(folder, "repro")
+    run(folder, "-c", "from pipeline.cli import app; app()", "run")
     yield folder
     shutil.rmtree(project)
 
@@ -88,7 +88,7 @@ def test_the_fast_engine_ran_and_agreed_with_the_plain_forward(workspace):
         assert [engine["name"] for engine in engines] == ["shared_prefix"], engines
 
 
-def test_a_second_run_does_nothing(workspace):
+def test_dvc_alone_finds_nothing_to_do_behind_it(workspace):
     assert "Data and pipelines are up to date." in dvc(workspace, "repro")
 
 

@@ -548,7 +548,7 @@ def test_the_summary_has_the_means_and_the_page(root, found, monkeypatch, capsys
 
 
 def test_a_summary_without_a_report_says_how_to_get_one(tmp_path):
-    with pytest.raises(UsageError, match="dvc repro report"):
+    with pytest.raises(UsageError, match="dvc repro --force --single-item report"):
         tables.print_summary(tmp_path)
 
 
