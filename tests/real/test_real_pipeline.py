@@ -37,7 +37,7 @@ SLICE = {
     "students": {"cd": {"steps": 3}, "encoder": {"steps": 3}},
     "baselines": {"few_shot_calibrated": None, "fine_tuned": None},
     "targets": {"few_shot_calibrated": None, "tuned": None},
-    "evaluation": {"bootstrap": 200, "cost_examples": 2},
+    "evaluation": {"bootstrap": 200, "cost_examples": 1, "risk_examples": 4},
 }
 
 
