@@ -131,6 +131,23 @@ def test_a_run_that_is_told_to_end_ends_its_stages(folder):
     assert not alive
 
 
+@pytest.mark.slow
+def test_a_lane_that_is_killed_ends_the_run_and_takes_its_stage_with_it(folder):
+    (folder / "third.sh").write_text("echo $$ > pid\nsleep 60\n", "utf-8")
+    process = subprocess.Popen([sys.executable, "-c", RUN], stderr=subprocess.PIPE, text=True)
+    while not (folder / "pid").is_file() or not (folder / "pid").read_text("utf-8"):
+        assert process.poll() is None, "the run ended before its lane could be killed"
+        time.sleep(0.02)
+    stage = psutil.Process(int((folder / "pid").read_text("utf-8")))
+    [lane] = psutil.Process(process.pid).children()
+    lane.kill()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert "third: Running stage 'third'" in said
+    _, alive = psutil.wait_procs([stage], timeout=10)
+    assert not alive
+
+
 PLANNED = {
     "prepare": (),
     "teacher@a": ("prepare",),
