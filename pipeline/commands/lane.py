@@ -34,7 +34,7 @@ def lane_command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "pipeline.commands.lane", str(folder)]
 
 
-def serve(folder: Path) -> list[str]:
+def reproduce_told(folder: Path) -> list[str]:
     """Reproduce the stages that standard input names, each with its cores (none: all), and say how each ended (`ENDED`).
 
     Returns in forks alone, with the command that a fork is to run.
@@ -77,5 +77,5 @@ def _exit_code(process: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.argv = serve(Path(sys.argv[1]))
+    sys.argv = reproduce_told(Path(sys.argv[1]))
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
