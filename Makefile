@@ -6,7 +6,7 @@ PRESET ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast test-ray test-servers lint docs setup setup-dev clean bench-teacher bench-student bench-serve bench-cache check-gpu
+.PHONY: help run test all-tests test-fast test-ray test-servers lint docs setup setup-dev clean bench-teacher bench-student bench-serve bench-cache check-gpu
 
 help:
 	@echo "make run              set up, download model and data, run the pipeline, print what was gained"
@@ -30,7 +30,10 @@ run: setup
 # Several workers, a test file always on one, each on a core of its own (tests/conftest.py).
 PYTEST := "$(BIN)/python" -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: setup-dev lint
+test: setup-dev  # lint takes the time in which a worker waits for another's last file
+	@$(MAKE) --no-print-directory --jobs=2 lint all-tests
+
+all-tests: setup-dev
 	@$(PYTEST)
 
 test-fast: setup-dev
