@@ -1,13 +1,19 @@
-"""Folds of the labelled examples: whoever answers an example of a fold has not seen the fold."""
+"""Folds of the labelled examples: whoever answers an example of a fold has not seen the fold, and so leans a little otherwise."""
 
 from collections import Counter
 from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.schema import Example
 
 LABELLED_FILE = "labelled.parquet"
 """In a tuned model's folder: `schema.LABELLED` of models that were tuned as it was, each without a fold."""
 MOST_FOLDS = 4
 MOST_JUDGED = 256
 """Labelled examples that are in a fold, about: enough to judge by, and each costs a teacher as much as an unlabelled text."""
+PROBES = 32
+"""Unlabelled texts. Few are enough, since both answer the same ones."""
 
 
 def folds_of(labels: Sequence[object]) -> list[list[int]]:
@@ -25,3 +31,17 @@ def folds_of(labels: Sequence[object]) -> list[list[int]]:
             found[seen[label] % folds].append(place)
         seen[label] += 1
     return found
+
+
+def probes(transfer: Sequence[Example]) -> list[Example]:
+    """The unlabelled texts by which leans are compared."""
+    return sorted(transfer, key=lambda example: example.example_id)[:PROBES]
+
+
+def without_lean(answers: np.ndarray, own: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """The answers [..., N, L] of a model or prompt without a fold, as if it leaned to the labels as the teacher does.
+
+    `own` and `teacher` [..., P, L] are what both say of the probes, whose labels are not needed: on the same texts the mean difference is
+    one of leans. All are log-probabilities of labels in nats, but for a constant that the labels share.
+    """
+    return answers + (teacher - own).mean(-2, keepdims=True)

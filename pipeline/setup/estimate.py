@@ -13,7 +13,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.labelled import MOST_FOLDS
+from pipeline.cache.labelled import MOST_FOLDS, PROBES
 from pipeline.params import Params, load_params, read_yaml
 from pipeline.schema import NO_CONTEXT, Example
 from pipeline.task import Task
@@ -84,16 +84,21 @@ def token_work(
 
         return len(parse_layers(kept, layers)) / layers
 
-    def asked(teacher: str, examples: int) -> float:
+    def asked(teacher: str, examples: float) -> float:
         context, model = params.contexts[params.teachers[teacher].contexts], params.teachers[teacher].model
         return context.count * (context.demonstrations * (query + answer) + examples * query) * size_of(model)
 
     labelled = params.data.demonstrations.per_label * len(params.task.labels)
+
+    def judged(teacher: str) -> float:
+        probed = PROBES if params.contexts[params.teachers[teacher].contexts].demonstrations else 0
+        return MOST_FOLDS * asked(teacher, labelled / MOST_FOLDS + probed)
+
     work = {  # once on all labels, and once without each fold
-        f"tune@{name}": 3.0 * tuned.steps * tuned.batch_size * query * MOST_FOLDS * size_of(tuned.base)
+        f"tune@{name}": (3.0 * tuned.steps * tuned.batch_size + PROBES) * query * MOST_FOLDS * size_of(tuned.base)
         for name, tuned in params.tuned.items()
     }
-    work |= {f"teacher@{name}": asked(name, transfer) + (MOST_FOLDS - 1) * asked(name, labelled) for name in params.teachers}
+    work |= {f"teacher@{name}": asked(name, transfer) + judged(name) for name in params.teachers}
     for name, student in params.students.items():
         share = len(student.runs) * share_of(student.layers) * size_of(student.base)
         rows = student.batch_size + sum(term.batch_size or student.batch_size for term in student.auxiliary.values())

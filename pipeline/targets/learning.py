@@ -2,9 +2,9 @@
 
 The pool of V voters (teachers, or their average) is log-linear: p(label | text) ∝ exp(Σ_v scale_v · log p_v(label | text) + bias(label)).
 The scale of a single voter is an inverse temperature (1706.04599). All is learnt on labelled examples that no voter has seen. First the
-lean of each voter is subtracted, as far as it is known: its mean log-probability of each label. Then scales and bias minimise the log loss,
-plus a penalty on the distance from no bias and equal scales that add up to √V: few labels change little. √V lies between 1, which is right
-for voters that always say the same, and V, which is right for voters whose mistakes are independent.
+lean of each voter is subtracted: its mean log-probability of each label. Then scales and bias minimise the log loss, plus a penalty on the
+distance from no bias and equal scales that add up to √V: few labels change little. √V lies between 1, which is right for voters that always
+say the same, and V, which is right for voters whose mistakes are independent.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,6 @@ from pipeline.cache.labelled import folds_of
 
 SCALE_PENALTY, BIAS_PENALTY = 2.0, 4.0
 """Times a squared distance, added to the log loss of all examples in nats: normal priors with standard deviations of 0.5 and 0.35."""
-LEAN_ERROR = 2.0
-"""Of a measured lean, in standard errors: prompts and models without a fold lean otherwise than the voter itself."""
 STEPS, SMALLEST_STEP, SMALLEST_CHANGE = 10_000, 1e-7, 1e-5
 RESAMPLES = 50
 LEAST_SHARE = 1e-3
@@ -59,7 +57,7 @@ def learn_pool(judged: Judged) -> Pool:
     count, labels, rows = len(judged.voters), judged.voters.shape[-1], np.arange(len(judged.gold))
     _, label, examples = np.unique(judged.gold, return_inverse=True, return_counts=True)
     weights = (1 / examples)[label] / len(examples)  # [M], with the sum 1
-    lean = _lean(judged.voters, label, weights)
+    lean = np.einsum("vml,m->vl", judged.voters, weights)
     voters = judged.voters - lean[:, None]
     start, penalty = np.repeat([count**-0.5, 0.0], [count, labels]), np.repeat([SCALE_PENALTY, BIAS_PENALTY], [count, labels])
 
@@ -75,19 +73,6 @@ def learn_pool(judged: Judged) -> Pool:
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS}).x
     scales, bias = found[:count], found[count:] - found[:count] @ lean
     return Pool(scales, bias - bias.mean())
-
-
-def _lean(voters: np.ndarray, label: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean log-probability of each label [V, L] over M examples with these labels and weights, less that of all labels.
-
-    A voter's is drawn to none by λ² / (λ² + error²), for the length λ of its lean and the standard error of that (James and Stein 1961).
-    """
-    centred = voters - voters.mean(-1, keepdims=True)
-    lean = np.einsum("vml,m->vl", centred, weights)
-    rest = centred - np.stack([centred[:, label == one].mean(1) for one in range(label.max() + 1)])[label].swapaxes(0, 1)
-    variance = (rest**2).sum((1, 2)) / max(len(label) - label.max() - 1, 1)
-    length, error = (lean**2).sum(-1), LEAN_ERROR**2 * variance * (weights**2).sum()
-    return lean * (length / np.maximum(length + error, np.finfo(float).tiny))[:, None]
 
 
 def cross_validated(judged: Judged) -> np.ndarray:

@@ -583,12 +583,12 @@ def test_work_is_counted_as_the_stages_do_it(tmp_path):
     tuned, contrast = (3 * 30 * params.tuned[name].steps * params.tuned[name].batch_size for name in ("tuned", "contrast"))
     cd, encoder = (3 * 30 * params.students[name].steps * params.students[name].batch_size for name in ("cd", "encoder"))
     few_shot, plain = shots * (16 * 33 + 600 * 30), 600 * 30
-    judged = 3 * 16 * 30  # three more folds than one, of 16 labelled examples
+    judged, probed = 16 * 30, 4 * 32 * 30  # 16 labelled examples once, and 32 probes in each of four folds
     assert work == pytest.approx(
         {
-            "tune@tuned": 4 * tuned,
-            "tune@contrast": contrast,
-            "teacher@few_shot": shots * (16 * 33 + 800 * 30) + 3 * shots * (16 * 33 + 16 * 30),
+            "tune@tuned": 4 * tuned + probed,
+            "tune@contrast": contrast + probed / 4,
+            "teacher@few_shot": shots * (16 * 33 + 800 * 30) + shots * (4 * 16 * 33 + judged + probed),
             "teacher@zero_shot": 800 * 30 + judged,
             "teacher@tuned": 800 * 30 + judged,
             "teacher@contrast": (800 * 30 + judged) / 4,

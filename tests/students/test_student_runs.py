@@ -1,6 +1,7 @@
 """Students and tuned teachers from files to files: what is written, that it repeats to the byte, that a killed run goes on to the same."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,17 +14,22 @@ import pytest
 import torch
 from conftest import TUNINGS
 from pydantic import ValidationError
+from scipy.special import log_softmax
+from students.conftest import GOLD
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline.cache.labelled import folds_of
 from pipeline.errors import CorruptError, MismatchError, UsageError
 from pipeline.files import sha256_file, write_json
 from pipeline.models.folders import weights_sha256
 from pipeline.models.trained import open_trained
 from pipeline.params import StudentParams
-from pipeline.schema import TARGETS, Example, read_table, write_table
+from pipeline.schema import LABELLED, NO_CONTEXT, TARGETS, Example, read_table, write_table
 from pipeline.students.checkpoint import Checkpoint
 from pipeline.students.train import train_student
+from pipeline.task import Task
+from pipeline.teachers.scorer import Scorer
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = {
@@ -114,6 +120,29 @@ def test_a_tuned_teacher_is_pbft_without_a_cut(make_project):
     assert (project.root / "metrics/runtime/tuned-tuned.json").is_file()
     project.tune("other", tuning="lora", steps=2)
     assert project.json("artifacts/tuned/other/manifest.json")["trains"].startswith("LoRA of rank 8")
+
+
+@pytest.mark.slow
+def test_labelled_examples_are_answered_by_models_without_their_fold_and_without_what_these_lean_otherwise(make_project):
+    whole, answered = make_project("whole"), {}
+    whole.tune(steps=8, learning_rate=3e-3)
+    for row in read_table(whole.artifacts / "tuned/tuned/labelled.parquet", LABELLED).to_pylist():
+        answered[row["example_id"]] = row["label_logprobs"]
+    labelled = [Example({"text": text}, label, source="s", line=line) for line, (text, label) in enumerate(GOLD)]
+    folds = [[labelled[place] for place in places] for places in folds_of([label for _, label in GOLD])]
+    assert sum(map(len, folds)) == len(answered) == len(labelled)
+
+    def scores(project, examples):
+        with Scorer(project.artifacts / "tuned/tuned", Task(project.task), work=None, threads=1) as scorer:
+            return log_softmax(scorer.label_scores([NO_CONTEXT], examples, "scores")[0], axis=-1)
+
+    for number, fold in enumerate(folds):
+        other = make_project(f"without fold {number}")
+        other.write_examples("demonstrations", [one for one in labelled if one not in fold])
+        other.tune(steps=math.ceil(8 * (len(labelled) - len(fold)) / len(labelled)), learning_rate=3e-3)
+        moved = scores(whole, whole.examples).mean(0) - scores(other, whole.examples).mean(0)
+        for one, own in zip(fold, scores(other, fold), strict=True):
+            assert answered[one.example_id] == pytest.approx((own + moved).tolist(), abs=1e-4)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_every_row_is_what_the_full_prompt_gives(world, tokenizer):
         assert row["tail_mass"][0] == pytest.approx(1 - float(top.values.exp().sum()), abs=1e-4)
 
 
-def test_labelled_examples_are_answered_behind_contexts_without_those_of_their_fold(world, tokenizer):
+def test_labelled_examples_are_answered_behind_contexts_without_those_of_their_fold_and_without_what_these_lean_otherwise(world, tokenizer):
     shown = {"a warm film": "positive", "bored": "negative", "I loved it": "positive", "cold": "negative"}
     world.write_labelled(shown | {"as it was": "mixed", "fair": "mixed"})
     world.capture()
@@ -87,8 +87,10 @@ def test_labelled_examples_are_answered_behind_contexts_without_those_of_their_f
         for text in sorted(first | second):
             fold = first if text in first else second
             others = replace(context, demonstrations=tuple(pair for pair in context.demonstrations if pair[0]["text"] not in fold))
-            _, labels, _ = naive_row(model, tokenizer, others, text)
-            assert answers[context.context_id, example(text).example_id] == pytest.approx(labels, abs=1e-4)
+            said = [np.array(naive_row(model, tokenizer, others, one)[1]) for one in [text, *TEXTS]]
+            usual = [np.array(naive_row(model, tokenizer, context, one)[1]) for one in TEXTS]
+            expected = said[0] + np.mean(usual, axis=0) - np.mean(said[1:], axis=0)
+            assert answers[context.context_id, example(text).example_id] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_labels_of_one_example_each_are_not_judged(world):
