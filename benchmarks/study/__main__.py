@@ -1,6 +1,6 @@
 """The study: `python -m benchmarks.study [PART …]` runs parts of plan.yaml, then prints the tables of all finished parts.
 
-A finished part costs seconds; a stopped one goes on. Figures are means over draws, with the standard deviation over them.
+A finished part costs seconds; a stopped one goes on. Figures are means over draws.
 """
 
 import json
@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
+import polars as pl
 import typer
+from scipy.stats import t
 
 from pipeline.commands.reproduce import reproduce
 from pipeline.errors import UsageError, choices, ending_with_a_message
@@ -23,6 +25,13 @@ PLAN = Path(__file__).parent / "plan.yaml"
 WORKSPACES = Path("runs/study")
 FIGURES = ("accuracy", "macro_f1", "ece")
 CHOSEN = "the chosen student"
+TEACHERS = ("zero_shot", "few_shot", "fine_tuned", "setfit")
+RIVALS = {
+    "the best baseline": (*TEACHERS, "few_shot_calibrated", "linear"),
+    "the best single teacher": TEACHERS,
+    "SetFit": ("setfit",),
+    "all teachers": ("teacher",),
+}
 Part = tuple[str, int]
 
 
@@ -54,33 +63,54 @@ def write_files(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> 
         write_text("".join(json.dumps(row) + "\n" for row in rows), workspace / f"{name}.jsonl")
 
 
-def gather(parts: dict[str, Part]) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Task → method → for each finished draw the mean of each figure over the evaluation sets, in percent."""
-    found: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
-    for part, (task, _) in parts.items():
+def gather(parts: dict[str, Part]) -> pl.DataFrame:
+    """What finished parts measured, a row for each method: its figures in percent, means over the part's evaluation sets."""
+    rows = list[dict[str, Any]]()
+    for part, (task, draw) in parts.items():
         best, metrics = WORKSPACES / part / "artifacts" / "best.json", WORKSPACES / part / "metrics" / "eval"
         if best.is_file():
             files = {file.stem: file for file in sorted(metrics.glob("*.json"))}
-            for name, file in {**files, CHOSEN: files[read_json(best)["student"]]}.items():
+            for method, file in {**files, CHOSEN: files[read_json(best)["student"]]}.items():
                 sets = read_json(file)["sets"].values()
-                found[task][name].append({figure: 100 * fmean(one[figure] for one in sets) for figure in FIGURES})
-    return found
+                figures = {figure: 100 * fmean(one[figure] for one in sets) for figure in FIGURES}
+                rows.append({"task": task, "draw": draw, "method": method, **figures})
+    return pl.DataFrame(rows)
 
 
-def table(task: str, methods: dict[str, list[dict[str, float]]]) -> str:
-    """A task as a Markdown table, best method first; `below` is how far a method's accuracy is below the chosen student's, by draw."""
-    chosen = [draw["accuracy"] for draw in methods[CHOSEN]]
-    lines = [f"\n## {task}, {len(chosen)} draws\n", f"| method | {' | '.join(FIGURES)} | below |", "|---" * (len(FIGURES) + 2) + "|"]
-    for name in sorted(methods, key=lambda name: -fmean(draw["accuracy"] for draw in methods[name])):
-        each = " | ".join(spread([draw[figure] for draw in methods[name]]) for figure in FIGURES)
-        below = spread([best - draw["accuracy"] for best, draw in zip(chosen, methods[name], strict=True)])
-        lines.append(f"| `{name}` | {each} | {below} |")
-    return "\n".join(lines)
+def means(found: pl.DataFrame) -> str:
+    """Methods × tasks, as Markdown: each figure's mean over draws."""
+    cell = pl.format(" / ".join("{}" for _ in FIGURES), *(pl.col(figure).mean().round(1) for figure in FIGURES))
+    return markdown(found.group_by("task", "method", maintain_order=True).agg(cell.alias("cell")))
+
+
+def differences(found: pl.DataFrame) -> str:
+    """The chosen student's accuracy and macro-F1 less those of others, by draw: the mean, and half of its 95 % interval (Student's t).
+
+    The best baseline and the best teacher are those with the best mean over a task's draws, known only afterwards.
+    """
+    rows = list[dict[str, str]]()
+    for (task,), own in found.group_by("task", maintain_order=True):
+        for name, methods in RIVALS.items():
+            rivals = own.filter(pl.col("method").is_in(methods))
+            best = rivals.group_by("method", maintain_order=True).agg(pl.col("accuracy").mean()).sort("accuracy")["method"]
+            if len(best):
+                pair = own.filter(pl.col("method") == CHOSEN).join(rivals.filter(pl.col("method") == best[-1]), on="draw")
+                each = [spread((pair[figure] - pair[f"{figure}_right"]).to_list()) for figure in FIGURES[:2]]
+                rows.append({"task": str(task), "method": name, "cell": " / ".join(each) + (f", {best[-1]}" if len(methods) > 1 else "")})
+    return markdown(pl.DataFrame(rows))
+
+
+def markdown(cells: pl.DataFrame) -> str:
+    """Columns `task`, `method` and `cell` as a table of methods × tasks."""
+    wide = cells.pivot("task", index="method", values="cell").fill_null("–")
+    lines = [wide.columns, ["---"] * len(wide.columns), *wide.rows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and the standard deviation over draws."""
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    """The mean, and half of its 95 % interval."""
+    half = f" ± {t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{fmean(values):+.1f}{half}"
 
 
 def main(parts: Annotated[list[str] | None, typer.Argument(help="TASK-DRAW; none: all")] = None) -> None:
@@ -95,8 +125,8 @@ def main(parts: Annotated[list[str] | None, typer.Argument(help="TASK-DRAW; none
         write_workspace(part_params(plan, *known[part], workspace), workspace, Path())
         resolve(workspace)
         reproduce(workspace, Path(), ["compare", "select"], jobs=1)
-    for task, methods in gather(known).items():
-        print(table(task, methods))
+    found = gather(known)
+    print(f"{' / '.join(FIGURES)}, percent\n\n{means(found)}\n\nthe chosen student less …\n\n{differences(found)}")
 
 
 if __name__ == "__main__":

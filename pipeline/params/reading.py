@@ -29,7 +29,7 @@ RESOLVED = Path("artifacts/params.json")
 VERSIONS = {
     "models": ("torch", "transformers", "tokenizers", "jinja2", "peft", "gguf", "scipy", "scikit-learn"),
     "tables": ("numpy", "polars", "pyarrow", "scipy", "scikit-learn"),
-    "charts": ("altair", "vl-convert-python"),
+    "charts": ("vl-convert-python",),
 }
 """Libraries that results depend on."""
 _DOWNLOADS: dict[str, type[BaseModel]] = {"pypi": PypiDownload, "hub": HubDownload}

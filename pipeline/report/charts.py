@@ -1,4 +1,4 @@
-"""The report's charts as inline SVG: no script, nothing from outside, the same bytes for the same numbers.
+"""The report's charts as inline SVG, drawn by Vega-Lite: no script, nothing from outside, the same bytes for the same numbers.
 
 Colours are the page's CSS variables, so charts follow light, dark and print. Kinds of methods differ by shape as well as by colour. Each
 picture has one label for screen readers; the tables have the numbers.
@@ -10,7 +10,6 @@ from functools import partial
 from html import escape
 from typing import Any
 
-import altair as alt
 import numpy as np
 import polars as pl
 import vl_convert
@@ -23,22 +22,22 @@ WIDTH, ROW = 150, 21  # pixels: width of a chart with names beside it, and heigh
 TRADEOFF_WIDTH, TRADEOFF_HEIGHT = 270, 215
 CURVE_POINTS = 80
 INK, MUTED, STUDENT, RULE, GRID = "var(--ink)", "var(--muted)", "var(--student)", "var(--rule)", "var(--grid)"
-NAMES = alt.Axis(domain=False, ticks=False, labelPadding=8, labelLimit=150)
+NAMES = {"domain": False, "ticks": False, "labelPadding": 8, "labelLimit": 150}
+TICKS = {"tickCount": 4, "domain": False, "ticks": False, "grid": True, "labelPadding": 6, "labelFlush": False}
 
 
 def accuracy(document: Json, where: str) -> Markup:
     """Accuracy of each method on one evaluation set, with its 95 % interval; the dashed line is the reference."""
     rows, low, names = _rows(document, "sets", where), _lowest(document), list(document["methods"])
     color, shape = _two("kind", ["baseline", "student"])
-    base = alt.Chart(_data(rows)).encode(y=alt.Y("method:N", sort=names, title=None, axis=NAMES))
-    reference = alt.Chart(_data([row for row in rows if row["method"] == document["reference"]]))
-    chart = alt.layer(
-        reference.mark_rule(stroke=MUTED, strokeDash=[3, 3], strokeWidth=1).encode(x=_share(alt.X, "accuracy", low)),
-        base.mark_rule(strokeWidth=2.5, opacity=0.45).encode(x=_share(alt.X, "low", low), x2="high:Q", color=color),
-        base.mark_point(filled=True, size=70, opacity=1).encode(x=_share(alt.X, "accuracy", low), color=color, shape=shape),
-    ).properties(width=WIDTH, height=ROW * len(rows))
+    y, reference = _named("method", names), [row for row in rows if row["method"] == document["reference"]]
+    layers = [
+        _layer(reference, "rule", {"x": _share("accuracy", low)}, stroke=MUTED, strokeDash=[3, 3], strokeWidth=1),
+        _layer(rows, "rule", {"x": _share("low", low), "x2": {"field": "high"}, "y": y, **color}, strokeWidth=2.5, opacity=0.45),
+        _layer(rows, "point", {"x": _share("accuracy", low), "y": y, **color, **shape}, filled=True, size=70, opacity=1),
+    ]
     spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} ({row['low']:.1f} to {row['high']:.1f})" for row in rows)
-    return _svg(chart, f"Accuracy on {where} in percent with 95 % intervals: {spoken}", names)
+    return _svg(layers, WIDTH, ROW * len(rows), f"Accuracy on {where} in percent with 95 % intervals: {spoken}", names)
 
 
 def _rows(document: Json, kind: str, key: str) -> list[Json]:
@@ -56,13 +55,14 @@ def spread(document: Json, method: str) -> Markup | None:
     if not sets:
         return None
     low, rows = _lowest(document), [{"set": where, "accuracy": 100 * value} for where, each in sets.items() for value in each]
-    base = alt.Chart(_data(rows)).encode(y=alt.Y("set:N", sort=list(sets), title=None, axis=NAMES))
-    chart = alt.layer(
-        base.mark_rule(stroke=GRID, strokeWidth=6).encode(x=_share(alt.X, "min(accuracy)", low), x2="max(accuracy):Q"),
-        base.mark_point(filled=True, size=48, opacity=0.85, color=MUTED).encode(x=_share(alt.X, "accuracy", low)),
-    ).properties(width=WIDTH, height=ROW * len(sets))
+    y, x = _named("set", list(sets)), _share("accuracy", low)
+    ends = {"x": {**x, "aggregate": "min"}, "x2": {"field": "accuracy", "aggregate": "max"}}
+    layers = [
+        _layer(rows, "rule", {**ends, "y": y}, stroke=GRID, strokeWidth=6),
+        _layer(rows, "point", {"x": x, "y": y}, filled=True, size=48, opacity=0.85, color=MUTED),
+    ]
     spoken = "; ".join(f"{where} {', '.join(percent(value) for value in each)}" for where, each in sets.items())
-    return _svg(chart, f"Accuracy by context of {method}: {spoken}", list(sets))
+    return _svg(layers, WIDTH, ROW * len(sets), f"Accuracy by context of {method}: {spoken}", list(sets))
 
 
 def curve(found: Collected, student: str) -> Markup:
@@ -70,32 +70,31 @@ def curve(found: Collected, student: str) -> Markup:
     steps: pl.DataFrame = found.files[f"metrics/curves/{student}.csv"]
     group = (pl.int_range(pl.len()) // math.ceil(steps.height / CURVE_POINTS)).alias("group")
     rows = steps.group_by(group, maintain_order=True).agg(pl.col("step").max(), pl.col("loss").mean())
-    x = alt.X("step:Q", title="step", axis=_ticks(), scale=alt.Scale(nice=False))
-    chart = alt.Chart(_data(rows.to_dicts())).mark_line(stroke=STUDENT, strokeWidth=2)
-    chart = chart.encode(x=x, y=alt.Y("loss:Q", title="loss, nats", axis=_ticks())).properties(width=210, height=120)
+    x = {"field": "step", "type": "quantitative", "title": "step", "axis": TICKS, "scale": {"nice": False}}
+    y = {"field": "loss", "type": "quantitative", "title": "loss, nats", "axis": TICKS}
+    layers = [_layer(rows.to_dicts(), "line", {"x": x, "y": y}, stroke=STUDENT, strokeWidth=2)]
     fall = f"from {rows['loss'][0]:.3f} to {rows['loss'][-1]:.3f} nats over {rows['step'][-1]} steps"
-    return _svg(chart, f"Training loss of {student}: {fall}")
+    return _svg(layers, 210, 120, f"Training loss of {student}: {fall}")
 
 
 def reliability(found: Collected, method: str) -> Markup:
     """Accuracy by confidence in bins, a line for each domain, a dotted one for a student before its temperature; sets are pooled."""
     lowest, rows, before = 100 / len(found.params.task.labels), _bins(found, method, "reliability"), _bins(found, method, "uncorrected")
-    x, y = _share(alt.X, "confidence", lowest, "confidence, %"), _share(alt.Y, "accuracy", 0, "right, %")
+    place = {"x": _share("confidence", lowest, "confidence, %"), "y": _share("accuracy", 0, "right, %")}
     color, shape = _two("domain", ["in", "out"])
-    size = alt.Size("n:Q", scale=alt.Scale(type="sqrt", range=[18, 170], domain=[1, max(row["n"] for row in rows)]), legend=None)
-    ideal = alt.Chart(_data([{"confidence": value, "accuracy": value} for value in (lowest, 100)]))
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=color)
+    areas = {"type": "sqrt", "range": [18, 170], "domain": [1, max(row["n"] for row in rows)]}
+    size = {"size": {"field": "n", "type": "quantitative", "scale": areas, "legend": None}}
+    ideal = [{"confidence": value, "accuracy": value} for value in (lowest, 100)]
     layers = [
-        ideal.mark_line(stroke=RULE, strokeDash=[4, 3]).encode(x=x, y=y),
-        base.mark_line(strokeWidth=1.5, opacity=0.6),
-        base.mark_point(filled=True, opacity=0.9).encode(shape=shape, size=size),
+        _layer(ideal, "line", place, stroke=RULE, strokeDash=[4, 3]),
+        _layer(rows, "line", place | color, strokeWidth=1.5, opacity=0.6),
+        _layer(rows, "point", place | color | shape | size, filled=True, opacity=0.9),
     ]
     if before:
-        layers.append(alt.Chart(_data(before)).mark_line(strokeWidth=1.5, strokeDash=[1, 3]).encode(x=x, y=y, color=color))
-    chart = alt.layer(*layers).properties(width=190, height=190)
+        layers.append(_layer(before, "line", place | color, strokeWidth=1.5, strokeDash=[1, 3]))
     each = "{}, confidence {:.0f} %: {:.0f} % right of {:,}"
     spoken = "; ".join(each.format(DOMAINS[row["domain"]].lower(), row["confidence"], row["accuracy"], row["n"]) for row in rows)
-    return _svg(chart, f"Reliability of {method}: {spoken}")
+    return _svg(layers, 190, 190, f"Reliability of {method}: {spoken}")
 
 
 def _bins(found: Collected, method: str, kind: str) -> list[Json]:
@@ -131,16 +130,16 @@ def answered(found: Collected, student: str) -> Markup:
                 }
                 marks.append({"domain": domain, "right": 100 * float(kept["right"].to_numpy().mean()), **reached})
     low = min(row["value"] for row in rows) // 5 * 5
-    x, y = _share(alt.X, "share", 0, "answered, %"), _share(alt.Y, "value", low, "agrees, %")
+    place = {"x": _share("share", 0, "answered, %"), "y": _share("value", low, "agrees, %")}
     color, shape = _two("domain", ["in", "out"])
-    dash = alt.StrokeDash("what:N", scale=alt.Scale(domain=["agrees", "right"], range=[[1, 0], [2, 3]]), legend=None)
-    base = alt.Chart(_data(rows)).encode(x=x, y=y, color=color)
-    layers = [base.mark_line(strokeWidth=1.5).encode(strokeDash=dash)]
+    dashes = {"domain": ["agrees", "right"], "range": [[1, 0], [2, 3]]}
+    dash = {"strokeDash": {"field": "what", "type": "nominal", "scale": dashes, "legend": None}}
+    layers = [_layer(rows, "line", place | color | dash, strokeWidth=1.5)]
     if marks:
-        layers.append(alt.Chart(_data(marks)).mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=color, shape=shape))
+        layers.append(_layer(marks, "point", place | color | shape, filled=True, size=60, opacity=1))
     each = "{}, promised {:.0%}: {:.1f} % answered, of these {:.1f} % agree and {:.1f} % are right"
     said = [each.format(DOMAINS[m["domain"]].lower(), m["promise"], m["share"], m["value"], m["right"]) for m in marks]
-    return _svg(alt.layer(*layers).properties(width=190, height=190), f"Answered share of {student}: {'; '.join(said)}")
+    return _svg(layers, 190, 190, f"Answered share of {student}: {'; '.join(said)}")
 
 
 COSTS: dict[str, tuple[str, tuple[str, ...], Callable[[float], str]]] = {
@@ -172,15 +171,15 @@ def tradeoff(document: Json, domain: str, against: str) -> Markup | None:
     low, left, right = min(row["low"] for row in rows) // 10 * 10, rows[0]["cost"] / 1.35, rows[-1]["cost"] * 1.35
     digits = (1, 2, 5) if right < 50 * left else (1,)
     values = [digit * 10**power for power in range(-2, 13) for digit in digits if left <= digit * 10**power <= right]
-    scale = alt.Scale(type="log", domain=[left, right], nice=False)
-    x = alt.X("cost:Q", title=f"{against}, {unit} (log scale)", scale=scale, axis=_ticks(values=values, format="~s"))
+    scale = {"type": "log", "domain": [left, right], "nice": False}
+    axis = TICKS | {"values": values, "format": "~s"}
+    x = {"x": {"field": "cost", "type": "quantitative", "title": f"{against}, {unit} (log scale)", "scale": scale, "axis": axis}}
     color, shape = _two("kind", ["baseline", "student"])
-    y = partial(_share, alt.Y, low=low, title="accuracy, %")
-    base = alt.Chart(_data(rows)).encode(x=x)
-    layers: list[Any] = [
-        alt.Chart(_data(unbeaten)).mark_line(interpolate="step-after", stroke=RULE, strokeWidth=1.5).encode(x=x, y=y("accuracy")),
-        base.mark_rule(strokeWidth=1.5, opacity=0.4).encode(y=y("low"), y2="high:Q", color=color),
-        base.mark_point(filled=True, size=70, opacity=1).encode(y=y("accuracy"), color=color, shape=shape),
+    point, bar = x | {"y": _share("accuracy", low, "accuracy, %")}, {"y": _share("low", low, "accuracy, %"), "y2": {"field": "high"}}
+    layers = [
+        _layer(unbeaten, "line", point, interpolate="step-after", stroke=RULE, strokeWidth=1.5),
+        _layer(rows, "rule", x | bar | color, strokeWidth=1.5, opacity=0.4),
+        _layer(rows, "point", point | color | shape, filled=True, size=70, opacity=1),
     ]
     heights = {row["method"]: TRADEOFF_HEIGHT * (100 - row["accuracy"]) / (100 - low) for row in rows}  # pixels from the top
     places = {row["method"]: TRADEOFF_WIDTH * math.log(row["cost"] / left) / math.log(right / left) for row in rows}
@@ -193,17 +192,17 @@ def tradeoff(document: Json, domain: str, against: str) -> Markup | None:
             height = heights[row["method"]] + dy
             if height > 0 and all(abs(height - other) > 12 or end < begins or ends < start for begins, ends, other in taken):
                 taken.append((start, end, height))
-                text = alt.Chart(_data([row])).mark_text(align=align, dx=dx, dy=dy, fill=INK)
-                layers.append(text.encode(x=x, y=y("accuracy"), text="method:N"))
+                text = point | {"text": {"field": "method", "type": "nominal"}}
+                layers.append(_layer([row], "text", text, align=align, dx=dx, dy=dy, fill=INK))
                 break
     spoken = "; ".join(f"{row['method']} {row['accuracy']:.1f} % at {in_words(row['cost'])}" for row in rows)
-    chart = alt.layer(*layers).properties(width=TRADEOFF_WIDTH, height=TRADEOFF_HEIGHT)
-    return _svg(chart, f"Accuracy against {against}: {spoken}")
+    return _svg(layers, TRADEOFF_WIDTH, TRADEOFF_HEIGHT, f"Accuracy against {against}: {spoken}")
 
 
-def _data(rows: Sequence[Json]) -> alt.InlineData:
-    """Rows of a chart, with numbers rounded to what a screen can show."""
-    return alt.InlineData(values=[{key: round(own, 5) if isinstance(own, float) else own for key, own in row.items()} for row in rows])
+def _layer(rows: Sequence[Json], mark: str, encoding: Json, **looks: Any) -> Json:
+    """One mark for each row; numbers are rounded to what a screen can show."""
+    values = [{key: round(own, 5) if isinstance(own, float) else own for key, own in row.items()} for row in rows]
+    return {"data": {"values": values}, "mark": {"type": mark, **looks}, "encoding": encoding}
 
 
 def _lowest(document: Json) -> float:
@@ -213,29 +212,39 @@ def _lowest(document: Json) -> float:
     return max(0.0, 100 * min(values) // 10 * 10)
 
 
-def _share(channel: Any, field: str, low: float, title: str | None = None) -> Any:
-    """A scale from `low` to 100 percent (`alt.X` or `alt.Y`). Each layer states it: Vega-Lite widens the scale to zero if one does not."""
-    return channel(f"{field}:Q", title=title, scale=alt.Scale(domain=[low, 100], nice=False, zero=False), axis=_ticks())
+def _share(field: str, low: float, title: str | None = None) -> Json:
+    """A scale from `low` to 100 percent. Each layer states it: Vega-Lite widens the scale to zero if one does not."""
+    scale = {"domain": [low, 100], "nice": False, "zero": False}
+    return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": TICKS}
 
 
-def _two(field: str, values: list[str]) -> tuple[alt.Color, alt.Shape]:
+def _named(field: str, order: Sequence[str]) -> Json:
+    """A row for each name."""
+    return {"field": field, "type": "nominal", "sort": order, "title": None, "axis": NAMES}
+
+
+def _two(field: str, values: list[str]) -> tuple[Json, Json]:
     """Colour and shape of two kinds: a grey circle, a diamond in the students' colour."""
-    color = alt.Scale(domain=values, range=[MUTED, STUDENT])
-    shape = alt.Scale(domain=values, range=["circle", "diamond"])
-    return alt.Color(f"{field}:N", scale=color, legend=None), alt.Shape(f"{field}:N", scale=shape, legend=None)
+    color, shape = (
+        {channel: {"field": field, "type": "nominal", "scale": {"domain": values, "range": looks}, "legend": None}}
+        for channel, looks in {"color": [MUTED, STUDENT], "shape": ["circle", "diamond"]}.items()
+    )
+    return color, shape
 
 
-def _ticks(**settings: Any) -> alt.Axis:
-    return alt.Axis(tickCount=4, domain=False, ticks=False, grid=True, labelPadding=6, labelFlush=False, **settings)
-
-
-def _svg(chart: Any, label: str, names: Sequence[str] = ()) -> Markup:
-    """A chart as an SVG element with one label. There is room for `names` at its left in a wider font than the one they are measured in."""
-    axis = {"labelColor": INK, "titleColor": MUTED, "gridColor": GRID}
-    fonts = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelFont": "sans-serif", "titleFont": "sans-serif"}
-    padding = {"left": 4 + round(1.2 * max(map(len, names), default=0)), "right": 10, "top": 4, "bottom": 4}
-    drawn = chart.configure(aria=False, background="transparent", padding=padding).configure_view(stroke=None)
-    drawn = drawn.configure_axis(**axis, **fonts).configure_axisY(titlePadding=9).configure_text(font="sans-serif", fontSize=12)
-    text = vl_convert.vegalite_to_svg(drawn.to_dict())
+def _svg(layers: Sequence[Json], width: int, height: int, label: str, names: Sequence[str] = ()) -> Markup:
+    """Layers as an SVG element with one label. There is room for `names` at its left in a wider font than the one they are measured in."""
+    axis = {"labelColor": INK, "titleColor": MUTED, "gridColor": GRID, "labelFontSize": 12, "titleFontSize": 12}
+    fonts = {"titleFontWeight": "normal", "labelFont": "sans-serif", "titleFont": "sans-serif"}
+    config = {
+        "aria": False,
+        "background": "transparent",
+        "padding": {"left": 4 + round(1.2 * max(map(len, names), default=0)), "right": 10, "top": 4, "bottom": 4},
+        "view": {"stroke": None},
+        "axis": axis | fonts,
+        "axisY": {"titlePadding": 9},
+        "text": {"font": "sans-serif", "fontSize": 12},
+    }
+    text = vl_convert.vegalite_to_svg({"layer": layers, "width": width, "height": height, "config": config})
     text = text[text.index("<svg") :]
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))  # noqa: S704  built here from escaped parts
