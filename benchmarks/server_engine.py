@@ -14,7 +14,8 @@ from pipeline.schema import Prompt
 from pipeline.task import Task, TextTokens
 from pipeline.teachers.engines import LABELS_ONLY
 from pipeline.teachers.scorer import Job
-from pipeline.teachers.servers import ServerBackend, ask_server
+from pipeline.teachers.server_meeting import ask_server
+from pipeline.teachers.server_rows import ServerBackend
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from pipeline.files import Folders
 from pipeline.params import pick, resolved_params
-from pipeline.teachers.servers import ask_server
+from pipeline.teachers.server_meeting import ask_server
 from stages import run
 
 

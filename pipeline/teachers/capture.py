@@ -173,8 +173,8 @@ def _numbers(examples: Sequence[Example]) -> list[int]:
 
 
 def _server_fidelity(scorer: Scorer, store: Store, contexts: Sequence[Context], examples: Sequence[Example]) -> dict[str, float]:
-    """Figures of `teachers.servers.server_fidelity`."""
-    from pipeline.teachers.servers import server_fidelity
+    """Figures of `teachers.server_rows.server_fidelity`."""
+    from pipeline.teachers.server_rows import server_fidelity
 
     keys, numbers, some = scorer.keys, _numbers(examples), contexts[:FIDELITY_CONTEXTS]
     columns = ["label_logprobs", "label_bounds", "completion_ids", "topk_ids", "tail_mass"]

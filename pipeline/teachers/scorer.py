@@ -33,7 +33,7 @@ from pipeline.teachers.generation import Generator
 
 if TYPE_CHECKING:
     from pipeline.teachers.ray import RayBackend
-    from pipeline.teachers.servers import ServerBackend
+    from pipeline.teachers.server_rows import ServerBackend
 
 ENGINE_VERSION = 3  # raised when the engines' numbers change by more than rounding: old rows are then scored again
 ROWS_PER_PART = 256  # rows between two writes: what a kill costs at most
@@ -138,9 +138,9 @@ class Scorer:
         self.keys: list[str] = []  # the `prompt_sha` of each row of the last request, contexts outermost
         self.backend: LocalBackend | RayBackend | ServerBackend
         if self.server is not None:
-            from pipeline.teachers import servers
+            from pipeline.teachers import server_rows
 
-            self.backend = servers.ServerBackend(model_folder, self.tokens, cache)
+            self.backend = server_rows.ServerBackend(model_folder, self.tokens, cache)
         elif on_ray:
             from pipeline.teachers import ray
 

@@ -19,6 +19,7 @@ from pipeline.schema import read_contexts, read_examples
 from pipeline.task import Task
 from pipeline.teachers import servers
 from pipeline.teachers.scorer import Scorer
+from pipeline.teachers.server_meeting import ask_server
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SHOTLESS_SERVERS"), reason="compiles llama.cpp; `make test-servers` runs it")
 NAME, COMPARED, CAPTURED = "smollm2", 100, 200
@@ -57,7 +58,7 @@ def url():
 def project(url, tmp_path, monkeypatch):
     """The working directory, where the server was met."""
     monkeypatch.chdir(tmp_path)
-    servers.ask_server(NAME, ServerParams(url=url, model=NAME), Folders.here())
+    ask_server(NAME, ServerParams(url=url, model=NAME), Folders.here())
     return tmp_path
 
 

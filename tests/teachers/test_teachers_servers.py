@@ -29,9 +29,11 @@ from pipeline.schema import Context
 from pipeline.students.train import train_student
 from pipeline.targets.build import build_targets
 from pipeline.task import Task
-from pipeline.teachers import servers
+from pipeline.teachers import server_meeting, servers
 from pipeline.teachers.scorer import Scorer
-from pipeline.teachers.servers import Said, ask_server, score_labels
+from pipeline.teachers.server_meeting import ask_server
+from pipeline.teachers.server_rows import score_labels
+from pipeline.teachers.servers import Said
 
 CONTEXTS, TEXTS = [Context("shots/0"), TWO], ["a warm and funny film", "a dull, lifeless mess", "cold food", "late x"]
 ROWS = len(CONTEXTS) * (2 + len(TEXTS))
@@ -330,7 +332,7 @@ def test_a_redirect_is_not_followed_and_the_key_is_nowhere(serve, monkeypatch, c
     world, server = serve("vllm", {"key_env": "BIG_KEY"})
     world.meet()
     assert all(headers["Authorization"] == "Bearer sk-very-secret" for headers in server.headers)
-    with closing(servers.open_server(world.folders.artifacts / "servers/big")) as opened:
+    with closing(server_meeting.open_server(world.folders.artifacts / "servers/big")) as opened:
         assert "secret" not in repr([opened, opened.settings, opened.found])
     server.faults = ["redirect"]
     with pytest.raises(UsageError, match=r"sends on to 'http://elsewhere\.example/v1'\. It is not followed"):
@@ -484,7 +486,7 @@ def asked(url, world):
 
 
 def test_a_real_server_s_recorded_answers_are_understood(tmp_path, model_folder, tokenizer, monkeypatch, capfd):
-    monkeypatch.setattr(servers, "MORE", ())
+    monkeypatch.setattr(server_meeting, "MORE", ())
     world = World(tmp_path, model_folder("llama"))
     with Recorded().running() as url:
         labels, texts = (table.to_pylist() for table in asked(url, world))
