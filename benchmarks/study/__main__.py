@@ -7,12 +7,11 @@ import json
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Any
 
 import polars as pl
 import typer
-from scipy.stats import t
 
 from pipeline.commands.reproduce import reproduce
 from pipeline.errors import UsageError, choices, ending_with_a_message
@@ -84,7 +83,7 @@ def means(found: pl.DataFrame) -> str:
 
 
 def differences(found: pl.DataFrame) -> str:
-    """The chosen student's accuracy and macro-F1 less those of others, by draw: the mean, and half of its 95 % interval (Student's t).
+    """The chosen student's accuracy and macro-F1 less those of others, by draw: the mean, the least and the most.
 
     The best baseline and the best teacher are those with the best mean over a task's draws, known only afterwards.
     """
@@ -108,9 +107,8 @@ def markdown(cells: pl.DataFrame) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and half of its 95 % interval."""
-    half = f" ± {t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{fmean(values):+.1f}{half}"
+    """The mean, and the least and most: a 95 % interval of two or three draws says nothing."""
+    return f"{fmean(values):+.1f}" + (f" ({min(values):+.1f} to {max(values):+.1f})" if len(values) > 1 else "")
 
 
 def main(parts: Annotated[list[str] | None, typer.Argument(help="TASK-DRAW; none: all")] = None) -> None:
