@@ -139,7 +139,8 @@ SCORES = pa.schema([*_schema(**dict.fromkeys(KEY, pa.string())), *STORED])
 """Rows of a score cache: each context × each example, in that order."""
 
 LABELLED = _schema(**dict.fromkeys(KEY, pa.string()), label_logprobs=FLOATS)
-"""A teacher's answers to labelled examples that it had not seen: behind each context without those of the example's fold."""
+"""A teacher's answers to labelled examples that it had not seen: behind each context without those of the example's fold, with its
+own lean (`cache/labelled.py`)."""
 
 TARGETS = _schema(
     example_id=pa.string(),

@@ -12,8 +12,8 @@ LABELLED_FILE = "labelled.parquet"
 MOST_FOLDS = 4
 MOST_JUDGED = 256
 """Labelled examples that are in a fold, about: enough to judge by, and each costs a teacher as much as an unlabelled text."""
-PROBES = 32
-"""Unlabelled texts. Few are enough, since both answer the same ones."""
+COMPARED = 32
+"""Unlabelled texts by which leans are compared. Few are enough, since both answer the same ones."""
 
 
 def folds_of(labels: Sequence[object]) -> list[list[int]]:
@@ -33,15 +33,15 @@ def folds_of(labels: Sequence[object]) -> list[list[int]]:
     return found
 
 
-def probes(transfer: Sequence[Example]) -> list[Example]:
-    """The unlabelled texts by which leans are compared."""
-    return sorted(transfer, key=lambda example: example.example_id)[:PROBES]
+def compared_texts(transfer: Sequence[Example]) -> list[Example]:
+    """The `COMPARED` of the unlabelled texts."""
+    return sorted(transfer, key=lambda example: example.example_id)[:COMPARED]
 
 
-def without_lean(answers: np.ndarray, own: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+def with_the_teachers_lean(answers: np.ndarray, own: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     """The answers [..., N, L] of a model or prompt without a fold, as if it leaned to the labels as the teacher does.
 
-    `own` and `teacher` [..., P, L] are what both say of the probes, whose labels are not needed: on the same texts the mean difference is
-    one of leans. All are log-probabilities of labels in nats, but for a constant that the labels share.
+    `own` and `teacher` [..., P, L] are what both say of `compared_texts`, whose labels are not needed: on the same texts the mean
+    difference is one of leans. All are log-probabilities of labels in nats, but for a constant that the labels share.
     """
     return answers + (teacher - own).mean(-2, keepdims=True)

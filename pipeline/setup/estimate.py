@@ -13,7 +13,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.labelled import MOST_FOLDS, PROBES
+from pipeline.cache.labelled import COMPARED, MOST_FOLDS
 from pipeline.params import Params, load_params, read_yaml
 from pipeline.schema import NO_CONTEXT, Example
 from pipeline.task import Task
@@ -91,11 +91,11 @@ def token_work(
     labelled = params.data.demonstrations.per_label * len(params.task.labels)
 
     def judged(teacher: str) -> float:
-        probed = PROBES if params.contexts[params.teachers[teacher].contexts].demonstrations else 0
-        return MOST_FOLDS * asked(teacher, labelled / MOST_FOLDS + probed)
+        compared = COMPARED if params.contexts[params.teachers[teacher].contexts].demonstrations else 0
+        return MOST_FOLDS * asked(teacher, labelled / MOST_FOLDS + compared)
 
     work = {  # once on all labels, and once without each fold
-        f"tune@{name}": (3.0 * tuned.steps * tuned.batch_size + PROBES) * query * MOST_FOLDS * size_of(tuned.base)
+        f"tune@{name}": (3.0 * tuned.steps * tuned.batch_size + COMPARED) * query * MOST_FOLDS * size_of(tuned.base)
         for name, tuned in params.tuned.items()
     }
     work |= {f"teacher@{name}": asked(name, transfer) + judged(name) for name in params.teachers}

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from pipeline.cache.labelled import probes
+from pipeline.cache.labelled import compared_texts
 from pipeline.errors import MismatchError, UsageError, choices
 from pipeline.files import read_json, sha256_json
 from pipeline.schema import NO_CONTEXT, TARGETS, Example, read_examples, read_table
@@ -130,9 +130,9 @@ def demonstrations(file: Path, tokens: TaskTokens) -> list[TargetRow]:
     return _rows(file, examples, [tuple(float(label == example.label) for label in labels) for example in examples], tokens)
 
 
-def probe_rows(file: Path, tokens: TaskTokens) -> list[TargetRow]:
-    """The probes (`pipeline/cache/labelled.py`) among the unlabelled texts. Their targets are all 0: they are only answered."""
-    texts = probes(read_examples(file, tokens.task.fields))
+def compared_rows(file: Path, tokens: TaskTokens) -> list[TargetRow]:
+    """The unlabelled texts by which leans are compared (`pipeline/cache/labelled.py`). Their targets are all 0: they are only answered."""
+    texts = compared_texts(read_examples(file, tokens.task.fields))
     return _rows(file, texts, [(0.0,) * len(tokens.task.labels)] * len(texts), tokens)
 
 

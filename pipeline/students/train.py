@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline import files
 from pipeline.cache.folder import CACHES, cache_manifest
-from pipeline.cache.labelled import LABELLED_FILE, folds_of, without_lean
+from pipeline.cache.labelled import LABELLED_FILE, folds_of, with_the_teachers_lean
 from pipeline.errors import MismatchError, UsageError
 from pipeline.files import Folders, sha256_file, sha256_json
 from pipeline.models import folders as models
@@ -32,7 +32,7 @@ from pipeline.progress import rate
 from pipeline.schema import LABELLED, read_examples, write_table
 from pipeline.students.auxiliary import CacheTerm, TeacherCache
 from pipeline.students.checkpoint import Checkpoint
-from pipeline.students.data import AnyRow, LabelTerm, StudentRow, TargetRow, balanced, demonstrations, probe_rows, split, target_set
+from pipeline.students.data import AnyRow, LabelTerm, StudentRow, TargetRow, balanced, compared_rows, demonstrations, split, target_set
 from pipeline.students.loop import Outcome, Validation, answers, train
 from pipeline.students.processes import ALONE, Processes
 from pipeline.students.tuning import learning_rate
@@ -78,11 +78,11 @@ class _Job:
         self.cache_terms: list[CacheTerm] = []
         self.validation: Validation | None = None
         self.held_back: list[TargetRow] = []
-        self.probes: list[TargetRow] = []
+        self.compared: list[TargetRow] = []
         if student.learn_from == DEMONSTRATIONS_FILE:
             self._learn_demonstrations(1.0, student.batch_size)
             if kind == "tuned":
-                self.probes = probe_rows(folders.artifacts / "data" / "transfer.parquet", self.tokens)
+                self.compared = compared_rows(folders.artifacts / "data" / "transfer.parquet", self.tokens)
         else:
             self._learn_texts(params.data.never_held_back)
 
@@ -164,7 +164,7 @@ class _Job:
                     checkpoint.remove()
 
     def _check_lengths(self) -> None:
-        longest = max([*self._learnt(), *self.held_back, *self.probes], key=lambda row: row.tokens)
+        longest = max([*self._learnt(), *self.held_back, *self.compared], key=lambda row: row.tokens)
         tokens, limit = longest.tokens + max(map(len, self.tokens.completions), default=1) - 1, self.tokens.limit
         if limit is not None and tokens > limit:  # what a teacher of a longer limit read token by token is not cut for this one
             raise UsageError(
@@ -241,15 +241,15 @@ class _Job:
     def _answer_labelled(self, entry: StudentParams, tuned: PreTrainedModel) -> pa.Table:
         """`schema.LABELLED` without a context: each fold of the labelled examples is answered by a model that was tuned without it."""
         [term], rows, size = self.label_terms, list[dict[str, Any]](), entry.micro_batch or entry.batch_size
-        usual, _ = answers(tuned, self.tokens.completions, self.probes, size)
+        usual, _ = answers(tuned, self.tokens.completions, self.compared, size)
         for number, places in enumerate(folds_of([row.label for row in term.rows]), 1):
             fold, learnt = [term.rows[place] for place in places], [row for at, row in enumerate(term.rows) if at not in places]
             model = models.load_model(self.base, device=default_device(), labels=self.tokens.task.labels, seed=entry.seed)
             steps = math.ceil(entry.steps * len(learnt) / len(term.rows))
             own = entry.model_copy(update={"steps": steps})
             train(model, self.tokens.completions, [replace(term, rows=learnt)], own, title=f"{self.name} without fold {number}")
-            said, _ = answers(model, self.tokens.completions, [*fold, *self.probes], size)
-            said = without_lean(said[: len(fold)], said[len(fold) :], usual)
+            said, _ = answers(model, self.tokens.completions, [*fold, *self.compared], size)
+            said = with_the_teachers_lean(said[: len(fold)], said[len(fold) :], usual)
             rows += [{"context_id": "", "example_id": row.example_id, "label_logprobs": own} for row, own in zip(fold, said, strict=True)]
         return pa.Table.from_pylist(rows, schema=LABELLED)
 

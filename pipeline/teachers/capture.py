@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.cache.distributions import Distributions, decode
 from pipeline.cache.fidelity import censored, fidelity
 from pipeline.cache.folder import described_task, write_cache
-from pipeline.cache.labelled import LABELLED_FILE, folds_of, probes, without_lean
+from pipeline.cache.labelled import LABELLED_FILE, compared_texts, folds_of, with_the_teachers_lean
 from pipeline.cache.store import Store
 from pipeline.errors import CorruptError, UsageError
 from pipeline.files import Folders, read_json, read_manifest, sha256_json, write_json
@@ -92,7 +92,7 @@ def capture(name: str, params: Params, folders: Folders) -> None:
 
 def _labelled(scorer: Scorer, contexts: Sequence[Context], folders: Folders) -> pa.Table:
     """`schema.LABELLED` of a teacher: each context is asked about each fold of the labelled examples without those of the fold, and about
-    probes, which tell how it leans then.
+    a few unlabelled texts, which tell how it leans then.
 
     Empty if answers are free text, and of a model that learnt the examples, unless it is tuned and asked without any.
     """
@@ -104,8 +104,8 @@ def _labelled(scorer: Scorer, contexts: Sequence[Context], folders: Folders) -> 
         return LABELLED.empty_table()
     data, rows = folders.artifacts / "data", list[dict[str, Any]]()
     examples, transfer = (read_examples(data / f"{role}.parquet", task.fields) for role in ("demonstrations", "transfer"))
-    asked = probes(transfer)
-    usual = scorer.label_scores(contexts, asked, "probes")  # [C, P, L], from the store
+    asked = compared_texts(transfer)
+    usual = scorer.label_scores(contexts, asked, "unlabelled texts")  # [C, P, L], from the store
     for number, places in enumerate(folds_of([example.label for example in examples]), 1):
         fold = [examples[place] for place in places]
         seen = {tuple(sorted(example.fields.items())) for example in fold}
@@ -114,7 +114,7 @@ def _labelled(scorer: Scorer, contexts: Sequence[Context], folders: Folders) -> 
             for one in contexts
         ]
         said = scorer.label_scores(unseen, [*fold, *asked], f"labelled examples, fold {number}")  # [C, fold + P, L]
-        scores = without_lean(said[:, : len(fold)], said[:, len(fold) :], usual)
+        scores = with_the_teachers_lean(said[:, : len(fold)], said[:, len(fold) :], usual)
         rows += [
             {"context_id": context.context_id, "example_id": example.example_id, "label_logprobs": answer.astype(np.float32)}
             for context, own in zip(contexts, scores, strict=True)

@@ -123,7 +123,7 @@ def test_a_tuned_teacher_is_pbft_without_a_cut(make_project):
 
 
 @pytest.mark.slow
-def test_labelled_examples_are_answered_by_models_without_their_fold_and_without_what_these_lean_otherwise(make_project):
+def test_labelled_examples_are_answered_by_models_without_their_fold_with_the_teacher_s_lean(make_project):
     whole, answered = make_project("whole"), {}
     whole.tune(steps=8, learning_rate=3e-3)
     for row in read_table(whole.artifacts / "tuned/tuned/labelled.parquet", LABELLED).to_pylist():

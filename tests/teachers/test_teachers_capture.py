@@ -73,7 +73,7 @@ def test_every_row_is_what_the_full_prompt_gives(world, tokenizer):
         assert row["tail_mass"][0] == pytest.approx(1 - float(top.values.exp().sum()), abs=1e-4)
 
 
-def test_labelled_examples_are_answered_behind_contexts_without_those_of_their_fold_and_without_what_these_lean_otherwise(world, tokenizer):
+def test_labelled_examples_are_answered_behind_contexts_without_those_of_their_fold_with_the_teacher_s_lean(world, tokenizer):
     shown = {"a warm film": "positive", "bored": "negative", "I loved it": "positive", "cold": "negative"}
     world.write_labelled(shown | {"as it was": "mixed", "fair": "mixed"})
     world.capture()
