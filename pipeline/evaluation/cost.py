@@ -70,7 +70,7 @@ def _figures(name: str, models: Sequence[Answering], params: Params, examples: S
     for earlier in map(read_json, sorted(folder.glob("*.json"))):
         if earlier["measured"] == about and ("one_thread" in earlier or not one_thread):
             return earlier
-    return measured_apart(name, models, params.task, asked, timed, threads, one_thread)
+    return {"measured": about} | measured_apart(name, models, params.task, asked, timed, threads, one_thread)
 
 
 def measured_apart(
@@ -128,12 +128,11 @@ def measure(
 ) -> Json:
     """Answer the first `timed` examples one by one, after one to warm up, then all in batches, and return the figures.
 
-    `measured` (`subject`, the hash of weights and prompts; number of `examples` one by one and `batched`; the machine); `prompt_tokens` of
-    an example; `latency_ms`, the median; `peak_rss_bytes` up to the batches, with Python and its libraries; `peak_device_bytes` on a GPU;
-    `parameters`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`, `examples_per_second`, `engine`}; `one_thread`
-    {`latency_ms`, `throughput`}, if asked for and on a CPU.
+    `prompt_tokens` of an example; `latency_ms`, the median; `peak_rss_bytes` up to the batches, with Python and its libraries;
+    `peak_device_bytes` on a GPU; `parameters`, `disk_bytes`; `forward_passes` of an example; `throughput` {`examples`,
+    `examples_per_second`, `engine`}; `one_thread` {`latency_ms`, `throughput`}, if asked for and on a CPU.
     """
-    about, device = measured_on(models, task, examples, timed, threads), default_device()
+    device = default_device()
     one_thread = one_thread and device.type == "cpu"
     counts = list(dict.fromkeys([threads, 1] if one_thread else [threads]))  # of threads
     use_machine(threads)
@@ -143,7 +142,6 @@ def measure(
     by_network = [(networks[key[:2]], [own for place, own in passes if place == key]) for key in tokens]
     latencies = [_latency_ms(by_network, timed, count) for count in counts]
     figures = {
-        "measured": about,
         "prompt_tokens": sum(len(prompt.ids) for _, own in passes for one in own[:timed] for prompt in one) / timed,
         "latency_ms": latencies[0],
         "peak_rss_bytes": peak_rss_bytes(),
@@ -170,7 +168,10 @@ def measure(
 
 
 def measured_on(models: Sequence[Answering], task: TaskParams, examples: Sequence[Example], timed: int, threads: int) -> Json:
-    """What is measured, by content, and on what; times are equal if these are, up to what else the machine does."""
+    """What is measured, by content (`subject`, the hash of weights and prompts), how many `examples` one by one and `batched`, and on what.
+
+    Times are equal if these are, up to what else the machine does.
+    """
     device = default_device()
     names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
     processor = next(names, platform.processor() or platform.machine())

@@ -22,6 +22,7 @@ Json = dict[str, Any]
 Scores = Mapping[str, pl.DataFrame]
 
 ECE_BINS = 15
+CHANCE_DRAWS = 200
 LENGTHS = ("short", "middle", "long")
 SUM_TOLERANCE = 1e-4  # of float32 probabilities
 DIGITS = 6
@@ -35,10 +36,10 @@ def evaluate_predictions(
 ) -> dict[str, Json]:
     """Metrics of `schema.PREDICTIONS` rows for each evaluation set, in the table's order of sets.
 
-    Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece`, `predicted_shares` and
-    `per_label`, see `label_metrics`; if there are several runs, also `contexts`, see `spread`; with the rows `before` their
-    temperature, also their `uncorrected` log_loss and ece. Shares are fractions with 6 digits. Raises CorruptError as `frames` and
-    `example_scores` do.
+    Each set has `n` (examples), `accuracy`, `ci95`, `macro_f1`, `log_loss` (nats), `brier` (0 to 1), `ece`, `ece_by_chance`,
+    `predicted_shares` and `per_label`, see `label_metrics`; if there are several runs, also `contexts`, see `spread`; with the rows
+    `before` their temperature, also their `uncorrected` log_loss and ece. Shares are fractions with 6 digits. Raises CorruptError as
+    `frames` and `example_scores` do.
     """
     found, raw = {}, {} if before is None else frames(before, labels)
     for name, frame in frames(table, labels).items():
@@ -83,13 +84,14 @@ def _metrics(frame: pl.DataFrame, labels: Sequence[str]) -> dict[str, float]:
     from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
     gold, predicted, probabilities = frame["label"].to_list(), frame["predicted"].to_list(), probabilities_of(frame)
-    right = frame.select(RIGHT).to_series().to_numpy()
+    right, confidence = frame.select(RIGHT).to_series().to_numpy(), probabilities.max(axis=1)
     return {
         "accuracy": float(right.mean()),
         "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=cast("Any", 0))),  # of labels that occur
         "log_loss": float(log_loss(gold, probabilities, labels=labels)),
         "brier": float(brier_score_loss(gold, probabilities, labels=labels, scale_by_half=cast("Any", True))),
-        "ece": expected_calibration_error(probabilities.max(axis=1), right),
+        "ece": expected_calibration_error(confidence, right),
+        "ece_by_chance": calibration_error_by_chance(confidence),
     }
 
 
@@ -200,14 +202,25 @@ def expected_calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_
     return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / len(confidence)
 
 
+def calibration_error_by_chance(confidence: Floats, bins: int = ECE_BINS) -> float:
+    """The mean ECE of a perfectly calibrated method with these confidences (examples,): what few examples alone make, in `CHANCE_DRAWS`."""
+    draws = np.random.default_rng(0).random((CHANCE_DRAWS, len(confidence))) < confidence
+    in_bin = _bin_of(confidence, bins)[:, None] == np.arange(bins)
+    return float(np.abs((draws - confidence) @ in_bin).sum(axis=1).mean() / len(confidence))
+
+
 def binned(confidence: Floats, bins: int, values: Mapping[str, Any]) -> list[Json]:
     """The bins (low, high] of a confidence that have examples: `n`, and the mean of each of `values`. Arrays: (examples,)."""
-    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # 0 belongs to the first bin
+    bin_of = _bin_of(confidence, bins)
     return [
         {"low": b / bins, "high": (b + 1) / bins, "n": int((bin_of == b).sum())}
         | {key: float(array[bin_of == b].mean()) for key, array in values.items()}
         for b in np.unique(bin_of).tolist()
     ]
+
+
+def _bin_of(confidence: Floats, bins: int) -> npt.NDArray[np.int64]:
+    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # 0 belongs to the first bin
 
 
 def rounded(value: Any) -> Any:

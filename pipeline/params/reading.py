@@ -101,7 +101,7 @@ def checked_params(project: Path = Path()) -> Params:
 def resolve(project: Path = Path()) -> None:
     """Check params.yaml as `checked_params` does, and write artifacts/params.json."""
     params = checked_params(project)
-    versions = {group: {name: version(name) for name in names} for group, names in VERSIONS.items()}
+    versions = {group: ", ".join(f"{name} {version(name)}" for name in names) for group, names in VERSIONS.items()}
     derived = {"versions": versions, "context_models": params.context_models()}
     write_json({**params.model_dump(mode="json"), **derived}, project / RESOLVED)
 

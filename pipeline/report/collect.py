@@ -133,12 +133,12 @@ def _document(params: Params, files: dict[str, Any], predictions: dict[str, pl.D
     metrics with `agreement`}, means {domain: means over its sets}, cost or None}; `comparisons`: the rows of metrics/compare.json that are
     about a whole domain.
 
-    Means have accuracy with its ci95, agreement and ece. Free text has also `answers`, True, and the `keys` of the answers' form; there,
-    agreement is {"text" or key: share}, and means have well_formed and accuracy, if the task defines them.
+    Means have accuracy with its ci95, agreement, ece and ece_by_chance. Free text has also `answers`, True, and the `keys` of the answers'
+    form; there, agreement is {"text" or key: share}, and means have well_formed and accuracy, if the task defines them.
     """
     compare, sets, completion = files["metrics/compare.json"], params.data.evaluation, params.task.completion
     settings = {"resamples": params.evaluation.bootstrap, "seed": params.evaluation.seed}
-    averaged = ("agreement", "ece") if completion is None else ("well_formed", "accuracy")
+    averaged = ("agreement", "ece", "ece_by_chance") if completion is None else ("well_formed", "accuracy")
     methods: dict[str, Json] = {}
     for name, frame in predictions.items():
         own: dict[str, Json] = {where: dict(files[f"metrics/eval/{name}.json"]["sets"][where]) for where in sets}

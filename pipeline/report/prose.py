@@ -249,9 +249,10 @@ def findings(document: Json) -> list[str]:
         row = comparison(document, students[0], winner, domain)
         if methods[winner]["kind"] == "baseline" and means[winner]["accuracy"] > means[reference]["accuracy"] and row is not None:
             lines.append(f"{DOMAINS[domain]}, the baseline `{winner}` is the most accurate method; `{students[0]}` is {difference(row)}.")
-        ours, theirs = (percent(means[name]["ece"]) for name in (students[0], reference))
-        off = f"the confidence of `{students[0]}` is off by {ours} points on average (expected calibration error)"
-        lines.append(f"{DOMAINS[domain]}, {off}, that of `{reference}` by {theirs}.")
+        ours, theirs = means[students[0]], percent(means[reference]["ece"])
+        lines.append(
+            f"{DOMAINS[domain]}, the confidence of `{students[0]}` is off by {off_by(ours)}. That of `{reference}` is by {theirs}."
+        )
     for name, method in document["methods"].items():
         if runs := {where: entry["contexts"] for where, entry in method["sets"].items() if "contexts" in entry}:
             widest = max(runs, key=lambda where: runs[where]["best"] - runs[where]["worst"])
@@ -263,6 +264,12 @@ def findings(document: Json) -> list[str]:
             answers = f"`{name}` answers `{label}` to {percent(share)} % of `{where}`"
             warnings.append(f"{answers}. Unless the labels there are that uneven, it hardly looks at the input.")
     return lines + ranges + warnings
+
+
+def off_by(entry: Json) -> str:
+    """The expected calibration error of a set, or its mean over sets, in words."""
+    chance = f"a perfect one would seem off by {percent(entry['ece_by_chance'])} on as many texts"
+    return f"{percent(entry['ece'])} points (expected calibration error; {chance})"
 
 
 def chosen(found: Collected) -> str:

@@ -177,12 +177,14 @@ def calibration(found: Collected) -> Table:
         for members in (sets_of(document, domain) for domain in domains):
             for key, scale, digits in keys.values():
                 now, raw = ([entry[key] for one in members if key in (entry := own(method["sets"][one]))] for own in (dict, _uncorrected))
-                before = f"before {number(scale * fmean(raw), digits)}" if raw else ""
-                row.append(Cell(number(scale * fmean(now), digits), before))
+                notes = [f"before {number(scale * fmean(raw), digits)}"] if raw else []
+                notes += [f"by chance {percent(fmean(method['sets'][one]['ece_by_chance'] for one in members))}"] if key == "ece" else []
+                row.append(Cell(number(scale * fmean(now), digits), ", ".join(notes)))
             row.append(number(fmean(compare[name][one]["kl_nats"] for one in members), 3) if name in compare else DASH)
         label, where, share = most_answered(method)
         rows.append([*row, Cell(f"{percent(share, 0)} %", f"{label}, {where}")])
-    caption = f"Means over the sets of a domain. KL is KL({document['reference']} ‖ method) of the label probabilities."
+    chance = "By chance: the ECE of a method with these confidences that is perfectly calibrated, on as many texts."
+    caption = f"Means over the sets of a domain. {chance} KL is KL({document['reference']} ‖ method) of the label probabilities."
     groups = [("", 1), *((DOMAINS[domain], len(keys) + 1) for domain in domains), ("Balance", 1)]
     columns = ["Method", *[*keys, "KL, nats"] * len(domains), "most frequent answer"]
     return Table("calibration-table", caption, columns, {"": rows}, groups)

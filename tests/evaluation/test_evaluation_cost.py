@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import ShotlessError
 from pipeline.evaluation import cost as cost_module
-from pipeline.evaluation.cost import measure, measure_costs
+from pipeline.evaluation.cost import measure, measure_costs, measured_on
 from pipeline.evaluation.predictions import Answering
 from pipeline.files import read_json
 from pipeline.models.folders import load_model, load_tokenizer, save_model
@@ -45,7 +45,7 @@ def test_tokens_and_passes_of_a_student_are_its_prompts(model_folder, ids):
     assert figures["disk_bytes"] == sum(file.stat().st_size for file in folder.iterdir())
     assert figures["latency_ms"] > 0
     assert figures["peak_rss_bytes"] > figures["disk_bytes"]
-    measured = figures["measured"]
+    measured = measured_on([Answering(folder)], TASK, EXAMPLES, 2, 1)
     assert measured.keys() == {"subject", "examples", "batched", "device", "processor", "dtypes", "threads", "torch"}
     assert (measured["examples"], measured["batched"], measured["dtypes"], measured["threads"]) == (2, 3, ["float32"], 1)
     assert measured["processor"]
@@ -144,7 +144,7 @@ def test_every_window_of_a_long_text_is_measured(model_folder, seen):
 @pytest.mark.slow
 def test_the_subject_is_weights_and_prompts_wherever_they_lie(model_folder, tmp_path):
     def subject(*models):
-        return measure(models, TASK, EXAMPLES, 1, 1)["measured"]["subject"]
+        return measured_on(models, TASK, EXAMPLES, 1, 1)["subject"]
 
     folder, moved = model_folder("llama"), tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
@@ -165,9 +165,8 @@ def noted(monkeypatch):
     found = []
 
     def note(models, task, examples, timed, threads, one_thread):
-        about = cost_module.measured_on(models, task, examples, timed, threads)
         found.append(([(str(model.folder), len(model.contexts)) for model in models], (len(examples), timed, threads, one_thread)))
-        return {"measured": about, "number": len(found)} | ({"one_thread": {}} if one_thread else {})
+        return {"number": len(found)} | ({"one_thread": {}} if one_thread else {})
 
     monkeypatch.setattr(cost_module, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(cost_module, "measure", note)

@@ -1,5 +1,6 @@
 """Metrics against naive oracles written from their definitions, and the properties that must hold for any predictions."""
 
+import itertools
 import json
 import math
 from typing import Any
@@ -11,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import CorruptError
-from pipeline.evaluation.metrics import before_temperature, evaluate_predictions, expected_calibration_error, mean_accuracy, summary
+from pipeline.evaluation.metrics import (
+    before_temperature,
+    calibration_error_by_chance,
+    evaluate_predictions,
+    expected_calibration_error,
+    mean_accuracy,
+    summary,
+)
 from pipeline.schema import PREDICTIONS
 
 LABELS = ("negative", "neutral", "positive")
@@ -164,6 +172,16 @@ def test_ece_lies_between_zero_and_one(pairs: list[tuple[float, bool]]) -> None:
     one_bin = expected_calibration_error(confidence, correct, bins=1)
     assert one_bin == pytest.approx(abs(confidence.mean() - correct.mean()), abs=1e-9)
     assert expected_calibration_error(confidence, correct) >= one_bin - 1e-9, "finer bins hide less"
+
+
+@pytest.mark.parametrize("confidence", [[0.9], [0.9, 0.94], [0.55, 0.9, 0.91, 0.6, 1.0]])
+def test_ece_by_chance_is_the_mean_over_what_may_be_right(confidence: list[float]) -> None:
+    expected = 0.0
+    for right in itertools.product([False, True], repeat=len(confidence)):
+        chance = math.prod(c if ok else 1 - c for c, ok in zip(confidence, right, strict=True))
+        expected += chance * expected_calibration_error(np.array(confidence), np.array(right))
+    assert calibration_error_by_chance(np.array(confidence)) == pytest.approx(expected, abs=0.06)
+    assert calibration_error_by_chance(np.repeat(confidence, 2000)) < 0.02
 
 
 SUMMED = {

@@ -363,13 +363,10 @@ def test_reliability_pools_the_sets_of_a_domain(found):
 def test_a_student_s_bins_before_its_temperature_are_drawn_and_its_errors_stand_below_the_corrected_ones(root, found):
     table = tables.calibration(found)
     cell = next(row for row in table.bodies[""] if row[0] == "`cd`")[1]
-    before = [
-        entry["uncorrected"]["ece"]
-        for name, entry in found.of("eval", "cd")["sets"].items()
-        if found.document["sets"][name]["domain"] == "in"
-    ]
+    sets = [entry for name, entry in found.of("eval", "cd")["sets"].items() if found.document["sets"][name]["domain"] == "in"]
+    before, chance = (100 * np.mean(own) for own in zip(*((one["uncorrected"]["ece"], one["ece_by_chance"]) for one in sets), strict=True))
     assert table.columns[1] == "ECE, %"
-    assert cell.note == f"before {100 * np.mean(before):.1f}"
+    assert cell.note == f"before {before:.1f}, by chance {chance:.1f}"
     drawn = [str(charts.reliability(found, name)).count('stroke-dasharray="1,3"') for name in ("cd", "pbft")]
     assert drawn == [2, 0]  # a line for each domain
 
@@ -507,7 +504,12 @@ def document_of(difference, interval, clear):
 
     def method(kind, accuracy):
         entry = {"accuracy": accuracy, "ci95": [accuracy - 0.04, accuracy + 0.04], "predicted_shares": {"a": 0.95, "b": 0.05}}
-        return {"kind": kind, "sets": {"s": entry}, "means": {"out": entry | {"ece": 0.05, "agreement": 0.9}}, "cost": None}
+        return {
+            "kind": kind,
+            "sets": {"s": entry},
+            "means": {"out": entry | {"ece": 0.05, "ece_by_chance": 0.04, "agreement": 0.9}},
+            "cost": None,
+        }
 
     row = {"method": "cd", "other": "teacher", "domain": "out", "difference": difference, "ci95": interval, "clear": clear}
     return {
