@@ -23,7 +23,7 @@ from pipeline.params.presets import make_workspace
 pytestmark = pytest.mark.real
 SLICE = {
     "data": {
-        "demonstrations": {"per_label": 4},
+        "demonstrations": {"per_label": 2},
         "transfer": {"limit": 12, "extra_sources": {"amazon": None, "tweets": None, "editorials": 6}},
         "evaluation": {
             "movie": {"per_label": 8},
@@ -32,7 +32,7 @@ SLICE = {
             "tweets": None,
         },
     },
-    "contexts": {"orders": {"demonstrations": 8, "count": 2}},
+    "contexts": {"orders": {"demonstrations": 4, "count": 2}},
     "tuned": {"tuned": {"steps": 1}, "contrast": {"steps": 1}},
     "students": {"cd": {"steps": 1}, "encoder": {"steps": 1}},
     "baselines": {"few_shot_calibrated": None, "fine_tuned": None},
