@@ -176,8 +176,9 @@ def measured_on(models: Sequence[Answering], task: TaskParams, examples: Sequenc
     names = (line.partition(":")[2].strip() for line in cpu_info().splitlines() if line.startswith("model name"))
     processor = next(names, platform.processor() or platform.machine())
     ids = [[[prompt.ids for one in own for prompt in one] for own in each] for _, each in _asked(models, task, examples)[1]]
+    weights = [model.identity["weights"] if model.identity else weights_sha256(model.folder) for model in models]
     return {
-        "subject": sha256_json([[weights_sha256(model.folder), own] for model, own in zip(models, ids, strict=True)]),
+        "subject": sha256_json([list(each) for each in zip(weights, ids, strict=True)]),
         "examples": timed,
         "batched": len(examples),
         "device": device.type,
