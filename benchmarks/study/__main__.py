@@ -31,14 +31,24 @@ RIVALS = {
     "SetFit": ("setfit",),
     "all teachers": ("teacher",),
 }
-Part = tuple[str, int]
+Part = tuple[str, int, int]
+"""A task, a draw, and how many labels of each class."""
 
 
-def part_params(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> dict[str, Any]:
+def parts_of(plan: dict[str, Any]) -> dict[str, Part]:
+    """All parts by name: TASK-DRAW with as many labels as `init` asks for, and TASK-DRAW-LABELS; of the default run there is one size."""
+    usual, *others = plan["per_label"]
+    found = {f"{task}-{draw}": (task, draw, usual) for draw in plan["draws"] for task in plan["tasks"]}
+    files = [(name, part) for name, part in found.items() if plan["tasks"][part[0]]]
+    return found | {f"{name}-{labels}": (task, draw, labels) for labels in others for name, (task, draw, _) in files}
+
+
+def part_params(plan: dict[str, Any], part: Part, workspace: Path) -> dict[str, Any]:
     """The params of one part, checked; its files are written."""
+    task, draw, _ = part
     raw, entry = read_yaml(Path("params.yaml")), plan["tasks"][task]
     if entry:
-        write_files(plan, task, draw, workspace)
+        write_files(plan, part, workspace)
         labelled, unlabelled, test = (workspace / f"{name}.jsonl" for name in ("labelled", "unlabelled", "test"))
         raw, _ = new_task(raw, Answers(labelled, unlabelled, test, entry["template"], {}, {}, "label"))
     raw = merge(raw, plan["also"] | {"data": {"demonstrations": {"seed": draw}}})
@@ -46,8 +56,9 @@ def part_params(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> 
     return raw
 
 
-def write_files(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> None:
+def write_files(plan: dict[str, Any], part: Part, workspace: Path) -> None:
     """Draw a part's labelled, unlabelled and test texts from the task's files; the test is the same in every draw."""
+    task, draw, per_label = part
     entry, sizes, rng = plan["tasks"][task], plan["sizes"], random.Random(f"{task} {draw}")  # noqa: S311
     pool, test = ([json.loads(line) for line in (Path(plan["data"]) / entry[name]).open(encoding="utf-8")] for name in ("pool", "test"))
     rng.shuffle(pool)
@@ -55,7 +66,7 @@ def write_files(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> 
     seen, drawn = Counter[str](), defaultdict[str, list[dict[str, Any]]](list)
     for row in pool:
         seen[row["label"]] += 1
-        drawn["labelled" if seen[row["label"]] <= sizes["per_label"] else "unlabelled"].append(row)
+        drawn["labelled" if seen[row["label"]] <= per_label else "unlabelled"].append(row)
     drawn["unlabelled"] = [{"text": row["text"]} for row in drawn["unlabelled"][: sizes["unlabelled"]]]
     drawn["test"] = test[: sizes["test"]]
     for name, rows in drawn.items():
@@ -65,14 +76,14 @@ def write_files(plan: dict[str, Any], task: str, draw: int, workspace: Path) -> 
 def gather(parts: dict[str, Part]) -> pl.DataFrame:
     """What finished parts measured, a row for each method: its figures in percent, means over the part's evaluation sets."""
     rows = list[dict[str, Any]]()
-    for part, (task, draw) in parts.items():
+    for part, (_, draw, _) in parts.items():
         best, metrics = WORKSPACES / part / "artifacts" / "best.json", WORKSPACES / part / "metrics" / "eval"
         if best.is_file():
             files = {file.stem: file for file in sorted(metrics.glob("*.json"))}
             for method, file in {**files, CHOSEN: files[read_json(best)["student"]]}.items():
                 sets = read_json(file)["sets"].values()
                 figures = {figure: 100 * fmean(one[figure] for one in sets) for figure in FIGURES}
-                rows.append({"task": task, "draw": draw, "method": method, **figures})
+                rows.append({"task": part.replace(f"-{draw}", ""), "draw": draw, "method": method, **figures})
     return pl.DataFrame(rows)
 
 
@@ -111,16 +122,16 @@ def spread(values: list[float]) -> str:
     return f"{fmean(values):+.1f}" + (f" ({min(values):+.1f} to {max(values):+.1f})" if len(values) > 1 else "")
 
 
-def main(parts: Annotated[list[str] | None, typer.Argument(help="TASK-DRAW; none: all")] = None) -> None:
+def main(parts: Annotated[list[str] | None, typer.Argument(help="TASK-DRAW or TASK-DRAW-LABELS; none: all")] = None) -> None:
     """Run parts and print the tables of what has finished."""
     plan = read_yaml(PLAN)
-    known = {f"{task}-{draw}": (task, draw) for draw in plan["draws"] for task in plan["tasks"]}
+    known = parts_of(plan)
     if unknown := set(parts or ()) - set(known):
         raise UsageError(f"study: no part {choices(unknown)}; choose from: {choices(known)}")
     for part in parts or known:
         workspace = WORKSPACES / part
         workspace.mkdir(parents=True, exist_ok=True)
-        write_workspace(part_params(plan, *known[part], workspace), workspace, Path())
+        write_workspace(part_params(plan, known[part], workspace), workspace, Path())
         resolve(workspace)
         reproduce(workspace, Path(), ["compare", "select"], jobs=1)
     found = gather(known)

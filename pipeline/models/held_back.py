@@ -180,10 +180,10 @@ def allowed_misses(sizes: tuple[int, ...], promise: float) -> npt.NDArray[np.int
         return (most - (binom.cdf(most, parts, 1 - promise) > alpha)).astype(int)
 
     def chance(allowed: npt.NDArray[np.int_]) -> float:
-        few, before, passed, misses = np.arange(allowed.max() + 2), 0, 0.0, np.ones(1)  # misses: of each number, if no test was passed
-        for size, most in zip(sizes, allowed, strict=True):
-            misses = np.convolve(misses, binom.pmf(few, size - before, 1 - promise))[: len(few)]
-            passed, before = passed + float(misses[: most + 1].sum()), size
+        few, passed, misses = np.arange(allowed.max() + 2), 0.0, np.ones(1)  # misses: of each number, if no test was passed
+        for most, added in zip(allowed, binom.pmf(few, np.diff(parts, prepend=0)[:, None], 1 - promise), strict=True):
+            misses = np.convolve(misses, added)[: len(few)]
+            passed += float(misses[: most + 1].sum())
             misses[: most + 1] = 0.0
         return passed
 
