@@ -282,6 +282,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} if settings.get("tokenizer_class") == "TokenizersBackend" else {}
     write_json(config, folder / "config.json")
     write_json(settings, folder / "tokenizer_config.json")
+    for file in folder.glob("*.safetensors"):  # which safetensors makes for their owner's eyes only
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def weights_sha256(folder: Path) -> str:

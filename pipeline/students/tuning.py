@@ -46,6 +46,7 @@ class Tuning:
         config.base_model_name_or_path = base
         config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
         self._adapter.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)  # as in `save_model`
         (folder / "README.md").unlink()
 
     def merge(self) -> None:

@@ -135,6 +135,11 @@ def test_saving_what_was_read_gives_the_same_bytes(folder, tmp_path):
     assert once["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(folder, tmp_path):
+    save_model(load_model(folder), load_tokenizer(folder), tmp_path / "saved")
+    assert {file.stat().st_mode for file in (tmp_path / "saved").iterdir()} == {(folder / "config.json").stat().st_mode}
+
+
 def test_hashes_change_with_one_weight_and_one_setting_and_not_with_the_folder(folder, tmp_path):
     before, tokenizer_before = weights_sha256(folder), tokenizer_sha256(folder)
     moved = tmp_path / "elsewhere" / "of-another-name"
