@@ -6,6 +6,7 @@ A finished part costs seconds; a stopped one goes on. Figures are means over dra
 import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from pipeline.setup.new_task import Answers, new_task
 PLAN = Path(__file__).parent / "plan.yaml"
 WORKSPACES = Path("runs/study")
 FIGURES = ("accuracy", "macro_f1", "ece")
+COSTS = ("latency_ms", "memory_mb", "training_s")
 CHOSEN = "the chosen student"
 TEACHERS = ("zero_shot", "few_shot", "fine_tuned", "setfit")
 RIVALS = {
@@ -83,13 +85,23 @@ def gather(parts: dict[str, Part]) -> pl.DataFrame:
             for method, file in {**files, CHOSEN: files[read_json(best)["student"]]}.items():
                 sets = read_json(file)["sets"].values()
                 figures = {figure: 100 * fmean(one[figure] for one in sets) for figure in FIGURES}
-                rows.append({"task": part.replace(f"-{draw}", ""), "draw": draw, "method": method, **figures})
-    return pl.DataFrame(rows)
+                costs = costs_of(file.stem, WORKSPACES / part / "metrics")
+                rows.append({"task": part.replace(f"-{draw}", ""), "draw": draw, "method": method, **figures, **costs})
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys(COSTS, pl.Float64))
 
 
-def means(found: pl.DataFrame) -> str:
+def costs_of(method: str, metrics: Path) -> dict[str, float | None]:
+    """An answer's milliseconds and memory, and a student's seconds of training; None of what was not measured."""
+    files = (metrics / "cost" / f"{method}.json", metrics / "runtime" / f"student-{method}.json")
+    answer, training = (read_json(file) if file.is_file() else {} for file in files)
+    memory = answer["peak_rss_bytes"] / 1e6 if answer else None
+    return dict(zip(COSTS, (answer.get("latency_ms"), memory, training.get("seconds")), strict=True))
+
+
+def means(found: pl.DataFrame, figures: Sequence[str]) -> str:
     """Methods × tasks, as Markdown: each figure's mean over draws."""
-    cell = pl.format(" / ".join("{}" for _ in FIGURES), *(pl.col(figure).mean().round(1) for figure in FIGURES))
+    shown = [pl.col(figure).mean().round(1).cast(pl.String).fill_null("–") for figure in figures]
+    cell = pl.format(" / ".join("{}" for _ in figures), *shown)
     return markdown(found.group_by("task", "method", maintain_order=True).agg(cell.alias("cell")))
 
 
@@ -133,9 +145,10 @@ def main(parts: Annotated[list[str] | None, typer.Argument(help="TASK-DRAW or TA
         workspace.mkdir(parents=True, exist_ok=True)
         write_workspace(part_params(plan, known[part], workspace), workspace, Path())
         resolve(workspace)
-        reproduce(workspace, Path(), ["compare", "select"], jobs=1)
+        reproduce(workspace, Path(), ["compare", "select", "cost"], jobs=1)
     found = gather(known)
-    print(f"{' / '.join(FIGURES)}, percent\n\n{means(found)}\n\nthe chosen student less …\n\n{differences(found)}")
+    print(f"{' / '.join(FIGURES)}, percent\n\n{means(found, FIGURES)}\n\nthe chosen student less …\n\n{differences(found)}\n")
+    print(f"{' / '.join(COSTS)}\n\n{means(found, COSTS)}")
 
 
 if __name__ == "__main__":
