@@ -12,7 +12,7 @@ from jinja2 import Environment
 
 from pipeline.params import HubDownload
 from pipeline.report.collect import DOMAINS, Collected
-from pipeline.report.prose import asked, layers, learnt, licence_of, number, off_by, percent, plural, scaled
+from pipeline.report.prose import asked, by_chance, layers, learnt, licence_of, number, percent, plural, scaled
 from pipeline.report.tables import weakest_slice
 
 
@@ -75,7 +75,7 @@ def _limits(found: Collected, student: str) -> list[str]:
     lowest, most = min(sets, key=lambda name: sets[name]["accuracy"]), max(sets, key=lambda name: sets[name]["ece"])
     lines = [
         f"It is least accurate on `{lowest}`: {percent(sets[lowest]['accuracy'])} % right.",
-        f"Its confidence is off by {off_by(sets[most])} on `{most}`.",
+        f"Its confidence is off by {percent(sets[most]['ece'])} points on `{most}` (expected calibration error); {by_chance(sets[most])}.",
     ]
     if weak := weakest_slice(found, student):
         where = f"{weak['dimension']} “{weak['slice']}”, {DOMAINS[weak['domain']].lower()}"

@@ -249,10 +249,9 @@ def findings(document: Json) -> list[str]:
         row = comparison(document, students[0], winner, domain)
         if methods[winner]["kind"] == "baseline" and means[winner]["accuracy"] > means[reference]["accuracy"] and row is not None:
             lines.append(f"{DOMAINS[domain]}, the baseline `{winner}` is the most accurate method; `{students[0]}` is {difference(row)}.")
-        ours, theirs = means[students[0]], percent(means[reference]["ece"])
-        lines.append(
-            f"{DOMAINS[domain]}, the confidence of `{students[0]}` is off by {off_by(ours)}. That of `{reference}` is by {theirs}."
-        )
+        ours, theirs = (percent(means[name]["ece"]) for name in (students[0], reference))
+        off = f"the confidence of `{students[0]}` is off by {ours} points on average (expected calibration error), that of `{reference}`"
+        lines.append(f"{DOMAINS[domain]}, {off} by {theirs}; {by_chance(means[students[0]])}.")
     for name, method in document["methods"].items():
         if runs := {where: entry["contexts"] for where, entry in method["sets"].items() if "contexts" in entry}:
             widest = max(runs, key=lambda where: runs[where]["best"] - runs[where]["worst"])
@@ -266,10 +265,9 @@ def findings(document: Json) -> list[str]:
     return lines + ranges + warnings
 
 
-def off_by(entry: Json) -> str:
-    """The expected calibration error of a set, or its mean over sets, in words."""
-    chance = f"a perfect one would seem off by {percent(entry['ece_by_chance'])} on as many texts"
-    return f"{percent(entry['ece'])} points (expected calibration error; {chance})"
+def by_chance(entry: Json) -> str:
+    """The calibration error that chance makes on a set, or in the mean of sets, in words."""
+    return f"a perfect one would seem off by {percent(entry['ece_by_chance'])} on as many texts"
 
 
 def chosen(found: Collected) -> str:

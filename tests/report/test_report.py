@@ -533,6 +533,8 @@ def test_findings_follow_the_numbers(difference, interval, clear, expected):
     lines = prose.findings(document_of(difference, interval, clear))
     assert expected in lines[0]
     assert ("not clearly better or worse than `teacher`" in lines[0]) == (not clear)
+    off = "the confidence of `cd` is off by 5.0 points on average (expected calibration error), that of `teacher` by 5.0"
+    assert f"Out of domain, {off}; a perfect one would seem off by 4.0 on as many texts." in lines
     assert any("answers `a` to 95.0 %" in line for line in lines)
 
 
