@@ -86,7 +86,7 @@ def gather(parts: dict[str, Part]) -> pl.DataFrame:
                 sets = read_json(file)["sets"].values()
                 figures = {figure: 100 * fmean(one[figure] for one in sets) for figure in FIGURES}
                 costs = costs_of(file.stem, WORKSPACES / part / "metrics")
-                rows.append({"task": part.replace(f"-{draw}", ""), "draw": draw, "method": method, **figures, **costs})
+                rows.append({"task": part.replace(f"-{draw}", "", 1), "draw": draw, "method": method, **figures, **costs})
     return pl.DataFrame(rows, schema_overrides=dict.fromkeys(COSTS, pl.Float64))
 
 

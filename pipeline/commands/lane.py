@@ -19,7 +19,7 @@ FOLDER = "SHOTLESS_LANE"
 GPU = Path("/proc/driver/nvidia")
 """With a GPU, or on macOS, stages are processes of their own: what torch has loaded there may not survive a fork."""
 LIBRARIES = (
-    "polars", "pyarrow.parquet", "pydantic", "ruamel.yaml", "scipy.special", "sklearn.linear_model", "safetensors.torch", "tokenizers",
+    "polars", "pyarrow.parquet", "pydantic", "scipy.special", "sklearn.linear_model", "safetensors.torch", "tokenizers",
     "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 OF_DVC = ("dvc.cli.parser", "dvc.repo.reproduce", "dvc.scm", "ruamel.yaml")

@@ -203,7 +203,9 @@ def expected_calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_
 
 
 def calibration_error_by_chance(confidence: Floats, bins: int = ECE_BINS) -> float:
-    """The mean ECE of a perfectly calibrated method with these confidences (examples,): what few examples alone make, in `CHANCE_DRAWS`."""
+    """The ECE of a perfectly calibrated method with these confidences (examples,), which is above 0 as examples are few: the mean of
+    `CHANCE_DRAWS` draws of which answers are right.
+    """
     rng, bin_of = np.random.default_rng(0), _bin_of(confidence, bins)
     draws = ((rng.random(len(confidence)) < confidence) - confidence for _ in range(CHANCE_DRAWS))
     return float(np.mean([np.abs(np.bincount(bin_of, draw)).sum() for draw in draws]) / len(confidence))

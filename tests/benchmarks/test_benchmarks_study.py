@@ -30,6 +30,13 @@ def test_a_task_of_files_has_parts_of_each_size_and_the_default_run_of_one():
     assert parts_of(PLAN)["sms-12-4"] == ("sms", 12, 4)
 
 
+def test_a_task_of_another_size_is_a_column_of_its_own(found):
+    write_json({"student": "encoder"}, WORKSPACES / "sms-1-16" / "artifacts" / "best.json")
+    sets = {"one": dict.fromkeys(FIGURES, 0.5)}
+    write_json({"sets": sets}, WORKSPACES / "sms-1-16" / "metrics" / "eval" / "encoder.json")
+    assert gather({"sms-1-16": ("sms", 1, 16)})["task"].unique().to_list() == ["sms-16"]
+
+
 def test_figures_are_means_over_sets_and_draws(found):
     assert "| encoder | 92.5 / 92.5 / 5.0 |" in means(found, FIGURES)
     assert "| the chosen student | 92.5 / 92.5 / 5.0 |" in means(found, FIGURES)
