@@ -1,4 +1,4 @@
-"""docs/params.md lists every key, and every YAML block of the documents is one that a run takes, for `shotless check` and for DVC."""
+"""docs/params.md lists every key, links lead somewhere, and every YAML block of the documents is one that `shotless check` and DVC take."""
 
 import json
 import re
@@ -27,6 +27,22 @@ def blocks() -> list[Any]:
             name = f"{file.name}:{text[: block.start()].count(chr(10)) + 1}"
             found.append(pytest.param(YAML(typ="safe", pure=True).load(block[1]), id=name))
     return found
+
+
+def anchors(file: Path) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_documents_lead_to_files_and_headings():
+    links = [(file, link) for file in DOCUMENTS for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", file.read_text("utf-8"))]
+    assert len(links) > 30
+    for file, link in links:
+        path, _, anchor = link.partition("#")
+        target = file.parent / path if path else file
+        assert target.exists(), f"{file.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{file.name}: {link}"
 
 
 def test_the_page_of_params_is_up_to_date_and_says_what_every_key_means():
