@@ -46,7 +46,8 @@ MANY_LABELS = 20
 """Of more, decoders are left out: each reads the labels behind every text, and of 77 intents these were 139 tokens behind 20 of a text."""
 MANY_LABELS_STEPS = 400
 """Of their students, at least: of 77 intents and as many texts, 150 steps are right in 76.2 %, and 400 in 79.8."""
-PER_LABEL = 8
+PER_LABEL = 32
+"""Labelled examples of each label, at most: teachers answer those in folds too, for which each costs as much as an unlabelled text."""
 DEMONSTRATIONS = 16
 """In a context, at most, if they fit: as many of each label, or of more labels than that one of each in several contexts."""
 MOST_CONTEXTS = 8
@@ -125,8 +126,12 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
             if answers.per_label is not None or drawn["per_label"] == 1:
                 raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
             drawn["per_label"] -= 1
-    if drawn["per_label"] < most:
-        notes.append(f"data.demonstrations.per_label: {drawn['per_label']}, since of one label no more are left beside the test's texts")
+    used = drawn["per_label"]
+    if (left := sum(counts.values()) - used * len(counts)) and answers.per_label is None:
+        rarest = min(counts, key=lambda label: counts[label])
+        few = "of one label no more are left beside the test's texts" if used < most else f"there are no more of {rarest!r}"
+        why = few if used < PER_LABEL else "more cost more; --per-label takes them"
+        notes.append(f"data.demonstrations.per_label: {used}, since {why}: {left:,} labelled rows are not used")
     notes += choose_formats(raw, demonstrations, read["labelled"].examples, tokenizers)
     params, unlabelled = parse_params(raw), read["unlabelled"].examples
     notes += _prompt(params, demonstrations, unlabelled[0], tokenizers)

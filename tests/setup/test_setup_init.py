@@ -110,7 +110,7 @@ def test_fewer_of_a_label_are_drawn_if_its_texts_are_those_of_the_test(folder):
     write_rows(folder / "mine" / "t.jsonl", tested + [{"text": sentence(100 + n), "label": "usual"} for n in range(20)])
     done = shotless(folder, "init", *FILES)
     assert load_params(folder / "new.yaml").data.demonstrations.per_label == 3
-    assert "data.demonstrations.per_label: 3, since of one label no more are left beside the test's texts" in done.stdout
+    assert "per_label: 3, since of one label no more are left beside the test's texts: 34 labelled rows are not used" in done.stdout
     asked = shotless(folder, "init", *FILES, "--force", "--per-label", "8", check=False)
     assert "8 examples of label 'rare' wanted, 3 found" in asked.stderr
 
@@ -443,9 +443,21 @@ def test_several_labels_in_a_row_are_refused_with_the_line(folder, label):
 
 def test_a_label_with_few_rows_sets_the_number_of_demonstrations(folder, model_folder, monkeypatch):
     three(folder, label=lambda n: "yes" if n % 14 == 0 else "no")
-    shotless(folder, "init", *FILES)
+    done = shotless(folder, "init", *FILES)
+    assert "data.demonstrations.per_label: 3, since there are no more of 'yes': 34 labelled rows are not used" in done.stdout
     params = prepares(folder, model_folder("llama", max_position_embeddings=2048), monkeypatch)
     assert (params.data.demonstrations.per_label, params.contexts["orders"].demonstrations) == (3, 6)
+
+
+def test_all_labelled_rows_are_used_up_to_what_judging_them_costs(folder):
+    three(folder)
+    assert "labelled rows are not used" not in shotless(folder, "init", *FILES).stdout
+    assert load_params(folder / "new.yaml").data.demonstrations.per_label == 20
+    write_rows(folder / "mine" / "l.jsonl", [{"text": sentence(1000 + n), "label": ["no", "yes"][n % 2]} for n in range(70)])
+    done = shotless(folder, "init", *FILES, "--force")
+    assert "data.demonstrations.per_label: 32, since more cost more; --per-label takes them: 6 labelled rows are not used" in done.stdout
+    assert load_params(folder / "new.yaml").data.demonstrations.per_label == 32
+    assert "not used" not in shotless(folder, "init", *FILES, "--force", "--per-label", "5").stdout, "this was asked for"
 
 
 @pytest.mark.parametrize(
