@@ -52,6 +52,8 @@ DEMONSTRATIONS = 16
 """In a context, at most, if they fit: as many of each label, or of more labels than that one of each in several contexts."""
 MOST_CONTEXTS = 8
 """In a list, to show every label; each costs the teacher as much as the first."""
+PASSES = 3
+"""Over the labelled examples, at least, by which a decoder is tuned."""
 ROWS_SHOWN, ROWS_READ = 3, 500  # to show what a file holds, and to guess at its columns
 SHOWN_CHARS = 1500
 MOST_CUT = 20
@@ -132,6 +134,10 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
         few = "of one label no more are left beside the test's texts" if used < most else f"there are no more of {rarest!r}"
         why = few if used < PER_LABEL else "more cost more; --per-label takes them"
         notes.append(f"data.demonstrations.per_label: {used}, since {why}: {left:,} labelled rows are not used")
+    for name, tuned in parse_params(raw).tuned.items():
+        if tuned.tuning != "contrastive" and tuned.steps < (enough := -(-PASSES * len(demonstrations) // tuned.batch_size)):
+            raw["tuned"][name] = raw["tuned"][name] | {"steps": enough}
+            notes.append(f"tuned.{name}.steps: {enough}, so that it sees each labelled text {PASSES} times")
     notes += choose_formats(raw, demonstrations, read["labelled"].examples, tokenizers)
     params, unlabelled = parse_params(raw), read["unlabelled"].examples
     notes += _prompt(params, demonstrations, unlabelled[0], tokenizers)

@@ -456,7 +456,10 @@ def test_all_labelled_rows_are_used_up_to_what_judging_them_costs(folder):
     write_rows(folder / "mine" / "l.jsonl", [{"text": sentence(1000 + n), "label": ["no", "yes"][n % 2]} for n in range(70)])
     done = shotless(folder, "init", *FILES, "--force")
     assert "data.demonstrations.per_label: 32, since more cost more; --per-label takes them: 6 labelled rows are not used" in done.stdout
-    assert load_params(folder / "new.yaml").data.demonstrations.per_label == 32
+    params = load_params(folder / "new.yaml")
+    assert params.data.demonstrations.per_label == 32
+    assert params.tuned["tuned"].steps == 12, "3 times 64 texts, in batches of 16"
+    assert "tuned.tuned.steps: 12, so that it sees each labelled text 3 times" in done.stdout
     assert "not used" not in shotless(folder, "init", *FILES, "--force", "--per-label", "5").stdout, "this was asked for"
 
 
