@@ -455,7 +455,10 @@ def test_all_labelled_rows_are_used_up_to_what_judging_them_costs(folder):
     assert load_params(folder / "new.yaml").data.demonstrations.per_label == 20
     write_rows(folder / "mine" / "l.jsonl", [{"text": sentence(1000 + n), "label": ["no", "yes"][n % 2]} for n in range(70)])
     done = shotless(folder, "init", *FILES, "--force")
-    assert "data.demonstrations.per_label: 32, since more cost more; --per-label takes them: 6 labelled rows are not used" in done.stdout
+    assert (
+        "data.demonstrations.per_label: 32, since judging them takes time; --per-label takes more: 6 labelled rows are not used"
+        in done.stdout
+    )
     params = load_params(folder / "new.yaml")
     assert params.data.demonstrations.per_label == 32
     assert params.tuned["tuned"].steps == 12, "3 times 64 texts, in batches of 16"
