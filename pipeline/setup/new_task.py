@@ -281,7 +281,7 @@ def _encoders_alone(base: Mapping[str, Any], labels: int) -> tuple[dict[str, Any
 
 
 def _unused_rows(counts: Mapping[str, int], used: int, most: int) -> Iterator[str]:
-    """A note, if `used` labelled examples of each label are not all there are; near copies of the test's texts may leave less than `most`."""
+    """A note, if `used` labelled examples of each label are not all; near copies of the test's texts may leave less than `most`."""
     rarest = min(counts, key=lambda label: counts[label])
     if used < most:
         why = "of one label no more are left beside the test's texts"
