@@ -19,15 +19,16 @@ COMPARED = 32
 def folds_of(labels: Sequence[object]) -> list[list[int]]:
     """Places of examples by fold, the first ones of each label in turn; `labels` has each example's own.
 
-    There are `MOST_FOLDS`, or as many as a label has examples; none if a label has only one, which then no one could have seen.
+    There are `MOST_FOLDS`, or as many as the most frequent label has examples. The only example of a label is in none: no one could know
+    its label without it.
     """
     counts = Counter(labels)
-    folds = min(MOST_FOLDS, min(counts.values(), default=0))
+    folds = min(MOST_FOLDS, max(counts.values(), default=0))
     if folds < 2:
         return []
     found, seen, most = [list[int]() for _ in range(folds)], Counter[object](), max(folds, MOST_JUDGED // len(counts))
     for place, label in enumerate(labels):
-        if seen[label] < most:
+        if counts[label] > 1 and seen[label] < most:
             found[seen[label] % folds].append(place)
         seen[label] += 1
     return found

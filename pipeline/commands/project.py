@@ -21,7 +21,7 @@ def init(
     label_column: Annotated[str | None, typer.Option(help="The column with the labels, by default `label`.")] = None,
     verbaliser: Annotated[list[str] | None, typer.Option(help="LABEL=WORD: what the model answers for a label.")] = None,
     per_label: Annotated[
-        int | None, typer.Option(min=1, help="Demonstrations of each label; default: as many as there are, 32 at most.")
+        int | None, typer.Option(min=1, help="Labelled rows of each label; default: as many as there are, 32 at most.")
     ] = None,
     all_teachers: Annotated[
         bool, typer.Option("--all-teachers", help="Of many labels too; else more than 20 have teachers and students that are encoders.")

@@ -59,7 +59,7 @@ def assign(data: DataParams, labels: Sequence[str], sources: Mapping[str, Source
             draw.usable = short
         draw.seed = data.seed if wanted.seed is None else wanted.seed
         if source == wanted.source:
-            drawn = draw.balanced(labels, wanted.per_label)
+            drawn = draw.balanced(labels, wanted.per_label, wanted.most_per_label)
         else:
             drawn = draw.first([example for example in draw.usable if not labels or example.label], wanted.extra_sources[source])
         demonstrations = draw.ranked({example.example_id: example for example in [*demonstrations, *drawn]}.values())
@@ -108,8 +108,9 @@ class _Draw:
         self._roles, self._shown = roles, ""
         roles.copies.setdefault(role, Counter(dict.fromkeys(earlier, 0)))
 
-    def balanced(self, labels: Sequence[str], per_label: int | None) -> list[Example]:
-        """`per_label` examples of each label, together in rank order; of all examples if there are no labels.
+    def balanced(self, labels: Sequence[str], per_label: int | None, most: int | None = None) -> list[Example]:
+        """`per_label` examples of each label, up to `most` of those that have more, together in rank order; of all examples if there are no
+        labels.
 
         None: all there are, which may lack a label as long as there are two.
         """
@@ -120,7 +121,7 @@ class _Draw:
         drawn: list[Example] = []
         few = per_label is None and len({example.label for example in self.usable}.intersection(labels)) < 2
         for label in labels or [None]:
-            found = self.first([e for e in self.usable if label is None or e.label == label], per_label)
+            found = self.first([e for e in self.usable if label is None or e.label == label], most or per_label)
             if len(found) < (per_label or int(few or label is None)):
                 raise UsageError(
                     f"data.{self.role}: {per_label or 1} examples of label {label!r} wanted, {len(found)} found in source "

@@ -247,6 +247,8 @@ class DemonstrationParams(Frozen):
     """A labelled source."""
     per_label: PositiveInt
     """Examples of each label."""
+    most_per_label: PositiveInt | None = None
+    """Examples of a label that has more than `per_label`, at most; null: `per_label`."""
     max_words: PositiveInt | None = None
     """Longer examples are not drawn, so that contexts stay short."""
     seed: int | None = None
@@ -254,6 +256,12 @@ class DemonstrationParams(Frozen):
     extra_sources: dict[str, PositiveInt | None] = Field(default={})
     """Further labelled sources → examples to add (null: all), of any labels, as those of `shotless review`. Where one has a text that is
     drawn, its label wins; a later one's over an earlier one's."""
+
+    @model_validator(mode="after")
+    def _check_most(self) -> Self:
+        if self.most_per_label is not None and self.most_per_label < self.per_label:
+            raise ValueError(f"most_per_label: {self.most_per_label} is less than per_label ({self.per_label}); raise it, or leave it out")
+        return self
 
 
 class TransferParams(Frozen):

@@ -62,7 +62,7 @@ def _facts(found: Collected, student: str) -> dict[str, str]:
         facts["teacher"] = f"the student {params.rounds[target].student}"
         facts["transfer examples"] = number(sum(roles[role]["drawn"] for role in ("transfer", "pool")))
     if kind == "data" or (entry.ce_weight and entry.ce_target == "demonstrations"):
-        facts["labelled examples"] = number(params.data.demonstrations.per_label * len(params.task.labels))
+        facts["labelled examples"] = number(found.files["metrics/prepare.json"]["roles"]["demonstrations"]["drawn"])
     facts["steps"] = f"{entry.steps:,}, with {plural(entry.batch_size, 'example')} each; learning rate {entry.learning_rate:g}"
     seeds = [str(run.seed) for run in entry.runs.values()]
     facts["seeds"] = ", ".join(seeds) + ("; figures are means over them, and this folder is of the first" if len(seeds) > 1 else "")

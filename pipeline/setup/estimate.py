@@ -63,12 +63,13 @@ def try_rows(folder: Path, task: Task, examples: Sequence[Example], threads: int
 
 
 def token_work(
-    params: Params, query: float, answer: float, layers: int | None, transfer: int, evaluated: int, artifacts: Path
+    params: Params, query: float, answer: float, layers: int | None, labelled: int, transfer: int, evaluated: int, artifacts: Path
 ) -> dict[str, float]:
     """Stage of dvc.yaml → tokens through the largest model, for stages that pass texts through one.
 
     `query` and `answer` are tokens of a text and of the longest answer, `layers` those of the model (None: students are counted as whole
-    models), `transfer` and `evaluated` numbers of examples. A model that is not in `artifacts` yet counts as one of the largest.
+    models), `labelled`, `transfer` and `evaluated` numbers of examples. A model that is not in `artifacts` yet counts as one of the
+    largest.
     """
     files = {name: [*(artifacts / "models" / name).glob("*.safetensors")] for name in params.models}
     sizes = {name: sum(file.stat().st_size for file in own) for name, own in files.items() if own}
@@ -87,8 +88,6 @@ def token_work(
     def asked(teacher: str, examples: float) -> float:
         context, model = params.contexts[params.teachers[teacher].contexts], params.teachers[teacher].model
         return context.count * (context.demonstrations * (query + answer) + examples * query) * size_of(model)
-
-    labelled = params.data.demonstrations.per_label * len(params.task.labels)
 
     def judged(teacher: str) -> float:
         compared = COMPARED if params.contexts[params.teachers[teacher].contexts].demonstrations else 0
@@ -123,9 +122,9 @@ def prepared_work(project: Path) -> dict[str, float]:
         return {}
     import pyarrow.parquet as pq
 
-    transfer = pq.read_metadata(data / "transfer.parquet").num_rows
+    labelled, transfer = (pq.read_metadata(data / f"{role}.parquet").num_rows for role in ("demonstrations", "transfer"))
     evaluated = sum(pq.read_metadata(file).num_rows for file in (data / "evaluation").glob("*.parquet"))
-    return token_work(load_params(project / "params.yaml"), 1.0, 0.0, None, transfer, evaluated, project / "artifacts")
+    return token_work(load_params(project / "params.yaml"), 1.0, 0.0, None, labelled, transfer, evaluated, project / "artifacts")
 
 
 def stage_count(params: Params, dag: Path) -> int:
@@ -135,8 +134,8 @@ def stage_count(params: Params, dag: Path) -> int:
     return sum(len(reduce(getitem, loop.split("."), values)) if loop else 1 for loop in loops)
 
 
-def cost(params: Params, transfer: Sequence[Example], evaluated: int) -> str:
-    """Lines that say what a run on the texts `transfer` will cost, with `evaluated` texts in the evaluation sets."""
+def cost(params: Params, labelled: int, transfer: Sequence[Example], evaluated: int) -> str:
+    """Lines that say what a run on the texts `transfer` will cost; `labelled` and `evaluated` are numbers of other texts."""
     name = next(iter(params.models))
     folder = Path("artifacts") / "models" / name
     if not folder.is_dir():
@@ -145,7 +144,8 @@ def cost(params: Params, transfer: Sequence[Example], evaluated: int) -> str:
         )
     rows = transfer[:ROWS_TRIED]
     trial = try_rows(folder, Task(params.task), rows, params.runtime.threads)
-    each = token_work(params, trial.query_tokens, trial.answer_tokens, trial.layers, len(transfer), evaluated, Path("artifacts"))
+    numbers = (labelled, len(transfer), evaluated)
+    each = token_work(params, trial.query_tokens, trial.answer_tokens, trial.layers, *numbers, Path("artifacts"))
     work = {part: sum(tokens for stage, tokens in each.items() if stage.partition("@")[0] in kinds) for part, kinds in PARTS.items()}
     rate, length = trial.tokens_per_second, trial.query_tokens
     stages, peak = stage_count(params, Path("dvc.yaml")), PROCESS_BYTES + TRAINING_BYTES * trial.parameters

@@ -47,7 +47,7 @@ MANY_LABELS = 20
 MANY_LABELS_STEPS = 400
 """Of their students, at least: of 77 intents and as many texts, 150 steps are right in 76.2 %, and 400 in 79.8."""
 PER_LABEL = 32
-"""Labelled examples of each label, at most: teachers answer those in folds too, for which each costs as much as an unlabelled text."""
+"""Labelled examples of a label, at most: teachers answer those in folds too, for which each costs as much as an unlabelled text."""
 DEMONSTRATIONS = 16
 """In a context, at most, if they fit: as many of each label, or of more labels than that one of each in several contexts."""
 MOST_CONTEXTS = 8
@@ -77,7 +77,7 @@ class Answers:
     verbalisers: Mapping[str, str]
     fields: Mapping[str, str]  # template field → column, if they differ
     label_column: str
-    per_label: int | None = None  # None: `PER_LABEL`, or as many as there are
+    per_label: int | None = None  # None: as many as there are, `PER_LABEL` at most
     all_teachers: bool = False  # of more than `MANY_LABELS` too
     delimiter: str | None = None  # of the text files; None: found by the reader
     encoding: str | None = None
@@ -117,24 +117,20 @@ def new_task(base: Mapping[str, Any], answers: Answers) -> tuple[dict[str, Any],
     if form.template.endswith(" "):
         notes.append("task.template: it ends in a space, since tokenizers begin all answers with a space of its own")
     room = _context_room(read, task, tokens, _room(params, tokenizers), notes)
-    drawn, demonstrations = raw["data"]["demonstrations"], list[Example]()
-    most = drawn["per_label"]
-    while not demonstrations:
-        for entry in raw["contexts"].values():
-            entry["demonstrations"] = min(entry["demonstrations"], drawn["per_label"] * len(form.verbalisers))
-        try:
-            demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
-        except UsageError as error:  # near copies of the test's texts are kept out, and may leave fewer of a label
-            if answers.per_label is not None or drawn["per_label"] == 1:
-                raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
-            drawn["per_label"] -= 1
-    if answers.per_label is None:
-        notes += _unused_rows(counts, drawn["per_label"], most)
+    try:
+        if answers.per_label is None:
+            notes += _set_numbers(raw, counts, assign(params.data, task.labels, read).drawn["demonstrations"])
+        for name, entry in raw["contexts"].items():
+            held = raw["data"]["demonstrations"]["per_label"] * len(form.verbalisers)
+            entry["demonstrations"] = min(base["contexts"][name]["demonstrations"], held)
+        demonstrations = _choose_demonstrations(raw, read, tokens, room, notes)
+    except UsageError as error:
+        raise UsageError(str(error).replace("data.demonstrations.per_label", "--per-label")) from None
     notes += _set_tuning_steps(raw, len(demonstrations))
     notes += choose_formats(raw, demonstrations, read["labelled"].examples, tokenizers)
     params, unlabelled = parse_params(raw), read["unlabelled"].examples
     notes += _prompt(params, demonstrations, unlabelled[0], tokenizers)
-    return raw, [*notes, cost(params, unlabelled, len(read["test"].examples))]
+    return raw, [*notes, cost(params, len(demonstrations), unlabelled, len(read["test"].examples))]
 
 
 def rows_of(answers: Answers, path: Path, asked: Sequence[str]) -> Iterator[Row | BadRow]:
@@ -207,11 +203,11 @@ def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -
     rule = {} if answers.label_column == "label" else {"column": answers.label_column}
     models = base.get("models") or {}
     used = {model["path"].split("/")[1] for model in models.values() if model["path"].startswith(f"{DOWNLOADS}/")}
-    per_label = answers.per_label or min(PER_LABEL, *counts.values())
+    numbers = {"per_label": answers.per_label} if answers.per_label else {"per_label": 1, "most_per_label": PER_LABEL}
     contexts: dict[str, Any] = {}
     for name, entry in (base.get("contexts") or {}).items():  # an instruction or a length is about the old task
         kept = {key: entry[key] for key in ("count", "vary") if key in entry and entry["demonstrations"]}
-        contexts[name] = {"demonstrations": min(entry["demonstrations"], per_label * len(words)), **kept}
+        contexts[name] = {"demonstrations": min(entry["demonstrations"], numbers["per_label"] * len(words)), **kept}
     return {
         "task": {"template": answers.template, "verbalisers": words},
         "downloads": {name: entry for name, entry in (base.get("downloads") or {}).items() if name in used},
@@ -223,7 +219,7 @@ def _raw(base: Mapping[str, Any], answers: Answers, counts: Mapping[str, int]) -
                 "test": _source(answers, answers.test, rule),
             },
             "bad_rows_limit": 0.02,
-            "demonstrations": {"source": "labelled", "per_label": per_label},
+            "demonstrations": {"source": "labelled", **numbers},
             "transfer": {"source": "unlabelled"},
             "evaluation": {"test": {"source": "test", "domain": "in"}},
         },
@@ -280,17 +276,18 @@ def _encoders_alone(base: Mapping[str, Any], labels: int) -> tuple[dict[str, Any
     ]
 
 
-def _unused_rows(counts: Mapping[str, int], used: int, most: int) -> Iterator[str]:
-    """A note, if `used` labelled examples of each label are not all; near copies of the test's texts may leave less than `most`."""
-    rarest = min(counts, key=lambda label: counts[label])
-    if used < most:
-        why = "of one label no more are left beside the test's texts"
-    elif used == counts[rarest]:
-        why = f"there are no more of {rarest!r}"
-    else:
-        why = "judging them takes time; --per-label takes more"
-    if left := sum(counts.values()) - used * len(counts):
-        yield f"data.demonstrations.per_label: {used}, since {why}: {left:,} labelled rows are not used"
+def _set_numbers(raw: dict[str, Any], counts: Mapping[str, int], demonstrations: Sequence[Example]) -> Iterator[str]:
+    """Set how many `demonstrations` of each label are drawn, in place, and note it if they are not all that the file `counts`."""
+    used = Counter(str(example.label) for example in demonstrations)
+    least, most = min(used.values()), max(used.values())
+    raw["data"]["demonstrations"] = {"source": "labelled", "per_label": least} | ({"most_per_label": most} if most > least else {})
+    reasons = list[str]()
+    if max(counts.values()) > PER_LABEL:
+        reasons.append(f"those above {PER_LABEL} of a label, since judging them takes time (--per-label takes more)")
+    if any(used[label] < min(PER_LABEL, count) for label, count in counts.items()):
+        reasons.append("copies of each other or of the test's texts, and bad rows")
+    if reasons:
+        yield f"{sum(counts.values()) - used.total():,} labelled rows are not used: {'; '.join(reasons)}"
 
 
 def _set_tuning_steps(raw: dict[str, Any], labelled: int) -> Iterator[str]:
@@ -391,6 +388,8 @@ def _choose_demonstrations(
         except UsageError:
             if words_allowed is None:
                 raise
+            continue
+        if found and len(drawn) < len(found[0][2]):  # what is too long to be shown may still be learnt
             continue
         one_each = [task.context_text(Context("", "", ((example.fields, example.label or ""),))) for example in drawn]
         found.append((min(wanted, balanced(room // max(tokens(one_each)))), words_allowed, drawn))

@@ -58,6 +58,23 @@ def test_draws_are_balanced_and_of_the_size_asked_for(sources: dict[str, SourceE
     assert len(roles.drawn["transfer"]) == 10
 
 
+def test_a_label_with_more_examples_gives_up_to_as_many_as_asked(unlike: Texts, source: Source) -> None:
+    few = {
+        "a": source("a", unlike(40), ["negative" if n % 10 == 0 else "positive" for n in range(40)]),
+        "b": source("b", unlike(20, seed=1)),
+    }
+
+    def drawn(**wanted: int) -> Counter[str | None]:
+        params = data(demonstrations={"source": "a", **wanted}, evaluation=ALL_OF_B)
+        return Counter(example.label for example in assign(params, LABELS, few).drawn["demonstrations"])
+
+    assert drawn(per_label=3) == {"negative": 3, "positive": 3}
+    assert drawn(per_label=3, most_per_label=7) == {"negative": 4, "positive": 7}
+    assert drawn(per_label=4, most_per_label=30) == {"negative": 4, "positive": 30}
+    with pytest.raises(UsageError, match="5 examples of label 'negative' wanted, 4 found"):
+        drawn(per_label=5, most_per_label=50)
+
+
 def test_an_example_has_one_role_across_sources_too(unlike: Texts, source: Source) -> None:
     shared = unlike(60)
     evaluation = {name: {"source": name, "domain": "in", "per_label": 8} for name in "ab"}

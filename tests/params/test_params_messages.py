@@ -194,6 +194,7 @@ WRONG = [  # a value for a key, and what the message has to say
     ("data.sources.movie.slices", {"words": "rating"}, "every evaluation has a slice words of its own"),
     ("data.sources.movie.slices", {"score": "rating"}, "every evaluation has a slice score of its own"),
     ("data.demonstrations.source", "nowhere", "data.demonstrations.source: no 'nowhere'; choose one of: amazon, editorials"),
+    ("data.demonstrations.most_per_label", 7, "most_per_label: 7 is less than per_label (8)"),
     ("data.transfer.source", "nowhere", "data.transfer.source: no 'nowhere'"),
     ("data.transfer.extra_sources", {"movie": 3}, "'movie' is data.transfer.source itself; set its `limit`"),
     ("data.transfer.extra_sources", {"nowhere": 3}, "data.transfer.extra_sources: no 'nowhere'"),

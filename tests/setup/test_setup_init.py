@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 
 import polars as pl
 import pytest
@@ -15,7 +16,7 @@ from pipeline.data.examples import write_source
 from pipeline.data.prepare import prepare
 from pipeline.files import Folders
 from pipeline.params import TaskParams, load_params, read_yaml, resolve, write_yaml
-from pipeline.schema import Context, Example
+from pipeline.schema import Context, Example, read_examples
 from pipeline.setup import format_choice
 from pipeline.setup.estimate import stage_count, token_work
 from pipeline.setup.new_task import Answers, guess_label, guess_text, new_task, read_columns
@@ -109,8 +110,9 @@ def test_fewer_of_a_label_are_drawn_if_its_texts_are_those_of_the_test(folder):
     tested = [{"text": sentence(n), "label": "rare"} for n in range(0, 25, 5)]  # 5 of the 8 rare labelled texts
     write_rows(folder / "mine" / "t.jsonl", tested + [{"text": sentence(100 + n), "label": "usual"} for n in range(20)])
     done = shotless(folder, "init", *FILES)
-    assert load_params(folder / "new.yaml").data.demonstrations.per_label == 3
-    assert "per_label: 3, since of one label no more are left beside the test's texts: 34 labelled rows are not used" in done.stdout
+    drawn = load_params(folder / "new.yaml").data.demonstrations
+    assert (drawn.per_label, drawn.most_per_label) == (3, 32)
+    assert "5 labelled rows are not used: copies of each other or of the test's texts, and bad rows" in done.stdout
     asked = shotless(folder, "init", *FILES, "--force", "--per-label", "8", check=False)
     assert "8 examples of label 'rare' wanted, 3 found" in asked.stderr
 
@@ -225,7 +227,8 @@ def test_nothing_is_replaced_unless_told(folder):
         (MAPPED[2:], "--labelled: missing"),
         (["--labelled", "mine/nope.csv", *MAPPED[2:]], "nope.csv: no such file"),
         (["--labelled", "mine/pile.txt", *MAPPED[2:]], "mine/pile.txt: a file's name ends with one of .csv, .json"),
-        (["--labelled", "mine/labelled.csv", "--unlabelled", "mine/labelled.csv", *MAPPED[4:]], None),
+        (["--labelled", "mine/labelled.csv", "--unlabelled", "mine/labelled.csv", *MAPPED[4:]], "of its 40 rows: 40 in demonstrations"),
+        (["--labelled", "mine/labelled.csv", "--unlabelled", "mine/labelled.csv", *MAPPED[4:], "--per-label", "8"], None),
         ([*MAPPED[:4], "--test", "mine/labelled.csv", *MAPPED[6:]], "data.demonstrations"),
     ],
 )
@@ -441,12 +444,15 @@ def test_several_labels_in_a_row_are_refused_with_the_line(folder, label):
     assert not (folder / "new.yaml").exists()
 
 
-def test_a_label_with_few_rows_sets_the_number_of_demonstrations(folder, model_folder, monkeypatch):
+def test_a_label_with_few_rows_is_shown_less_but_costs_the_others_nothing(folder, model_folder, monkeypatch):
     three(folder, label=lambda n: "yes" if n % 14 == 0 else "no")
     done = shotless(folder, "init", *FILES)
-    assert "data.demonstrations.per_label: 3, since there are no more of 'yes': 34 labelled rows are not used" in done.stdout
+    assert "5 labelled rows are not used: those above 32 of a label, since judging them takes time (--per-label takes more)" in done.stdout
     params = prepares(folder, model_folder("llama", max_position_embeddings=2048), monkeypatch)
-    assert (params.data.demonstrations.per_label, params.contexts["orders"].demonstrations) == (3, 6)
+    drawn = params.data.demonstrations
+    assert (drawn.per_label, drawn.most_per_label, params.contexts["orders"].demonstrations) == (3, 32, 6)
+    rows = read_examples(folder / "artifacts" / "data" / "demonstrations.parquet", ("text",))
+    assert Counter(example.label for example in rows) == {"yes": 3, "no": 32}
 
 
 def test_all_labelled_rows_are_used_up_to_what_judging_them_costs(folder):
@@ -455,10 +461,7 @@ def test_all_labelled_rows_are_used_up_to_what_judging_them_costs(folder):
     assert load_params(folder / "new.yaml").data.demonstrations.per_label == 20
     write_rows(folder / "mine" / "l.jsonl", [{"text": sentence(1000 + n), "label": ["no", "yes"][n % 2]} for n in range(70)])
     done = shotless(folder, "init", *FILES, "--force")
-    assert (
-        "data.demonstrations.per_label: 32, since judging them takes time; --per-label takes more: 6 labelled rows are not used"
-        in done.stdout
-    )
+    assert "6 labelled rows are not used: those above 32 of a label, since judging them takes time" in done.stdout
     params = load_params(folder / "new.yaml")
     assert params.data.demonstrations.per_label == 32
     assert params.tuned["tuned"].steps == 12, "3 times 64 texts, in batches of 16"
@@ -596,7 +599,7 @@ def test_work_is_counted_as_the_stages_do_it(tmp_path):
         folder = tmp_path / "models" / model
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(bytes(size))
-    sizes = {"query": 30.0, "answer": 3.0, "layers": 30, "transfer": 800, "evaluated": 600, "artifacts": tmp_path}
+    sizes = {"query": 30.0, "answer": 3.0, "layers": 30, "labelled": 16, "transfer": 800, "evaluated": 600, "artifacts": tmp_path}
     work, shots = token_work(params, **sizes), params.contexts["orders"].count
     tuned, contrast = (3 * 30 * params.tuned[name].steps * params.tuned[name].batch_size for name in ("tuned", "contrast"))
     cd, encoder = (3 * 30 * params.students[name].steps * params.students[name].batch_size for name in ("cd", "encoder"))

@@ -39,7 +39,9 @@ def test_folds_have_as_many_of_each_label_and_every_example_once():
     folds = [sorted(fold) for fold in folds_of(["a", "b", "a", "b", "b", "a", "a", "b", "a", "b"])]
     assert folds == [[0, 1, 8, 9], [2, 3], [4, 5], [6, 7]]
     assert len(folds_of(["a", "b", "a", "b"])) == 2
-    assert folds_of(["a", "b", "a"]) == []
+    assert folds_of(["a", "b", "a"]) == [[0], [2]], "no one could know b without its only example"
+    assert folds_of(["a", "b", "a", "a", "b", "a", "a"]) == [[0, 1, 6], [2, 4], [3], [5]]
+    assert folds_of(["a", "b"]) == folds_of([]) == []
     many = folds_of([n % 50 for n in range(50 * 20)])
     assert len(many) == MOST_FOLDS
     assert sum(map(len, many)) == 50 * (MOST_JUDGED // 50)
