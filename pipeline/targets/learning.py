@@ -57,7 +57,7 @@ def learn_pool(judged: Judged) -> Pool:
     count, labels, rows = len(judged.voters), judged.voters.shape[-1], np.arange(len(judged.gold))
     _, label, examples = np.unique(judged.gold, return_inverse=True, return_counts=True)
     weights = (1 / examples)[label] / len(examples)  # [M], with the sum 1
-    lean = np.einsum("vml,m->vl", judged.voters, weights)
+    lean = _lean(judged)
     voters = judged.voters - lean[:, None]
     start, penalty = np.repeat([count**-0.5, 0.0], [count, labels]), np.repeat([SCALE_PENALTY, BIAS_PENALTY], [count, labels])
 
@@ -73,6 +73,21 @@ def learn_pool(judged: Judged) -> Pool:
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS}).x
     scales, bias = found[:count], found[count:] - found[:count] @ lean
     return Pool(scales, bias - bias.mean())
+
+
+def _lean(judged: Judged) -> np.ndarray:
+    """Each voter's mean log-probability of each label, nats [V, L], in which texts of each label count alike.
+
+    A label that no example has is taken for as well known as the others: else its lean would be that of texts that are not of it.
+    """
+    present, voters = np.unique(judged.gold), judged.voters
+    means = np.stack([voters[:, judged.gold == label].mean(1) for label in present], axis=1)  # [V, labels of texts, L]
+    own, (_, count, labels) = means[:, np.arange(len(present)), present], means.shape
+    absent = np.setdiff1d(np.arange(labels), present)
+    others = (means.sum((1, 2)) - own.sum(1)) / (count * (labels - 1))
+    assumed = np.repeat(others[:, None, None], labels, axis=2).repeat(len(absent), axis=1)
+    assumed[:, np.arange(len(absent)), absent] = own.mean(1, keepdims=True)
+    return np.concatenate([means, assumed], axis=1).mean(1)
 
 
 def cross_validated(judged: Judged) -> np.ndarray:

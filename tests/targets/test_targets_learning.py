@@ -54,6 +54,14 @@ def test_the_pool_is_the_weighted_geometric_mean():
     assert np.allclose(found, naive / naive.sum(-1, keepdims=True))
 
 
+@pytest.mark.parametrize("labels", [2, 3, 5])
+def test_a_voter_stays_trusted_if_no_example_has_one_of_its_labels(labels):
+    gold, texts = RNG.integers(0, labels - 1, 40), RNG.integers(0, labels, 1000)
+    alone = voter(texts, labels, 6.0)
+    said = learn_pool(Judged(voter(gold, labels, 6.0)[None], gold)).log_probabilities(alone[None])
+    assert log_loss(said, texts) < log_loss(alone, texts) + 0.1
+
+
 def test_the_fit_is_the_minimum_of_its_loss_in_which_labels_count_alike():
     gold = np.repeat([0, 1, 2], [120, 60, 20])
     voters = np.stack([voter(gold, 3, 2.0, lean=1.0), voter(gold, 3, 0.2)])
