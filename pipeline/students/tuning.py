@@ -151,11 +151,11 @@ def _contrastive(model: PreTrainedModel) -> str:
 def fit_label_layer(model: PreTrainedModel, embeddings: Tensor, labels: Sequence[int]) -> float:
     """Make an encoder's last layer the logistic regression of `labels` [N] on `embeddings` [N, H]; its mean cross-entropy, nats.
 
-    Its penalty (C = 1) is for embeddings of unit length, so they are divided by their mean length.
+    Labels count alike, however many examples each has: unequal ones of 77 intents would be told by their number. Its penalty (C = 1) is for embeddings of unit length, so they are divided by their mean length.
     """
     length = embeddings.norm(dim=-1).mean()
     scaled = (embeddings / length).double().cpu().numpy()
-    fitted = LogisticRegression(max_iter=1000).fit(scaled, labels)
+    fitted = LogisticRegression(max_iter=1000, class_weight="balanced").fit(scaled, labels)
     weights, bias = torch.tensor(fitted.coef_), torch.tensor(fitted.intercept_)
     if len(bias) == 1:  # two labels have one score
         weights, bias = torch.cat([-weights, weights]) / 2, torch.cat([-bias, bias]) / 2
