@@ -19,8 +19,6 @@ SCALE_PENALTY, BIAS_PENALTY = 2.0, 4.0
 """Times a squared distance, added to the log loss of all examples in nats: normal priors with standard deviations of 0.5 and 0.35."""
 STEPS, SMALLEST_STEP, SMALLEST_CHANGE = 10_000, 1e-7, 1e-5
 RESAMPLES = 50
-LEAST_SHARE = 1e-3
-"""Of a label that no text seems to have."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +114,18 @@ def shift_to(shares: np.ndarray, log_p: np.ndarray) -> np.ndarray:
 
 
 def likely_shares(log_p: np.ndarray) -> np.ndarray:
-    """The most likely shares [L] of labels among N texts, by expectation maximisation (Saerens et al. 2002); `LEAST_SHARE` at least.
+    """The most likely shares [L] of labels among N texts and one more of each label, by expectation maximisation (Saerens et al. 2002).
 
-    `log_p` [N, L] nats are right if labels have equal shares, as the labelled examples have.
+    The further texts matter if there are many labels: of those with few texts, maximisation alone would give some away to the others.
+    `log_p` [N, L] nats are right if labels have equal shares.
     """
-    shares = np.full(log_p.shape[-1], 1 / log_p.shape[-1])
+    texts, labels = log_p.shape
+    shares = np.full(labels, 1 / labels)
     for _ in range(STEPS):
-        before, shares = shares, softmax(log_p + np.log(shares.clip(LEAST_SHARE)), axis=-1).mean(0)
+        before, shares = shares, (softmax(log_p + np.log(shares), axis=-1).sum(0) + 1) / (texts + labels)
         if np.abs(shares - before).max() < SMALLEST_CHANGE:
             break
-    return shares.clip(LEAST_SHARE) / shares.clip(LEAST_SHARE).sum()
+    return shares
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,6 @@ def estimated_shares(voters: np.ndarray, judged: Judged) -> EstimatedShares:
         found.append(likely_shares(pool.log_probabilities(voters[:, texts])))
     log_p = learn_pool(judged).log_probabilities(voters)
     mean, likely = np.exp(log_p).mean(0), likely_shares(log_p)
-    kept = 1 - np.log(found).var(0).sum() / max((np.log(likely / mean) ** 2).sum(), LEAST_SHARE)
+    kept = 1 - np.log(found).var(0).sum() / max((np.log(likely / mean) ** 2).sum(), SMALLEST_CHANGE)
     low, high = np.quantile(found, [0.025, 0.975], axis=0)
     return EstimatedShares(mean + max(0.0, kept) / 2 * (likely - mean), low, high)

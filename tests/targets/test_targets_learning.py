@@ -126,8 +126,13 @@ def test_likely_shares_are_found_where_probabilities_are_right():
     shares = likely_shares(texts)
     assert np.allclose(shares, truth, atol=0.03)
     grid = np.linspace(0.001, 0.999, 999)
-    likelihood = [np.log(np.exp(texts) @ [share, 1 - share]).sum() for share in grid]
+    likelihood = [np.log(np.exp(texts) @ [share, 1 - share]).sum() + np.log(share * (1 - share)) for share in grid]
     assert shares[0] == pytest.approx(grid[int(np.argmax(likelihood))], abs=2e-3)
+
+
+def test_many_labels_with_few_texts_each_keep_theirs():
+    texts = voter(np.arange(70).repeat(5), 70, 3.0)
+    assert likely_shares(texts).min() > 1 / 70 / 4
 
 
 @pytest.mark.parametrize(("strength", "trusted"), [(8.0, True), (0.3, False)])
