@@ -151,8 +151,8 @@ def _contrastive(model: PreTrainedModel) -> str:
 def fit_label_layer(model: PreTrainedModel, embeddings: Tensor, labels: Sequence[int]) -> float:
     """Make an encoder's last layer the logistic regression of `labels` [N] on `embeddings` [N, H]; its mean cross-entropy, nats.
 
-    Labels count alike, however many examples each has: with few of each, it would else name the label that has the most. Its penalty (C = 1)
-    is for embeddings of unit length, so they are divided by their mean length.
+    Labels count alike, however many examples each has: with few of each, it would else name the label that has the most. Its penalty is
+    for embeddings of unit length (C = 1), so they are divided by their mean length.
     """
     length = embeddings.norm(dim=-1).mean()
     scaled = (embeddings / length).double().cpu().numpy()

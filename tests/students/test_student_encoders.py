@@ -10,13 +10,14 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pipeline.errors import MismatchError, UsageError
-from pipeline.models.folders import load_model
+from pipeline.models.folders import label_layer, load_model
 from pipeline.schema import NO_CONTEXT, Example, read_examples
 from pipeline.serving import Predictor
 from pipeline.students.checkpoint import Checkpoint
 from pipeline.students.data import TargetRow
 from pipeline.students.loop import StudentForward
 from pipeline.students.losses import contrast
+from pipeline.students.tuning import fit_label_layer
 from pipeline.task import Task
 from pipeline.teachers.scorer import Scorer
 
@@ -96,6 +97,19 @@ def test_without_a_step_the_head_is_a_logistic_regression_on_the_frozen_encoder(
     answers = Predictor(project.output(), 1).predict(asked)
     found = [[answer.probabilities[label] for label in ("negative", "positive")] for answer in answers]
     assert np.allclose(found, expected, atol=1e-3)
+
+
+def test_in_the_head_a_label_counts_as_if_it_had_as_many_examples_as_the_others(encoder_folder):
+    """The oracle repeats the examples of the rare label; C makes up for the larger number of rows."""
+    model = load_model(encoder_folder(), labels=("negative", "positive"), seed=0)
+    labels = [0] * 12 + [1] * 2
+    embeddings = torch.nn.functional.normalize(torch.randn(14, model.config.hidden_size, generator=torch.Generator().manual_seed(0)))
+    fit_label_layer(model, embeddings, labels)
+    repeated = [*range(12), *[12, 13] * 6]
+    oracle = LogisticRegression(C=14 / 24).fit(embeddings[repeated].numpy(), [labels[at] for at in repeated])
+    with torch.no_grad():
+        found = label_layer(model)(embeddings).softmax(-1)
+    assert np.allclose(found, oracle.predict_proba(embeddings.numpy()), atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
