@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import polars as pl
 import typer
@@ -33,12 +33,12 @@ RIVALS = {
     "SetFit": ("setfit",),
     "all teachers": ("teacher",),
 }
-Part = tuple[str, int, int]
-"""A task, a draw, and how many labels of each class."""
+Part = tuple[str, int, int | Literal["random"]]
+"""A task, a draw, and how many labels of each class, or `random`."""
 
 
 def parts_of(plan: dict[str, Any]) -> dict[str, Part]:
-    """All parts by name: TASK-DRAW with as many labels as `init` asks for, and TASK-DRAW-LABELS; of the default run there is one size."""
+    """All parts by name: TASK-DRAW with the first of the plan's sizes, and TASK-DRAW-LABELS; of the default run there is one size."""
     usual, *others = plan["per_label"]
     found = {f"{task}-{draw}": (task, draw, usual) for draw in plan["draws"] for task in plan["tasks"]}
     files = [(name, part) for name, part in found.items() if plan["tasks"][part[0]]]
@@ -62,13 +62,15 @@ def write_files(plan: dict[str, Any], part: Part, workspace: Path) -> None:
     """Draw a part's labelled, unlabelled and test texts from the task's files; the test is the same in every draw."""
     task, draw, per_label = part
     entry, sizes, rng = plan["tasks"][task], plan["sizes"], random.Random(f"{task} {draw}")  # noqa: S311
-    pool, test = ([json.loads(line) for line in (Path(plan["data"]) / entry[name]).open(encoding="utf-8")] for name in ("pool", "test"))
+    pool, test = (pl.read_ndjson(Path(plan["data"]) / entry[name]).to_dicts() for name in ("pool", "test"))
     rng.shuffle(pool)
     random.Random(task).shuffle(test)  # noqa: S311
     seen, drawn = Counter[str](), defaultdict[str, list[dict[str, Any]]](list)
-    for row in pool:
+    usual = plan["per_label"][0] * len({row["label"] for row in pool})
+    first, of_each = (usual, 1) if per_label == "random" else (0, per_label)
+    for number, row in enumerate(pool):
         seen[row["label"]] += 1
-        drawn["labelled" if seen[row["label"]] <= per_label else "unlabelled"].append(row)
+        drawn["labelled" if number < first or seen[row["label"]] <= of_each else "unlabelled"].append(row)
     drawn["unlabelled"] = [{"text": row["text"]} for row in drawn["unlabelled"][: sizes["unlabelled"]]]
     drawn["test"] = test[: sizes["test"]]
     for name, rows in drawn.items():

@@ -1,8 +1,11 @@
 """The tables of the study: means over draws, differences from the method that is the best in the mean, parts by size."""
 
-import pytest
+import json
 
-from benchmarks.study.__main__ import COSTS, FIGURES, WORKSPACES, differences, gather, means, parts_of
+import pytest
+from polars import read_ndjson
+
+from benchmarks.study.__main__ import COSTS, FIGURES, WORKSPACES, differences, gather, means, parts_of, write_files
 from pipeline.files import write_json
 
 PLAN = {"per_label": [8, 4], "draws": [10, 12], "tasks": {"film": {}, "sms": {"pool": "pool.jsonl"}}}
@@ -28,6 +31,20 @@ def found(tmp_path, monkeypatch):
 def test_a_task_of_files_has_parts_of_each_size_and_the_default_run_of_one():
     assert list(parts_of(PLAN)) == ["film-10", "sms-10", "film-12", "sms-12", "sms-10-4", "sms-12-4"]
     assert parts_of(PLAN)["sms-12-4"] == ("sms", 12, 4)
+
+
+@pytest.mark.parametrize(("labels", "drawn"), [(4, {"ham": 4, "spam": 4}), ("random", {"ham": 16, "spam": 1})])
+def test_labelled_rows_are_as_many_of_each_label_or_as_they_come(tmp_path, labels, drawn):
+    rows = [{"text": f"text {n}", "label": "spam" if n < 6 else "ham"} for n in range(1000)]
+    for name in ("pool", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    files = {name: f"{name}.jsonl" for name in ("pool", "test")}
+    plan = {"data": tmp_path, "sizes": {"unlabelled": 30, "test": 20}, "per_label": [8], "tasks": {"sms": files}}
+    write_files(plan, ("sms", 10, labels), tmp_path / "part")
+    labelled, unlabelled, test = (read_ndjson(tmp_path / "part" / f"{name}.jsonl") for name in ("labelled", "unlabelled", "test"))
+    assert dict(labelled["label"].value_counts().rows()) == drawn
+    assert (len(unlabelled), len(test)) == (30, 20)
+    assert not set(unlabelled["text"]).intersection(labelled["text"])
 
 
 def test_a_task_of_another_size_is_a_column_of_its_own(found):
