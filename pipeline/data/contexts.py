@@ -28,7 +28,7 @@ def variation(params: ContextParams, held: int) -> str:
 
 
 def different_contexts(params: ContextParams, labels: int, per_label: int) -> int:
-    """How many different contexts there can be of `per_label` examples of each label (free text: of one label)."""
+    """How many different contexts there can be of `per_label` examples of each label, or more (free text: of one label)."""
     if variation(params, labels * per_label) == "order":
         return math.factorial(params.demonstrations)
     share, more = divmod(params.demonstrations, labels)
@@ -36,8 +36,8 @@ def different_contexts(params: ContextParams, labels: int, per_label: int) -> in
 
 
 def build_contexts(name: str, params: ContextParams, task: Task, demonstrations: Sequence[Example], seed: int) -> list[Context]:
-    """One list of contexts. `demonstrations` are in rank order, as many of each label. If a context cannot have as many of each, some
-    labels have one more: in each draw others.
+    """One list of contexts. `demonstrations` are in rank order; a context shows as many of each label, or of some one more: in each draw of
+    others.
 
     Raises UsageError if there are fewer distinct ones than asked for.
     """
