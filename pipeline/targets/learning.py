@@ -76,16 +76,17 @@ def learn_pool(judged: Judged) -> Pool:
 def _lean(judged: Judged) -> np.ndarray:
     """Each voter's mean log-probability of each label, nats [V, L], in which texts of each label count alike.
 
-    A label that no example has is taken for as well known as the others: else its lean would be that of texts that are not of it.
+    Texts of a label that no example has are assumed to be answered as well as the others: else its lean would be that of other labels' texts.
     """
-    present, voters = np.unique(judged.gold), judged.voters
+    voters, present = judged.voters, np.unique(judged.gold)
+    count, _, labels = voters.shape
     means = np.stack([voters[:, judged.gold == label].mean(1) for label in present], axis=1)  # [V, labels of texts, L]
-    own, (_, count, labels) = means[:, np.arange(len(present)), present], means.shape
-    absent = np.setdiff1d(np.arange(labels), present)
-    others = (means.sum((1, 2)) - own.sum(1)) / (count * (labels - 1))
-    assumed = np.repeat(others[:, None, None], labels, axis=2).repeat(len(absent), axis=1)
-    assumed[:, np.arange(len(absent)), absent] = own.mean(1, keepdims=True)
-    return np.concatenate([means, assumed], axis=1).mean(1)
+    own = means[:, np.arange(len(present)), present]
+    others = (means.sum((1, 2)) - own.sum(1)) / (len(present) * (labels - 1))
+    assumed = others.repeat(labels * labels).reshape(count, labels, labels)
+    assumed[:, np.arange(labels), np.arange(labels)] = own.mean(1, keepdims=True)
+    assumed[:, present] = means
+    return assumed.mean(1)
 
 
 def cross_validated(judged: Judged) -> np.ndarray:
