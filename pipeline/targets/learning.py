@@ -76,7 +76,7 @@ def learn_pool(judged: Judged) -> Pool:
 def _lean(judged: Judged) -> np.ndarray:
     """Each voter's mean log-probability of each label, nats [V, L], in which texts of each label count alike.
 
-    Texts of a label that no example has are assumed to be answered as well as the others: else its lean would be that of other labels' texts.
+    Texts of a label that no example has are assumed to be answered as well as others: else its lean would be that of other labels' texts.
     """
     voters, present = judged.voters, np.unique(judged.gold)
     count, _, labels = voters.shape
